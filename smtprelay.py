@@ -1,0 +1,3875 @@
+#!/usr/bin/env python3
+"""smtprelay: a mail relay in one file.
+
+It accepts mail on localhost, makes it safe on disk before it answers 250, and
+then delivers it in the background: to a smart host, to the recipients' MX
+hosts, or to nobody (held in the inbox until someone releases it).
+
+    client -> Listener -> Session -> Spool -> Scheduler -> Delivery -> next hop
+                                       ^                      |
+                                       '------ Outcome -------'
+    browser, curl, Prometheus, tests -> HTTP -> Inbox (reads the Spool)
+
+Mail moves left to right only. Receiving and delivering are two halves that meet
+in the spool on disk, in a pipe that carries the names of new messages, and in a
+page of shared counters; so they run as threads of one process or as two
+processes, and the rest of the file cannot tell.
+
+Promises, in this order: nothing that got its 250 is lost; it is delivered at
+least once; nobody can use this as an open relay; a slow or hostile peer on
+either side never stops the others.
+
+Contents:
+    01 REPLIES       every reply, as values
+    02 MESSAGES      envelope, record, outcome; the life of a message
+    03 SETTINGS      each SMTP_* variable, declared once
+    04 OBSERVING     log lines and counters
+    05 WIRE          deadlines, lines, content in blocks
+    06 GRAMMAR       pure functions from octets to values
+    07 SPOOL         the files, and what each means
+    08 SCHEDULER     what is tried next, and when
+    09 DELIVERY      one attempt at a next hop
+    10 SESSION       the protocol: one method for each verb
+    11 LISTENER      connections and the threads that serve them
+    12 HTTP          health and metrics
+    13 RELAY         joins the parts: workers, processes, start and stop
+    14 COMMAND LINE  one function for each verb
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bisect
+import collections
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import email.utils
+import enum
+import errno
+import fcntl
+import functools
+import gc
+import hashlib
+import heapq
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import mmap
+import os
+import queue
+import random
+import re
+import resource
+import secrets
+import signal
+import smtplib
+import socket
+import socketserver
+import ssl
+import stat
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
+
+__version__ = "0.1.0"
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+DAY = 86400.0
+EX_NO, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 1, 64, 65, 69, 75, 78  # sysexits.h
+
+
+# === 01 REPLIES ==============================================================
+#
+# Every reply this server gives, as values, so that the session's methods hold
+# rules and no wording. RFC 5321 4.2 for the codes, RFC 3463 for the enhanced
+# ones. A reply of ours never tells what is inside: trouble here is 451 4.3.0.
+
+class Reply(NamedTuple):
+    """An SMTP reply: code, enhanced code ("" for none), text (lines parted by a newline)."""
+
+    code: int
+    enhanced: str
+    text: str
+
+    def wire(self) -> bytes:
+        """Return the reply as it is sent (RFC 5321 4.2.1)."""
+        lines = self.text.split("\n")
+        mark = f"{self.enhanced} " if self.enhanced else ""
+        head = [f"{self.code}-{mark}{line}\r\n" for line in lines[:-1]]
+        return "".join([*head, f"{self.code} {mark}{lines[-1]}\r\n"]).encode("utf-8", "replace")
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (str(self.code), self.enhanced, self.text) if part)
+
+
+BYE = Reply(221, "2.0.0", "Bye")
+OK = Reply(250, "2.0.0", "Ok")
+SENDER_OK = Reply(250, "2.1.0", "Sender ok")
+RECIPIENT_OK = Reply(250, "2.1.5", "Recipient ok")
+CHUNK_OK = Reply(250, "2.0.0", "Chunk received")
+CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify, but will take mail and try to deliver it")
+GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+
+STOPPING = Reply(421, "4.3.2", "Service is stopping, try again later")
+TOO_MANY_SESSIONS = Reply(421, "4.3.2", "Too many sessions, try again later")
+TIMED_OUT = Reply(421, "4.4.2", "Timed out waiting for you")
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
+INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
+SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
+TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
+
+UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
+LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
+BAD_LINE = Reply(500, "5.5.2", "Control or 8-bit character in a command, or a line that does not end with CRLF")
+BAD_ARGUMENT = Reply(501, "5.5.4", "Bad argument")
+BAD_SENDER = Reply(501, "5.1.7", "Bad sender address")
+BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address")
+NOT_IMPLEMENTED = Reply(502, "5.5.1", "Not implemented")
+SEQUENCE = Reply(503, "5.5.1", "Out of order")
+TOO_BIG = Reply(552, "5.3.4", "Message is larger than this server takes")
+NEED_SMTPUTF8 = Reply(553, "5.6.7", "This address needs SMTPUTF8")
+NOT_SMTP = Reply(554, "5.5.1", "This is SMTP, not HTTP")
+TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting")
+NOT_ALLOWED = Reply(554, "5.7.1", "Your address may not use this server")
+NO_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
+LOOP = Reply(554, "5.4.6", "Too many Received headers: this message is looping")
+BARE_NEWLINE = Reply(554, "5.6.0", "Bare CR or LF in the message: lines end with CRLF (with curl, add --crlf)")
+BAD_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
+
+
+# === 02 MESSAGES =============================================================
+#
+# The values that move through the program. An Envelope is what a session has
+# heard; a Message is the spool's record of it, to and from JSON; an Outcome is
+# what one attempt meant for one recipient. A message has one owner at a time
+# (the session, then nobody, then the worker that took it), so none of them is
+# locked. MOVES is the whole life of a message:
+#
+#     received -> held | forwarding      held -> forwarding (released)
+#     forwarding -> forwarded | failed | retrying | held      retrying -> forwarding
+
+@functools.lru_cache(maxsize=64)
+def iso_second(seconds: int) -> str:
+    """Return a Unix time as ISO 8601 UTC without its last Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def iso_time(seconds: float) -> str:
+    """Return a Unix time as ISO 8601 UTC, to the millisecond."""
+    whole = int(seconds)
+    return f"{iso_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
+
+
+def unix_time(text: str) -> float:
+    """Return the Unix time of what `iso_time` wrote; 0.0 for anything else."""
+    try:
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def stem_of(id: str, recipient: str) -> str:
+    """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
+    hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hashed}"
+
+
+def id_micros(id: str) -> int:
+    """Return the time of arrival that a queue id holds, in microseconds since 1970."""
+    return int(id[:13], 16)
+
+
+class Status(str, enum.Enum):
+    """Where a message, or one recipient of it, stands."""
+
+    RECEIVED = "received"
+    HELD = "held"
+    FORWARDING = "forwarding"
+    RETRYING = "retrying"
+    FORWARDED = "forwarded"
+    FAILED = "failed"
+
+
+FINISHED = (Status.FORWARDED, Status.FAILED)
+MOVES: dict[Status, tuple[Status, ...]] = {
+    Status.RECEIVED: (Status.HELD, Status.FORWARDING, Status.RETRYING, Status.FAILED),
+    Status.HELD: (Status.FORWARDING, Status.RETRYING),
+    Status.FORWARDING: (Status.FORWARDED, Status.FAILED, Status.RETRYING, Status.HELD),
+    Status.RETRYING: (Status.FORWARDING, Status.FAILED, Status.RETRYING, Status.HELD),
+    Status.FORWARDED: (),
+    Status.FAILED: (Status.RETRYING,),
+}
+HISTORY_KEPT = 100
+
+
+@dataclass
+class Recipient:
+    """A forward-path and what became of it. `reply` holds the next hop's words."""
+
+    address: str
+    status: Status = Status.RECEIVED
+    code: int = 0
+    reply: str = ""
+    host: str = ""
+
+
+@dataclass
+class Envelope:
+    """What a session has heard of a transaction, and from whom."""
+
+    reverse_path: str
+    client: str = ""
+    helo: str = ""
+    protocol: str = "SMTP"
+    user: str = ""
+    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD
+    recipients: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Message:
+    """The spool's record of a message. Times are ISO 8601 UTC, sizes octets."""
+
+    id: str
+    status: Status
+    received_at: str
+    reverse_path: str
+    recipients: list[Recipient]
+    size: int = 0
+    client: str = ""
+    helo: str = ""
+    protocol: str = ""
+    user: str = ""
+    flags: tuple[str, ...] = ()
+    attempts: int = 0
+    next_attempt_at: str = ""
+    last_error: str = ""
+    history: list[dict[str, str]] = field(default_factory=list)
+    finished_at: str = ""
+    v: int = 1
+
+    def move(self, status: Status, detail: str = "") -> None:
+        """Change the status, noting it in the history; ValueError for a move that MOVES lacks."""
+        if status not in MOVES[self.status]:
+            raise ValueError(f"message {self.id} cannot go from {self.status.value} to {status.value}")
+        self.status = status
+        self.history.append({"at": iso_time(time.time()), "status": status.value, "detail": detail})
+        if len(self.history) > HISTORY_KEPT:  # keep how it began, lose the middle
+            del self.history[HISTORY_KEPT // 2]
+        if status in FINISHED:
+            self.finished_at, self.next_attempt_at = self.history[-1]["at"], ""
+
+    @property
+    def stem(self) -> str:
+        """The name of its files, without their ends."""
+        return stem_of(self.id, self.recipients[0].address)
+
+    def pending(self) -> list[Recipient]:
+        """Return the recipients that are still owed this message."""
+        return [r for r in self.recipients if r.status not in FINISHED]
+
+    def to_json(self) -> bytes:
+        """Return the record as the spool keeps it."""
+        return json.dumps(self.__dict__, default=vars, ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Message:
+        """Read a record; ValueError says what is wrong with it."""
+        try:
+            raw = json.loads(data)
+            known = {f.name for f in dataclasses.fields(cls)}
+            message = cls(**{k: v for k, v in raw.items() if k in known})
+            message.status = Status(message.status)
+            message.flags = tuple(message.flags)
+            message.recipients = [
+                Recipient(**{**r, "status": Status(r["status"])}) for r in raw["recipients"]]
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as e:
+            raise ValueError(f"not a record: {e}") from None
+        return message
+
+
+class Scope(enum.Enum):
+    """Whom trouble concerns: every message for the next hop, this message, or one recipient."""
+
+    HOST = "host"
+    MESSAGE = "message"
+    RECIPIENT = "recipient"
+
+
+class Outcome(NamedTuple):
+    """What an attempt meant for one recipient; `reply` is what the next hop, or the network, said."""
+
+    status: Status
+    scope: Scope
+    code: int
+    reply: str
+    host: str = ""
+
+    def __str__(self) -> str:
+        said = f"{self.code} {self.reply}" if self.code else self.reply
+        return f"{self.host}: {said}" if self.host else said
+
+
+# === 03 SETTINGS =============================================================
+#
+# Each setting is one field of Settings: its default, its parser and its help.
+# The environment name is SMTP_ and the field's name in capitals. Parsing, every
+# error text, --help and the README's table derive from here. Defaults are
+# written as a user would write them and go through the same parsers.
+#
+# A parser takes the text and returns the value, or raises ValueError with what
+# was expected. All mistakes are reported at once, never with a secret's value.
+
+class SettingsError(Exception):
+    """One or more settings are wrong; `problems` has a line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class Address(NamedTuple):
+    """Where to listen: a host and port, or the path of a Unix socket."""
+
+    host: str
+    port: int
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else host_port(self.host, self.port)
+
+
+def host_port(host: str, port: int) -> str:
+    """Return host and port as one text, with brackets round an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_number(text: str, unit: str, units: Mapping[str, float]) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)", text)
+    if not match or match[2].lower() not in units:
+        raise ValueError(unit)
+    return float(match[1]) * units[match[2].lower()]
+
+
+SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB, "g": GIB, "gb": GIB, "gib": GIB}
+TIME_UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
+FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def size(text: str) -> int:
+    return int(parse_number(text, "a size such as 10MiB, 64K or 1048576", SIZE_UNITS))
+
+
+def duration(text: str) -> float:
+    return parse_number(text, "a duration such as 30s, 5m, 1h or 5d", TIME_UNITS)
+
+
+def flag(text: str) -> bool:
+    if text.lower() not in FLAGS:
+        raise ValueError("1 or 0, true or false, yes or no, on or off")
+    return FLAGS[text.lower()]
+
+
+def word(text: str) -> str:
+    return text
+
+
+def readable(text: str) -> str:
+    if text and not os.access(text, os.R_OK):
+        raise ValueError("a file that can be read")
+    return text
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(w for w in re.split(r"[,\s]+", text) if w)
+
+
+def printable(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or len(text) > 200:
+        raise ValueError("up to 200 printable ASCII characters")
+    return text
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("a whole number, 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise ValueError("a whole number, 1 or more")
+    return int(text)
+
+
+def multiplier(text: str) -> float:
+    value = parse_number(text, "a number, 1 or more", {"": 1})
+    if value < 1:
+        raise ValueError("a number, 1 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = parse_number(text, "a number from 0 to 1", {"": 1})
+    if value > 1:
+        raise ValueError("a number from 0 to 1")
+    return value
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """Return a parser for one of the words allowed; the empty word stands for 'not set'."""
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError("one of " + ", ".join(w for w in allowed if w))
+        return text.lower()
+    return parse
+
+
+def port_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("a port from 0 to 65535")
+    return int(text)
+
+
+def split_port(text: str, default: str) -> tuple[str, int]:
+    """Split host:port, [v6]:port or a host alone; ValueError says what was expected."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]*))(?::([0-9]+))?", text)
+    if not match:
+        raise ValueError("host, host:port or [IPv6]:port")
+    return match[1] or match[2] or "", port_number(match[3] or default)
+
+
+def listen_address(text: str) -> list[Address]:
+    """Read one place to listen: a port alone means both loopback addresses."""
+    if text.startswith("unix:"):
+        if not text[5:].startswith("/"):
+            raise ValueError("an absolute path after unix:")
+        return [Address("", 0, text[5:])]
+    if text.isdigit():
+        return [Address("127.0.0.1", port_number(text)), Address("::1", port_number(text))]
+    host, port = split_port(text, "none")
+    if not host:
+        return [Address("0.0.0.0", port), Address("::", port)]
+    host = {"localhost": "127.0.0.1", "*": "0.0.0.0"}.get(host, host)
+    try:
+        return [Address(str(ipaddress.ip_address(host)), port)]
+    except ValueError:
+        raise ValueError("an IP address before the port") from None
+
+
+def listen(text: str) -> tuple[Address, ...]:
+    try:
+        return tuple(address for part in words(text) for address in listen_address(part))
+    except ValueError as e:
+        raise ValueError(f"a port, addr:port, :port or unix:/path, or a list of them ({e})") from None
+
+
+def http_listen(text: str) -> tuple[Address, ...]:
+    if text.lower() in ("", "off", "none"):
+        return ()
+    return listen(text if ":" in text else f"127.0.0.1:{text}")
+
+
+def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        names = ["127.0.0.0/8,::1" if w == "loopback" else w for w in words(text)]
+        return tuple(ipaddress.ip_network(w, strict=False) for w in words(",".join(names)))
+    except ValueError as e:
+        raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
+
+
+def hop_list(text: str) -> tuple[str, ...]:
+    for part in words(text):
+        if not split_port(part, "25")[0]:
+            raise ValueError("host or host:port, or a list of them")
+    return words(text)
+
+
+def maybe_port(text: str) -> int:
+    return port_number(text) if text else 0
+
+
+def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
+            shown: str = "") -> Any:
+    """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
+    return field(default=parse(default), metadata={
+        "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
+
+    port: tuple[Address, ...] = setting("2525", listen, "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, unix:/path, or a list; 0 is any free port")
+    hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
+    banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
+    allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
+    max_size: int = setting("10MiB", size, "octets of content in one message")
+    max_recipients: int = setting("100", positive, "recipients in one transaction")
+    max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
+    max_connections_per_client: int = setting("0", count, "sessions at once from one address; 0 is no limit")
+    max_errors: int = setting("20", positive, "bad commands before 421")
+    command_timeout: float = setting("5m", duration, "time for one command line")
+    data_timeout: float = setting("10m", duration, "time for the content of one message")
+    session_timeout: float = setting("1h", duration, "time for the whole session")
+    storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
+    spool: str = setting("./data/spool", word, "the spool's directory")
+    spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
+    spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
+    spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
+    keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
+    fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
+    queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
+    delivery: str = setting("", choice("", "hold", "relay"), "hold or relay", shown="relay with SMTP_RELAY_HOST, else hold")
+    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host, host or host:port")
+    relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
+    relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host")
+    relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
+    relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
+    relay_username: str = setting("", word, "login at the smart host")
+    relay_password: str = setting("", word, "and its password", secret=True)
+    relay_auth: str = setting("auto", choice("auto", "plain", "login", "cram-md5"), "auto, plain, login, cram-md5")
+    relay_connections: int = setting("4", positive, "connections to one next hop at once")
+    relay_timeout: float = setting("30s", duration, "time for each step of a delivery")
+    retry: bool = setting("1", flag, "0: one attempt only")
+    retry_max_attempts: int = setting("0", count, "attempts that the next hop answered; 0 is no limit")
+    retry_initial_delay: float = setting("5s", duration, "the first delay")
+    retry_max_delay: float = setting("1h", duration, "the longest delay")
+    retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
+    retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
+    retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
+    workers: int = setting("8", positive, "delivery threads")
+    health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
+    log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
+    log_format: str = setting("text", choice("text", "json"), "text or json")
+    log_file: str = setting("", word, "a file for the log", shown="stderr")
+    debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
+
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> Settings:
+        """Read all settings from environment variables; SettingsError lists every mistake."""
+        values, problems = {}, []
+        for name, f in FIELDS.items():
+            try:
+                values[f.name] = read_setting(env, name)
+            except ValueError as e:
+                problems.append(str(e))
+        settings = cls(**values)._derived()
+        problems += [text for wrong, text in CONFLICTS if wrong(settings)]
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+    def _derived(self) -> Settings:
+        loopback = all(is_loopback(split_port(h, "0")[0]) for h in self.relay_host)
+        tls = self.relay_tls or ("opportunistic" if self.relay_host and loopback else "starttls")
+        return dataclasses.replace(
+            self, hostname=self.hostname or machine_name(), relay_tls=tls,
+            delivery=self.delivery or ("relay" if self.relay_host else "hold"),
+            relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
+
+    @property
+    def smart_hosts(self) -> tuple[tuple[str, int], ...]:
+        """The smart hosts, in the order in which they are tried."""
+        return tuple(split_port(h, str(self.relay_port)) for h in self.relay_host)
+
+
+def machine_name() -> str:
+    """Return this machine's name, fit for a greeting."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is this machine, without asking DNS."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
+    (lambda s: s.delivery == "relay" and not s.relay_host,
+     "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
+    (lambda s: bool(s.relay_username) and not s.relay_password,
+     "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
+    (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
+    (lambda s: not all(a.path or is_loopback(a.host) for a in s.port) and s.allow_networks == networks("loopback"),
+     "SMTP_PORT: expected SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
+]
+FIELDS = {f"SMTP_{f.name.upper()}": f for f in dataclasses.fields(Settings)}
+
+
+def read_secret(env: Mapping[str, str], name: str) -> str:
+    """Return a secret from NAME or from the file that NAME_FILE names."""
+    path = env.get(name + "_FILE", "")
+    if not path:
+        return env.get(name, "")
+    if env.get(name):
+        raise ValueError(f"only one of {name} and {name}_FILE")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(64 * KIB).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{name}_FILE to name a readable file: {e}") from None
+
+
+def read_setting(env: Mapping[str, str], name: str) -> Any:
+    """Return one setting; ValueError names it, its value (never a secret's) and what is expected."""
+    meta, text = FIELDS[name].metadata, ""
+    try:
+        text = read_secret(env, name) if meta["secret"] else env.get(name, "").strip()
+        return meta["parse"](text or meta["text"])
+    except ValueError as e:
+        shown = "(a secret)" if meta["secret"] else repr(text)
+        raise ValueError(f"{name}={shown}: expected {e}") from None
+
+
+def unknown_settings(env: Mapping[str, str]) -> list[str]:
+    """Return a warning for each SMTP_* name that is no setting, with the nearest real name."""
+    real = [*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])]
+    warnings = []
+    for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
+        near = difflib.get_close_matches(name, real, 1, 0.5)
+        warnings.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return warnings
+
+
+# === 04 OBSERVING ============================================================
+#
+# What the program says of itself: log lines, counters, and later an audit trail.
+# A line is one event with named fields, as text (event key=value ...) or as
+# JSON; control characters in values are escaped, so nothing a client sends can
+# forge a line. Handlers, levels and files are the logging module's.
+#
+# Counters are declared once in METRICS and live in one page of memory that all
+# processes share: a row of doubles for each process, summed by whoever reads.
+# A process writes its own row only, under its own lock, a leaf.
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+
+
+def field_text(value: object) -> str:
+    """Return a value for a text log line, quoted and escaped where it needs to be."""
+    text = str(value)
+    if text and text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\'):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+class Log:
+    """Writes one line for each event, in the form that the settings ask for."""
+
+    def __init__(self, logger: logging.Logger, as_json: bool = False) -> None:
+        self.logger = logger
+        self.as_json = as_json
+
+    def write(self, level: str, event: str, **fields: object) -> None:
+        if not self.logger.isEnabledFor(LEVELS[level]):
+            return
+        now = iso_time(time.time())
+        if self.as_json:
+            line = json.dumps({"time": now, "level": level, "event": event, **fields}, default=str)
+        else:
+            line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
+        self.logger.log(LEVELS[level], "%s", line)
+
+    def debug(self, event: str, **fields: object) -> None:
+        self.write("debug", event, **fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        self.write("info", event, **fields)
+
+    def warn(self, event: str, **fields: object) -> None:
+        self.write("warn", event, **fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        self.write("error", event, **fields)
+
+    def bug(self, event: str, error: BaseException, **fields: object) -> None:
+        """Log an unexpected exception with its traceback, on one line."""
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.error(event, **fields, error=repr(error), traceback=trace)
+
+
+def open_log(settings: Settings) -> Log:
+    """Set up the program's own log: stderr, or a file that is reopened when it is rotated."""
+    logger = logging.getLogger("smtprelay")
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if settings.log_file:
+        handler = logging.handlers.WatchedFileHandler(settings.log_file, encoding="utf-8")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if settings.debug else LEVELS[settings.log_level])
+    return Log(logger, settings.log_format == "json")
+
+
+class Metric(NamedTuple):
+    """A counter, gauge or histogram: its name, kind, help, and its label with every value."""
+
+    name: str
+    kind: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ()
+
+
+CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553", "554", "555")
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+METRICS = (
+    Metric("smtp_messages_received_total", "counter", "Messages that got their 250."),
+    Metric("smtp_messages_queued_total", "counter", "Messages accepted to be delivered."),
+    Metric("smtp_messages_delivered_total", "counter", "Messages forwarded to every recipient."),
+    Metric("smtp_messages_deferred_total", "counter", "Attempts that left a message to be tried again."),
+    Metric("smtp_messages_failed_total", "counter", "Messages that failed for a recipient for good."),
+    Metric("smtp_messages_expired_total", "counter", "Messages that failed because they were too old."),
+    Metric("smtp_messages_rejected_total", "counter", "Refusals, by reply code.", "code", CODES),
+    Metric("smtp_delivery_failures_total", "counter", "Attempts in which a next hop did not take a message."),
+    Metric("smtp_bytes_received_total", "counter", "Octets of content accepted."),
+    Metric("smtp_queue_depth", "gauge", "Messages owed."),
+    Metric("smtp_queue_oldest_age_seconds", "gauge", "Age of the oldest message owed."),
+    Metric("smtp_sessions_active", "gauge", "Sessions open now."),
+    Metric("smtp_connections_total", "counter", "Connections accepted."),
+    Metric("smtp_connections_refused_total", "counter", "Connections turned away."),
+    Metric("smtp_delivery_duration_seconds", "histogram", "Time that one attempt took."),
+    Metric("smtp_disk_free_bytes", "gauge", "Free space where the spool is."),
+    Metric("smtp_uptime_seconds", "gauge", "Time since start."),
+    Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
+)
+# Not shown: what the halves tell each other by the same means.
+SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started")
+
+
+def metric_cells() -> dict[tuple[str, str], int]:
+    """Return the place in a row of each metric and label value."""
+    keys = [(m.name, v) for m in METRICS if m.kind != "histogram" for v in m.values or ("",)]
+    for m in (m for m in METRICS if m.kind == "histogram"):
+        keys += [(m.name, part) for part in ("count", "sum", *map(str, BUCKETS))]
+    return {key: i for i, key in enumerate([*keys, *((s, "") for s in SIGNALS)])}
+
+
+CELLS = metric_cells()
+
+
+class Metrics:
+    """The counters of one relay: a writer's own row, and the sum of all rows for readers."""
+
+    def __init__(self, cells: Any = None, row: int = 0, rows: int = 2) -> None:
+        self.cells = memoryview(mmap.mmap(-1, rows * len(CELLS) * 8)).cast("d") if cells is None else cells
+        self.base = row * len(CELLS)
+        self.lock = threading.Lock()
+
+    def row(self, row: int) -> Metrics:
+        """Return the same counters, for the writer of another row."""
+        return Metrics(self.cells, row)
+
+    def inc(self, name: str, n: float = 1, label: str = "") -> None:
+        cell = self.base + CELLS[name, label]
+        with self.lock:
+            self.cells[cell] += n
+
+    def set(self, name: str, value: float, label: str = "") -> None:
+        self.cells[self.base + CELLS[name, label]] = value
+
+    def observe(self, name: str, value: float) -> None:
+        """Add a value to a histogram."""
+        self.inc(name, 1, "count")
+        self.inc(name, value, "sum")
+        for bound in BUCKETS[bisect.bisect_left(BUCKETS, value):]:
+            self.inc(name, 1, str(bound))
+
+    def get(self, name: str, label: str = "") -> float:
+        return sum(self.cells[CELLS[name, label]::len(CELLS)])
+
+    def own(self, name: str) -> float:
+        """Return this process's part of a metric."""
+        return self.cells[self.base + CELLS[name, ""]]
+
+    def each(self, name: str) -> list[float]:
+        """Return every process's part of a metric."""
+        return list(self.cells[CELLS[name, ""]::len(CELLS)])
+
+    def clear_row(self, row: int) -> None:
+        """Forget what a dead process held: its gauges, not its counts."""
+        self.cells[row * len(CELLS) + CELLS["smtp_sessions_active", ""]] = 0
+
+
+def whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def expvar(metrics: Metrics) -> dict[str, Any]:
+    """Return the metrics in the manner of Go's expvar: one flat object, a map where there is a label."""
+    shown: dict[str, Any] = {"cmdline": sys.argv, "memstats": memory_figures()}
+    for m in METRICS:
+        if m.kind == "histogram":
+            shown[m.name] = {part: whole(metrics.get(m.name, part)) for part in ("count", "sum", *map(str, BUCKETS))}
+        elif m.label:
+            shown[m.name] = {v: whole(metrics.get(m.name, v)) for v in m.values}
+        else:
+            shown[m.name] = whole(metrics.get(m.name))
+    return shown
+
+
+def memory_figures() -> dict[str, int]:
+    """Return this process's memory in the names that expvar readers look for, in octets."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else KIB)
+    return {"Sys": peak, "NumGC": sum(s["collections"] for s in gc.get_stats())}
+
+
+def prometheus(metrics: Metrics) -> str:
+    """Return the metrics in Prometheus's text format, version 0.0.4."""
+    lines = []
+    for m in METRICS:
+        lines += [f"# HELP {m.name} {m.help}", f"# TYPE {m.name} {m.kind}"]
+        if m.kind == "histogram":
+            lines += [f'{m.name}_bucket{{le="{b}"}} {whole(metrics.get(m.name, str(b)))}' for b in BUCKETS]
+            lines += [f'{m.name}_bucket{{le="+Inf"}} {whole(metrics.get(m.name, "count"))}',
+                      f'{m.name}_sum {metrics.get(m.name, "sum")}',
+                      f'{m.name}_count {whole(metrics.get(m.name, "count"))}']
+        else:
+            mark = '{{{}="{}"}}'.format
+            lines += [f"{m.name}{mark(m.label, v) if v else ''} {whole(metrics.get(m.name, v))}"
+                      for v in m.values or ("",)]
+    return "\n".join(lines) + "\n"
+
+
+# === 05 WIRE =================================================================
+#
+# A connection as both sides of the program see it: lines and blocks in under an
+# absolute deadline, replies out. One buffer is read into and searched in place;
+# what is written waits until the next read would block, so a pipelined burst is
+# answered with one segment (RFC 2920). Each Wire belongs to one thread.
+#
+# Content is handled in whole blocks. Between blocks the longest tail that could
+# be the start of CRLF.CRLF is held back, so that the end is found at any split,
+# a doubled dot is never cut in half, and CR and LF are always counted together.
+
+LINE_LIMIT = 4096
+BLOCK_FIRST, BLOCK_MOST = 8 * KIB, 256 * KIB
+END = b"\r\n.\r\n"
+HEAD_LIMIT = 128 * KIB
+MAX_RECEIVED = 50
+
+
+class PeerGone(Exception):
+    """The peer closed the connection, or broke it."""
+
+
+class LineTooLong(Exception):
+    """A line passed the limit; it has been read to its end and thrown away."""
+
+
+class Deadline:
+    """A moment on the monotonic clock by which something must be done."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, seconds: float, latest: float = math.inf) -> None:
+        self.at = min(time.monotonic() + seconds, latest)
+
+    def left(self) -> float:
+        """Return the seconds left; TimeoutError when there are none."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("deadline passed")
+        return left
+
+
+class Wire:
+    """A socket with a reading buffer and replies that wait for the next read."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self.sock = sock
+        self.deadline = deadline
+        self.buffer = bytearray(BLOCK_FIRST)
+        self.start = self.end = 0
+        self.out: list[bytes] = []
+
+    def fill(self) -> None:
+        """Read what there is, once, after sending what waits."""
+        if self.out:
+            self.flush()
+        if self.end == len(self.buffer):
+            self.make_room()
+        elif self.start == self.end:
+            self.start = self.end = 0
+        self.sock.settimeout(self.deadline.left())
+        try:
+            n = self.sock.recv_into(memoryview(self.buffer)[self.end:])
+        except (TimeoutError, socket.timeout):
+            raise TimeoutError("deadline passed") from None
+        except OSError as e:
+            raise PeerGone(str(e)) from None
+        if n == 0:
+            raise PeerGone("closed by the peer")
+        self.end += n
+
+    def make_room(self) -> None:
+        """Move what is unread to the front of a larger buffer: this one was filled."""
+        unread = self.buffer[self.start:self.end]
+        if len(self.buffer) < BLOCK_MOST:
+            self.buffer = bytearray(len(self.buffer) * 4)
+        self.buffer[:len(unread)] = unread
+        self.start, self.end = 0, len(unread)
+
+    def unread(self, data: bytes) -> None:
+        """Put octets back before what is unread."""
+        rest = data + self.buffer[self.start:self.end]
+        self.buffer[:len(rest)] = rest  # grows the buffer when it must
+        self.start, self.end = 0, len(rest)
+
+    def line(self, limit: int = LINE_LIMIT) -> bytes:
+        """Return the next line with its end; LineTooLong once a longer one has passed by."""
+        scanned = self.start
+        while True:
+            at = self.buffer.find(b"\n", scanned, self.end)
+            if 0 <= at < self.start + limit:
+                line = bytes(self.buffer[self.start:at + 1])
+                self.start = at + 1
+                return line
+            if at >= 0 or self.end - self.start >= limit:
+                self.skip_line()
+                raise LineTooLong
+            seen = self.end - self.start
+            self.fill()
+            scanned = self.start + seen
+
+    def skip_line(self) -> None:
+        while True:
+            at = self.buffer.find(b"\n", self.start, self.end)
+            if at >= 0:
+                self.start = at + 1
+                return
+            self.start = self.end
+            self.fill()
+
+    def write(self, data: bytes) -> None:
+        """Send this before the next read that would block."""
+        self.out.append(data)
+
+    def flush(self) -> None:
+        """Send what waits; PeerGone when it cannot be sent."""
+        data, self.out = b"".join(self.out), []
+        if not data:
+            return
+        self.sock.settimeout(self.deadline.left())
+        try:
+            self.sock.sendall(data)
+        except (TimeoutError, socket.timeout):
+            raise TimeoutError("deadline passed") from None
+        except OSError as e:
+            raise PeerGone(str(e)) from None
+
+    def shrink(self) -> None:
+        """Give back the memory of a large message."""
+        if len(self.buffer) > BLOCK_FIRST and self.end - self.start <= BLOCK_FIRST:
+            unread = self.buffer[self.start:self.end]
+            self.buffer = bytearray(BLOCK_FIRST)
+            self.buffer[:len(unread)] = unread
+            self.start, self.end = 0, len(unread)
+
+
+class Content:
+    """The content of one message as it passes: judged, counted, handed on in blocks."""
+
+    def __init__(self, write: Callable[[bytes], None], limit: int) -> None:
+        self.write = write
+        self.limit = limit
+        self.size = 0
+        self.bare = False
+        self.head: bytearray | None = bytearray()
+        self.received = 0
+        self.carry = b""
+
+    def take(self, block: bytes) -> None:
+        """Take a block of unstuffed content that does not end between CR and LF."""
+        self.size += len(block)
+        if not self.bare:
+            pairs = block.count(b"\r\n")
+            self.bare = not pairs == block.count(b"\n") == block.count(b"\r")
+        if self.head is not None:
+            self.read_head(block)
+        if self.fault() is None:
+            self.write(block)
+
+    def feed(self, block: bytes) -> None:
+        """Take a block that may end anywhere (RFC 3030): a last CR waits for its LF."""
+        block, self.carry = self.carry + block, b""
+        if block.endswith(b"\r"):
+            block, self.carry = block[:-1], b"\r"
+        self.take(block)
+
+    def finish(self) -> None:
+        """Judge what is still held when the content is over."""
+        if self.carry:
+            self.take(self.carry)
+        self.finish_head()
+
+    def read_head(self, block: bytes) -> None:
+        head = self.head
+        assert head is not None
+        head += block
+        end = head.find(b"\r\n\r\n")
+        if end >= 0 or len(head) > HEAD_LIMIT:
+            self.finish_head()
+
+    def finish_head(self) -> None:
+        """Count the Received headers, once the header section is over (RFC 5321 6.3)."""
+        if self.head is not None:
+            section = (b"\r\n" + self.head).split(b"\r\n\r\n", 1)[0].lower()
+            self.received = section.count(b"\r\nreceived:")
+            self.head = None
+
+    def fault(self) -> Reply | None:
+        """Return why this content is refused, or None."""
+        if self.bare:
+            return BARE_NEWLINE
+        if self.size > self.limit:
+            return TOO_BIG
+        return LOOP if self.received > MAX_RECEIVED else None
+
+
+def held_back(buffer: bytearray, start: int, end: int) -> int:
+    """Return how many octets at the end may be the beginning of CRLF.CRLF."""
+    for n in range(min(len(END) - 1, end - start), 0, -1):
+        if buffer.endswith(END[:n], end - n, end):
+            return n
+    return 0
+
+
+def read_data(wire: Wire, content: Content) -> None:
+    """Read content up to CRLF.CRLF alone, undoing transparency (RFC 5321 4.5.2)."""
+    wire.unread(b"\r\n")  # the CRLF that ended DATA: content may open with its own end
+    skip = 2
+    while True:
+        at = wire.buffer.find(END, wire.start, wire.end)
+        stop = at + 2 if at >= 0 else wire.end - held_back(wire.buffer, wire.start, wire.end)
+        if stop > wire.start:
+            block = bytes(memoryview(wire.buffer)[wire.start:stop])
+            if b"\r\n." in block:
+                block = block.replace(b"\r\n.", b"\r\n")
+            content.take(block[skip:] if skip else block)
+            wire.start, skip = stop, 0
+        if at >= 0:
+            wire.start = at + len(END)
+            return
+        wire.fill()
+
+
+def read_chunk(wire: Wire, content: Content, octets: int) -> None:
+    """Read exactly so many octets of content (BDAT, RFC 3030 2)."""
+    while octets:
+        if wire.start == wire.end:
+            wire.fill()
+        block = bytes(memoryview(wire.buffer)[wire.start:min(wire.end, wire.start + octets)])
+        wire.start += len(block)
+        octets -= len(block)
+        content.feed(block)
+
+
+# === 06 GRAMMAR ==============================================================
+#
+# Pure functions from octets to values: command lines, paths, parameters,
+# domains, address literals. They raise ValueError with the words for the peer.
+# Limits are about four times those of RFC 5321 4.5.3.1, and are checked before
+# anything is parsed; no pattern here can backtrack, since in each the next
+# octet alone decides.
+
+LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
+BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
+SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*)>")
+ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
+DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
+QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
+LABEL_LIMIT = 252
+PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?")
+
+
+def split_command(line: bytes) -> tuple[str, bytes]:
+    """Split a command line into its verb, in capitals, and its argument."""
+    verb, _, argument = line.partition(b" ")
+    return verb.decode("latin-1").upper(), argument.strip(b" ")
+
+
+def parse_domain(text: str) -> str:
+    """Check a domain or address literal (RFC 5321 4.1.2, 4.1.3)."""
+    if text.startswith("["):
+        return parse_literal(text)
+    labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
+    if len(text) > DOMAIN_LIMIT or not all(good_label(label) for label in labels):
+        raise ValueError("domain does not parse")
+    return text
+
+
+def good_label(label: str) -> bool:
+    """Tell whether a label is letters, digits, underscores and inner hyphens; U-labels pass."""
+    return (0 < len(label) <= LABEL_LIMIT and label[0] != "-" and label[-1] != "-"
+            and all(c.isalnum() or c in "-_" or c > "\x7f" for c in label))
+
+
+def parse_literal(text: str) -> str:
+    """Check an address literal such as [127.0.0.1] or [IPv6:::1]."""
+    inner = text[1:-1]
+    try:
+        if not text.endswith("]"):
+            raise ValueError
+        if inner[:5].lower() == "ipv6:":
+            ipaddress.IPv6Address(inner[5:])
+        else:
+            ipaddress.IPv4Address(inner)
+    except ValueError:
+        raise ValueError("address literal does not parse") from None
+    return text
+
+
+def cut_local_part(text: str) -> tuple[str, str]:
+    """Cut a local part from the front of a mailbox; return it and what follows."""
+    match = (QUOTED_STRING if text.startswith('"') else DOT_STRING).match(text)
+    if not match or match.end() > LOCAL_LIMIT:
+        raise ValueError("local part does not parse")
+    return match[0], text[match.end():]
+
+
+def parse_mailbox(text: str) -> str:
+    """Check local-part@domain (RFC 5321 4.1.2)."""
+    local, rest = cut_local_part(text)
+    if not rest.startswith("@"):
+        raise ValueError("expected local-part@domain")
+    return f"{local}@{parse_domain(rest[1:])}"
+
+
+def cut_path(text: str) -> tuple[str, str]:
+    """Cut <path> from the front of an argument; return what is inside and what follows."""
+    if not text.startswith("<"):
+        raise ValueError("expected an address in angle brackets")
+    quoted = escaped = False
+    for i, c in enumerate(text[:PATH_LIMIT]):
+        if escaped:
+            escaped = False
+        elif c == "\\" and quoted:
+            escaped = True
+        elif c == '"':
+            quoted = not quoted
+        elif c == ">" and not quoted:
+            return text[1:i], text[i + 1:]
+    raise ValueError("address is too long, or has no closing bracket")
+
+
+def parse_path(text: str) -> tuple[str, str]:
+    """Parse <path> and what follows it; source routes are dropped (RFC 5321 4.1.2, appendix C)."""
+    simple = SIMPLE_PATH.match(text, 0, LOCAL_LIMIT)
+    if simple:
+        return simple[1], text[simple.end():]
+    inner, rest = cut_path(text)
+    if inner.startswith("@"):
+        route, colon, inner = inner.partition(":")
+        if not colon:
+            raise ValueError("source route does not parse")
+        for hop in route.split(","):
+            parse_domain(hop[1:] if hop.startswith("@") else "")
+    return (parse_mailbox(inner) if inner else ""), rest
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Parse the parameters after a path into {KEYWORD: value} (RFC 5321 4.1.2)."""
+    if text and not text.startswith(" "):
+        raise ValueError("expected a space after the address")
+    found: dict[str, str] = {}
+    for part in text.split():
+        match = PARAMETER.fullmatch(part)
+        if not match or match[1].upper() in found:
+            raise ValueError("parameter does not parse, or stands twice")
+        found[match[1].upper()] = match[2] or ""
+    return found
+
+
+# === 07 SPOOL ================================================================
+#
+# Where messages are kept. A message is a stem, <date>/<id>_<hash>, and these files:
+#
+#     on disk                      means                          at start
+#     STEM.RUN.part                being received in that run     another run's: to bad/
+#     STEM.eml                     acknowledged, owed or held     read, then queued
+#     STEM.eml + .json             the same, with its progress    read, then queued when due
+#     ... + .forwarded.json        finished: the name says so,    kept for SMTP_KEEP
+#     ... + .failed.json           whatever is inside             kept for SMTP_KEEP
+#     STEM.json without .eml       its removal was cut off        removed
+#     anything else                not ours                       to bad/, never deleted
+#
+# The .eml is written as .part, renamed, then synced once: on the file systems
+# in use (ext4, xfs, btrfs) the sync makes the new name durable with the content.
+# A sidecar is never synced; lost or torn, it is rebuilt from the .eml. The
+# session that owns a Draft writes it; afterwards the worker that owns the
+# message does. So nothing here needs a lock but the making of ids.
+
+NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
+DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
+DRAFT_BLOCK = 256 * KIB
+RECORD_LIMIT = 8 * MIB
+
+
+class SpoolError(Exception):
+    """What lies in the spool is not a message."""
+
+
+class SpoolBusy(Exception):
+    """Another process has this spool."""
+
+
+class IdMaker:
+    """Makes queue ids that sort by arrival: the time in microseconds, then who made it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.last = 0
+        self.maker = secrets.token_hex(2)[:3]
+
+    def next(self) -> str:
+        with self.lock:
+            self.last = max(self.last + 1, time.time_ns() // 1000)
+            return f"{self.last:013x}{self.maker}"
+
+
+@functools.lru_cache(maxsize=16)
+def mail_date(seconds: int) -> str:
+    """Return a Unix time as RFC 5322 writes it, in UTC."""
+    return email.utils.formatdate(seconds)
+
+
+def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
+    """Return our Received header (RFC 5321 4.4); it names a recipient only where there is just one."""
+    only = f"\r\n\tfor <{envelope.recipients[0]}>" if len(envelope.recipients) == 1 else ""
+    tag = "IPv6:" if ":" in envelope.client else ""
+    text = (f"Received: from {envelope.helo or 'unknown'} ([{tag}{envelope.client}])\r\n"
+            f"\tby {hostname} (smtprelay) with {envelope.protocol} id {id}{only};\r\n"
+            f"\t{mail_date(id_micros(id) // 1000000)}\r\n")
+    return text.encode("utf-8", "surrogateescape")
+
+
+def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
+    """Return the headers that an .eml opens with, with room for the size that is not known yet."""
+    lines = ["X-Envelope-Size: " + " " * 12, f"X-Envelope-Trace: {trace}", f"X-Envelope-Id: {id}",
+             f"X-Envelope-From: <{envelope.reverse_path}>",
+             *(f"X-Envelope-To: <{r}>" for r in envelope.recipients),
+             *([f"X-Envelope-Flags: {' '.join(envelope.flags)}"] if envelope.flags else []),
+             f"X-Envelope-Client: {envelope.client}", f"X-Envelope-Helo: {envelope.helo}",
+             f"X-Envelope-Protocol: {envelope.protocol}", f"X-Envelope-User: {envelope.user}", ""]
+    return "\r\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+SIZE_AT = len("X-Envelope-Size: ")
+
+
+def size_text(size: int) -> bytes:
+    return b"%012d" % size
+
+
+def read_block(file: BinaryIO) -> dict[str, list[str]]:
+    """Read the envelope headers from the start of an .eml, leaving the file behind them."""
+    found: dict[str, list[str]] = {}
+    at = 0
+    for line in iter(lambda: file.readline(8192), b""):
+        if not line.startswith(b"X-Envelope-"):
+            break
+        at += len(line)
+        name, _, value = line[11:].decode("utf-8", "surrogateescape").partition(":")
+        found.setdefault(name.lower(), []).append(value.strip(" \r\n"))
+    file.seek(at)
+    return found
+
+
+def first_record(file: BinaryIO, length: int) -> Message:
+    """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
+    block = read_block(file)
+    try:
+        one = {name: values[0] for name, values in block.items()}
+        size, trace = int(one["size"]), int(one["trace"])
+        if length < file.tell() + trace + size:
+            raise SpoolError(f"content is cut short: {length} octets")
+        flags = tuple(one.get("flags", "").split())
+        status = Status.HELD if "HOLD" in flags else Status.RECEIVED
+        received = iso_time(id_micros(one["id"]) / 1e6)
+        return Message(
+            one["id"], status, received, one["from"][1:-1], [Recipient(r[1:-1]) for r in block["to"]], size,
+            one["client"], one["helo"], one["protocol"], one["user"], flags,
+            history=[{"at": received, "status": status.value, "detail": ""}])
+    except (KeyError, ValueError, OverflowError, OSError) as e:
+        raise SpoolError(f"envelope headers do not parse: {e!r}") from None
+
+
+class FileSpool:
+    """Messages as files. OSError from a method means the disk; SpoolError, what lies on it."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.root = os.path.abspath(settings.spool)
+        self.settings = settings
+        self.log = log
+        self.ids = IdMaker()
+        self.run = secrets.token_hex(4)
+        self.day = ""
+        self.lock_file = -1
+
+    def open(self) -> None:
+        """Make the directories and take the lock; SpoolBusy says who has it."""
+        os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
+        self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
+            self.close()
+            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+        os.ftruncate(self.lock_file, 0)
+        os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        if self.lock_file >= 0:
+            os.close(self.lock_file)
+            self.lock_file = -1
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def draft(self, envelope: Envelope) -> FileDraft:
+        """Begin a message; nothing is on disk before its first large block or its commit."""
+        return FileDraft(self, envelope, self.ids.next())
+
+    def make_day(self, day: str) -> None:
+        """Make a date's directory, its own name synced."""
+        os.makedirs(self.path(day), 0o700, exist_ok=True)
+        if self.settings.fsync:
+            sync_directory(self.root)
+        self.day = day
+
+    def names(self) -> Iterator[tuple[str, Status | None]]:
+        """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
+        for day in sorted(os.listdir(self.root)):
+            if DATE.fullmatch(day) and os.path.isdir(self.path(day)):
+                yield from self.names_of(day)
+            elif day not in KEPT_NAMES:
+                self.set_aside(day, "not a name of ours")
+
+    def names_of(self, day: str) -> Iterator[tuple[str, Status | None]]:
+        """Yield a day's messages."""
+        try:
+            with os.scandir(self.path(day)) as entries:
+                kinds = {e.name: e.is_file(follow_symlinks=False) for e in entries}
+        except OSError as e:
+            self.log.error("spool_unreadable", directory=day, error=e)
+            return
+        for name in sorted(kinds):
+            match = NAME.fullmatch(name)
+            if not match or not kinds[name]:
+                self.set_aside(f"{day}/{name}", "not a name of ours")
+            elif match[2] == ".eml":
+                done = [s for s, end in DONE_NAMES.items() if match[1] + end in kinds]
+                yield f"{day}/{match[1]}", done[0] if done else None
+            else:
+                self.tidy(day, name, match, match[1] + ".eml" in kinds)
+
+    def tidy(self, day: str, name: str, match: re.Match[str], has_content: bool) -> None:
+        """Deal with a file that no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        if match[2].endswith(".part"):
+            if match[2] != f".{self.run}.part":
+                self.set_aside(f"{day}/{name}", "never acknowledged")
+        elif match[2] == ".tmp" or not has_content:
+            self.unlink(f"{day}/{name}")
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move a file into bad/."""
+        target = f"{name.replace('/', '_')}.{secrets.token_hex(4)}"
+        try:
+            os.rename(self.path(name), self.path(f"bad/{target}"))
+            self.log.warn("set_aside", file=name, reason=reason, now=f"bad/{target}")
+        except OSError as e:
+            self.log.error("set_aside_failed", file=name, reason=reason, error=e)
+
+    def unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(name))
+
+    def open_file(self, name: str) -> BinaryIO:
+        fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open(fd, "rb")
+
+    def content(self, stem: str) -> BinaryIO:
+        """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
+        try:
+            file = self.open_file(stem + ".eml")
+        except FileNotFoundError:
+            raise KeyError(stem) from None
+        read_block(file)
+        return file
+
+    def load(self, stem: str) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+        try:
+            with self.open_file(stem + ".eml") as file:
+                message = first_record(file, os.fstat(file.fileno()).st_size)
+        except FileNotFoundError:
+            raise KeyError(stem) from None
+        return self.progress(stem, message)
+
+    def progress(self, stem: str, first: Message) -> Message:
+        """Return the latest readable sidecar, or the first record where there is none."""
+        for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
+            try:
+                with self.open_file(stem + end) as file:
+                    message = Message.from_json(file.read(RECORD_LIMIT))
+            except FileNotFoundError:
+                continue
+            except ValueError as e:
+                self.log.warn("record_rebuilt", stem=stem, reason=e)
+                message = first
+            message.status = status or message.status
+            return message
+        return first
+
+    def save(self, message: Message) -> None:
+        """Write a message's record, under the name that its status calls for."""
+        stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
+        name = stem + ".tmp"
+        write_file(self.path(name), message.to_json())
+        os.rename(self.path(name), self.path(stem + end))
+        if end != ".json":
+            self.unlink(stem + ".json")
+
+    def remove(self, stem: str) -> None:
+        """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
+        for end in (".eml", ".json", *DONE_NAMES.values()):
+            self.unlink(stem + end)
+
+    def size(self, stem: str) -> int:
+        """Return the octets on disk of a message's content."""
+        return os.stat(self.path(stem + ".eml")).st_size
+
+    def finished(self, stem: str, status: Status) -> tuple[float, int]:
+        """Return when a message was finished, as Unix time, and its octets on disk."""
+        return os.stat(self.path(stem + DONE_NAMES[status])).st_mtime, self.size(stem)
+
+    def probe(self) -> None:
+        """Write a little and remove it; OSError when the spool takes no writes."""
+        write_file(self.path(".probe"), b"x" * 64)
+        self.unlink(".probe")
+
+    def free(self) -> int:
+        """Return the octets that an ordinary user may still write."""
+        at = os.statvfs(self.root)
+        return at.f_bavail * at.f_frsize
+
+
+KEPT_NAMES = (".lock", ".probe", "bad", "tls")
+
+
+def sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it: os.write may stop short on a full disk."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a small private file whole."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+class FileDraft:
+    """A message on its way into the spool: write its content in blocks, then commit or abort."""
+
+    def __init__(self, spool: FileSpool, envelope: Envelope, id: str) -> None:
+        self.spool = spool
+        self.id = id
+        self.stem = stem_of(id, envelope.recipients[0])
+        self.part = f"{self.stem}.{spool.run}.part"
+        trace = trace_header(envelope, id, spool.settings.hostname)
+        self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.waiting = 0
+        self.size = 0
+        self.fd = -1
+
+    def write(self, block: bytes) -> None:
+        self.parts.append(block)
+        self.size += len(block)
+        self.waiting += len(block)
+        if self.waiting >= DRAFT_BLOCK:
+            self.send_parts()
+
+    def send_parts(self) -> None:
+        """Write what waits to the .part, which is made at the first call."""
+        if self.fd < 0:
+            day = self.stem[:10]
+            if self.spool.day != day:
+                self.spool.make_day(day)
+            self.fd = os.open(self.spool.path(self.part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        data, self.parts, self.waiting = b"".join(self.parts), [], 0
+        write_all(self.fd, data)
+
+    def commit(self) -> str:
+        """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
+        if self.fd < 0:
+            self.parts[0] = self.parts[0][:SIZE_AT] + size_text(self.size) + self.parts[0][SIZE_AT + 12:]
+            self.send_parts()
+        else:
+            self.send_parts()
+            os.pwrite(self.fd, size_text(self.size), SIZE_AT)
+        final = self.spool.path(self.stem + ".eml")
+        os.rename(self.spool.path(self.part), final)
+        if self.spool.settings.fsync:
+            self.sync(final)
+        os.close(self.fd)
+        self.fd = -1
+        return self.stem
+
+    def sync(self, final: str) -> None:
+        """Sync once: after a failed fsync the kernel may drop the pages and call the next one a success."""
+        try:
+            os.fsync(self.fd)
+        except OSError:
+            os.unlink(final)
+            raise
+
+    def abort(self) -> None:
+        """Forget the message; harmless after commit."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.spool.unlink(self.part)
+
+
+class MemorySpool:
+    """Messages in memory, for tests: the interface of FileSpool. Nothing outlives the process."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings = settings
+        self.ids = IdMaker()
+        self.contents: dict[str, bytes] = {}
+        self.records: dict[str, bytes] = {}
+
+    def open(self) -> None:
+        """Do nothing: there is nothing to lock."""
+
+    def close(self) -> None:
+        """Do nothing: the memory goes with the spool."""
+
+    def draft(self, envelope: Envelope) -> MemoryDraft:
+        return MemoryDraft(self, envelope, self.ids.next())
+
+    def names(self) -> Iterator[tuple[str, Status | None]]:
+        for stem, record in sorted(self.records.items()):
+            status = Message.from_json(record).status
+            yield stem, status if status in FINISHED else None
+
+    def content(self, stem: str) -> BinaryIO:
+        file = io.BytesIO(self.contents[stem])
+        read_block(file)
+        return file
+
+    def load(self, stem: str) -> Message:
+        return Message.from_json(self.records[stem])
+
+    def save(self, message: Message) -> None:
+        if message.stem in self.contents:
+            self.records[message.stem] = message.to_json()
+
+    def remove(self, stem: str) -> None:
+        self.contents.pop(stem, None)
+        self.records.pop(stem, None)
+
+    def size(self, stem: str) -> int:
+        return len(self.contents[stem])
+
+    def finished(self, stem: str, status: Status) -> tuple[float, int]:
+        return unix_time(self.load(stem).finished_at), self.size(stem)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Remove what is damaged: in memory there is nowhere to keep it."""
+        self.remove(name.rpartition(".")[0])
+
+    def probe(self) -> None:
+        """Do nothing: memory takes writes."""
+
+    def free(self) -> int:
+        return sys.maxsize
+
+
+class MemoryDraft:
+    """FileDraft's interface over memory."""
+
+    def __init__(self, spool: MemorySpool, envelope: Envelope, id: str) -> None:
+        self.spool = spool
+        self.id = id
+        self.stem = stem_of(id, envelope.recipients[0])
+        trace = trace_header(envelope, id, spool.settings.hostname)
+        self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.size = 0
+
+    def write(self, block: bytes) -> None:
+        self.parts.append(block)
+        self.size += len(block)
+
+    def commit(self) -> str:
+        head = self.parts[0]
+        self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
+        content = b"".join(self.parts)
+        self.spool.records[self.stem] = first_record(io.BytesIO(content), len(content)).to_json()
+        self.spool.contents[self.stem] = content
+        return self.stem
+
+    def abort(self) -> None:
+        self.parts.clear()
+
+
+Spool = Union[FileSpool, MemorySpool]
+Draft = Union[FileDraft, MemoryDraft]
+
+
+# === 08 SCHEDULER ============================================================
+#
+# Which message is tried next, and when. Each next hop has a Lane: mail that is
+# new, mail that is due again, how many workers are at it, and whether it is
+# throttled. A message that was refused for now waits for itself, in the heap. A
+# next hop that cannot be reached keeps all its mail waiting in its lane and lets
+# one probe through at a time, which costs no message an attempt. take() goes
+# round the lanes, so none holds up another; within one, the oldest goes first,
+# new and due mail in turn. Workers and the receiving half call in; one leaf lock.
+
+UNREAD = "unread"  # the lane of messages known by name only, found at start
+
+
+def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
+    """Return the seconds to wait after so many attempts: exponential, capped, with jitter."""
+    steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
+    longest = math.log(max(settings.retry_max_delay, 1e-9) / max(settings.retry_initial_delay, 1e-9))
+    delay = settings.retry_max_delay if steps >= longest else settings.retry_initial_delay * math.exp(steps)
+    return delay * rng.uniform(1 - settings.retry_jitter, 1)
+
+
+class Lane:
+    """The mail that waits for one next hop."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fresh: collections.deque[str] = collections.deque()
+        self.due: list[str] = []
+        self.turn = False
+        self.active = 0
+        self.throttled_until = 0.0
+        self.steps = 0
+        self.reason = ""
+
+    def __len__(self) -> int:
+        return len(self.fresh) + len(self.due)
+
+    def pop(self) -> str:
+        """Return the oldest stem, of new and due mail in turn."""
+        self.turn = not self.turn
+        if self.fresh and (self.turn or not self.due):
+            return self.fresh.popleft()
+        return heapq.heappop(self.due)
+
+
+class Task(NamedTuple):
+    """A message to be tried now, and the lane that it came from."""
+
+    stem: str
+    lane: str
+
+
+class Scheduler:
+    """Hands out messages as they fall due. Times are seconds of `clock`."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic,
+                 rng: random.Random | None = None) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.rng = rng or random.Random()
+        self.changed = threading.Condition(threading.Lock())
+        self.lanes: dict[str, Lane] = {}
+        self.order: collections.deque[Lane] = collections.deque()
+        self.heap: list[tuple[float, str, str]] = []
+        self.waiting: dict[str, float] = {}  # stem -> when due; 0.0 once it is in a lane
+        self.active: set[str] = set()
+        self.stopped = False
+
+    def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
+        """Queue a message. One that waits already only moves forward; one in a worker's hands stays there."""
+        with self.changed:
+            if stem not in self.active:
+                self._queue(stem, lane, delay, fresh)
+
+    def done(self, task: Task, delay: float | None = None, lane: str = "") -> None:
+        """Give a task back; with a delay, its message is queued again, in another lane if one is named."""
+        with self.changed:
+            self.active.discard(task.stem)
+            came_from = self.lanes[task.lane]
+            came_from.active -= 1
+            if delay is not None:
+                self._queue(task.stem, lane or task.lane, delay, False)
+            if not came_from and not came_from.active and not came_from.steps:
+                del self.lanes[task.lane]
+            self.changed.notify()
+
+    def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
+        if self.waiting.get(stem) == 0.0:
+            return
+        due = self.clock() + delay if delay > 0 else 0.0
+        self.waiting[stem] = due
+        if due:
+            heapq.heappush(self.heap, (due, stem, lane))
+        else:
+            self._enter(stem, lane, fresh)
+        self.changed.notify()
+
+    def _enter(self, stem: str, name: str, fresh: bool) -> None:
+        lane = self.lanes.get(name)
+        if lane is None:
+            lane = self.lanes[name] = Lane(name)
+        if not lane:
+            self.order.append(lane)
+        if fresh:
+            lane.fresh.append(stem)
+        else:
+            heapq.heappush(lane.due, stem)
+
+    def take(self, timeout: float) -> Task | None:
+        """Return the next task; None after `timeout` seconds, or when stopped."""
+        give_up = time.monotonic() + timeout
+        with self.changed:
+            while not self.stopped:
+                now = self.clock()
+                self._wake(now)
+                task = self._next(now)
+                if task:
+                    return task
+                left = min(give_up - time.monotonic(), self._quiet_for(now))
+                if give_up <= time.monotonic():
+                    return None
+                self.changed.wait(max(left, 0.001))
+        return None
+
+    def _wake(self, now: float) -> None:
+        """Move what has fallen due into its lane."""
+        while self.heap and self.heap[0][0] <= now:
+            due, stem, lane = heapq.heappop(self.heap)
+            if self.waiting.get(stem) == due:
+                self.waiting[stem] = 0.0
+                self._enter(stem, lane, False)
+
+    def _next(self, now: float) -> Task | None:
+        """Return the next message of the first lane, going round, that has one and has room."""
+        for lane in list(self.order):
+            if lane.active >= self._room(lane, now):
+                continue
+            self.order.remove(lane)
+            while lane:
+                stem = lane.pop()
+                if self.waiting.get(stem) == 0.0:  # else it was removed
+                    return self._hand_out(stem, lane)
+        return None
+
+    def _hand_out(self, stem: str, lane: Lane) -> Task:
+        if lane:
+            self.order.append(lane)
+        del self.waiting[stem]
+        self.active.add(stem)
+        lane.active += 1
+        return Task(stem, lane.name)
+
+    def _room(self, lane: Lane, now: float) -> int:
+        """Return how many workers may be at a lane: a throttled one gets a single probe when its time comes."""
+        if lane.steps:
+            return 1 if now >= lane.throttled_until else 0
+        return self.settings.workers if lane.name == UNREAD else self.settings.relay_connections
+
+    def _quiet_for(self, now: float) -> float:
+        """Return for how long nothing can fall due."""
+        times = [lane.throttled_until for lane in self.order if lane.steps and not lane.active]
+        if self.heap:
+            times.append(self.heap[0][0])
+        return max(min(times) - now, 0.0) if times else math.inf
+
+    def throttle(self, name: str, reason: str) -> float:
+        """Hold all mail for a next hop that cannot be reached; return for how many seconds."""
+        with self.changed:
+            lane = self.lanes[name]
+            now = self.clock()
+            if lane.steps and now < lane.throttled_until:
+                return lane.throttled_until - now  # one that was under way when the first one failed
+            lane.steps += 1
+            lane.reason = reason
+            delay = backoff(self.settings, lane.steps, self.rng)
+            lane.throttled_until = now + delay
+            return delay
+
+    def release(self, name: str) -> None:
+        """Let everything go: the next hop answered."""
+        with self.changed:
+            lane = self.lanes[name]
+            if lane.steps:
+                lane.steps, lane.reason = 0, ""
+                self.changed.notify_all()
+
+    def flush(self) -> None:
+        """Make everything due now, and try throttled next hops at once."""
+        with self.changed:
+            for _, stem, lane in sorted(self.heap):
+                if self.waiting.get(stem):
+                    self.waiting[stem] = 0.0
+                    self._enter(stem, lane, False)
+            self.heap.clear()
+            for entry in self.lanes.values():
+                entry.throttled_until = 0.0
+            self.changed.notify_all()
+
+    def drop(self, stem: str) -> bool:
+        """Forget a message; False when it is in a worker's hands."""
+        with self.changed:
+            self.waiting.pop(stem, None)
+            return stem not in self.active
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.active)
+
+    def oldest(self) -> str | None:
+        """Return the stem that has waited longest."""
+        with self.changed:
+            return min(itertools.chain(self.waiting, self.active), default=None)
+
+
+# === 09 DELIVERY =============================================================
+#
+# One attempt to pass a message on. A NextHop is one client connection: smtplib
+# for what it is good at, under a Wire so that every step has an absolute
+# deadline and no reply is endless. MAIL, RCPT and DATA go out in one segment
+# where PIPELINING is offered. Connections are kept for the next message.
+#
+# Whatever goes wrong is a Trouble at a stage, and `classify` is the one table
+# from (stage, answer) to whom it concerns and whether it is for good. An attempt
+# returns an Outcome for each recipient it settled, and the Outcome of the host
+# when the next hop itself is what failed: that costs the message no attempt.
+
+REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
+CONTENT_PATIENCE = 4  # RFC 5321 4.5.3.2.6 asks for much more time after the final dot than elsewhere
+CONTENT_TIME = 600.0
+REPLY_LIMIT = 64 * KIB
+TRANSCRIPT_LINES = 60
+
+LATER, NEVER = Status.RETRYING, Status.FAILED
+HOST_LATER, MESSAGE_LATER, RECIPIENT_LATER = (Scope.HOST, LATER), (Scope.MESSAGE, LATER), (Scope.RECIPIENT, LATER)
+MESSAGE_NEVER, RECIPIENT_NEVER = (Scope.MESSAGE, NEVER), (Scope.RECIPIENT, NEVER)
+# stage: (no answer, 4yz, 5yz)
+JUDGEMENTS = {
+    "connect": (HOST_LATER, HOST_LATER, HOST_LATER),
+    "greeting": (HOST_LATER, HOST_LATER, HOST_LATER),
+    "hello": (HOST_LATER, HOST_LATER, HOST_LATER),
+    "starttls": (HOST_LATER, HOST_LATER, HOST_LATER),
+    "login": (HOST_LATER, HOST_LATER, HOST_LATER),
+    "mail": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
+    "rcpt": (MESSAGE_LATER, RECIPIENT_LATER, RECIPIENT_NEVER),
+    "data": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
+    "content": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
+}
+HOST_CODES = (421, 530, 534, 535, 538)  # leaving, or wanting a login: not this message's fault
+
+
+class Trouble(Exception):
+    """The next hop did not do what was asked: at which stage, and what it said (code 0: no answer)."""
+
+    def __init__(self, stage: str, code: int, reply: str) -> None:
+        super().__init__(reply)
+        self.stage, self.code, self.reply = stage, code, reply
+
+
+def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
+    """Return what an answer at a stage means, and for whom."""
+    none, transient, permanent = JUDGEMENTS[stage]
+    scope, status = permanent if 500 <= code <= 599 else transient if 400 <= code <= 499 else none
+    if code in HOST_CODES:
+        scope, status = HOST_LATER
+    elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
+        scope, status = RECIPIENT_LATER
+    return Outcome(status, scope, code, reply, host)
+
+
+class Target(NamedTuple):
+    """A place to connect to, and on what terms."""
+
+    host: str
+    port: int
+    tls: str  # starttls, tls, opportunistic, none
+    username: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        return host_port(self.host, self.port)
+
+
+class ReplyReader:
+    """The file that smtplib reads replies from: a Wire, with a bound on the whole reply."""
+
+    def __init__(self, wire: Wire, heard: Callable[[bytes], None]) -> None:
+        self.wire = wire
+        self.heard = heard
+        self.left = REPLY_LIMIT
+
+    def readline(self, limit: int) -> bytes:
+        try:
+            line = self.wire.line(limit)
+        except PeerGone:
+            return b""
+        except LineTooLong:
+            raise OSError("reply line is too long") from None
+        self.left -= len(line)
+        if self.left < 0:
+            raise OSError("reply does not end")
+        self.heard(line)
+        return line
+
+    def close(self) -> None:
+        """Do nothing: the socket is closed by its owner."""
+
+
+class NextHop:
+    """One connection to a next hop. Trouble says what it could not do."""
+
+    def __init__(self, settings: Settings, target: Target, context: ssl.SSLContext, log: Log) -> None:
+        self.settings, self.target, self.context, self.log = settings, target, context, log
+        self.smtp = smtplib.SMTP(local_hostname=settings.hostname, timeout=settings.relay_timeout)
+        self.transcript: list[str] = []
+        self.sent = 0
+        self.idle_since = 0.0
+        self.clean = True
+
+    def open(self) -> None:
+        """Connect, say hello, start TLS and log in, as the target asks."""
+        try:
+            sock = socket.create_connection((self.target.host, self.target.port), self.settings.relay_timeout)
+        except OSError as e:
+            raise Trouble("connect", 0, f"cannot connect: {e}") from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.attach(sock)
+        if self.target.tls == "tls":
+            self.secure("connect")
+        self.expect("greeting", self.reply("greeting"), 220)
+        self.hello()
+        if self.target.tls in ("starttls", "opportunistic"):
+            self.start_tls()
+        if self.target.username:
+            self.login()
+
+    def attach(self, sock: socket.socket) -> None:
+        self.wire = Wire(sock, Deadline(self.settings.relay_timeout))
+        self.reader = ReplyReader(self.wire, self.heard)
+        self.smtp.sock = sock
+        self.smtp.file = self.reader
+
+    def secure(self, stage: str) -> None:
+        """Put TLS under the connection."""
+        try:
+            self.attach(self.context.wrap_socket(self.wire.sock, server_hostname=self.target.host))
+        except (OSError, ValueError) as e:
+            raise Trouble(stage, 0, f"TLS failed: {e}") from None
+
+    def hello(self) -> None:
+        """EHLO, or HELO to a next hop that knows no better (RFC 5321 3.2)."""
+        self.say("hello", b"EHLO %s" % self.settings.hostname.encode())
+        code, text = self.reply("hello")
+        self.smtp.esmtp_features = {}
+        if code == 250:
+            for line in text.split("\n")[1:]:
+                name, _, argument = line.partition(" ")
+                self.smtp.esmtp_features[name.lower()] = argument
+            return
+        self.say("hello", b"HELO %s" % self.settings.hostname.encode())
+        self.expect("hello", self.reply("hello"), 250)
+
+    def offers(self, extension: str) -> bool:
+        return self.smtp.has_extn(extension)
+
+    def start_tls(self) -> None:
+        """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
+        if not self.offers("starttls"):
+            if self.target.tls == "starttls":
+                raise Trouble("starttls", 0, "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it")
+            return
+        self.say("starttls", b"STARTTLS")
+        self.expect("starttls", self.reply("starttls"), 220)
+        if self.wire.start != self.wire.end:
+            raise Trouble("starttls", 0, "something was sent between STARTTLS and the handshake")
+        self.secure("starttls")
+        self.hello()
+
+    def login(self) -> None:
+        """AUTH with the mechanism that is set, or the best one offered (RFC 4954)."""
+        offered = self.smtp.esmtp_features.get("auth", "").upper().split()
+        wanted = [self.settings.relay_auth.upper()] if self.settings.relay_auth != "auto" else CLIENT_AUTH
+        mechanism = next((m for m in wanted if m in offered), None)
+        if mechanism is None:
+            raise Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
+        code, text = CLIENT_AUTH[mechanism](self)
+        self.expect("login", (code, text), 235)
+
+    def ask_secret(self, line: bytes, secret: bytes = b"") -> tuple[int, str]:
+        """Send a line of AUTH whose last part is shown nowhere; return the reply."""
+        self.say("login", line + base64.b64encode(secret), shown=line + b"***" if secret else line)
+        return self.reply("login")
+
+    def plain(self) -> tuple[int, str]:
+        return self.ask_secret(b"AUTH PLAIN ", f"\0{self.target.username}\0{self.target.password}".encode())
+
+    def auth_login(self) -> tuple[int, str]:
+        answer = self.ask_secret(b"AUTH LOGIN")
+        for secret in (self.target.username, self.target.password):
+            if answer[0] != 334:
+                break
+            answer = self.ask_secret(b"", secret.encode())
+        return answer
+
+    def cram_md5(self) -> tuple[int, str]:
+        code, text = self.ask_secret(b"AUTH CRAM-MD5")
+        if code != 334:
+            return code, text
+        try:
+            challenge = base64.b64decode(text)
+        except binascii.Error:
+            raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
+        digest = hmac.new(self.target.password.encode(), challenge, "md5").hexdigest()
+        return self.ask_secret(b"", f"{self.target.username} {digest}".encode())
+
+    def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
+        """Send command lines in one segment."""
+        for line in lines:
+            self.note("C: ", shown or line)
+        self.send(stage, b"".join(line + b"\r\n" for line in lines), Deadline(self.settings.relay_timeout))
+
+    def send(self, stage: str, data: bytes, deadline: Deadline) -> None:
+        try:
+            self.wire.sock.settimeout(deadline.left())
+            self.wire.sock.sendall(data)
+        except OSError as e:
+            raise Trouble(stage, 0, f"connection lost: {e}") from None
+
+    def heard(self, line: bytes) -> None:
+        self.note("S: ", line.rstrip(b"\r\n"))
+
+    def note(self, who: str, line: bytes) -> None:
+        """Keep a line for the transcript; the middle of a long one is lost."""
+        text = who + line[:500].decode("utf-8", "replace")
+        self.transcript.append(text)
+        if len(self.transcript) > TRANSCRIPT_LINES:
+            del self.transcript[TRANSCRIPT_LINES // 2]
+        if self.settings.debug:
+            self.log.debug("wire", host=self.target, line=text)
+
+    def reply(self, stage: str, patience: float = 1.0) -> tuple[int, str]:
+        """Return the code and text of the next reply; Trouble when there is none that parses."""
+        self.wire.deadline = Deadline(self.settings.relay_timeout * patience)
+        self.reader.left = REPLY_LIMIT
+        try:
+            code, text = self.smtp.getreply()
+        except (OSError, smtplib.SMTPException) as e:
+            raise Trouble(stage, 0, f"no answer: {e}") from None
+        if not 200 <= code <= 599:
+            raise Trouble(stage, 0, f"not a reply: {text[:100]!r}")
+        return code, text.decode("utf-8", "replace")
+
+    def expect(self, stage: str, answer: tuple[int, str], code: int) -> None:
+        if answer[0] != code:
+            raise Trouble(stage, *answer)
+
+    def refusal(self, message: Message, recipients: Sequence[Recipient]) -> Outcome | None:
+        """Return why this next hop cannot take the message at all, by what it offers."""
+        limit = self.smtp.esmtp_features.get("size", "")
+        if limit.isdigit() and 0 < int(limit) < message.size:
+            return Outcome(NEVER, Scope.MESSAGE, 552, f"message has {message.size} octets, the next hop takes {limit}", self.target.host)
+        if not all(a.isascii() for a in (message.reverse_path, *(r.address for r in recipients))) and not self.offers("smtputf8"):
+            return Outcome(NEVER, Scope.MESSAGE, 553, "an address needs SMTPUTF8, which the next hop does not offer", self.target.host)
+        return None
+
+    def commands(self, message: Message, recipients: Sequence[Recipient]) -> list[tuple[str, bytes]]:
+        """Return the lines of a transaction, with the parameters that are offered, and their stages."""
+        line = f"MAIL FROM:<{message.reverse_path}>"
+        if self.offers("size"):
+            line += f" SIZE={message.size}"
+        if self.offers("8bitmime") and "8BITMIME" in message.flags:
+            line += " BODY=8BITMIME"
+        if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
+            line += " SMTPUTF8"
+        lines = [("mail", line), *(("rcpt", f"RCPT TO:<{r.address}>") for r in recipients), ("data", "DATA")]
+        return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
+
+    def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
+        """Yield the reply to each command; with PIPELINING all are sent before the first is read."""
+        pipelined = self.offers("pipelining")
+        if pipelined:
+            self.say("mail", *(command for _, command in steps))
+        for stage, command in steps:
+            if not pipelined:
+                self.say(stage, command)
+            yield self.reply(stage)
+
+    def deliver(self, message: Message, recipients: Sequence[Recipient], content: BinaryIO) -> dict[str, Outcome]:
+        """Send one message; return an outcome for each recipient. Trouble: the connection is of no more use."""
+        refused = self.refusal(message, recipients)
+        if refused:
+            return {r.address: refused for r in recipients}
+        if not self.clean:
+            self.say("mail", b"RSET")
+            self.expect("mail", self.reply("mail"), 250)
+        self.clean = False
+        self.sent += 1
+        return self.transaction(self.converse(self.commands(message, recipients)), recipients, content)
+
+    def transaction(self, replies: Iterator[tuple[int, str]], recipients: Sequence[Recipient],
+                    content: BinaryIO) -> dict[str, Outcome]:
+        """Read the replies to a transaction, sending the content if anyone is to have it."""
+        host, outcomes = self.target.host, {}
+        code, text = next(replies)
+        refused = None if code == 250 else classify("mail", code, text, host)
+        if refused and not self.offers("pipelining"):
+            return {r.address: refused for r in recipients}
+        for r in recipients:
+            code, text = next(replies)
+            if code not in (250, 251):
+                outcomes[r.address] = classify("rcpt", code, text, host)
+        taken = [] if refused else [r for r in recipients if r.address not in outcomes]
+        if taken or self.offers("pipelining"):
+            final = self.content_outcome(next(replies), content if taken else None)
+            outcomes.update({r.address: final for r in taken})
+        return {r.address: refused for r in recipients} if refused else outcomes
+
+    def content_outcome(self, answer: tuple[int, str], content: BinaryIO | None) -> Outcome:
+        """Send the content after 354 (none when nobody is left to have it, RFC 2920 3.1), and return what it meant."""
+        code, text = answer
+        if code != 354:
+            return classify("data", code, text, self.target.host)
+        if content:
+            self.send_content(content)
+        else:
+            self.send("data", b".\r\n", Deadline(self.settings.relay_timeout))
+        code, text = self.reply("content", CONTENT_PATIENCE)
+        if code == 250:
+            self.clean = True
+            return Outcome(Status.FORWARDED, Scope.MESSAGE, code, text, self.target.host)
+        return classify("content", code, text, self.target.host)
+
+    def send_content(self, content: BinaryIO) -> None:
+        """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
+        latest, last = Deadline(CONTENT_TIME).at, b"\r\n"
+        block = content.read(64 * KIB)
+        while block:
+            following = content.read(64 * KIB)
+            data = (last[-1:] + block).replace(b"\n.", b"\n..")[1:]
+            last = (last + block)[-2:]
+            if not following:
+                data += b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"
+            self.send("data", data, Deadline(self.settings.relay_timeout, latest))
+            block = following
+
+    def close(self) -> None:
+        """Say QUIT and go; what it answers changes nothing."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.wire.sock.settimeout(1.0)
+            self.wire.sock.sendall(b"QUIT\r\n")
+        with contextlib.suppress(OSError, AttributeError):
+            self.wire.sock.close()
+
+
+CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
+    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login}
+
+
+def client_context(settings: Settings) -> ssl.SSLContext:
+    """Return the TLS terms for next hops: 1.2 or later, verified unless SMTP_RELAY_TLS_VERIFY=0."""
+    context = ssl.create_default_context(cafile=settings.relay_ca_file or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not settings.relay_tls_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+class Attempt(NamedTuple):
+    """What an attempt came to: outcomes by address, the host's trouble if any, what was said."""
+
+    outcomes: dict[str, Outcome]
+    trouble: Outcome | None
+    transcript: list[str]
+
+
+class Delivery:
+    """Makes attempts, keeping connections for reuse. Workers share it; its lock is a leaf."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings, self.log = settings, log
+        self.lock = threading.Lock()
+        self.idle: dict[Target, list[NextHop]] = {}
+        self.stopped = False
+
+    @functools.cached_property
+    def context(self) -> ssl.SSLContext:
+        return client_context(self.settings)
+
+    def lane(self) -> str:
+        """Return the name of the next hop that mail waits for."""
+        return "smarthost"
+
+    def targets(self) -> list[Target]:
+        s = self.settings
+        return [Target(host, port, s.relay_tls, s.relay_username, s.relay_password) for host, port in s.smart_hosts]
+
+    def attempt(self, message: Message, content: BinaryIO) -> Attempt:
+        """Try to pass a message on to the recipients that are still owed it."""
+        attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
+        for target in self.targets():
+            attempt = self.attempt_at(target, message, message.pending(), content)
+            if not attempt.trouble:
+                break
+        return attempt
+
+    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient], content: BinaryIO) -> Attempt:
+        """Try one target; a kept connection that has gone stale is replaced without blame."""
+        hop = self.take(target)
+        reused = hop.sent > 0
+        start = content.tell()
+        try:
+            if not reused:
+                hop.open()
+            outcomes = hop.deliver(message, recipients, content)
+        except Trouble as trouble:
+            hop.close()
+            if reused and trouble.stage == "mail" and trouble.code in (0, 421):
+                self.drop_idle(target)
+                content.seek(start)
+                return self.attempt_at(target, message, recipients, content)
+            return self.judge(trouble, hop, recipients)
+        self.give(hop)
+        host = [o for o in outcomes.values() if o.scope is Scope.HOST]
+        return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
+
+    def judge(self, trouble: Trouble, hop: NextHop, recipients: list[Recipient]) -> Attempt:
+        outcome = classify(trouble.stage, trouble.code, trouble.reply, hop.target.host)
+        if trouble.stage == "content":
+            self.log.warn("possible_duplicate", host=hop.target, reason="no answer after the content was sent")
+        if outcome.scope is Scope.HOST:
+            return Attempt({}, outcome, hop.transcript)
+        return Attempt({r.address: outcome for r in recipients}, None, hop.transcript)
+
+    def take(self, target: Target) -> NextHop:
+        """Return a kept connection, or a new one that is not open yet."""
+        with self.lock:
+            kept = self.idle.get(target)
+            hop = kept.pop() if kept else None
+        if hop and time.monotonic() - hop.idle_since < REUSE_IDLE:
+            hop.transcript = []
+            return hop
+        if hop:
+            hop.close()
+        return NextHop(self.settings, target, self.context, self.log)
+
+    def give(self, hop: NextHop) -> None:
+        """Keep a connection for the next message, unless it has done its share."""
+        hop.idle_since = time.monotonic()
+        with self.lock:
+            keep = hop.sent < REUSE_MESSAGES and not self.stopped
+            if keep:
+                self.idle.setdefault(hop.target, []).append(hop)
+        if not keep:
+            hop.close()
+
+    def drop_idle(self, target: Target | None = None, older_than: float = 0.0) -> None:
+        """Close kept connections: to one target or all, idle for longer than so many seconds."""
+        now, out = time.monotonic(), []
+        with self.lock:
+            for key in [target] if target else list(self.idle):
+                old = [h for h in self.idle.get(key, []) if now - h.idle_since >= older_than]
+                self.idle[key] = [h for h in self.idle.get(key, []) if h not in old]
+                out += old
+                if not self.idle[key]:
+                    del self.idle[key]
+        for hop in out:
+            hop.close()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.drop_idle()
+
+
+# === 10 SESSION ==============================================================
+#
+# One connection's state and rules. The loop does what is the same for every
+# command once: read a line, find the verb, check what must come first, count
+# errors, write the reply. A verb's method holds its own rule alone and returns a
+# Reply. VERBS, at the end, is the whole protocol at a glance.
+#
+# A session runs on one thread and shares only the Reception: limits, counters
+# (its lock is a leaf), and the way into the spool. The delivering half hears of
+# a new message by its stem alone, through a Link.
+
+HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
+HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Link:
+    """A pipe that carries stems from the receiving half to the delivering half.
+
+    Writes are atomic and never block: when the pipe is full, a shared counter tells the
+    reader to look through the spool instead.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+
+    def announce(self, stem: str) -> None:
+        try:
+            os.write(self.writer, stem.encode() + b"\n")
+        except BlockingIOError:
+            self.metrics.inc("rescan")
+
+    def stems(self) -> Iterator[list[str]]:
+        """Yield new stems as they come, until the writing end is closed."""
+        rest = b""
+        for block in iter(lambda: os.read(self.reader, 64 * KIB), b""):
+            *lines, rest = (rest + block).split(b"\n")
+            yield [line.decode() for line in lines]
+        os.close(self.reader)
+
+    def close(self) -> None:
+        os.close(self.writer)
+
+
+class Reception:
+    """What the sessions of this process share, and their only way into the spool."""
+
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link) -> None:
+        self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
+        self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}").wire()
+        self.lock = threading.Lock()
+        self.sessions: set[Session] = set()
+        self.clients: collections.Counter[str] = collections.Counter()
+        self.stopping = False
+        self.free_checked = (-math.inf, True)
+
+    def refusal(self, client: str) -> bool:
+        """Tell whether a client's address keeps it out."""
+        if client == "local":
+            return False
+        address = ipaddress.ip_address(client)
+        return not any(address in network for network in self.settings.allow_networks)
+
+    def enter(self, session: Session) -> bool:
+        """Count a session in; False when there are too many."""
+        limit = self.settings.max_connections_per_client
+        with self.lock:
+            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+                    or 0 < limit <= self.clients[session.client])
+            if not full:
+                self.sessions.add(session)
+                self.clients[session.client] += 1
+        self.metrics.inc("smtp_connections_refused_total" if full else "smtp_sessions_active")
+        return not full
+
+    def leave(self, session: Session) -> None:
+        with self.lock:
+            self.sessions.discard(session)
+            self.clients[session.client] -= 1
+            if not self.clients[session.client]:
+                del self.clients[session.client]
+        self.metrics.inc("smtp_sessions_active", -1)
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether the spool can take a message of so many octets."""
+        s, m = self.settings, self.metrics
+        if 0 < s.queue_size <= m.get("smtp_queue_depth"):
+            return False
+        if 0 < s.spool_max_messages <= m.get("smtp_queue_depth") or 0 < s.spool_max_size < m.get("owed_bytes") + size:
+            return False
+        return self.has_free_space()
+
+    def has_free_space(self) -> bool:
+        """Compare free space with SMTP_SPOOL_MIN_FREE, asking the file system ten times a second at most."""
+        at, enough = self.free_checked
+        now = time.monotonic()
+        if now - at > 0.1:
+            enough = self.spool.free() >= self.settings.spool_min_free
+            self.free_checked = (now, enough)
+        return enough
+
+    def take_in(self, draft: Draft, envelope: Envelope, size: int) -> None:
+        """Make a message safe, then let the delivering half know of it; OSError when it is not kept."""
+        stem = draft.commit()
+        self.metrics.inc("smtp_messages_received_total")
+        self.metrics.inc("smtp_bytes_received_total", size)
+        if "HOLD" not in envelope.flags:
+            self.metrics.inc("smtp_messages_queued_total")
+            self.metrics.inc("smtp_queue_depth")
+            self.metrics.inc("owed_bytes", size)
+        self.link.announce(stem)
+        self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
+                      size=size, client=envelope.client, helo=envelope.helo, protocol=envelope.protocol)
+
+
+class Refused(Exception):
+    """A rule was broken; `reply` says which."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+class Session:
+    """A connection from a client, from its greeting to its end (RFC 5321 3)."""
+
+    def __init__(self, reception: Reception, sock: socket.socket, client: str) -> None:
+        self.reception, self.client = reception, client
+        self.settings = reception.settings
+        self.latest = Deadline(self.settings.session_timeout).at
+        self.wire = Wire(sock, Deadline(self.settings.command_timeout, self.latest))
+        self.helo = ""
+        self.protocol = "SMTP"
+        self.envelope: Envelope | None = None
+        self.draft: Draft | None = None
+        self.content: Content | None = None
+        self.disk_error: OSError | None = None
+        self.errors = 0
+        self.over = self.quitting = self.in_content = False
+
+    # -- the loop --
+
+    def run(self) -> None:
+        """Hold the whole dialogue."""
+        try:
+            if self.greet():
+                while not self.over:
+                    self.one_command()
+            self.wire.flush()
+            if not self.quitting:
+                self.linger()
+        except PeerGone:
+            if self.reception.stopping:
+                self.last_words(STOPPING)
+        except TimeoutError:
+            self.last_words(TIMED_OUT)
+        finally:
+            self.forget()
+
+    def greet(self) -> bool:
+        """Send the 220, or why not; tell whether the dialogue goes on."""
+        if self.reception.refusal(self.client):
+            self.answer_with(NOT_ALLOWED)
+        elif spoke_early(self.wire.sock):
+            self.answer_with(TALKED_EARLY)
+        else:
+            self.wire.write(self.reception.greeting)
+            return True
+        return False
+
+    def one_command(self) -> None:
+        if self.reception.stopping:
+            self.answer_with(STOPPING)
+            self.over = True
+            return
+        self.wire.deadline = Deadline(self.settings.command_timeout, self.latest)
+        try:
+            line = self.wire.line()
+        except LineTooLong:
+            reply = LINE_TOO_LONG
+        else:
+            reply = self.reply_to(line)
+        self.answer_with(reply)
+
+    def reply_to(self, line: bytes) -> Reply:
+        """Return the reply to a command line; what is unexpected is 451, logged, and ends nothing."""
+        if self.settings.debug:
+            self.reception.log.debug("wire", client=self.client, line="C: " + line.decode("utf-8", "replace").rstrip())
+        try:
+            return self.obey(line)
+        except Refused as e:
+            return e.reply
+        except (PeerGone, TimeoutError):
+            raise
+        except Exception as e:
+            self.reception.log.bug("session_bug", e, client=self.client)
+            self.forget()
+            return INTERNAL
+
+    def obey(self, line: bytes) -> Reply:
+        """Check what every command must pass, then let its method answer."""
+        if not line.endswith(b"\r\n") or BAD_OCTETS.search(line, 0, len(line) - 2):
+            return BAD_LINE
+        name, argument = split_command(line[:-2])
+        verb = VERBS.get(name)
+        if verb is None:
+            return self.unknown(name)
+        if verb.needs_argument and not argument or verb.needs_argument is False and argument:
+            return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
+        if verb.after == "hello" and not self.helo:
+            return SEQUENCE._replace(text="Say EHLO first")
+        if verb.after == "mail" and self.envelope is None:
+            return SEQUENCE._replace(text="Say MAIL first")
+        if self.content is not None and name in ("MAIL", "RCPT", "DATA"):
+            return SEQUENCE._replace(text="Only BDAT may follow BDAT")
+        return verb.method(self, argument)
+
+    def unknown(self, name: str) -> Reply:
+        if name in HTTP_VERBS:
+            self.over = True
+            return NOT_SMTP
+        return UNKNOWN_COMMAND
+
+    def answer_with(self, reply: Reply) -> None:
+        """Write a reply, counting refusals; too many end the session."""
+        if reply.code >= 400:
+            self.reception.metrics.inc("smtp_messages_rejected_total", 1, str(reply.code))
+            self.reception.log.info("refused", client=self.client, reply=reply)
+            if reply.code >= 500:
+                self.errors += 1
+            if self.errors > self.settings.max_errors:
+                reply, self.over = TOO_MANY_ERRORS, True
+        if self.settings.debug:
+            self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
+        self.wire.write(reply.wire())
+
+    def last_words(self, reply: Reply) -> None:
+        """Say why we leave, to a peer that may no longer listen."""
+        self.wire.deadline = Deadline(1.0)
+        with contextlib.suppress(PeerGone, TimeoutError):
+            self.answer_with(reply)
+            self.wire.flush()
+
+    def linger(self) -> None:
+        """Read what is still coming for a moment: closing on unread data would destroy our last reply."""
+        self.wire.deadline = Deadline(1.0)
+        with contextlib.suppress(PeerGone, TimeoutError, OSError):
+            self.wire.sock.shutdown(socket.SHUT_WR)
+            for _ in range(1000):
+                self.wire.start = self.wire.end = 0
+                self.wire.fill()
+
+    def interrupt(self) -> None:
+        """Wake a session that waits for a command, from another thread: its next read finds the end."""
+        with contextlib.suppress(OSError):
+            self.wire.sock.shutdown(socket.SHUT_RD)
+
+    def forget(self) -> None:
+        """Drop the transaction (RFC 5321 4.1.1.5)."""
+        if self.draft:
+            self.draft.abort()
+        self.envelope = self.draft = self.content = self.disk_error = None
+
+    # -- hello, and commands that change nothing --
+
+    def helo_(self, argument: bytes) -> Reply:
+        self.say_hello(argument, "SMTP")
+        return Reply(250, "", self.settings.hostname)
+
+    def ehlo(self, argument: bytes) -> Reply:
+        self.say_hello(argument, "ESMTP")
+        return Reply(250, "", "\n".join([f"{self.settings.hostname} greets {self.helo}", *self.extensions()]))
+
+    def say_hello(self, argument: bytes, protocol: str) -> None:
+        name = argument.decode("latin-1")
+        if not HELO_NAME.fullmatch(name):
+            raise Refused(BAD_ARGUMENT._replace(text="Expected a domain or an address literal"))
+        self.forget()
+        self.helo, self.protocol = name, protocol
+
+    def extensions(self) -> list[str]:
+        return [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
+                "ENHANCEDSTATUSCODES", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
+
+    def rset(self, argument: bytes) -> Reply:
+        self.forget()
+        return OK
+
+    def noop(self, argument: bytes) -> Reply:
+        return OK
+
+    def quit(self, argument: bytes) -> Reply:
+        self.over = self.quitting = True
+        return BYE
+
+    def vrfy(self, argument: bytes) -> Reply:
+        return CANNOT_VERIFY
+
+    def expn(self, argument: bytes) -> Reply:
+        return NOT_IMPLEMENTED._replace(text="There are no lists here")
+
+    def help(self, argument: bytes) -> Reply:
+        lines = [verb.syntax for verb in VERBS.values()]
+        return Reply(214, "2.0.0", "\n".join(["Commands:", *lines]))
+
+    # -- the transaction --
+
+    def mail(self, argument: bytes) -> Reply:
+        """MAIL FROM (RFC 5321 4.1.1.2): parameters are those of RFC 1870, 6152, 6531."""
+        if self.envelope is not None:
+            return SEQUENCE._replace(text="A transaction is open already")
+        address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
+        flags = [MAIL_PARAMETERS[name](self, value) for name, value in known(parameters, MAIL_PARAMETERS)]
+        if not address.isascii() and "SMTPUTF8" not in flags:
+            return NEED_SMTPUTF8
+        if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
+            return SPOOL_FULL
+        if self.settings.delivery == "hold":
+            flags.append("HOLD")
+        protocol = "UTF8" + self.protocol.replace("ESMTP", "SMTP") if "SMTPUTF8" in flags else self.protocol
+        self.envelope = Envelope(address, self.client, self.helo, protocol, "", tuple(f for f in flags if f))
+        return SENDER_OK
+
+    @staticmethod
+    def read_path(argument: bytes, prefix: bytes, bad: Reply) -> tuple[str, dict[str, str]]:
+        """Parse FROM:<path> or TO:<path> with parameters."""
+        if argument[:len(prefix)].upper() != prefix:
+            raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
+        try:
+            address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"))
+        except ValueError as e:
+            raise Refused(bad._replace(text=f"{bad.text}: {e}")) from None
+        try:
+            return address, parse_parameters(rest)
+        except ValueError as e:
+            raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
+
+    def size_parameter(self, value: str) -> str:
+        if not value.isdigit() or not value.isascii() or len(value) > 20:
+            raise Refused(BAD_ARGUMENT._replace(text="SIZE takes a number of octets"))
+        if int(value) > self.settings.max_size:
+            raise Refused(TOO_BIG)
+        return ""
+
+    def body_parameter(self, value: str) -> str:
+        if value.upper() not in ("7BIT", "8BITMIME"):
+            raise Refused(BAD_ARGUMENT._replace(text="BODY is 7BIT or 8BITMIME"))
+        return "8BITMIME" if value.upper() == "8BITMIME" else ""
+
+    def utf8_parameter(self, value: str) -> str:
+        if value:
+            raise Refused(BAD_ARGUMENT._replace(text="SMTPUTF8 takes no value"))
+        return "SMTPUTF8"
+
+    def rcpt(self, argument: bytes) -> Reply:
+        """RCPT TO (RFC 5321 4.1.1.3)."""
+        envelope = self.envelope
+        assert envelope is not None
+        address, parameters = self.read_path(argument, b"TO:", BAD_RECIPIENT)
+        if parameters:
+            return BAD_PARAMETER._replace(text=f"Unknown parameter {next(iter(parameters))}")
+        if not address:
+            return BAD_RECIPIENT
+        if not address.isascii() and "SMTPUTF8" not in envelope.flags:
+            return NEED_SMTPUTF8
+        if len(envelope.recipients) >= self.settings.max_recipients:
+            return TOO_MANY_RECIPIENTS
+        if address not in envelope.recipients:
+            envelope.recipients.append(address)
+        return RECIPIENT_OK
+
+    def data(self, argument: bytes) -> Reply:
+        """DATA (RFC 5321 4.1.1.4)."""
+        if self.envelope is None or not self.envelope.recipients:
+            return NO_RECIPIENTS
+        content = self.begin_content(self.envelope)
+        self.wire.write(GO_AHEAD.wire())
+        self.read(read_data, content)
+        return self.end_content(content)
+
+    def bdat(self, argument: bytes) -> Reply:
+        """BDAT (RFC 3030): its octets are read whatever the answer, to stay in step."""
+        match = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
+        if not match:
+            return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
+        refused = self.bdat_refusal()
+        content = self.content or (Content(discard, 0) if refused else self.begin_content(self.envelope or Envelope("")))
+        self.read(read_chunk, content, int(match[1]))
+        fault = refused or self.content_fault(content)
+        if fault:
+            self.forget()
+            return fault
+        return self.end_content(content) if match[2] else CHUNK_OK
+
+    def bdat_refusal(self) -> Reply | None:
+        if self.envelope is None:
+            return SEQUENCE._replace(text="Say MAIL first")
+        return None if self.envelope.recipients else NO_RECIPIENTS
+
+    def begin_content(self, envelope: Envelope) -> Content:
+        self.draft = self.reception.spool.draft(envelope)
+        self.content = Content(self.keep, self.settings.max_size)
+        return self.content
+
+    def read(self, reader: Callable[..., None], content: Content, *more: int) -> None:
+        """Read content under its own deadline."""
+        self.wire.deadline = Deadline(self.settings.data_timeout, self.latest)
+        self.in_content = True
+        try:
+            reader(self.wire, content, *more)
+        finally:
+            self.in_content = False
+            self.wire.shrink()
+
+    def keep(self, block: bytes) -> None:
+        """Write a block to the draft; a disk that fails must not put the session out of step."""
+        if self.draft and not self.disk_error:
+            try:
+                self.draft.write(block)
+            except OSError as e:
+                self.disk_error = e
+
+    def content_fault(self, content: Content) -> Reply | None:
+        """Return why the content read so far will not be taken, if so."""
+        if self.disk_error:
+            self.reception.log.error("spool_error", client=self.client, error=self.disk_error)
+            return SPOOL_FULL if self.disk_error.errno in DISK_FULL else INTERNAL
+        return content.fault()
+
+    def end_content(self, content: Content) -> Reply:
+        """Judge the whole content, make it safe, and say so."""
+        content.finish()
+        fault = self.content_fault(content)
+        draft, envelope = self.draft, self.envelope
+        if not fault and draft and envelope:
+            try:
+                self.reception.take_in(draft, envelope, content.size)
+            except OSError as e:
+                self.disk_error = e
+                fault = self.content_fault(content)
+        self.forget()
+        return fault or OK._replace(text=f"Ok: queued as {draft.id if draft else ''}")
+
+
+class Verb(NamedTuple):
+    """A command: its method, what must come first, whether it needs an argument (None: as you like), its syntax."""
+
+    method: Callable[[Session, bytes], Reply]
+    after: str
+    needs_argument: bool | None
+    syntax: str
+
+
+VERBS: dict[str, Verb] = {
+    "HELO": Verb(Session.helo_, "", True, "HELO domain"),
+    "EHLO": Verb(Session.ehlo, "", True, "EHLO domain"),
+    "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
+    "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address>"),
+    "DATA": Verb(Session.data, "mail", False, "DATA"),
+    "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]"),
+    "RSET": Verb(Session.rset, "", False, "RSET"),
+    "NOOP": Verb(Session.noop, "", None, "NOOP [text]"),
+    "QUIT": Verb(Session.quit, "", False, "QUIT"),
+    "VRFY": Verb(Session.vrfy, "", True, "VRFY text"),
+    "EXPN": Verb(Session.expn, "", True, "EXPN text"),
+    "HELP": Verb(Session.help, "", None, "HELP [text]"),
+}
+MAIL_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
+    "SIZE": Session.size_parameter, "BODY": Session.body_parameter, "SMTPUTF8": Session.utf8_parameter}
+
+
+def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the parameters; one that is not in the table is 555 (RFC 5321 4.1.1.11)."""
+    for name, value in parameters.items():
+        if name not in table:
+            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
+        yield name, value
+
+
+def spoke_early(sock: socket.socket) -> bool:
+    """Tell whether the client has sent something before it was greeted."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
+def discard(block: bytes) -> None:
+    """Take a block of content that nobody wants."""
+
+
+# === 11 LISTENER =============================================================
+#
+# Where connections come from and how they end. A Listener is a socketserver over
+# a socket that is bound already; it hands connections to threads that wait for
+# them, since waking one costs a fifth of starting one. Receiving is the whole
+# receiving half of the program: one accept thread a listener, one thread a
+# session.
+
+SESSION_STACK = 256 * KIB
+THREAD_IDLE = 10.0
+BACKLOG = 1024
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+STOP_PATIENCE = 8.0
+
+
+class SessionThreads:
+    """Threads that wait for the next connection for a while before they end."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.idle = 0
+
+    def give(self, job: Callable[[], None]) -> None:
+        """Run a job on a waiting thread, or on a new one; RuntimeError when none can be started."""
+        with self.lock:
+            waiting = self.idle > 0
+            self.idle -= waiting
+        if waiting:
+            self.jobs.put(job)
+        else:
+            threading.Thread(target=self.work, args=(job,), name="session", daemon=True).start()
+
+    def work(self, job: Callable[[], None] | None) -> None:
+        while job:
+            job()
+            job = None  # it holds the connection
+            with self.lock:
+                self.idle += 1
+            job = self.next_job()
+
+    def close(self) -> None:
+        """End the threads that wait."""
+        with self.lock:
+            waiting, self.idle = self.idle, 0
+        for _ in range(waiting):
+            self.jobs.put(None)
+
+    def next_job(self) -> Callable[[], None] | None:
+        while True:
+            try:
+                return self.jobs.get(timeout=THREAD_IDLE)
+            except queue.Empty:
+                with self.lock:
+                    if self.idle:
+                        self.idle -= 1
+                        return None  # else one is on its way to us
+
+
+class Listener(socketserver.ThreadingTCPServer):
+    """Accepts connections on one bound socket."""
+
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, reception: Reception, threads: SessionThreads) -> None:
+        super().__init__(("", 0), SessionHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        self.reception = reception
+        self.threads = threads
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
+        try:
+            sock, address = self.socket.accept()
+        except OSError as e:
+            if e.errno in EXHAUSTED:
+                self.reception.log.error("accept_failed", error=e)
+                time.sleep(0.1)
+            raise
+        self.reception.metrics.inc("smtp_connections_total")
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, client_name(sock.family, address)
+
+    def service_actions(self) -> None:
+        self.reception.metrics.set("alive", time.monotonic())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        session = Session(self.reception, request, client_address)
+        if self.reception.stopping or not self.reception.enter(session):
+            self.turn_away(request)
+            return
+        try:
+            self.threads.give(functools.partial(self.hold, session))
+        except RuntimeError as e:  # no thread to be had
+            self.reception.log.error("session_not_started", error=e)
+            self.reception.leave(session)
+            self.turn_away(request)
+
+    def turn_away(self, request: socket.socket) -> None:
+        """Send 421 to one connection too many, without waiting for it."""
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            request.send(TOO_MANY_SESSIONS.wire())
+        self.shutdown_request(request)
+
+    def hold(self, session: Session) -> None:
+        """Run a session to its end on the thread of the caller."""
+        try:
+            self.finish_request(session.wire.sock, session)
+        except Exception as e:
+            self.reception.log.bug("session_bug", e, client=session.client)
+            session.last_words(INTERNAL._replace(code=421))
+        finally:
+            self.shutdown_request(session.wire.sock)
+            self.reception.leave(session)
+
+
+class SessionHandler(socketserver.BaseRequestHandler):
+    """Joins socketserver and Session: the listener passes the session as the client's address."""
+
+    def handle(self) -> None:
+        self.client_address.run()
+
+
+class Receiving:
+    """The receiving half: its listeners and the sessions they serve."""
+
+    def __init__(self, reception: Reception, sockets: Iterable[socket.socket]) -> None:
+        self.reception = reception
+        self.threads = SessionThreads()
+        self.listeners = [Listener(sock, reception, self.threads) for sock in sockets]
+
+    def start(self) -> None:
+        for listener in self.listeners:
+            threading.Thread(target=listener.serve_forever, name="accept", daemon=True).start()
+
+    def stop(self, patience: float = STOP_PATIENCE) -> None:
+        """Stop accepting, end idle sessions, and give those in the middle of a message some time."""
+        self.reception.stopping = True
+        for listener in self.listeners:
+            stop_server(listener)
+        end = time.monotonic() + patience
+        while self.reception.sessions and time.monotonic() < end:
+            for session in list(self.reception.sessions):
+                if not session.in_content:
+                    session.interrupt()
+            time.sleep(0.002)
+        self.threads.close()
+
+
+    def reload(self) -> None:
+        """Nothing here is reread yet."""
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+
+def stop_server(server: socketserver.TCPServer) -> None:
+    """Stop a server's loop at once: a connection of our own wakes it."""
+    stopper = threading.Thread(target=server.shutdown)
+    stopper.start()
+    with contextlib.suppress(OSError), socket.socket(server.socket.family) as wake:
+        wake.settimeout(0.2)
+        wake.connect(server.socket.getsockname())
+    stopper.join()
+    server.server_close()
+
+
+def client_name(family: int, address: Any) -> str:
+    """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
+    if family == socket.AF_UNIX:
+        return "local"
+    host = str(address[0]).partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") else host
+
+
+def bind(address: Address) -> socket.socket:
+    """Return a listening socket; OSError names the address."""
+    family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if address.path:
+            remove_stale(address.path)
+            sock.bind(address.path)
+            os.chmod(address.path, 0o666)  # as open as a loopback port
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address.host, address.port))
+        sock.listen(BACKLOG)
+    except OSError as e:
+        sock.close()
+        raise OSError(e.errno, f"cannot listen on {address}: {e.strerror}") from None
+    return sock
+
+
+def remove_stale(path: str) -> None:
+    """Remove the socket that a relay which is gone has left; OSError when one still answers there."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError(errno.EADDRINUSE, "Address already in use")
+            os.unlink(path)
+
+
+def bind_all(addresses: Sequence[Address], log: Log) -> list[socket.socket]:
+    """Bind every address; port 0 is the same free port on both families, and a machine without IPv6 is fine."""
+    bound: list[socket.socket] = []
+    chosen = 0
+    for address in addresses:
+        if address.port == 0 and not address.path and address.host in ("::1", "::"):
+            address = address._replace(port=chosen)
+        try:
+            bound.append(bind(address))
+        except OSError as e:
+            if not (bound and ":" in address.host and e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
+                close_all(bound)
+                raise
+            log.warn("no_ipv6", address=address, error=e)
+        else:
+            chosen = 0 if address.path else bound[-1].getsockname()[1]
+    return bound
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def socket_text(sock: socket.socket) -> str:
+    """Return where a socket listens, as a user would write it."""
+    name = sock.getsockname()
+    return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
+
+
+# === 12 HTTP =================================================================
+#
+# Health and metrics over http.server. ROUTES is the table of what there is; a
+# route's function takes the request and returns an Answer. Requests run on their
+# own threads and only read what the other chapters offer.
+
+HTTP_TIMEOUT = 30
+
+
+class Answer(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    body: bytes
+    kind: str = "text/plain; charset=utf-8"
+
+
+def json_answer(status: int, value: object) -> Answer:
+    return Answer(status, json.dumps(value, indent=1, default=str).encode() + b"\n", "application/json")
+
+
+class Request(NamedTuple):
+    """What a route needs to know of a request."""
+
+    backstage: Backstage
+    query: dict[str, str]
+    accept: str
+
+
+def health(request: Request) -> Answer:
+    """200 when everything works, else 503 and why."""
+    parts = request.backstage.health()
+    status = 200 if all(v == "ok" for v in parts.values()) else 503
+    if "verbose" in request.query or "application/json" in request.accept:
+        return json_answer(status, {"status": "ok" if status == 200 else "unavailable", **parts})
+    wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
+    return Answer(status, (wrong or "OK").encode() + b"\n")
+
+
+def alive(request: Request) -> Answer:
+    return Answer(200, b"OK\n")
+
+
+def metrics(request: Request) -> Answer:
+    """Counters: expvar JSON, or Prometheus text for who asks for it."""
+    shown = request.backstage.measured()
+    wants = request.query.get("format") or ("prometheus" if re.search("text/plain|openmetrics", request.accept) else "")
+    if wants == "prometheus":
+        return Answer(200, prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return json_answer(200, expvar(shown))
+
+
+ROUTES: dict[tuple[str, str], Callable[[Request], Answer]] = {
+    ("GET", "/healthz"): health,
+    ("GET", "/health"): health,
+    ("GET", "/readyz"): health,
+    ("GET", "/livez"): alive,
+    ("GET", "/metrics"): metrics,
+    ("GET", "/debug/vars"): metrics,
+}
+
+
+class HttpHandler(http.server.BaseHTTPRequestHandler):
+    """Finds the route of a request and sends its answer."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = f"smtprelay/{__version__}"
+    timeout = HTTP_TIMEOUT
+    server: HttpServer
+
+    def do_GET(self) -> None:
+        self.send_answer(self.route("GET"))
+
+    def do_HEAD(self) -> None:
+        self.send_answer(self.route("GET"), with_body=False)
+
+    def route(self, method: str) -> Answer:
+        url = urllib.parse.urlsplit(self.path)
+        action = ROUTES.get((method, url.path))
+        if action is None:
+            return Answer(404, b"Not found\n")
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        try:
+            return action(Request(self.server.backstage, query, self.headers.get("Accept", "")))
+        except Exception as e:
+            self.server.backstage.log.bug("http_bug", e, path=self.path)
+            return Answer(500, b"Internal error\n")
+
+    def send_answer(self, answer: Answer, with_body: bool = True) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.kind)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(answer.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        self.server.backstage.log.debug("http", client=self.client_address[0], request=format % args)
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """Serves HTTP on a socket that is bound already."""
+
+    def __init__(self, sock: socket.socket, backstage: Backstage) -> None:
+        super().__init__(("", 0), HttpHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        self.backstage = backstage
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
+# === 13 RELAY ================================================================
+#
+# Joins the parts. Delivering is the delivering half: it takes in the stems that
+# the Link brings and those it finds in the spool, and its workers move messages
+# through their lives. Supervisor runs both halves as processes of their own,
+# made by fork before there are threads, and makes a half that died anew; the
+# lock, the listening sockets, the Link and the counters are the supervisor's, so
+# a half that is remade finds all as it was. Relay runs both as threads.
+#
+# Threads here: reader (Link), finder (spool), workers, sweeper.
+
+SWEEP_EVERY = 1.0
+Again = Optional[tuple[float, str]]  # seconds until a message is tried again, in which lane ("": its own); or never
+
+
+class Delivering:
+    """The delivering half: scheduler, workers, records."""
+
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
+                 http: Sequence[socket.socket] = ()) -> None:
+        self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
+        self.scheduler = Scheduler(settings)
+        self.delivery = Delivery(settings, log)
+        self.web = [HttpServer(sock, Backstage(self)) for sock in http]
+        self.threads: list[threading.Thread] = []
+        self.rescans = 0.0
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
+        self.held: dict[str, tuple[float, int]] = {}
+        self.on_shelf = 0
+
+    def start(self) -> None:
+        """Start the threads; what the spool holds is found in the background."""
+        self.rescans = self.metrics.get("rescan")
+        jobs = [("reader", self.read_link), ("finder", self.find), ("sweeper", self.sweep)]
+        jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
+        jobs += [("http", server.serve_forever) for server in self.web]
+        self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self, patience: float = STOP_PATIENCE) -> None:
+        """Let workers finish what they have in hand."""
+        self.stopping.set()
+        self.scheduler.stop()
+        for server in self.web:
+            stop_server(server)
+        end = time.monotonic() + patience
+        for thread in self.threads:
+            if thread.name.startswith(("worker", "sweeper")):
+                thread.join(max(0.0, end - time.monotonic()))
+        self.delivery.stop()
+
+    # -- what comes in --
+
+    def read_link(self) -> None:
+        for stems in self.link.stems():
+            for stem in stems:
+                try:
+                    self.take_in(stem)
+                except Exception as e:
+                    self.log.bug("intake_bug", e, stem=stem)
+
+    def take_in(self, stem: str) -> None:
+        """Take a message that has just been received."""
+        if self.settings.delivery == "relay":
+            self.scheduler.put(stem, self.delivery.lane(), fresh=True)
+            self.metrics.inc("heard")
+            self.show_depth()
+        else:
+            self.hold(self.spool.load(stem))
+        self.make_room()
+
+    def show_depth(self) -> None:
+        """Publish how many messages are owed; those on their way through the Link are counted apart."""
+        self.metrics.set("smtp_queue_depth", len(self.scheduler) - self.metrics.own("heard"))
+
+    def find(self) -> None:
+        """Queue what the spool holds, by name only: workers read the records."""
+        found = 0
+        for stem, done in self.spool.names():
+            if done is None:
+                self.scheduler.put(stem, UNREAD)
+                found += 1
+            else:
+                with contextlib.suppress(OSError, KeyError):
+                    self.shelve(self.finished, stem, *self.spool.finished(stem, done))
+        self.show_depth()
+        if found:
+            self.log.info("queue_found", messages=found)
+
+    # -- what is kept --
+
+    def hold(self, message: Message) -> None:
+        """Keep a message until someone releases it."""
+        if message.status is not Status.HELD:
+            message.move(Status.HELD)
+        self.spool.save(message)
+        self.shelve(self.held, message.stem, time.time(), message.size)
+
+    def shelve(self, shelf: dict[str, tuple[float, int]], stem: str, at: float, size: int) -> None:
+        """Note a message that nobody is owed, with its time and size, to be removed when it must go."""
+        with self.lock:
+            if stem not in shelf:
+                shelf[stem] = (at, size)
+                self.on_shelf += size
+
+    def make_room(self) -> None:
+        """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
+        with self.lock:
+            over = self.past_keep() + self.past_limits()
+        for stem in over:
+            self.spool.remove(stem)
+            self.log.info("removed", stem=stem)
+
+    def past_keep(self) -> list[str]:
+        oldest = time.time() - self.settings.keep
+        over = []
+        while self.finished and next(iter(self.finished.values()))[0] < oldest:
+            over.append(next(iter(self.finished)))
+            self.on_shelf -= self.finished.pop(over[-1])[1]
+        return over
+
+    def past_limits(self) -> list[str]:
+        """Take from the shelf, finished messages first, until the spool is within its limits."""
+        s, over = self.settings, []
+        owed, octets = len(self.scheduler), self.metrics.get("owed_bytes")
+        shelves: list[dict[str, tuple[float, int]]] = [self.finished]
+        if s.delivery == "hold":
+            shelves.append(self.held)
+        for shelf in shelves:
+            while shelf and (0 < s.spool_max_messages < owed + len(self.finished) + len(self.held)
+                             or 0 < s.spool_max_size < octets + self.on_shelf):
+                over.append(next(iter(shelf)))
+                self.on_shelf -= shelf.pop(over[-1])[1]
+        return over
+
+    # -- workers --
+
+    def work(self) -> None:
+        while not self.stopping.is_set():
+            task = self.scheduler.take(5.0)
+            if task:
+                self.work_at(task)
+
+    def work_at(self, task: Task) -> None:
+        """Do one task, come what may: a message that makes us stumble waits and is tried again."""
+        again: Again = (self.settings.retry_max_delay, "")
+        try:
+            again = self.read_task(task) if task.lane == UNREAD else self.deliver(task)
+        except KeyError:
+            again = None  # removed while it waited
+        except SpoolError as e:
+            again = None
+            self.spool.set_aside(task.stem + ".eml", str(e))
+        except Exception as e:
+            self.log.bug("delivery_bug", e, stem=task.stem)
+        finally:
+            self.scheduler.done(task, *(again or ()))
+            self.show_depth()
+
+    def read_task(self, task: Task) -> Again:
+        """Read a message known by name, and say when and where it is due."""
+        message = self.spool.load(task.stem)
+        if message.status is Status.HELD:
+            self.hold(message)
+            return None
+        self.metrics.inc("owed_bytes", message.size)
+        wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
+        return min(max(wait, 0.0), self.settings.retry_max_delay), self.delivery.lane()
+
+    def deliver(self, task: Task) -> Again:
+        """Make one attempt; return when to try again, or None when the message is finished."""
+        message = self.spool.load(task.stem)
+        if self.is_too_old(message):
+            self.metrics.inc("smtp_messages_expired_total")
+            return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds")
+        message.move(Status.FORWARDING)
+        started = time.monotonic()
+        with self.spool.content(task.stem) as content:
+            attempt = self.delivery.attempt(message, content)
+        self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
+        if attempt.trouble:
+            return self.host_trouble(message, task, attempt.trouble)
+        self.scheduler.release(task.lane)
+        message.attempts += 1
+        return self.settle(message, attempt)
+
+    def is_too_old(self, message: Message) -> bool:
+        return time.time() - id_micros(message.id) / 1e6 > self.settings.retry_max_age
+
+    def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
+        """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
+        self.metrics.inc("smtp_delivery_failures_total")
+        if not self.settings.retry:
+            return self.give_up(message, str(trouble))
+        delay = self.scheduler.throttle(task.lane, str(trouble))
+        self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
+        self.postpone(message, str(trouble), delay)
+        return 0.0, ""
+
+    def settle(self, message: Message, attempt: Attempt) -> Again:
+        """Enter an attempt's outcomes into the record."""
+        for r in message.pending():
+            outcome = attempt.outcomes.get(r.address)
+            if outcome:
+                r.status, r.code, r.reply, r.host = outcome.status, outcome.code, outcome.reply, outcome.host
+        pending = message.pending()
+        worst = next((o for o in attempt.outcomes.values() if o.status is not Status.FORWARDED), None)
+        if worst:
+            self.metrics.inc("smtp_delivery_failures_total")
+            message.last_error = str(worst)
+        if not pending:
+            return self.finish(message)
+        limit = self.settings.retry_max_attempts
+        if not self.settings.retry or 0 < limit <= message.attempts:
+            return self.give_up(message, f"{message.last_error} (attempt {message.attempts} was the last)")
+        took_some = any(o.status is Status.FORWARDED for o in attempt.outcomes.values())
+        hurry = took_some and any(r.code in (452, 552) for r in pending)  # RFC 5321 4.5.3.1.10: in portions
+        delay = 0.0 if hurry else backoff(self.settings, message.attempts, self.scheduler.rng)
+        self.postpone(message, message.last_error, delay)
+        return delay, ""
+
+    def postpone(self, message: Message, reason: str, delay: float) -> None:
+        """Write down that a message is to be tried again after so many seconds."""
+        message.last_error = reason
+        message.next_attempt_at = iso_time(time.time() + delay)
+        message.move(Status.RETRYING, reason)
+        self.spool.save(message)
+        self.metrics.inc("smtp_messages_deferred_total")
+        self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
+
+    def give_up(self, message: Message, reason: str) -> Again:
+        """Fail whoever is still owed the message; like finish, it leaves nothing to be queued."""
+        for r in message.pending():
+            r.status, r.reply = Status.FAILED, r.reply or reason
+        message.last_error = reason
+        return self.finish(message)
+
+    def finish(self, message: Message) -> Again:
+        """Write down that nobody is owed a message any more."""
+        failed = any(r.status is Status.FAILED for r in message.recipients)
+        status = Status.FAILED if failed else Status.FORWARDED
+        message.move(status, message.last_error if failed else "")
+        self.spool.save(message)
+        self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
+        self.metrics.inc("owed_bytes", -message.size)
+        self.shelve(self.finished, message.stem, time.time(), message.size)
+        last = message.recipients[-1]
+        self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
+        return None
+
+    # -- what goes on beside --
+
+    def sweep(self) -> None:
+        """Close idle connections, make room, look through the spool when the Link overflowed."""
+        while not self.stopping.wait(SWEEP_EVERY):
+            try:
+                self.delivery.drop_idle(older_than=REUSE_IDLE)
+                self.make_room()
+                missed = self.metrics.get("rescan")
+                if missed != self.rescans:
+                    self.rescans = missed
+                    self.find()
+            except Exception as e:
+                self.log.bug("sweep_bug", e)
+
+    def flush(self) -> None:
+        """Try everything now."""
+        self.scheduler.flush()
+
+    def reload(self) -> None:
+        """Nothing here is reread: the log reopens itself when its file is moved away."""
+
+
+class Backstage:
+    """What HTTP shows of a relay."""
+
+    def __init__(self, delivering: Delivering) -> None:
+        self.delivering = delivering
+        self.settings, self.log = delivering.settings, delivering.log
+
+    def health(self) -> dict[str, str]:
+        """Return each part and "ok", or what is wrong with it."""
+        return {"listeners": self.listener_trouble() or "ok", "workers": self.worker_trouble() or "ok",
+                "spool": self.spool_trouble() or "ok"}
+
+    def listener_trouble(self) -> str:
+        ages = [time.monotonic() - beat for beat in self.delivering.metrics.each("alive") if beat]
+        return "" if ages and max(ages) < 5 else "no sign of life from the listeners"
+
+    def worker_trouble(self) -> str:
+        dead = [t.name for t in self.delivering.threads if t.name.startswith("worker") and not t.is_alive()]
+        return f"dead: {', '.join(dead)}" if dead else ""
+
+    def spool_trouble(self) -> str:
+        try:
+            self.delivering.spool.probe()
+            short = self.delivering.spool.free() < self.settings.spool_min_free
+        except OSError as e:
+            return f"cannot write: {e.strerror}"
+        return "less free space than SMTP_SPOOL_MIN_FREE" if short else ""
+
+    def measured(self) -> Metrics:
+        """Return the counters with the gauges that are read on demand brought up to date."""
+        m, d = self.delivering.metrics, self.delivering
+        oldest = d.scheduler.oldest()
+        m.set("smtp_queue_oldest_age_seconds", max(0.0, time.time() - id_micros(oldest[11:]) / 1e6) if oldest else 0)
+        m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
+        m.set("smtp_build_info", 1, __version__)
+        with contextlib.suppress(OSError):
+            m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
+        return m
+
+
+DELIVERING_ROW, RECEIVING_ROW = 0, 1  # who writes which row of the counters
+
+
+class Parts:
+    """What both halves are made from: it outlives a half that has to be made anew."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings, self.log = settings, log
+        self.spool = MemorySpool(settings, log) if settings.storage == "memory" else FileSpool(settings, log)
+        self.metrics = Metrics(rows=RECEIVING_ROW + 1)
+        self.metrics.set("started", time.monotonic())
+        self.smtp: list[socket.socket] = []
+        self.http: list[socket.socket] = []
+
+    def open(self) -> None:
+        """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
+        self.spool.open()
+        try:
+            self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+        except OSError:
+            self.close()
+            raise
+        self.link = Link(self.metrics)
+
+    def close(self) -> None:
+        close_all([*self.smtp, *self.http])
+        for address in self.settings.port:
+            if address.path:
+                with contextlib.suppress(OSError):
+                    os.unlink(address.path)
+        self.spool.close()
+
+    def receiving(self) -> Receiving:
+        metrics = self.metrics.row(RECEIVING_ROW)
+        return Receiving(Reception(self.settings, self.spool, metrics, self.log, self.link), self.smtp)
+
+    def delivering(self) -> Delivering:
+        return Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link, self.http)
+
+
+def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
+    """Return the sockets that systemd passed under a FileDescriptorName (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    found = []
+    for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
+        is_http = i < len(names) and names[i] == "http"
+        if is_http == (name == "http"):
+            found.append(socket.socket(fileno=first + i))
+    return found
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd of a change of state (sd_notify(3)); without systemd do nothing."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+class Relay:
+    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.parts = Parts(settings, log)
+
+    def start(self) -> Relay:
+        self.parts.open()
+        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.delivering.start()
+        self.receiving.start()
+        return self
+
+    def stop(self) -> None:
+        self.receiving.stop()
+        self.parts.link.close()
+        self.delivering.stop()
+        self.parts.close()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        return str(self.parts.smtp[0].getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self.parts.smtp[0].getsockname()[1])
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
+
+
+def start(**settings: str) -> Relay:
+    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+
+    Reads no environment variables. SettingsError lists what is wrong with the settings.
+    """
+    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
+    unknown = unknown_settings(settings)
+    if unknown:
+        raise SettingsError(unknown)
+    logger = logging.getLogger("smtprelay.library")
+    return Relay(Settings.read({**defaults, **settings}), Log(logger)).start()
+
+
+SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_AFTER = 9
+RESTART_PAUSE = 0.5
+
+
+def block_signals() -> None:
+    """Keep signals for sigwait: set before the first thread, and kept by all threads and children."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)
+
+
+class Supervisor:
+    """Runs the halves as processes, passes signals on to them, and makes one that died anew."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.children: dict[int, str] = {}
+        self.alive_pipe = os.pipe()
+        self.stopping = False
+
+    def run(self) -> int:
+        """Serve until a signal ends it; return the exit status."""
+        for role in ("deliver", "receive"):
+            self.spawn(role)
+        notify_systemd("READY=1")
+        while self.children:
+            number = signal.sigwait(SIGNALS_HANDLED)
+            if number == signal.SIGCHLD:
+                self.reap()
+            elif number == signal.SIGALRM:
+                self.signal_children(signal.SIGKILL)
+            elif number in STOP_SIGNALS:
+                self.stop()
+            else:
+                self.signal_children(number)
+        return 0
+
+    def stop(self) -> None:
+        self.stopping = True
+        notify_systemd("STOPPING=1")
+        self.signal_children(signal.SIGTERM)
+        signal.alarm(STOP_AFTER)
+
+    def signal_children(self, number: int) -> None:
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    def reap(self) -> None:
+        """Note which children have ended; one that should not have is made anew."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                child, status = os.waitpid(-1, os.WNOHANG)
+                if not child:
+                    return
+                role = self.children.pop(child, "")
+                if role and not self.stopping:
+                    self.parts.log.error("half_died", role=role, status=status)
+                    time.sleep(RESTART_PAUSE)
+                    self.spawn(role)
+
+    def spawn(self, role: str) -> None:
+        """Fork a half: there are no threads here, so what it inherits is whole."""
+        child = os.fork()
+        if child:
+            self.children[child] = role
+            return
+        status = EX_TEMPFAIL
+        try:
+            status = self.be(role)
+        except BaseException as e:
+            self.parts.log.bug("half_failed", e, role=role)
+        finally:
+            os._exit(status)
+
+    def be(self, role: str) -> int:
+        """Be a half of the program until told to stop, or until the supervisor is gone."""
+        os.close(self.alive_pipe[1])
+        threading.Thread(target=self.outlive_nobody, name="supervisor-watch", daemon=True).start()
+        if role == "receive":
+            self.parts.metrics.clear_row(RECEIVING_ROW)
+            close_all(self.parts.http)
+            half: Receiving | Delivering = self.parts.receiving()
+        else:
+            close_all(self.parts.smtp)
+            half = self.parts.delivering()
+        half.start()
+        heed_signals(half)
+        half.stop()
+        return 0
+
+    def outlive_nobody(self) -> None:
+        """End this half at once when the supervisor is no more: all that matters is on disk."""
+        os.read(self.alive_pipe[0], 1)
+        os._exit(EX_TEMPFAIL)
+
+
+def heed_signals(*halves: Receiving | Delivering) -> None:
+    """Act on signals until one says stop."""
+    while True:
+        number = signal.sigwait(SIGNALS_HANDLED)
+        if number == signal.SIGTERM or number == signal.SIGINT and len(halves) > 1:
+            return
+        for half in halves:
+            if number == signal.SIGHUP:
+                half.reload()
+            elif number == signal.SIGUSR1:
+                half.flush()
+
+
+# === 14 COMMAND LINE =========================================================
+#
+# One function for each verb; it returns the exit status, of sysexits.h. Settings
+# come from the environment, so the command line has almost nothing to say.
+
+def usage() -> str:
+    """Return the help text: every verb, then every setting with its default and meaning."""
+    lines = ["usage: smtprelay.py [serve | check [--print] | healthcheck [--wait]]", "",
+             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
+             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
+             "commands:",
+             *(f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in COMMANDS.items()), "",
+             "settings (environment variables):"]
+    for name, f in FIELDS.items():
+        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
+        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
+        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
+    return "\n".join(lines)
+
+
+def complain(*lines: str) -> None:
+    for line in lines:
+        print(f"smtprelay: {line}", file=sys.stderr)
+
+
+def read_environment() -> Settings:
+    """Read the settings from the environment, warning of names that are none."""
+    complain(*unknown_settings(os.environ))
+    return Settings.read(os.environ)
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Run the relay (what happens without a command)."""
+    settings = read_environment()
+    block_signals()
+    log = open_log(settings)
+    parts = Parts(settings, log)
+    try:
+        parts.open()
+    except SpoolBusy as e:
+        complain(str(e))
+        return EX_TEMPFAIL
+    except OSError as e:
+        complain(str(e))
+        return EX_UNAVAILABLE
+    print("\n".join(first_lines(parts)), file=sys.stderr, flush=True)
+    try:
+        return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
+    finally:
+        parts.close()
+
+
+def serve_here(parts: Parts) -> int:
+    """Run both halves in this process: memory cannot be shared with another."""
+    halves = (parts.delivering(), parts.receiving())
+    for half in halves:
+        half.start()
+    notify_systemd("READY=1")
+    heed_signals(*halves)
+    notify_systemd("STOPPING=1")
+    for half in reversed(halves):
+        half.stop()
+    return 0
+
+
+def first_lines(parts: Parts) -> list[str]:
+    """Return the lines that say what was bound, where mail goes and where it is kept."""
+    s = parts.settings
+    where = {"hold": "held here until someone releases it",
+             "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})"}[s.delivery]
+    lines = [f"listening on smtp://{socket_text(sock)}" for sock in parts.smtp]
+    lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
+    lines.append(f"mail is {where}")
+    lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    if s.delivery == "relay" and not s.relay_tls_verify:
+        lines.append("warning: SMTP_RELAY_TLS_VERIFY=0: the smart host's certificate is not verified")
+    if not s.fsync:
+        lines.append("warning: SMTP_FSYNC=0: mail acknowledged just before a power failure is lost")
+    return [f"smtprelay {__version__}: {line}" for line in lines]
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Read the settings and say all that is wrong; --print shows them."""
+    settings = read_environment()
+    if "--print" in arguments:
+        for name, f in FIELDS.items():
+            value = getattr(settings, f.name)
+            print(f"{name}={'***' if f.metadata['secret'] and value else setting_text(value)}")
+    else:
+        print("settings are fine")
+    return 0
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting's value as a user would write it."""
+    if isinstance(value, tuple):
+        return ",".join(str(v) for v in value)
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def healthcheck(arguments: Sequence[str]) -> int:
+    """Exit 0 when the relay is ready; --wait waits for it, up to a minute."""
+    settings = read_environment()
+    if not settings.health_addr:
+        complain("SMTP_HEALTH_ADDR is off: there is nothing to ask")
+        return EX_CONFIG
+    address = settings.health_addr[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    end = time.monotonic() + (60 if "--wait" in arguments else 0)
+    while True:
+        trouble = ask_health(host, address.port)
+        if not trouble or time.monotonic() >= end:
+            break
+        time.sleep(0.1)
+    if trouble:
+        complain(trouble)
+    return EX_NO if trouble else 0
+
+
+def ask_health(host: str, port: int) -> str:
+    """Return what is wrong with the relay at an HTTP address; "" when nothing is."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        return "" if answer.status == 200 else answer.read(1000).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException) as e:
+        return f"no relay answers at {host_port(host, port)}: {e}"
+    finally:
+        connection.close()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve, "check": check, "healthcheck": healthcheck}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in words:
+        print(f"smtprelay {__version__}")
+        return 0
+    if "--help" in words or "-h" in words:
+        print(usage())
+        return 0
+    name = words.pop(0) if words else "serve"
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        complain(f"{name!r} is not a command" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return EX_USAGE
+    try:
+        return COMMANDS[name](words)
+    except SettingsError as e:
+        complain(*e.problems)
+        return EX_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
