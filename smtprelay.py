@@ -30,12 +30,13 @@ Contents:
     08 ACCOUNTS      who may send, as whom, and how much
     09 TLS           contexts for both sides, the self-signed pair
     10 SCHEDULER     what is tried next, and when
-    11 DELIVERY      one attempt at a next hop
-    12 SESSION       the protocol: one method for each verb
-    13 LISTENER      connections and the threads that serve them
-    14 HTTP          health and metrics
-    15 RELAY         joins the parts: workers, processes, start and stop
-    16 COMMAND LINE  one function for each verb
+    11 RESOLVER      which hosts take mail for a domain
+    12 DELIVERY      one attempt at a next hop
+    13 SESSION       the protocol: one method for each verb
+    14 LISTENER      connections and the threads that serve them
+    15 HTTP          health and metrics
+    16 RELAY         joins the parts: workers, processes, start and stop
+    17 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -533,6 +535,21 @@ def hop_list(text: str) -> tuple[str, ...]:
         if not split_port(part, "25")[0]:
             raise ValueError("host or host:port, or a list of them")
     return words(text)
+
+
+def dns_server(text: str) -> tuple[str, int]:
+    """Read addr, addr:port or [IPv6]:port."""
+    try:
+        host, port = split_port(f"[{text}]" if text.count(":") > 1 and "[" not in text else text, "53")
+        if port and ipaddress.ip_address(host):
+            return host, port
+    except ValueError:
+        pass
+    raise ValueError("an IP address, or address:port")
+
+
+def dns_servers(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple(dns_server(part) for part in words(text))
 
 
 def maybe_port(text: str) -> int:
@@ -2797,7 +2814,392 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 11 DELIVERY =============================================================
+# === 11 RESOLVER =============================================================
+#
+# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035).
+# Delivery calls it in mx mode, on its worker threads. A domain gives hosts in
+# the order to try them, a host gives addresses, and whatever goes wrong is one
+# ResolveError with the reply to record: 5xx fails the mail, 4xx keeps it.
+#
+# Each try has a connected UDP socket of its own, hence a random port, and a
+# random id: a datagram that does not echo both and the question is passed over.
+# A truncated answer is asked for again over TCP. The time of a call is shared
+# out evenly: every server in turn, DNS_ROUNDS times. The readers are pure and take
+# hostile octets: a pointer only ever goes backwards, and the loops have limits.
+# The servers are trusted to recurse; checking DNSSEC is theirs too.
+#
+# One leaf lock guards the cache, which lets go of the oldest answer first. With
+# no servers given, resolv.conf is read for each question that the cache cannot
+# answer, so that a laptop may change networks.
+
+A, CNAME, SOA, MX, AAAA = 1, 5, 6, 15, 28
+FAMILIES = {A: socket.AF_INET, AAAA: socket.AF_INET6}
+DNS_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+NXDOMAIN = 3
+DNS_HEADER_SIZE = 12
+DNS_ROUNDS = 3
+MAX_DNS_RECORDS = 512  # in one answer
+MAX_NAME_STEPS = 256  # labels and pointers in one name
+MAX_ALIASES = 8
+MAX_HOSTS = 16  # of a domain, and addresses of a host: to own more buys no more of our time
+MAX_CACHED_ANSWERS = 1000  # in the cache
+MAX_TTL, NEGATIVE_TTL, FAILURE_TTL = 3600.0, 300.0, 10.0  # seconds in the cache, at most
+
+NULL_MX = Reply(556, "5.1.10", "takes no mail (null MX)")
+NO_DOMAIN = Reply(550, "5.1.2", "no such domain in DNS")
+BAD_DOMAIN = Reply(550, "5.1.2", "neither a domain name nor an address literal")
+BAD_IDN = Reply(550, "5.1.2", "no certain ASCII form of this name; write its xn-- form")
+NO_ADDRESS = Reply(550, "5.4.4", "no mail host with an address")
+LOOPS_BACK = Reply(554, "5.4.6", "mail would loop back to this host")
+DNS_FAILED = Reply(451, "4.4.3", "DNS lookup failed")
+
+HOST_LABEL = re.compile(r"[a-z0-9_-]{1,63}")
+
+
+class ResolveError(Exception):
+    """A name that leads to no address; `reply` says why."""
+
+    def __init__(self, reply: Reply, name: str) -> None:
+        shown = name[:255] if name.isprintable() else ascii(name[:255])
+        self.reply = reply._replace(text=f"{shown}: {reply.text}")
+        self.permanent = reply.code >= 500
+        super().__init__(self.reply.text)
+
+
+class MxHost(NamedTuple):
+    """A host that takes mail for a domain: a name, or a literal in its brackets."""
+
+    preference: int
+    name: str
+
+
+class DnsRecord(NamedTuple):
+    owner: str
+    kind: int
+    ttl: int
+    number: int  # an MX's preference, an SOA's negative TTL
+    value: str  # an address or a name; "" is the root
+
+
+class DnsAnswer(NamedTuple):
+    name: str  # where the aliases in it end
+    records: tuple[DnsRecord, ...]  # of the kind asked for; none is an answer too
+    ttl: float
+    failure: Reply | None = None
+
+
+def is_host_name(name: str) -> bool:
+    """Tell whether a lower-case name can be a host's; `192.0.2.1` cannot."""
+    labels = name.split(".")
+    return len(name) < 254 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+
+
+def ascii_domain(domain: str) -> str:
+    """Return a domain as DNS is asked for it: lower case, A-labels, no last dot."""
+    name = lower = domain[:-1].lower() if domain.endswith(".") else domain.lower()
+    try:
+        if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
+            name = lower.encode("idna").decode("ascii")
+            # IDNA 2003 takes faß.example to fass.example, which is someone else: refuse.
+            name = name if name.encode().decode("idna") == unicodedata.normalize("NFC", lower) else ""
+    except UnicodeError:
+        name = ""
+    if not is_host_name(name):
+        raise ResolveError(BAD_DOMAIN if domain.isascii() else BAD_IDN, domain)
+    return name
+
+
+def literal_address(literal: str) -> str:
+    """Return the address in `[192.0.2.1]` or `[IPv6:2001:db8::1]` (RFC 5321 4.1.3)."""
+    tag, inside, bracket = literal[1:6].lower(), literal[1:-1], literal[-1:]
+    with contextlib.suppress(ValueError):
+        if bracket == "]" and tag != "ipv6:":
+            return str(ipaddress.IPv4Address(inside))
+        if bracket == "]" and "%" not in inside:  # a scope is not for a stranger to name
+            return str(ipaddress.IPv6Address(inside[5:]))
+    raise ResolveError(BAD_DOMAIN, literal)
+
+
+def system_dns_servers(path: str = "/etc/resolv.conf") -> list[tuple[str, int]]:
+    """Return resolv.conf's name servers, this host's where it names none."""
+    servers = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            with contextlib.suppress(ValueError):
+                if words[:1] == ["nameserver"] and len(words) > 1:
+                    servers.append(dns_server(words[1]))
+    return servers[:3] or [("127.0.0.1", 53)]
+
+
+def build_query(ident: int, name: str, kind: int) -> bytes:
+    """Build the message that asks a recursive server one question."""
+    labels = [label.encode("ascii") for label in name.split(".")]
+    octets = b"".join(bytes([len(label)]) + label for label in labels)
+    return struct.pack("!HHHxxxxxx", ident, 0x0100, 1) + octets + struct.pack("!xHH", kind, 1)
+
+
+def is_answer(message: bytes, query: bytes) -> bool:
+    """Tell whether a message answers this query: same id, same single question."""
+    # Of a question, lower() can change only the letters of its name.
+    asked, answered = (text[DNS_HEADER_SIZE : len(query)].lower() for text in (query, message))
+    same = asked == answered and message[:2] == query[:2] and message[4:6] == query[4:6]
+    return same and message[2] & 0xF8 == 0x80  # a response to a standard query
+
+
+def parse_answer(message: bytes) -> DnsAnswer:
+    """Read what a message says about its question. Raises ValueError if that is nothing."""
+    try:
+        flags, count, authority = struct.unpack_from("!xxHxxHH", message)
+        name, at = read_name(message, DNS_HEADER_SIZE)
+        (kind,) = struct.unpack_from("!H", message, at)
+        records = read_records(message, at + 4, count + authority)
+    except (IndexError, struct.error):
+        raise ValueError("malformed answer") from None
+    rcode = flags & 0x000F
+    if rcode not in (0, NXDOMAIN):
+        raise ValueError(DNS_RCODES.get(rcode, f"RCODE {rcode}"))
+    if not flags & 0x0480:  # AA or RA: a mere referral looks like "no such record", which is final
+        raise ValueError("server does not recurse")
+    answer = select_records(records, name, kind)
+    return answer._replace(failure=NO_DOMAIN) if rcode == NXDOMAIN else answer
+
+
+def select_records(records: list[DnsRecord], name: str, kind: int) -> DnsAnswer:
+    """Pick the records of one kind at the end of a name's aliases."""
+    aliases = {record.owner: record.value for record in records if record.kind == CNAME}
+    for _ in range(MAX_ALIASES):
+        name = aliases.get(name, name)
+    if name in aliases:
+        raise ValueError("too many aliases")
+    found = [record for record in records if (record.owner, record.kind) == (name, kind)]
+    found.sort(key=lambda record: record.number)
+    ttl = min((record.ttl for record in records), default=0)
+    return DnsAnswer(name, tuple(found[:MAX_HOSTS]), min(ttl, MAX_TTL if found else NEGATIVE_TTL))
+
+
+def read_records(message: bytes, at: int, count: int) -> list[DnsRecord]:
+    """Read the records of the kinds that we know."""
+    if count > MAX_DNS_RECORDS:
+        raise ValueError("too many records")
+    records = []
+    for _ in range(count):
+        owner, at = read_name(message, at)
+        kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
+        start, at = at + 10, at + 10 + length
+        if kind in (A, AAAA, CNAME, MX, SOA) and family == 1:
+            number, value = read_value(message[:at], start, kind)
+            ttl = min(ttl, number) if kind == SOA else ttl  # RFC 2308 5
+            records.append(DnsRecord(owner, kind, ttl, number, value))
+    if at > len(message):
+        raise ValueError("truncated answer")
+    return records
+
+
+def read_value(message: bytes, at: int, kind: int) -> tuple[int, str]:
+    """Read the number and the value of the record that ends the message (RFC 1035 3.3)."""
+    if kind in FAMILIES:
+        return 0, socket.inet_ntop(FAMILIES[kind], message[at:])
+    number = 0
+    if kind == MX:
+        number, at = int.from_bytes(message[at : at + 2], "big"), at + 2
+    value, at = read_name(message, at)
+    if kind == SOA:
+        _, at = read_name(message, at)
+        number, at = struct.unpack_from("!16xI", message, at)[0], at + 20
+    if at != len(message):
+        raise ValueError("record of the wrong length")
+    return number, value
+
+
+def read_name(message: bytes, at: int) -> tuple[str, int]:
+    """Read a name, lower-cased, with the offset after it (RFC 1035 4.1.4)."""
+    labels: list[str] = []
+    start, end, size = at, 0, 1
+    for _ in range(MAX_NAME_STEPS):
+        length = message[at]
+        if length == 0:
+            return ".".join(labels).lower(), end or at + 1
+        if length >= 0xC0:
+            end = end or at + 2
+            at = (length & 0x3F) << 8 | message[at + 1]
+            if at >= start:
+                raise ValueError("compression pointer not backwards")
+            start = at
+            continue
+        size += length + 1
+        if length > 63 or size > 255:
+            raise ValueError("over-long name")
+        label = message[at + 1 : at + 1 + length]
+        # A dot inside a label must not make two of it; no host has a backslash.
+        labels.append(label.decode("ascii", "replace").replace(".", "\\"))
+        at += 1 + length  # beyond the message after a cut label: message[at] then raises
+    raise ValueError("name of too many parts")
+
+
+def preferred_to(own_name: str, hosts: Sequence[MxHost]) -> list[MxHost]:
+    """Return the hosts that come before our own name among them (RFC 5321 5.1)."""
+    own = [host.preference for host in hosts if host.name == own_name.lower()]
+    left = [host for host in hosts if not own or host.preference < min(own)]
+    if not left:
+        raise ResolveError(LOOPS_BACK, own_name)
+    return left
+
+
+class Resolver:
+    """Answers where mail for a domain goes. Safe for many threads at once.
+
+    `servers` are (address, port), none for resolv.conf's; `timeout` is in seconds
+    for one call. Its methods raise only ResolveError.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[tuple[str, int]] = (),
+        timeout: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._servers = list(servers)
+        self._timeout = timeout
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._lock = threading.Lock()
+        self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
+
+    def mx_hosts(self, domain: str) -> list[MxHost]:
+        """Return a domain's mail hosts, best first, equal ones shuffled (RFC 5321 5.1, 7505)."""
+        if domain.startswith("["):
+            literal_address(domain)
+            return [MxHost(0, domain)]
+        name = ascii_domain(domain)
+        records = self._records(name, MX, self._clock() + self._timeout)
+        if not records:
+            return [MxHost(0, name)]
+        if not any(record.value for record in records):
+            raise ResolveError(NULL_MX, name)
+        best = {record.value: record.number for record in reversed(records)}
+        hosts = [MxHost(best[host], host) for host in best if is_host_name(host)]
+        if not hosts:
+            raise ResolveError(NO_ADDRESS, name)
+        return sorted(hosts, key=lambda host: (host.preference, self._rng.random()))
+
+    def addresses(self, host: str) -> list[str]:
+        """Return a host's addresses, IPv6 first and the families in turn."""
+        if host.startswith("["):
+            return [literal_address(host)]
+        name, deadline = ascii_domain(host), self._clock() + self._timeout
+        failure = ResolveError(NO_ADDRESS, name)
+        found: dict[int, list[str]] = {A: [], AAAA: []}
+        for kind in found:
+            try:
+                found[kind] = [record.value for record in self._records(name, kind, deadline)]
+            except ResolveError as error:
+                failure = error if failure.permanent else failure
+        # Where IPv6 does not work, that costs one connection attempt and not all of them.
+        pairs = itertools.zip_longest(found[AAAA], found[A])
+        addresses = [address for pair in pairs for address in pair if address]
+        if not addresses:
+            raise failure
+        return addresses[:MAX_HOSTS]
+
+    def targets(self, hosts: Sequence[MxHost]) -> Iterator[tuple[MxHost, str]]:
+        """Yield each host with each address, looked up only when its turn comes.
+
+        Raises ResolveError after the last host if none had an address: transient
+        if any lookup was.
+        """
+        failure, found = ResolveError(NO_ADDRESS, hosts[0].name), False
+        for host in hosts:
+            try:
+                addresses = self.addresses(host.name)
+            except ResolveError as error:
+                failure = failure if error.permanent else error
+                continue
+            found = True
+            for address in addresses:
+                yield host, address
+        if not found:
+            raise failure
+
+    def _records(self, name: str, kind: int, deadline: float) -> tuple[DnsRecord, ...]:
+        """Return the records of one kind, following aliases from answer to answer."""
+        for _ in range(MAX_ALIASES):
+            answer = self._answer(name, kind, deadline)
+            if answer.failure:
+                raise ResolveError(answer.failure, name)
+            if answer.records or answer.name == name:
+                return answer.records
+            name = ascii_domain(answer.name)
+        raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
+
+    def _answer(self, name: str, kind: int, deadline: float) -> DnsAnswer:
+        """Answer one question from the cache, or else from the servers."""
+        with self._lock:
+            expires, answer = self._cache.get((name, kind), (0.0, None))
+        if answer and self._clock() < expires:
+            return answer
+        answer = self._ask_each(name, kind, deadline)
+        with self._lock:
+            self._cache.pop((name, kind), None)
+            if len(self._cache) >= MAX_CACHED_ANSWERS:
+                del self._cache[next(iter(self._cache))]
+            self._cache[name, kind] = self._clock() + answer.ttl, answer
+        return answer
+
+    def _ask_each(self, name: str, kind: int, deadline: float) -> DnsAnswer:
+        """Ask one server after the other until one answers."""
+        tries = (self._servers or system_dns_servers()) * DNS_ROUNDS
+        began, text = self._clock(), ""
+        share = (deadline - began) / len(tries)
+        for number, server in enumerate(tries, 1):
+            query = build_query(self._rng.getrandbits(16), name, kind)
+            try:
+                return self._ask(server, query, began + number * share)
+            except (OSError, ValueError) as error:
+                text = f"{DNS_FAILED.text} ({server[0]}: {error})"
+        return DnsAnswer(name, (), FAILURE_TTL, DNS_FAILED._replace(text=text))
+
+    def _ask(self, server: tuple[str, int], query: bytes, until: float) -> DnsAnswer:
+        """Put a query to one server over UDP, then TCP if the answer is truncated."""
+        message = self._exchange(server, socket.SOCK_DGRAM, query, until)
+        if message[2] & 0x02:
+            message = self._exchange(server, socket.SOCK_STREAM, query, until)
+        return parse_answer(message)
+
+    def _exchange(self, server: tuple[str, int], kind: int, query: bytes, until: float) -> bytes:
+        """Return the message with which the server answers a query."""
+        found = socket.getaddrinfo(*server, type=kind, flags=socket.AI_NUMERICHOST)[0]
+        stream = kind == socket.SOCK_STREAM
+        receive = self._receive_framed if stream else self._receive
+        with socket.socket(*found[:3]) as sock:
+            sock.settimeout(max(0.001, until - self._clock()))
+            sock.connect(found[4])
+            sock.sendall(struct.pack("!H", len(query)) + query if stream else query)
+            message = receive(sock, until)
+            while not is_answer(message, query):
+                message = receive(sock, until)
+            return message
+
+    def _receive_framed(self, sock: socket.socket, until: float) -> bytes:
+        """Receive a message that its length precedes (RFC 7766 8)."""
+        octets = bytearray()
+        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+            octets += self._receive(sock, until)
+        return bytes(octets[2:])
+
+    def _receive(self, sock: socket.socket, until: float) -> bytes:
+        """Receive a datagram, or some octets. Raises OSError when there are none in time."""
+        left = until - self._clock()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        sock.settimeout(left)
+        octets = sock.recv(65535)
+        if not octets:
+            raise ConnectionError("connection closed")
+        return octets
+
+
+# === 12 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -3246,7 +3648,7 @@ class Delivery:
         self.drop_idle()
 
 
-# === 12 SESSION ==============================================================
+# === 13 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -3949,7 +4351,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 13 LISTENER =============================================================
+# === 14 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -4214,7 +4616,7 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 14 HTTP =================================================================
+# === 15 HTTP =================================================================
 #
 # Health and metrics over http.server. ROUTES is the table of what there is; a
 # route's function takes the request and returns an Answer. Requests run on their
@@ -4329,7 +4731,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """A client that went away is no news."""
 
 
-# === 15 RELAY ================================================================
+# === 16 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -4928,7 +5330,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 16 COMMAND LINE =========================================================
+# === 17 COMMAND LINE =========================================================
 #
 # One function for each verb; it returns the exit status, of sysexits.h. Settings
 # come from the environment, so the command line has almost nothing to say.
