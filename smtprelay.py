@@ -26,14 +26,15 @@ Contents:
     04 OBSERVING     log lines and counters
     05 WIRE          deadlines, lines, content in blocks
     06 GRAMMAR       pure functions from octets to values
-    07 SPOOL         the files, and what each means
-    08 SCHEDULER     what is tried next, and when
-    09 DELIVERY      one attempt at a next hop
-    10 SESSION       the protocol: one method for each verb
-    11 LISTENER      connections and the threads that serve them
-    12 HTTP          health and metrics
-    13 RELAY         joins the parts: workers, processes, start and stop
-    14 COMMAND LINE  one function for each verb
+    07 SEALING       encryption at rest
+    08 SPOOL         the files, and what each means
+    09 SCHEDULER     what is tried next, and when
+    10 DELIVERY      one attempt at a next hop
+    11 SESSION       the protocol: one method for each verb
+    12 LISTENER      connections and the threads that serve them
+    13 HTTP          health and metrics
+    14 RELAY         joins the parts: workers, processes, start and stop
+    15 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ import traceback
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, Union, cast
+
+if TYPE_CHECKING:
+    import ctypes
 
 __version__ = "0.1.0"
 
@@ -504,6 +508,12 @@ def maybe_port(text: str) -> int:
     return port_number(text) if text else 0
 
 
+def hex_key(text: str) -> bytes:
+    if not re.fullmatch(r"(?:[0-9A-Fa-f]{64})?", text):
+        raise ValueError("64 hexadecimal digits")
+    return bytes.fromhex(text)
+
+
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
@@ -532,6 +542,7 @@ class Settings:
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
     spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
     spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
+    spool_key: bytes = setting("", hex_key, "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
@@ -1199,7 +1210,276 @@ def parse_parameters(text: str) -> dict[str, str]:
     return found
 
 
-# === 07 SPOOL ================================================================
+# === 07 SEALING ==============================================================
+#
+# Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by
+# AES-256-GCM of ssl's own libcrypto; ctypes is imported only when there is a key.
+#
+#     file   = head chunk...
+#     head   = 8F "SEALED" 01 | key id, 8 octets | salt, 32 random octets
+#     chunk  = cipher text of 65536 octets, the last one's of as many as are left | tag, 16
+#     key    = HKDF-SHA256(SMTP_SPOOL_KEY, salt, "smtprelay file"): no nonce comes twice under it
+#     nonce  = number of the chunk from 0, 11 octets | 1 for the last chunk, else 0
+#     AAD    = head | name of the file
+#     key id = the first 8 octets of HKDF-SHA256(SMTP_SPOOL_KEY, no salt, "smtprelay key id")
+#
+# The name ties a file to its message. Opening proves the last chunk, so a cut is
+# noticed at once, and no octet is given out unproven. Not hidden: sizes, times,
+# names. Not detected: an old copy put back under its name, and a plain file in a
+# sealed one's place (plain is read as it is, so that a key can be added later).
+# A Sealer never changes and serves every thread; a reader or writer has one owner.
+
+MAGIC = b"\x8fSEALED\x01"
+HEAD_SIZE, CHUNK_SIZE, TAG_SIZE = 48, 64 * KIB, 16
+SEALED_CHUNK = CHUNK_SIZE + TAG_SIZE
+SEALED_TEXT, KEY_CHECK = "sealed:", "key.check"
+SSL_MAJOR = ssl.OPENSSL_VERSION_NUMBER >> 28
+# libcrypto's prototypes, result first: i int, l unsigned long, p pointer, v void.
+LIBCRYPTO = {
+    "OpenSSL_version_num": "l", "EVP_aes_256_gcm": "p", "EVP_CIPHER_CTX_new": "p",
+    "EVP_CIPHER_CTX_free": "vp", "EVP_CIPHER_CTX_ctrl": "ipiip", "EVP_CipherInit_ex": "ipppppi",
+    "EVP_CipherUpdate": "ippppi", "EVP_CipherFinal_ex": "ippp"}
+GET_TAG, SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_*: macros, which no library exports
+
+
+class SealError(Exception):
+    """What is sealed cannot be read, or nothing can be sealed."""
+
+
+def is_sealed(data: bytes) -> bool:
+    """Tell whether a file that opens with `data` was sealed, even one cut in its first octets."""
+    return bool(data) and MAGIC.startswith(data[:len(MAGIC)])
+
+
+def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
+    """Derive 32 octets from `key` with HKDF-SHA256 (RFC 5869 2)."""
+    return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+
+
+def libcrypto_names() -> list[str | None]:
+    """Return what to open to reach the libcrypto of Python's ssl, the surest first."""
+    # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl
+    # may be built in. Else a library of the same version has the same calls: never one without a
+    # version, since macOS ends the process that loads it.
+    own = getattr(sys.modules.get("_ssl"), "__file__", None)
+    version = {1: "1.1"}.get(SSL_MAJOR, str(SSL_MAJOR))
+    return [own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"]
+
+
+def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
+    """Open the first of `names` that has all we call; SealError when none has."""
+    import ctypes  # for those alone who set a key
+    for name in names:
+        with contextlib.suppress(OSError, AttributeError):
+            # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
+            # back, where a chunk takes 0.05 ms.
+            library = ctypes.PyDLL(name)
+            declare(library)
+            if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
+                return library
+    raise SealError(f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
+
+
+def declare(library: ctypes.PyDLL) -> None:
+    """Give libcrypto's functions their types; AttributeError if one is missing."""
+    import ctypes
+    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
+    for symbol, letters in LIBCRYPTO.items():
+        function = getattr(library, symbol)
+        function.restype, *function.argtypes = [kinds[letter] for letter in letters]
+
+
+def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, tag: bytes = b"") -> bytes | None:
+    """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt.
+
+    None when anything was altered; OSError when libcrypto fails, as it does without memory.
+    """
+    import ctypes
+    out = ctypes.create_string_buffer(len(data) + TAG_SIZE)
+    end, count, sealing = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int()), not tag
+    context = lib.EVP_CIPHER_CTX_new()
+    try:
+        if not (context
+                and lib.EVP_CipherInit_ex(context, lib.EVP_aes_256_gcm(), None, key, nonce, sealing)
+                and (sealing or lib.EVP_CIPHER_CTX_ctrl(context, SET_TAG, TAG_SIZE, tag))
+                and lib.EVP_CipherUpdate(context, None, count, aad, len(aad))
+                and lib.EVP_CipherUpdate(context, out, count, data, len(data))):
+            raise OSError("libcrypto cannot run AES-256-GCM")
+        # Here the tag is made, or checked: what `out` holds is not to be used before.
+        sound = lib.EVP_CipherFinal_ex(context, end, count)
+        if sealing and not (sound and lib.EVP_CIPHER_CTX_ctrl(context, GET_TAG, TAG_SIZE, end)):
+            raise OSError("libcrypto cannot encrypt")
+    finally:
+        lib.EVP_CIPHER_CTX_free(context)
+    return None if not sound else out.raw if sealing else out.raw[:len(data)]
+
+
+class FileCipher:
+    """The cipher of one file: its own key, and what each of its chunks is bound to."""
+
+    def __init__(self, lib: ctypes.PyDLL, key: bytes, head: bytes, name: str) -> None:
+        self.lib, self.key = lib, hkdf(key, head[-32:], b"smtprelay file")
+        self.aad = head + name.encode("utf-8", "surrogateescape")
+
+    def run(self, number: int, last: bool, data: bytes, tag: bytes = b"") -> bytes | None:
+        """Seal a chunk or, with a tag, open it: None when it is not the chunk of that number."""
+        nonce = number.to_bytes(11, "big") + bytes([last])
+        return gcm(self.lib, self.key, nonce, self.aad, data, tag)
+
+
+class SealWriter:
+    """Seals a stream as it comes, holding back at most a chunk."""
+
+    def __init__(self, head: bytes, cipher: FileCipher) -> None:
+        self.out, self.cipher = head, cipher
+        self.held = b""
+        self.number = 0
+
+    def update(self, data: bytes, last: bool = False) -> bytes:
+        """Take some of the text; return what can be written of it: all, with the last."""
+        self.held += data
+        done, parts = 0, [self.out]
+        while len(self.held) - done > CHUNK_SIZE:  # not >=: the last chunk is marked
+            parts.append(self.chunk(self.held[done:done + CHUNK_SIZE], False))
+            done += CHUNK_SIZE
+        self.out, self.held = b"", self.held[done:]
+        return b"".join([*parts, self.chunk(self.held, True)] if last else parts)
+
+    def chunk(self, text: bytes, last: bool) -> bytes:
+        sealed = self.cipher.run(self.number, last, text)
+        assert sealed is not None
+        self.number += 1
+        return sealed
+
+
+class SealReader:
+    """The raw half of a sealed file: what io.BufferedReader asks of its `raw`."""
+
+    def __init__(self, file: BinaryIO, name: str, cipher: FileCipher) -> None:
+        self.file, self.name, self.cipher = file, name, cipher
+        self.readable, self.seekable, self.flush, self.close = file.readable, file.seekable, file.flush, file.close
+        body = file.seek(0, os.SEEK_END) - HEAD_SIZE
+        self.last = max(body - 1, 0) // SEALED_CHUNK
+        self.size = body - (self.last + 1) * TAG_SIZE
+        self.at = 0
+        self.number, self.text = self.last, self.chunk(self.last)
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def chunk(self, number: int) -> bytes:
+        """Return the text of a chunk; SealError when it is not what was sealed."""
+        self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
+        box = self.file.read(SEALED_CHUNK)
+        whole = len(box) >= TAG_SIZE
+        text = self.cipher.run(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:]) if whole else None
+        if text is None:
+            raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
+        return text
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` from one chunk at most; 0 at the end."""
+        if self.at >= self.size:
+            return 0
+        number, skip = divmod(self.at, CHUNK_SIZE)
+        if number != self.number:
+            self.text, self.number = self.chunk(number), number
+        part = self.text[skip:skip + len(buffer)]
+        buffer[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def read(self) -> bytes:
+        """Return some of the text; b"" at the end."""
+        buffer = bytearray(CHUNK_SIZE)
+        return bytes(buffer[:self.readinto(memoryview(buffer))])
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+
+class Sealer:
+    """Seals under one key of 32 octets; with an empty key, writes plain and opens only plain.
+
+    `name` is what the sealed thing must be opened as again. A fixed `random` is for tests only.
+    """
+
+    def __init__(self, key: bytes = b"", random: Callable[[int], bytes] = os.urandom) -> None:
+        self.key, self.random = key, random
+        self.key_id = hkdf(key, b"", b"smtprelay key id")[:8]
+        self.lib = open_libcrypto(libcrypto_names()) if key else None
+
+    def writer(self, name: str) -> SealWriter | None:
+        """Return what seals a new file; None where there is no key."""
+        if self.lib is None:
+            return None
+        head = MAGIC + self.key_id + self.random(32)
+        return SealWriter(head, FileCipher(self.lib, self.key, head, name))
+
+    def reader(self, file: BinaryIO, name: str) -> BinaryIO:
+        """Return a reader of the text of `file`, which is itself returned when it is plain.
+
+        SealError, from here or from any read: the key is wrong, or the file is not what was sealed.
+        """
+        head = file.read(HEAD_SIZE)
+        if not is_sealed(head):
+            file.seek(0)
+            return file
+        if self.lib is None:
+            raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
+        if len(head) == HEAD_SIZE and head[len(MAGIC):-32] != self.key_id:
+            raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
+        raw = SealReader(file, name, FileCipher(self.lib, self.key, head, name))
+        return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
+
+    def seal(self, data: bytes, name: str) -> bytes:
+        """Seal a whole record."""
+        writer = self.writer(name)
+        return writer.update(data, last=True) if writer else data
+
+    def unseal(self, data: bytes, name: str) -> bytes:
+        """Return what seal() was given, or plain data as it is; SealError as reader()."""
+        return self.reader(io.BytesIO(data), name).read()
+
+    def seal_text(self, text: str, name: str) -> str:
+        """Seal a short secret into one line of ASCII, to be kept in a JSON file."""
+        return SEALED_TEXT + base64.b64encode(self.seal(text.encode(), name)).decode() if self.lib else text
+
+    def unseal_text(self, text: str, name: str) -> str:
+        """Return what seal_text() was given, or plain text as it is; SealError as unseal()."""
+        if not text.startswith(SEALED_TEXT):
+            return text
+        try:
+            data = base64.b64decode(text[len(SEALED_TEXT):], validate=True)
+        except ValueError:
+            data = b""
+        if not is_sealed(data):
+            raise SealError(f"{name} was altered")
+        return self.unseal(data, name).decode()
+
+
+def open_sealer(settings: Settings) -> Sealer:
+    """Return the sealer of a spool; SettingsError when there is no libcrypto or it has another key.
+
+    The first start with a key leaves a mark, key.check; what is plain from before stays readable.
+    """
+    mark = os.path.join(settings.spool, KEY_CHECK)
+    try:
+        sealer = Sealer(settings.spool_key)
+        with contextlib.suppress(FileNotFoundError), open(mark, "rb") as file:
+            if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
+                raise SealError(f"{KEY_CHECK} was altered")
+    except SealError as e:
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected the key of {settings.spool}: {e}"]) from None
+    return sealer
+
+
+# === 08 SPOOL ================================================================
 #
 # Where messages are kept. A message is a stem, <date>/<id>_<hash>, and these files:
 #
@@ -1275,6 +1555,7 @@ def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
 
 
 SIZE_AT = len("X-Envelope-Size: ")
+TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
 
 
 def size_text(size: int) -> bytes:
@@ -1295,13 +1576,17 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
-def first_record(file: BinaryIO, length: int) -> Message:
+def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
     block = read_block(file)
     try:
         one = {name: values[0] for name, values in block.items()}
-        size, trace = int(one["size"]), int(one["trace"])
-        if length < file.tell() + trace + size:
+        trace = int(one["trace"])
+        rest = length - file.tell() - trace
+        size = rest if one["size"] == TO_THE_END else int(one["size"])
+        if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
         flags = tuple(one.get("flags", "").split())
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
@@ -1321,6 +1606,7 @@ class FileSpool:
         self.root = os.path.abspath(settings.spool)
         self.settings = settings
         self.log = log
+        self.sealer = open_sealer(settings)
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
         self.day = ""
@@ -1338,6 +1624,8 @@ class FileSpool:
             raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
+        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
+            self.write_synced(KEY_CHECK, self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK))
 
     def close(self) -> None:
         if self.lock_file >= 0:
@@ -1350,6 +1638,12 @@ class FileSpool:
     def draft(self, envelope: Envelope) -> FileDraft:
         """Begin a message; nothing is on disk before its first large block or its commit."""
         return FileDraft(self, envelope, self.ids.next())
+
+    def write_synced(self, name: str, data: bytes) -> None:
+        """Put a small file in place whole and durable."""
+        write_file(self.path(name + ".tmp"), data, sync=True)
+        os.rename(self.path(name + ".tmp"), self.path(name))
+        sync_directory(self.root)
 
     def make_day(self, day: str) -> None:
         """Make a date's directory, its own name synced."""
@@ -1409,10 +1703,19 @@ class FileSpool:
         fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         return open(fd, "rb")
 
+    def open_text(self, name: str, as_name: str) -> BinaryIO:
+        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
+        file = self.open_file(name)
+        try:
+            return self.sealer.reader(file, as_name)
+        except SealError as e:
+            file.close()
+            raise SpoolError(str(e)) from None
+
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
         try:
-            file = self.open_file(stem + ".eml")
+            file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
         read_block(file)
@@ -1421,8 +1724,8 @@ class FileSpool:
     def load(self, stem: str) -> Message:
         """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
         try:
-            with self.open_file(stem + ".eml") as file:
-                message = first_record(file, os.fstat(file.fileno()).st_size)
+            with self.open_text(stem + ".eml", stem + ".eml") as file:
+                message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
         return self.progress(stem, message)
@@ -1431,11 +1734,11 @@ class FileSpool:
         """Return the latest readable sidecar, or the first record where there is none."""
         for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
             try:
-                with self.open_file(stem + end) as file:
+                with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
             except FileNotFoundError:
                 continue
-            except ValueError as e:
+            except (ValueError, SpoolError, SealError) as e:
                 self.log.warn("record_rebuilt", stem=stem, reason=e)
                 message = first
             message.status = status or message.status
@@ -1446,7 +1749,7 @@ class FileSpool:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
         name = stem + ".tmp"
-        write_file(self.path(name), message.to_json())
+        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
         os.rename(self.path(name), self.path(stem + end))
         if end != ".json":
             self.unlink(stem + ".json")
@@ -1475,7 +1778,7 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls")
+KEPT_NAMES = (".lock", ".probe", "bad", "tls", KEY_CHECK, KEY_CHECK + ".tmp")
 
 
 def sync_directory(path: str) -> None:
@@ -1493,11 +1796,13 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes, sync: bool = False) -> None:
     """Write a small private file whole."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         write_all(fd, data)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -1512,6 +1817,7 @@ class FileDraft:
         self.part = f"{self.stem}.{spool.run}.part"
         trace = trace_header(envelope, id, spool.settings.hostname)
         self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.seal = spool.sealer.writer(self.stem + ".eml")
         self.waiting = 0
         self.size = 0
         self.fd = -1
@@ -1521,9 +1827,15 @@ class FileDraft:
         self.size += len(block)
         self.waiting += len(block)
         if self.waiting >= DRAFT_BLOCK:
+            if self.seal and self.fd < 0:
+                self.enter_size(b"%-12s" % TO_THE_END.encode())
             self.send_parts()
 
-    def send_parts(self) -> None:
+    def enter_size(self, text: bytes) -> None:
+        """Fill in the size in the envelope headers, before they are written."""
+        self.parts[0] = self.parts[0][:SIZE_AT] + text + self.parts[0][SIZE_AT + len(text):]
+
+    def send_parts(self, last: bool = False) -> None:
         """Write what waits to the .part, which is made at the first call."""
         if self.fd < 0:
             day = self.stem[:10]
@@ -1531,15 +1843,15 @@ class FileDraft:
                 self.spool.make_day(day)
             self.fd = os.open(self.spool.path(self.part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        write_all(self.fd, data)
+        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
-        if self.fd < 0:
-            self.parts[0] = self.parts[0][:SIZE_AT] + size_text(self.size) + self.parts[0][SIZE_AT + 12:]
-            self.send_parts()
-        else:
-            self.send_parts()
+        begun = self.fd >= 0
+        if not begun:
+            self.enter_size(size_text(self.size))
+        self.send_parts(last=True)
+        if begun and not self.seal:
             os.pwrite(self.fd, size_text(self.size), SIZE_AT)
         final = self.spool.path(self.stem + ".eml")
         os.rename(self.spool.path(self.part), final)
@@ -1640,7 +1952,7 @@ class MemoryDraft:
         head = self.parts[0]
         self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
         content = b"".join(self.parts)
-        self.spool.records[self.stem] = first_record(io.BytesIO(content), len(content)).to_json()
+        self.spool.records[self.stem] = first_record(io.BytesIO(content)).to_json()
         self.spool.contents[self.stem] = content
         return self.stem
 
@@ -1652,7 +1964,7 @@ Spool = Union[FileSpool, MemorySpool]
 Draft = Union[FileDraft, MemoryDraft]
 
 
-# === 08 SCHEDULER ============================================================
+# === 09 SCHEDULER ============================================================
 #
 # Which message is tried next, and when. Each next hop has a Lane: mail that is
 # new, mail that is due again, how many workers are at it, and whether it is
@@ -1870,7 +2182,7 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 09 DELIVERY =============================================================
+# === 10 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -2205,6 +2517,10 @@ class NextHop:
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.settimeout(1.0)
             self.wire.sock.sendall(b"QUIT\r\n")
+        self.drop()
+
+    def drop(self) -> None:
+        """Go without a word."""
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.close()
 
@@ -2254,7 +2570,9 @@ class Delivery:
     def attempt(self, message: Message, content: BinaryIO) -> Attempt:
         """Try to pass a message on to the recipients that are still owed it."""
         attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
+        start = content.tell()
         for target in self.targets():
+            content.seek(start)  # the one before may have refused after it had all the content
             attempt = self.attempt_at(target, message, message.pending(), content)
             if not attempt.trouble:
                 break
@@ -2276,6 +2594,9 @@ class Delivery:
                 content.seek(start)
                 return self.attempt_at(target, message, recipients, content)
             return self.judge(trouble, hop, recipients)
+        except BaseException:  # content that cannot be read: it must not end in a final dot
+            hop.drop()
+            raise
         self.give(hop)
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
         return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
@@ -2328,7 +2649,7 @@ class Delivery:
         self.drop_idle()
 
 
-# === 10 SESSION ==============================================================
+# === 11 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -2821,7 +3142,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 11 LISTENER =============================================================
+# === 12 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -3060,7 +3381,7 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 12 HTTP =================================================================
+# === 13 HTTP =================================================================
 #
 # Health and metrics over http.server. ROUTES is the table of what there is; a
 # route's function takes the request and returns an Answer. Requests run on their
@@ -3175,7 +3496,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """A client that went away is no news."""
 
 
-# === 13 RELAY ================================================================
+# === 14 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -3328,7 +3649,7 @@ class Delivering:
             again = self.read_task(task) if task.lane == UNREAD else self.deliver(task)
         except KeyError:
             again = None  # removed while it waited
-        except SpoolError as e:
+        except (SpoolError, SealError) as e:
             again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
         except Exception as e:
@@ -3714,7 +4035,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 14 COMMAND LINE =========================================================
+# === 15 COMMAND LINE =========================================================
 #
 # One function for each verb; it returns the exit status, of sysexits.h. Settings
 # come from the environment, so the command line has almost nothing to say.
