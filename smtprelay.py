@@ -83,6 +83,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -1703,16 +1704,24 @@ class FileSpool:
         """Make the directories and take the lock; SpoolBusy says who has it."""
         os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
         self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
             self.close()
-            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
         if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
-            self.write_synced(KEY_CHECK, self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK))
+            replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
+            sync_directory(self.root)
+
+    def lock(self) -> bool:
+        """Take the lock, giving the halves of a relay that was killed a moment to notice."""
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.05)
+        return False
 
     def close(self) -> None:
         if self.lock_file >= 0:
@@ -1725,12 +1734,6 @@ class FileSpool:
     def draft(self, envelope: Envelope) -> FileDraft:
         """Begin a message; nothing is on disk before its first large block or its commit."""
         return FileDraft(self, envelope, self.ids.next())
-
-    def write_synced(self, name: str, data: bytes) -> None:
-        """Put a small file in place whole and durable."""
-        write_file(self.path(name + ".tmp"), data, sync=True)
-        os.rename(self.path(name + ".tmp"), self.path(name))
-        sync_directory(self.root)
 
     def make_day(self, day: str) -> None:
         """Make a date's directory, its own name synced."""
@@ -1788,6 +1791,9 @@ class FileSpool:
 
     def open_file(self, name: str) -> BinaryIO:
         fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise SpoolError(f"{name} is no file")
         return open(fd, "rb")
 
     def open_text(self, name: str, as_name: str) -> BinaryIO:
@@ -1865,7 +1871,7 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage", KEY_CHECK, KEY_CHECK + ".tmp")
+KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -1883,13 +1889,11 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def write_file(path: str, data: bytes, sync: bool = False) -> None:
+def write_file(path: str, data: bytes) -> None:
     """Write a small private file whole."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         write_all(fd, data)
-        if sync:
-            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -1948,12 +1952,19 @@ class FileDraft:
     def send_parts(self, last: bool = False) -> None:
         """Write what waits to the .part, which is made at the first call."""
         if self.fd < 0:
-            day = self.stem[:10]
-            if self.spool.day != day:
-                self.spool.make_day(day)
-            self.fd = os.open(self.spool.path(self.part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self.fd = self.make_part()
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
         write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+
+    def make_part(self) -> int:
+        """Make the .part, in the date's directory."""
+        day = self.stem[:10]
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self.spool.day == day:
+            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
+                return os.open(self.spool.path(self.part), flags, 0o600)
+        self.spool.make_day(day)
+        return os.open(self.spool.path(self.part), flags, 0o600)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
@@ -1982,9 +1993,10 @@ class FileDraft:
     def abort(self) -> None:
         """Forget the message; harmless after commit."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self.spool.unlink(self.part)
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):  # what stays is set aside at the next start
+                os.close(fd)
+                self.spool.unlink(self.part)
 
 
 class MemorySpool:
@@ -3069,6 +3081,10 @@ class Scheduler:
             lane.throttled_until = now + delay
             return delay
 
+    def is_throttled(self, name: str) -> bool:
+        with self.changed:
+            return self.lanes[name].steps > 0
+
     def release(self, name: str) -> None:
         """Let everything go: the next hop answered."""
         with self.changed:
@@ -3125,6 +3141,7 @@ REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
 CONTENT_PATIENCE = 4  # RFC 5321 4.5.3.2.6 asks for much more time after the final dot than elsewhere
 CONTENT_TIME = 600.0
 REPLY_LIMIT = 64 * KIB
+REPLY_KEPT = 1000  # characters of a reply that go into a record
 TRANSCRIPT_LINES = 60
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
@@ -3161,7 +3178,7 @@ def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
         scope, status = HOST_LATER
     elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
         scope, status = RECIPIENT_LATER
-    return Outcome(status, scope, code, reply, host)
+    return Outcome(status, scope, code, reply[:REPLY_KEPT], host)
 
 
 class Target(NamedTuple):
@@ -3583,6 +3600,9 @@ HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+LINK_LINE = len(stem_of("0" * 16, "")) + 1
+
+
 class Link:
     """A pipe that carries stems from the receiving half to the delivering half.
 
@@ -3604,10 +3624,14 @@ class Link:
     def stems(self) -> Iterator[list[str]]:
         """Yield new stems as they come, until the writing end is closed."""
         rest = b""
-        for block in iter(lambda: os.read(self.reader, 64 * KIB), b""):
+        for block in iter(lambda: os.read(self.reader, 1000 * LINK_LINE), b""):
             *lines, rest = (rest + block).split(b"\n")
             yield [line.decode() for line in lines]
         os.close(self.reader)
+
+    def waiting(self) -> int:
+        """Return how many stems are in the pipe."""
+        return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder) // LINK_LINE
 
     def close(self) -> None:
         os.close(self.writer)
@@ -3638,6 +3662,19 @@ class Guard:
             self.tls.reload()
 
 
+DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
+
+
+def descriptors(wanted: int = 0) -> int:
+    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
 class Reception:
     """What the sessions of this process share, and their only way into the spool."""
 
@@ -3652,6 +3689,7 @@ class Reception:
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked = (-math.inf, True)
+        self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
     def refusal(self, client: str) -> bool:
         """Tell whether a client's address keeps it out."""
@@ -3664,7 +3702,7 @@ class Reception:
         """Count a session in; False when there are too many."""
         limit = self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[session.client])
             if not full:
                 self.sessions.add(session)
@@ -4662,6 +4700,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
+WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
+CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
+CLOCK_JUMP = 3600.0
 Again = Optional[tuple[float, str]]  # seconds until a message is tried again, in which lane ("": its own); or never
 
 
@@ -4683,11 +4724,13 @@ class Delivering:
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
         self.on_shelf = 0
+        self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
+        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
-        self.rescans = self.metrics.get("rescan")
-        jobs = [("reader", self.read_link), ("finder", self.find), ("sweeper", self.sweep)]
+        self.take_stock()
+        jobs = [("reader", self.read_link), ("finder", self.find_all), ("sweeper", self.sweep)]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
         self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
@@ -4704,6 +4747,8 @@ class Delivering:
         for thread in self.threads:
             if thread.name.startswith(("worker", "sweeper")):
                 thread.join(max(0.0, end - time.monotonic()))
+        for message in list(self.unwritten.values()):
+            self.write_down(message)
         self.delivery.stop()
 
     # -- what comes in --
@@ -4730,6 +4775,28 @@ class Delivering:
         """Publish how many messages are owed; those on their way through the Link are counted apart."""
         self.metrics.set("smtp_queue_depth", len(self.scheduler) - self.metrics.own("heard"))
 
+    def take_stock(self) -> None:
+        """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
+        m = self.metrics
+        self.rescans = m.get("rescan")
+        announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
+        m.set("heard", announced - self.link.waiting())
+        self.forget_octets()
+
+    def forget_octets(self) -> None:
+        """Set the octets owed to none, whoever counted them."""
+        self.metrics.set("owed_bytes", self.metrics.own("owed_bytes") - self.metrics.get("owed_bytes"))
+
+    def find_all(self) -> None:
+        """Look through the spool, however often that takes."""
+        while True:
+            try:
+                return self.find()
+            except Exception as e:
+                self.log.bug("find_bug", e)
+            if self.stopping.wait(WRITE_AGAIN):
+                return
+
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
         found = 0
@@ -4746,12 +4813,12 @@ class Delivering:
 
     # -- what is kept --
 
-    def hold(self, message: Message) -> None:
+    def hold(self, message: Message) -> Again:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
             message.move(Status.HELD)
-        self.spool.save(message)
         self.shelve(self.held, message.stem, time.time(), message.size)
+        return self.write_down(message)
 
     def shelve(self, shelf: dict[str, tuple[float, int]], stem: str, at: float, size: int) -> None:
         """Note a message that nobody is owed, with its time and size, to be removed when it must go."""
@@ -4771,7 +4838,7 @@ class Delivering:
     def past_keep(self) -> list[str]:
         oldest = time.time() - self.settings.keep
         over = []
-        while self.finished and next(iter(self.finished.values()))[0] < oldest:
+        while self.finished and max(next(iter(self.finished.values()))[0], self.clock_set) < oldest:
             over.append(next(iter(self.finished)))
             self.on_shelf -= self.finished.pop(over[-1])[1]
         return over
@@ -4805,9 +4872,12 @@ class Delivering:
             again = self.read_task(task) if task.lane == UNREAD else self.deliver(task)
         except KeyError:
             again = None  # removed while it waited
+            self.unwritten.pop(task.stem, None)
         except (SpoolError, SealError) as e:
             again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
+        except OSError as e:
+            self.log.error("spool_error", stem=task.stem, error=e)
         except Exception as e:
             self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
@@ -4818,7 +4888,8 @@ class Delivering:
         """Read a message known by name, and say when and where it is due."""
         message = self.spool.load(task.stem)
         if message.status is Status.HELD:
-            self.hold(message)
+            return self.hold(message)
+        if message.status in FINISHED:
             return None
         self.metrics.inc("owed_bytes", message.size)
         wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
@@ -4826,10 +4897,12 @@ class Delivering:
 
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when the message is finished."""
-        message = self.spool.load(task.stem)
-        if self.is_too_old(message):
-            self.metrics.inc("smtp_messages_expired_total")
-            return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds")
+        unwritten = self.unwritten.get(task.stem)
+        message = unwritten or self.spool.load(task.stem)
+        if message.status in FINISHED:
+            return self.write_down(message) if unwritten else None
+        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
+            return self.expire(message)
         message.move(Status.FORWARDING)
         started = time.monotonic()
         with self.spool.content(task.stem) as content:
@@ -4842,13 +4915,24 @@ class Delivering:
         return self.settle(message, attempt)
 
     def is_too_old(self, message: Message) -> bool:
-        return time.time() - id_micros(message.id) / 1e6 > self.settings.retry_max_age
+        """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        now = time.time()
+        times = (unix_time(entry["at"]) for entry in message.history)
+        return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
+
+    def expire(self, message: Message) -> Again:
+        """Give up a message that is too old; one that was not tried since it became so is tried first."""
+        self.metrics.inc("smtp_messages_expired_total")
+        return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
         if not self.settings.retry:
             return self.give_up(message, str(trouble))
+        if self.is_too_old(message):
+            message.last_error = str(trouble)
+            return self.expire(message)
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
@@ -4870,6 +4954,8 @@ class Delivering:
         limit = self.settings.retry_max_attempts
         if not self.settings.retry or 0 < limit <= message.attempts:
             return self.give_up(message, f"{message.last_error} (attempt {message.attempts} was the last)")
+        if self.is_too_old(message):
+            return self.expire(message)
         took_some = any(o.status is Status.FORWARDED for o in attempt.outcomes.values())
         hurry = took_some and any(r.code in (452, 552) for r in pending)  # RFC 5321 4.5.3.1.10: in portions
         delay = 0.0 if hurry else backoff(self.settings, message.attempts, self.scheduler.rng)
@@ -4881,7 +4967,7 @@ class Delivering:
         message.last_error = reason
         message.next_attempt_at = iso_time(time.time() + delay)
         message.move(Status.RETRYING, reason)
-        self.spool.save(message)
+        self.write_down(message)
         self.metrics.inc("smtp_messages_deferred_total")
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
 
@@ -4897,7 +4983,6 @@ class Delivering:
         failed = any(r.status is Status.FAILED for r in message.recipients)
         status = Status.FAILED if failed else Status.FORWARDED
         message.move(status, message.last_error if failed else "")
-        self.spool.save(message)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.metrics.inc("owed_bytes", -message.size)
         self.shelve(self.finished, message.stem, time.time(), message.size)
@@ -4906,6 +4991,17 @@ class Delivering:
                          recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
         self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
+        return self.write_down(message)
+
+    def write_down(self, message: Message) -> Again:
+        """Write a record; one that the disk does not take now is kept, and tried again, so that nothing is sent twice."""
+        try:
+            self.spool.save(message)
+        except OSError as e:
+            self.unwritten[message.stem] = message
+            self.log.error("record_not_written", id=message.id, error=e)
+            return WRITE_AGAIN, ""
+        self.unwritten.pop(message.stem, None)
         return None
 
     # -- what goes on beside --
@@ -4918,12 +5014,28 @@ class Delivering:
                 self.make_room()
                 self.guard.quotas.save()
                 self.renew()
-                missed = self.metrics.get("rescan")
-                if missed != self.rescans:
-                    self.rescans = missed
-                    self.find()
+                self.watch_clock()
+                self.look_again()
             except Exception as e:
                 self.log.bug("sweep_bug", e)
+
+    def watch_clock(self) -> None:
+        """Notice that the clock was set forward: ages from before that are not to be trusted."""
+        skew = time.time() - time.monotonic()
+        if skew - self.skew > CLOCK_JUMP:
+            self.clock_set = time.time()
+            self.log.warn("clock_was_set", seconds=round(skew - self.skew))
+        self.skew = skew
+
+    def look_again(self) -> None:
+        """Find the messages that the Link had no room for."""
+        missed = self.metrics.get("rescan") - self.rescans
+        if missed:
+            self.rescans += missed
+            self.metrics.inc("heard", missed)
+            self.find()
+        if self.metrics.get("smtp_queue_depth") <= 0:
+            self.forget_octets()
 
     def renew(self) -> None:
         """Renew the self-signed pair in time; sessions reread it."""
@@ -5143,6 +5255,7 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
+ROLES = ("deliver", "receive")
 
 
 def block_signals() -> None:
@@ -5161,15 +5274,16 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        for role in ("deliver", "receive"):
-            self.spawn(role)
+        self.spawn_missing()
         notify_systemd("READY=1")
-        while self.children:
+        while self.children or not self.stopping:
             number = signal.sigwait(SIGNALS_HANDLED)
             if number == signal.SIGCHLD:
                 self.reap()
-            elif number == signal.SIGALRM:
+            elif number == signal.SIGALRM and self.stopping:
                 self.signal_children(signal.SIGKILL)
+            elif number == signal.SIGALRM:
+                self.spawn_missing()
             elif number in STOP_SIGNALS:
                 self.stop()
             else:
@@ -5188,7 +5302,7 @@ class Supervisor:
                 os.kill(child, number)
 
     def reap(self) -> None:
-        """Note which children have ended; one that should not have is made anew."""
+        """Note which children have ended; one that should not have is made anew in a moment."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 child, status = os.waitpid(-1, os.WNOHANG)
@@ -5197,8 +5311,17 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
-                    time.sleep(RESTART_PAUSE)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+
+    def spawn_missing(self) -> None:
+        """Make the halves that are not there; where no process can be had, try again later."""
+        for role in ROLES:
+            if role not in self.children.values():
+                try:
                     self.spawn(role)
+                except OSError as e:
+                    self.parts.log.error("half_not_started", role=role, error=e)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn(self, role: str) -> None:
         """Fork a half: there are no threads here, so what it inherits is whole."""
@@ -5284,6 +5407,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Run the relay (what happens without a command)."""
     settings = read_environment()
     block_signals()
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
     parts = Parts(settings, log)
     try:
