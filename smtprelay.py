@@ -26,21 +26,22 @@ Contents:
     04 OBSERVING     log lines and counters
     05 WIRE          deadlines, lines, content in blocks
     06 GRAMMAR       pure functions from octets to values
-    07 SPOOL         the files, and what each means
-    08 ACCOUNTS      who may send, as whom, and how much
-    09 TLS           contexts for both sides, the self-signed pair
-    10 SCHEDULER     what is tried next, and when
-    11 RESOLVER      which hosts take mail for a domain
-    12 DELIVERY      one attempt at a next hop
-    13 REPORTS       what a sender is told of a message that failed
-    14 FAULTS        failures on order, for tests
-    15 SESSION       the protocol: one method for each verb
-    16 LISTENER      connections and the threads that serve them
-    17 INBOX         reading mail: MIME, search, waiting, links and codes
-    18 PAGE          the inbox and queue page, one document
-    19 HTTP          health, metrics, the mail API, and its guards
-    20 RELAY         joins the parts: workers, processes, start and stop
-    21 COMMAND LINE  one function for each verb
+    07 SEALING       encryption at rest
+    08 SPOOL         the files, and what each means
+    09 ACCOUNTS      who may send, as whom, and how much
+    10 TLS           contexts for both sides, the self-signed pair
+    11 SCHEDULER     what is tried next, and when
+    12 RESOLVER      which hosts take mail for a domain
+    13 DELIVERY      one attempt at a next hop
+    14 REPORTS       what a sender is told of a message that failed
+    15 FAULTS        failures on order, for tests
+    16 SESSION       the protocol: one method for each verb
+    17 LISTENER      connections and the threads that serve them
+    18 INBOX         reading mail: MIME, search, waiting, links and codes
+    19 PAGE          the inbox and queue page, one document
+    20 HTTP          health, metrics, the mail API, and its guards
+    21 RELAY         joins the parts: workers, processes, start and stop
+    22 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -105,7 +107,10 @@ import urllib.request
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
+
+if TYPE_CHECKING:
+    import ctypes
 
 __version__ = "0.1.0"
 
@@ -613,6 +618,12 @@ def maybe_port(text: str) -> int:
     return port_number(text) if text else 0
 
 
+def hex_key(text: str) -> bytes:
+    if not re.fullmatch(r"(?:[0-9A-Fa-f]{64})?", text):
+        raise ValueError("64 hexadecimal digits")
+    return bytes.fromhex(text)
+
+
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
@@ -657,6 +668,7 @@ class Settings:
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
     spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
     spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
+    spool_key: bytes = setting("", hex_key, "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
@@ -1490,7 +1502,276 @@ def final_recipient(address: str, utf8: bool) -> str:
     return f"utf-8; {encode_unitext(address, UNITEXT_SPECIAL, utf8)}"
 
 
-# === 07 SPOOL ================================================================
+# === 07 SEALING ==============================================================
+#
+# Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by
+# AES-256-GCM of ssl's own libcrypto; ctypes is imported only when there is a key.
+#
+#     file   = head chunk...
+#     head   = 8F "SEALED" 01 | key id, 8 octets | salt, 32 random octets
+#     chunk  = cipher text of 65536 octets, the last one's of as many as are left | tag, 16
+#     key    = HKDF-SHA256(SMTP_SPOOL_KEY, salt, "smtprelay file"): no nonce comes twice under it
+#     nonce  = number of the chunk from 0, 11 octets | 1 for the last chunk, else 0
+#     AAD    = head | name of the file
+#     key id = the first 8 octets of HKDF-SHA256(SMTP_SPOOL_KEY, no salt, "smtprelay key id")
+#
+# The name ties a file to its message. Opening proves the last chunk, so a cut is
+# noticed at once, and no octet is given out unproven. Not hidden: sizes, times,
+# names. Not detected: an old copy put back under its name, and a plain file in a
+# sealed one's place (plain is read as it is, so that a key can be added later).
+# A Sealer never changes and serves every thread; a reader or writer has one owner.
+
+MAGIC = b"\x8fSEALED\x01"
+HEAD_SIZE, CHUNK_SIZE, TAG_SIZE = 48, 64 * KIB, 16
+SEALED_CHUNK = CHUNK_SIZE + TAG_SIZE
+SEALED_TEXT, KEY_CHECK = "sealed:", "key.check"
+SSL_MAJOR = ssl.OPENSSL_VERSION_NUMBER >> 28
+# libcrypto's prototypes, result first: i int, l unsigned long, p pointer, v void.
+LIBCRYPTO = {
+    "OpenSSL_version_num": "l", "EVP_aes_256_gcm": "p", "EVP_CIPHER_CTX_new": "p",
+    "EVP_CIPHER_CTX_free": "vp", "EVP_CIPHER_CTX_ctrl": "ipiip", "EVP_CipherInit_ex": "ipppppi",
+    "EVP_CipherUpdate": "ippppi", "EVP_CipherFinal_ex": "ippp"}
+GET_TAG, SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_*: macros, which no library exports
+
+
+class SealError(Exception):
+    """What is sealed cannot be read, or nothing can be sealed."""
+
+
+def is_sealed(data: bytes) -> bool:
+    """Tell whether a file that opens with `data` was sealed, even one cut in its first octets."""
+    return bool(data) and MAGIC.startswith(data[:len(MAGIC)])
+
+
+def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
+    """Derive 32 octets from `key` with HKDF-SHA256 (RFC 5869 2)."""
+    return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+
+
+def libcrypto_names() -> list[str | None]:
+    """Return what to open to reach the libcrypto of Python's ssl, the surest first."""
+    # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl
+    # may be built in. Else a library of the same version has the same calls: never one without a
+    # version, since macOS ends the process that loads it.
+    own = getattr(sys.modules.get("_ssl"), "__file__", None)
+    version = {1: "1.1"}.get(SSL_MAJOR, str(SSL_MAJOR))
+    return [own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"]
+
+
+def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
+    """Open the first of `names` that has all we call; SealError when none has."""
+    import ctypes  # for those alone who set a key
+    for name in names:
+        with contextlib.suppress(OSError, AttributeError):
+            # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
+            # back, where a chunk takes 0.05 ms.
+            library = ctypes.PyDLL(name)
+            declare(library)
+            if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
+                return library
+    raise SealError(f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
+
+
+def declare(library: ctypes.PyDLL) -> None:
+    """Give libcrypto's functions their types; AttributeError if one is missing."""
+    import ctypes
+    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
+    for symbol, letters in LIBCRYPTO.items():
+        function = getattr(library, symbol)
+        function.restype, *function.argtypes = [kinds[letter] for letter in letters]
+
+
+def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, tag: bytes = b"") -> bytes | None:
+    """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt.
+
+    None when anything was altered; OSError when libcrypto fails, as it does without memory.
+    """
+    import ctypes
+    out = ctypes.create_string_buffer(len(data) + TAG_SIZE)
+    end, count, sealing = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int()), not tag
+    context = lib.EVP_CIPHER_CTX_new()
+    try:
+        if not (context
+                and lib.EVP_CipherInit_ex(context, lib.EVP_aes_256_gcm(), None, key, nonce, sealing)
+                and (sealing or lib.EVP_CIPHER_CTX_ctrl(context, SET_TAG, TAG_SIZE, tag))
+                and lib.EVP_CipherUpdate(context, None, count, aad, len(aad))
+                and lib.EVP_CipherUpdate(context, out, count, data, len(data))):
+            raise OSError("libcrypto cannot run AES-256-GCM")
+        # Here the tag is made, or checked: what `out` holds is not to be used before.
+        sound = lib.EVP_CipherFinal_ex(context, end, count)
+        if sealing and not (sound and lib.EVP_CIPHER_CTX_ctrl(context, GET_TAG, TAG_SIZE, end)):
+            raise OSError("libcrypto cannot encrypt")
+    finally:
+        lib.EVP_CIPHER_CTX_free(context)
+    return None if not sound else out.raw if sealing else out.raw[:len(data)]
+
+
+class FileCipher:
+    """The cipher of one file: its own key, and what each of its chunks is bound to."""
+
+    def __init__(self, lib: ctypes.PyDLL, key: bytes, head: bytes, name: str) -> None:
+        self.lib, self.key = lib, hkdf(key, head[-32:], b"smtprelay file")
+        self.aad = head + name.encode("utf-8", "surrogateescape")
+
+    def run(self, number: int, last: bool, data: bytes, tag: bytes = b"") -> bytes | None:
+        """Seal a chunk or, with a tag, open it: None when it is not the chunk of that number."""
+        nonce = number.to_bytes(11, "big") + bytes([last])
+        return gcm(self.lib, self.key, nonce, self.aad, data, tag)
+
+
+class SealWriter:
+    """Seals a stream as it comes, holding back at most a chunk."""
+
+    def __init__(self, head: bytes, cipher: FileCipher) -> None:
+        self.out, self.cipher = head, cipher
+        self.held = b""
+        self.number = 0
+
+    def update(self, data: bytes, last: bool = False) -> bytes:
+        """Take some of the text; return what can be written of it: all, with the last."""
+        self.held += data
+        done, parts = 0, [self.out]
+        while len(self.held) - done > CHUNK_SIZE:  # not >=: the last chunk is marked
+            parts.append(self.chunk(self.held[done:done + CHUNK_SIZE], False))
+            done += CHUNK_SIZE
+        self.out, self.held = b"", self.held[done:]
+        return b"".join([*parts, self.chunk(self.held, True)] if last else parts)
+
+    def chunk(self, text: bytes, last: bool) -> bytes:
+        sealed = self.cipher.run(self.number, last, text)
+        assert sealed is not None
+        self.number += 1
+        return sealed
+
+
+class SealReader:
+    """The raw half of a sealed file: what io.BufferedReader asks of its `raw`."""
+
+    def __init__(self, file: BinaryIO, name: str, cipher: FileCipher) -> None:
+        self.file, self.name, self.cipher = file, name, cipher
+        self.readable, self.seekable, self.flush, self.close = file.readable, file.seekable, file.flush, file.close
+        body = file.seek(0, os.SEEK_END) - HEAD_SIZE
+        self.last = max(body - 1, 0) // SEALED_CHUNK
+        self.size = body - (self.last + 1) * TAG_SIZE
+        self.at = 0
+        self.number, self.text = self.last, self.chunk(self.last)
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def chunk(self, number: int) -> bytes:
+        """Return the text of a chunk; SealError when it is not what was sealed."""
+        self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
+        box = self.file.read(SEALED_CHUNK)
+        whole = len(box) >= TAG_SIZE
+        text = self.cipher.run(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:]) if whole else None
+        if text is None:
+            raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
+        return text
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` from one chunk at most; 0 at the end."""
+        if self.at >= self.size:
+            return 0
+        number, skip = divmod(self.at, CHUNK_SIZE)
+        if number != self.number:
+            self.text, self.number = self.chunk(number), number
+        part = self.text[skip:skip + len(buffer)]
+        buffer[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def read(self) -> bytes:
+        """Return some of the text; b"" at the end."""
+        buffer = bytearray(CHUNK_SIZE)
+        return bytes(buffer[:self.readinto(memoryview(buffer))])
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+
+class Sealer:
+    """Seals under one key of 32 octets; with an empty key, writes plain and opens only plain.
+
+    `name` is what the sealed thing must be opened as again. A fixed `random` is for tests only.
+    """
+
+    def __init__(self, key: bytes = b"", random: Callable[[int], bytes] = os.urandom) -> None:
+        self.key, self.random = key, random
+        self.key_id = hkdf(key, b"", b"smtprelay key id")[:8]
+        self.lib = open_libcrypto(libcrypto_names()) if key else None
+
+    def writer(self, name: str) -> SealWriter | None:
+        """Return what seals a new file; None where there is no key."""
+        if self.lib is None:
+            return None
+        head = MAGIC + self.key_id + self.random(32)
+        return SealWriter(head, FileCipher(self.lib, self.key, head, name))
+
+    def reader(self, file: BinaryIO, name: str) -> BinaryIO:
+        """Return a reader of the text of `file`, which is itself returned when it is plain.
+
+        SealError, from here or from any read: the key is wrong, or the file is not what was sealed.
+        """
+        head = file.read(HEAD_SIZE)
+        if not is_sealed(head):
+            file.seek(0)
+            return file
+        if self.lib is None:
+            raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
+        if len(head) == HEAD_SIZE and head[len(MAGIC):-32] != self.key_id:
+            raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
+        raw = SealReader(file, name, FileCipher(self.lib, self.key, head, name))
+        return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
+
+    def seal(self, data: bytes, name: str) -> bytes:
+        """Seal a whole record."""
+        writer = self.writer(name)
+        return writer.update(data, last=True) if writer else data
+
+    def unseal(self, data: bytes, name: str) -> bytes:
+        """Return what seal() was given, or plain data as it is; SealError as reader()."""
+        return self.reader(io.BytesIO(data), name).read()
+
+    def seal_text(self, text: str, name: str) -> str:
+        """Seal a short secret into one line of ASCII, to be kept in a JSON file."""
+        return SEALED_TEXT + base64.b64encode(self.seal(text.encode(), name)).decode() if self.lib else text
+
+    def unseal_text(self, text: str, name: str) -> str:
+        """Return what seal_text() was given, or plain text as it is; SealError as unseal()."""
+        if not text.startswith(SEALED_TEXT):
+            return text
+        try:
+            data = base64.b64decode(text[len(SEALED_TEXT):], validate=True)
+        except ValueError:
+            data = b""
+        if not is_sealed(data):
+            raise SealError(f"{name} was altered")
+        return self.unseal(data, name).decode()
+
+
+def open_sealer(settings: Settings) -> Sealer:
+    """Return the sealer of a spool; SettingsError when there is no libcrypto or it has another key.
+
+    The first start with a key leaves a mark, key.check; what is plain from before stays readable.
+    """
+    mark = os.path.join(settings.spool, KEY_CHECK)
+    try:
+        sealer = Sealer(settings.spool_key)
+        with contextlib.suppress(FileNotFoundError), open(mark, "rb") as file:
+            if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
+                raise SealError(f"{KEY_CHECK} was altered")
+    except SealError as e:
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected the key of {settings.spool}: {e}"]) from None
+    return sealer
+
+
+# === 08 SPOOL ================================================================
 #
 # Where messages are kept. A message is a stem, <date>/<id>_<hash>, and these files:
 #
@@ -1585,6 +1866,7 @@ def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
 
 
 SIZE_AT = len("X-Envelope-Size: ")
+TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
 
 
 def size_text(size: int) -> bytes:
@@ -1605,13 +1887,17 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
-def first_record(file: BinaryIO, length: int) -> Message:
+def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
     block = read_block(file)
     try:
         one = {name: values[0] for name, values in block.items()}
-        size, trace = int(one["size"]), int(one["trace"])
-        if length < file.tell() + trace + size:
+        trace = int(one["trace"])
+        rest = length - file.tell() - trace
+        size = rest if one["size"] == TO_THE_END else int(one["size"])
+        if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
         flags = tuple(one.get("flags", "").split())
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
@@ -1632,6 +1918,7 @@ class FileSpool:
         self.root = os.path.abspath(settings.spool)
         self.settings = settings
         self.log = log
+        self.sealer = open_sealer(settings)
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
         self.day = ""
@@ -1641,14 +1928,24 @@ class FileSpool:
         """Make the directories and take the lock; SpoolBusy says who has it."""
         os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
         self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
             self.close()
-            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
+        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
+            replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
+            sync_directory(self.root)
+
+    def lock(self) -> bool:
+        """Take the lock, giving the halves of a relay that was killed a moment to notice."""
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.05)
+        return False
 
     def close(self) -> None:
         if self.lock_file >= 0:
@@ -1718,12 +2015,24 @@ class FileSpool:
 
     def open_file(self, name: str) -> BinaryIO:
         fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise SpoolError(f"{name} is no file")
         return open(fd, "rb")
+
+    def open_text(self, name: str, as_name: str) -> BinaryIO:
+        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
+        file = self.open_file(name)
+        try:
+            return self.sealer.reader(file, as_name)
+        except SealError as e:
+            file.close()
+            raise SpoolError(str(e)) from None
 
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
         try:
-            file = self.open_file(stem + ".eml")
+            file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
         read_block(file)
@@ -1732,8 +2041,8 @@ class FileSpool:
     def load(self, stem: str) -> Message:
         """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
         try:
-            with self.open_file(stem + ".eml") as file:
-                message = first_record(file, os.fstat(file.fileno()).st_size)
+            with self.open_text(stem + ".eml", stem + ".eml") as file:
+                message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
         return self.progress(stem, message)
@@ -1742,11 +2051,11 @@ class FileSpool:
         """Return the latest readable sidecar, or the first record where there is none."""
         for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
             try:
-                with self.open_file(stem + end) as file:
+                with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
             except FileNotFoundError:
                 continue
-            except ValueError as e:
+            except (ValueError, SpoolError, SealError) as e:
                 self.log.warn("record_rebuilt", stem=stem, reason=e)
                 message = first
             message.status = status or message.status
@@ -1757,7 +2066,7 @@ class FileSpool:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
         name = stem + ".tmp"
-        write_file(self.path(name), message.to_json())
+        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
         os.rename(self.path(name), self.path(stem + end))
         if end != ".json":
             self.unlink(stem + ".json")
@@ -1792,7 +2101,7 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage")
+KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -1852,6 +2161,7 @@ class FileDraft:
         self.part = f"{self.stem}.{spool.run}.part"
         trace = trace_header(envelope, id, spool.settings.hostname)
         self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.seal = spool.sealer.writer(self.stem + ".eml")
         self.waiting = 0
         self.size = 0
         self.fd = -1
@@ -1861,25 +2171,38 @@ class FileDraft:
         self.size += len(block)
         self.waiting += len(block)
         if self.waiting >= DRAFT_BLOCK:
+            if self.seal and self.fd < 0:
+                self.enter_size(b"%-12s" % TO_THE_END.encode())
             self.send_parts()
 
-    def send_parts(self) -> None:
+    def enter_size(self, text: bytes) -> None:
+        """Fill in the size in the envelope headers, before they are written."""
+        self.parts[0] = self.parts[0][:SIZE_AT] + text + self.parts[0][SIZE_AT + len(text):]
+
+    def send_parts(self, last: bool = False) -> None:
         """Write what waits to the .part, which is made at the first call."""
         if self.fd < 0:
-            day = self.stem[:10]
-            if self.spool.day != day:
-                self.spool.make_day(day)
-            self.fd = os.open(self.spool.path(self.part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self.fd = self.make_part()
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        write_all(self.fd, data)
+        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+
+    def make_part(self) -> int:
+        """Make the .part, in the date's directory."""
+        day = self.stem[:10]
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self.spool.day == day:
+            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
+                return os.open(self.spool.path(self.part), flags, 0o600)
+        self.spool.make_day(day)
+        return os.open(self.spool.path(self.part), flags, 0o600)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
-        if self.fd < 0:
-            self.parts[0] = self.parts[0][:SIZE_AT] + size_text(self.size) + self.parts[0][SIZE_AT + 12:]
-            self.send_parts()
-        else:
-            self.send_parts()
+        begun = self.fd >= 0
+        if not begun:
+            self.enter_size(size_text(self.size))
+        self.send_parts(last=True)
+        if begun and not self.seal:
             os.pwrite(self.fd, size_text(self.size), SIZE_AT)
         final = self.spool.path(self.stem + ".eml")
         os.rename(self.spool.path(self.part), final)
@@ -1900,9 +2223,10 @@ class FileDraft:
     def abort(self) -> None:
         """Forget the message; harmless after commit."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self.spool.unlink(self.part)
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):  # what stays is set aside at the next start
+                os.close(fd)
+                self.spool.unlink(self.part)
 
 
 class MemorySpool:
@@ -1983,7 +2307,7 @@ class MemoryDraft:
         head = self.parts[0]
         self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
         content = b"".join(self.parts)
-        self.spool.records[self.stem] = first_record(io.BytesIO(content), len(content)).to_json()
+        self.spool.records[self.stem] = first_record(io.BytesIO(content)).to_json()
         self.spool.contents[self.stem] = content
         return self.stem
 
@@ -1995,7 +2319,7 @@ Spool = Union[FileSpool, MemorySpool]
 Draft = Union[FileDraft, MemoryDraft]
 
 
-# === 08 ACCOUNTS =============================================================
+# === 09 ACCOUNTS =============================================================
 #
 # Who may send, as whom, and how much. `Accounts` is the store, `authenticate` the
 # one way in; `may_send_as`, `Buckets` and `Quotas` hold back who got in.
@@ -2646,7 +2970,7 @@ class Quotas:
             return {}
 
 
-# === 09 TLS ==================================================================
+# === 10 TLS ==================================================================
 #
 # Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask
 # `ServerTls.current()` for the context at each handshake, on their own thread; the
@@ -2812,7 +3136,7 @@ def openssl(*arguments: str) -> bytes:
     return done.stdout
 
 
-# === 10 SCHEDULER ============================================================
+# === 11 SCHEDULER ============================================================
 #
 # Which message is tried next, and when. Each next hop has a Lane. A message waits
 # in the lane of each next hop that is owed it, and is in one worker's hands at a
@@ -2896,6 +3220,7 @@ class Scheduler:
         self.heap: list[tuple[float, str, str]] = []
         self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> when due; 0.0 once it is in it
         self.active: dict[str, str] = {}  # stem -> lane
+        self.clock_set = 0.0  # Unix time; stems from before prove no age
         self.blocked: dict[str, list[str]] = {}  # an active stem -> lanes in which its turn had come
         self.stopped = False
 
@@ -3001,7 +3326,8 @@ class Scheduler:
 
     def _is_overdue(self, lane: Lane) -> bool:
         """Tell whether a lane's oldest message is too old to be tried: it is let out, only to fail."""
-        return bool(lane) and time.time() - id_micros(lane.oldest()[11:]) / 1e6 > self.settings.retry_max_age
+        came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
+        return self.clock_set <= came < time.time() - self.settings.retry_max_age
 
     def _has_room(self, lane: Lane, now: float, failed: int, slow: int) -> bool:
         """Tell whether one more worker may go to a lane, with so many at failed and at slow ones."""
@@ -3073,6 +3399,10 @@ class Scheduler:
             due = self.clock() + max(delay, 0.001)
             self.waiting.setdefault(stem, {})[lane] = due
             heapq.heappush(self.heap, (due, stem, lane))
+
+    def is_throttled(self, name: str) -> bool:
+        with self.changed:
+            return self.lanes[name].steps > 0
 
     def reached(self, name: str) -> None:
         """Note that a next hop has answered: more workers may follow the first, unless it is throttled."""
@@ -3146,7 +3476,7 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 11 RESOLVER =============================================================
+# === 12 RESOLVER =============================================================
 #
 # Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035).
 # Delivery calls it in mx mode, on its worker threads. A domain gives hosts in
@@ -3531,7 +3861,7 @@ class Resolver:
         return octets
 
 
-# === 12 DELIVERY =============================================================
+# === 13 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -3557,6 +3887,7 @@ GROUPING_TIME = 5.0  # for looking up who shares hosts with the domain in hand
 SMARTHOST = "smarthost"
 REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
+REPLY_KEPT = 1000  # characters of a reply that go into a record
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
 HOST_LATER, MESSAGE_LATER, RECIPIENT_LATER = (Scope.HOST, LATER), (Scope.MESSAGE, LATER), (Scope.RECIPIENT, LATER)
@@ -3593,7 +3924,7 @@ def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
         scope, status = HOST_LATER
     elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
         scope, status = RECIPIENT_LATER
-    return Outcome(status, scope, code, reply, host)
+    return Outcome(status, scope, code, reply[:REPLY_KEPT], host)
 
 
 class Target(NamedTuple):
@@ -3939,6 +4270,10 @@ class NextHop:
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.settimeout(1.0)
             self.wire.sock.sendall(b"QUIT\r\n")
+        self.drop()
+
+    def drop(self) -> None:
+        """Go without a word."""
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.close()
 
@@ -4130,6 +4465,9 @@ class Delivery:
                 self.drop_idle(target)
                 return self.attempt_at(target, message, recipients, content, reached)
             return self.judge(trouble, hop, recipients)
+        except BaseException:  # content that cannot be read: it must not end in a final dot
+            hop.drop()
+            raise
         self.give(hop)
         outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
@@ -4189,7 +4527,7 @@ class Delivery:
         self.drop_idle()
 
 
-# === 13 REPORTS ==============================================================
+# === 14 REPORTS ==============================================================
 #
 # A message that failed for good tells its sender so, once: a multipart/report
 # (RFC 3464, 6522) of words for people, fields for programs, and the original's
@@ -4427,7 +4765,7 @@ class ReportCap:
             return allowed
 
 
-# === 14 FAULTS ===============================================================
+# === 15 FAULTS ===============================================================
 #
 # Failures on order (SMTP_FAULTS), for people who test how their application
 # mails. A session asks at each stage; an answer takes the place of the true
@@ -4559,7 +4897,7 @@ class Faults:
         return fires
 
 
-# === 15 SESSION ==============================================================
+# === 16 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -4573,6 +4911,9 @@ class Faults:
 HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
 HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+LINK_LINE = len(stem_of("0" * 16, "")) + 1
 
 
 class Link:
@@ -4601,10 +4942,14 @@ class Link:
     def stems(self) -> Iterator[list[str]]:
         """Yield new stems as they come, until the writing end is closed."""
         rest = b""
-        for block in iter(lambda: os.read(self.reader, 64 * KIB), b""):
+        for block in iter(lambda: os.read(self.reader, 1000 * LINK_LINE), b""):
             *lines, rest = (rest + block).split(b"\n")
             yield [line.decode() for line in lines]
         os.close(self.reader)
+
+    def waiting(self) -> int:
+        """Return how many stems are in the pipe."""
+        return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder) // LINK_LINE
 
     def close(self) -> None:
         os.close(self.writer)
@@ -4635,6 +4980,19 @@ class Guard:
             self.tls.reload()
 
 
+DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
+
+
+def descriptors(wanted: int = 0) -> int:
+    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
 class Reception:
     """What the sessions of this process share, and their only way into the spool."""
 
@@ -4650,6 +5008,7 @@ class Reception:
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked = (-math.inf, True)
+        self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
     def refusal(self, client: str) -> bool:
         """Tell whether a client's address keeps it out."""
@@ -4662,7 +5021,7 @@ class Reception:
         """Count a session in; False when there are too many."""
         limit = self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[session.client])
             if not full:
                 self.sessions.add(session)
@@ -5325,7 +5684,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 16 LISTENER =============================================================
+# === 17 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -5590,7 +5949,7 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 17 INBOX ================================================================
+# === 18 INBOX ================================================================
 #
 # Purpose: reading mail. It is listed, searched, waited for, and put into the JSON
 # of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
@@ -6707,7 +7066,7 @@ def _content(value: str, path: str) -> bytes:
         raise BadRequest(f"{path}: not base64") from None
 
 
-# === 18 PAGE =================================================================
+# === 19 PAGE =================================================================
 #
 # The inbox and queue page: one HTML document that loads nothing from elsewhere.
 # It talks to the API of HTTP and nothing else; whatever a mail says goes in as text,
@@ -7799,7 +8158,7 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
             "frame-ancestors 'none'")
 
 
-# === 19 HTTP =================================================================
+# === 20 HTTP =================================================================
 #
 # The web side over http.server: health and metrics, the mail API, the page. A
 # route is a method, a path with {names}, who may call it, and a function from
@@ -8406,7 +8765,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.relay.log.bug("http_bug", error)
 
 
-# === 20 RELAY ================================================================
+# === 21 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -8418,6 +8777,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
+WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
+CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
+CLOCK_JUMP = 3600.0
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
@@ -8445,10 +8807,13 @@ class Delivering:
         self.held: dict[str, tuple[float, int]] = {}
         self.on_shelf = 0
         self.reports = ReportCap(REPORTS_AN_HOUR)
+        self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
+        self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
+        self.skew = time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
-        self.rescans = self.metrics.get("rescan")
+        self.take_stock()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
             jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log).run))
@@ -8470,16 +8835,15 @@ class Delivering:
         for thread in self.threads:
             if thread.name.startswith(("worker", "sweeper")):
                 thread.join(max(0.0, end - time.monotonic()))
+        for message in list(self.unwritten.values()):
+            self.write_down(message)
         self.delivery.stop()
 
     # -- what comes in --
 
     def read(self) -> None:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
-        try:
-            self.find()
-        except Exception as e:
-            self.log.bug("find_bug", e)
+        self.find_all()
         for stems in self.link.stems():
             for stem in stems:
                 try:
@@ -8519,6 +8883,28 @@ class Delivering:
         """Publish how many messages are owed; those on their way through the Link are counted apart."""
         self.metrics.set("smtp_queue_depth", len(self.scheduler) - self.metrics.own("heard"))
 
+    def take_stock(self) -> None:
+        """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
+        m = self.metrics
+        self.rescans = m.get("rescan")
+        announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
+        m.set("heard", announced - self.link.waiting())
+        self.forget_octets()
+
+    def forget_octets(self) -> None:
+        """Set the octets owed to none, whoever counted them."""
+        self.metrics.set("owed_bytes", self.metrics.own("owed_bytes") - self.metrics.get("owed_bytes"))
+
+    def find_all(self) -> None:
+        """Look through the spool, however often that takes."""
+        while True:
+            try:
+                return self.find()
+            except Exception as e:
+                self.log.bug("find_bug", e)
+            if self.stopping.wait(WRITE_AGAIN):
+                return
+
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
         found = 0
@@ -8537,12 +8923,12 @@ class Delivering:
 
     # -- what is kept --
 
-    def hold(self, message: Message) -> None:
+    def hold(self, message: Message) -> Again:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
             message.move(Status.HELD)
-        self.spool.save(message)
         self.shelve(self.held, message.stem, time.time(), message.size)
+        return self.write_down(message)
 
     def shelve(self, shelf: dict[str, tuple[float, int]], stem: str, at: float, size: int) -> None:
         """Note a message that nobody is owed, with its time and size, to be removed when it must go."""
@@ -8574,7 +8960,7 @@ class Delivering:
     def past_keep(self) -> list[str]:
         oldest = time.time() - self.settings.keep
         over = []
-        while self.finished and next(iter(self.finished.values()))[0] < oldest:
+        while self.finished and max(next(iter(self.finished.values()))[0], self.clock_set) < oldest:
             over.append(next(iter(self.finished)))
             self.on_shelf -= self.finished.pop(over[-1])[1]
         return over
@@ -8608,9 +8994,12 @@ class Delivering:
             again = self.read_task(task) if task.lane in LOCAL_LANES else self.deliver(task)
         except KeyError:
             again = None  # removed while it waited
-        except SpoolError as e:
+            self.unwritten.pop(task.stem, None)
+        except (SpoolError, SealError) as e:
             again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
+        except OSError as e:
+            self.log.error("spool_error", stem=task.stem, error=e)
         except Exception as e:
             self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
@@ -8621,7 +9010,8 @@ class Delivering:
         """Read a message known by name, and queue it where and when it is due."""
         message = self.spool.load(task.stem)
         if message.status is Status.HELD:
-            self.hold(message)
+            return self.hold(message)
+        if message.status in FINISHED:
             return None
         if task.lane == UNREAD:
             self.metrics.inc("owed_bytes", message.size)
@@ -8632,16 +9022,17 @@ class Delivering:
 
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when no more is owed in this lane."""
-        message = self.spool.load(task.stem)
-        if self.is_too_old(message):
-            self.metrics.inc("smtp_messages_expired_total")
-            self.fail(message, message.pending(), f"not delivered within {self.settings.retry_max_age:g} seconds")
-            return self.finish(message)
+        unwritten = self.unwritten.get(task.stem)
+        message = unwritten or self.spool.load(task.stem)
+        if message.status in (*FINISHED, Status.HELD):
+            return self.write_down(message) if unwritten else None
+        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
+            return self.expire(message, self.delivery.routes(message).get(task.lane, ()))
         self.hold_back(message)
         if not message.pending():
             return self.finish(message)
         if task.lane not in self.delivery.routes(message):
-            return self.reroute(message)
+            return self.write_down(message) if unwritten else self.reroute(message)
         if message.status is not Status.FORWARDING:
             message.move(Status.FORWARDING)
         self.tell("forwarding", task.stem)
@@ -8668,7 +9059,16 @@ class Delivering:
         return None
 
     def is_too_old(self, message: Message) -> bool:
-        return time.time() - id_micros(message.id) / 1e6 > self.settings.retry_max_age
+        """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        now = time.time()
+        times = (unix_time(entry["at"]) for entry in message.history)
+        return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
+
+    def expire(self, message: Message, recipients: Iterable[Recipient]) -> Again:
+        """Give up on recipients of a message that is too old; one not tried since it became so is tried first."""
+        self.metrics.inc("smtp_messages_expired_total")
+        self.fail(message, recipients, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
+        return self.wrap_up(message)
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
@@ -8679,6 +9079,9 @@ class Delivering:
         if not self.settings.retry:
             self.fail(message, owed, str(trouble))
             return self.wrap_up(message)
+        if self.is_too_old(message):
+            message.last_error = str(trouble)
+            return self.expire(message, owed)
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
@@ -8701,6 +9104,8 @@ class Delivering:
         if owed and (not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts):
             self.fail(message, owed, f"{message.last_error} (attempt {message.attempts} was the last)")
             owed = []
+        if owed and self.is_too_old(message):
+            return self.expire(message, owed)
         return self.put_off(message, task, owed, len(owed) < len(tried)) if owed else self.wrap_up(message)
 
     def put_off(self, message: Message, task: Task, owed: Sequence[Recipient], took_some: bool) -> Again:
@@ -8720,7 +9125,7 @@ class Delivering:
         message.last_error = reason
         message.next_attempt_at = iso_time(time.time() + delay)
         message.move(Status.RETRYING, reason)
-        self.spool.save(message)
+        self.write_down(message)
         self.metrics.inc("smtp_messages_deferred_total")
         self.tell("retrying", message.stem, 0, reason)
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
@@ -8735,22 +9140,19 @@ class Delivering:
         """Write down what was done in this lane; finish the message when no other owes it."""
         if not message.pending():
             return self.finish(message)
-        self.spool.save(message)
-        return None
+        return self.write_down(message)
 
     def finish(self, message: Message) -> Again:
         """Write down that nobody is owed a message any more, or only those held back."""
         self.scheduler.drop(message.stem)
         self.metrics.inc("owed_bytes", -message.size)
         if any(r.status is Status.HELD for r in message.recipients):
-            self.hold(message)
             self.log.info("held", id=message.id, reason="recipients not among SMTP_RELAY_ALLOWED_RECIPIENTS")
-            return None
+            return self.hold(message)
         failed = any(r.status is Status.FAILED for r in message.recipients)
         status = Status.FAILED if failed else Status.FORWARDED
         message.move(status, message.last_error if failed else "")
         self.report(message)
-        self.spool.save(message)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.shelve(self.finished, message.stem, time.time(), message.size)
         self.tell(status.value, message.stem, 0, message.last_error if failed else "")
@@ -8759,6 +9161,17 @@ class Delivering:
                          recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
         self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
+        return self.write_down(message)
+
+    def write_down(self, message: Message) -> Again:
+        """Write a record; one that the disk does not take now is kept, and tried again, so that nothing is sent twice."""
+        try:
+            self.spool.save(message)
+        except OSError as e:
+            self.unwritten[message.stem] = message
+            self.log.error("record_not_written", id=message.id, error=e)
+            return WRITE_AGAIN
+        self.unwritten.pop(message.stem, None)
         return None
 
     def report(self, message: Message) -> None:
@@ -8805,12 +9218,28 @@ class Delivering:
                 self.make_room()
                 self.guard.quotas.save()
                 self.renew()
-                missed = self.metrics.get("rescan")
-                if missed != self.rescans:
-                    self.rescans = missed
-                    self.find()
+                self.watch_clock()
+                self.look_again()
             except Exception as e:
                 self.log.bug("sweep_bug", e)
+
+    def watch_clock(self) -> None:
+        """Notice that the clock was set forward: ages from before that are not to be trusted."""
+        skew = time.time() - time.monotonic()
+        if skew - self.skew > CLOCK_JUMP:
+            self.clock_set = self.scheduler.clock_set = time.time()
+            self.log.warn("clock_was_set", seconds=round(skew - self.skew))
+        self.skew = skew
+
+    def look_again(self) -> None:
+        """Find the messages that the Link had no room for."""
+        missed = self.metrics.get("rescan") - self.rescans
+        if missed:
+            self.rescans += missed
+            self.metrics.inc("heard", missed)
+            self.find()
+        if self.metrics.get("smtp_queue_depth") <= 0:
+            self.forget_octets()
 
     def renew(self) -> None:
         """Renew the self-signed pair in time; sessions reread it."""
@@ -9294,6 +9723,7 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
+ROLES = ("deliver", "receive")
 
 
 def block_signals() -> None:
@@ -9312,15 +9742,16 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        for role in ("deliver", "receive"):
-            self.spawn(role)
+        self.spawn_missing()
         notify_systemd("READY=1")
-        while self.children:
+        while self.children or not self.stopping:
             number = signal.sigwait(SIGNALS_HANDLED)
             if number == signal.SIGCHLD:
                 self.reap()
-            elif number == signal.SIGALRM:
+            elif number == signal.SIGALRM and self.stopping:
                 self.signal_children(signal.SIGKILL)
+            elif number == signal.SIGALRM:
+                self.spawn_missing()
             elif number in STOP_SIGNALS:
                 self.stop()
             else:
@@ -9339,7 +9770,7 @@ class Supervisor:
                 os.kill(child, number)
 
     def reap(self) -> None:
-        """Note which children have ended; one that should not have is made anew."""
+        """Note which children have ended; one that should not have is made anew in a moment."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 child, status = os.waitpid(-1, os.WNOHANG)
@@ -9348,8 +9779,17 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
-                    time.sleep(RESTART_PAUSE)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+
+    def spawn_missing(self) -> None:
+        """Make the halves that are not there; where no process can be had, try again later."""
+        for role in ROLES:
+            if role not in self.children.values():
+                try:
                     self.spawn(role)
+                except OSError as e:
+                    self.parts.log.error("half_not_started", role=role, error=e)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn(self, role: str) -> None:
         """Fork a half: there are no threads here, so what it inherits is whole."""
@@ -9400,7 +9840,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 21 COMMAND LINE =========================================================
+# === 22 COMMAND LINE =========================================================
 #
 # One function for each verb; it returns the exit status, of sysexits.h. Settings
 # come from the environment, so the command line has almost nothing to say.
@@ -9435,6 +9875,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Run the relay (what happens without a command)."""
     settings = read_environment()
     block_signals()
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
     parts = Parts(settings, log)
     try:
