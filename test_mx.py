@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import grp
+import os
+import pwd
 import random
+import re
+import shutil
 import smtplib
 import socket
 import socketserver
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -548,3 +556,118 @@ def test_tls_is_used_and_verified_when_offered(tmp_path: Path) -> None:
             stem = send(relay, "bob@x.test")
             until(lambda: "certificate" in record(relay, stem).last_error.lower())
             assert record(relay, stem).attempts == 0
+
+
+# -- a real Postfix, as smart host and as MX, and a real dnsmasq --
+
+MAIN_CF = """
+compatibility_level = 3.6
+queue_directory = {top}/queue
+data_directory = {top}/data
+command_directory = /usr/sbin
+daemon_directory = /usr/lib/postfix/sbin
+mail_owner = {owner}
+setgid_group = {group}
+myhostname = mx.pf.test
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks = 127.0.0.0/8
+smtpd_relay_restrictions = permit_mynetworks, reject
+virtual_mailbox_domains = x.test, y.test
+virtual_mailbox_maps = inline:{{bob@x.test=box/, bob@y.test=box/}}
+virtual_mailbox_base = {top}/mail
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
+virtual_minimum_uid = 100
+maillog_file = {top}/log
+maillog_file_prefixes = /
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = {top}/cert.pem
+smtpd_tls_key_file = {top}/cert.pem
+"""
+
+
+def some_owner() -> tuple[str, str]:
+    """Postfix wants an owner and a group of its own; where it was never configured, any will do."""
+    for user, group in (("postfix", "postdrop"), ("uucp", "staff")):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(user).pw_name, grp.getgrnam(group).gr_name
+    pytest.skip("no user for Postfix")
+
+
+@pytest.fixture(scope="module")
+def postfix() -> Iterator[tuple[str, int, str]]:
+    """Start a Postfix on loopback; give its port and its directory with cert.pem, log and mail."""
+    dist = Path("/usr/share/postfix/master.cf.dist")
+    if not shutil.which("postfix", path="/usr/sbin") or not dist.exists() or os.getuid():
+        pytest.skip("needs Postfix, and root")
+    owner, group = some_owner()
+    with tempfile.TemporaryDirectory(prefix="pf") as top:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        for name in ("etc", "queue/pid", "data", "mail/box"):
+            os.makedirs(f"{top}/{name}")
+        os.chmod(top, 0o755)
+        shutil.chown(f"{top}/data", owner)
+        for name in ("mail", "mail/box"):
+            os.chown(f"{top}/{name}", 65534, 65534)
+        os.rename(smtprelay.self_signed(top, "mx.pf.test")[0], f"{top}/cert.pem")
+        Path(f"{top}/etc/main.cf").write_text(MAIN_CF.format(top=top, owner=owner, group=group))
+        master = re.sub(r"(?m)^smtp      inet", f"{port}      inet", dist.read_text())
+        Path(f"{top}/etc/master.cf").write_text(re.sub(r"(?m)^(\S+ +\S+ +\S+ +\S+ +)y( )", r"\1n\2", master))
+        Path(f"{top}/etc/dynamicmaps.cf").touch()
+        run = functools.partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        started = run(["/usr/sbin/postfix", "-c", f"{top}/etc", "start"])
+        try:
+            assert started.returncode == 0, started.stderr
+            yield "127.0.0.1", port, top
+        finally:
+            run(["/usr/sbin/postfix", "-c", f"{top}/etc", "stop"])
+
+
+def delivered(top: str) -> list[bytes]:
+    return [path.read_bytes() for path in Path(top, "mail/box/new").glob("*")] if Path(top, "mail/box/new").exists() else []
+
+
+def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
+    host, port, top = postfix
+    content = b"Subject: dots\r\n\r\n.\r\n..two\r\nend" + b"\r\nline" * 20000 + b"\r\n"
+    with smtprelay.start(SMTP_RELAY_HOST=f"{host}:{port}", SMTP_RELAY_TLS="starttls", SMTP_RELAY_TLS_VERIFY="0", **QUICK) as relay:
+        before = len(delivered(top))
+        stem = send(relay, "bob@x.test", "nobody@x.test", content=content)
+        message = finished(relay, stem)
+        assert statuses(relay, stem) == {"bob": DONE, "nobody": NEVER}
+        assert (message.recipients[0].tls, message.recipients[0].verified) == ("TLSv1.3", False)
+        assert message.recipients[1].code == 550 and "unknown in virtual mailbox table" in message.recipients[1].reply
+        until(lambda: len(delivered(top)) > before, 10)
+        assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
+
+
+def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
+    host, port, top = postfix
+    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
+    if not dnsmasq:
+        pytest.skip("needs dnsmasq")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        dns = probe.getsockname()[1]
+    records = ["--mx-host=x.test,mx.pf.test,10", "--mx-host=x.test,down.test,5", "--mx-host=y.test,mx.pf.test,10", "--mx-host=y.test,down.test,5",
+               f"--host-record=mx.pf.test,{host}", "--host-record=down.test,127.0.0.5", "--local=/test/"]
+    server = subprocess.Popen([dnsmasq, "-k", "-C", "/dev/null", "--no-hosts", "--no-resolv", "--listen-address=127.0.0.1", "--bind-interfaces", "--user=root",
+                               "--pid-file=", f"--port={dns}", *records], stderr=subprocess.DEVNULL)
+    try:
+        with smtprelay.start(SMTP_DELIVERY="mx", SMTP_MX_PORT=str(port), SMTP_DNS_SERVER=f"127.0.0.1:{dns}", SMTP_RELAY_CA_FILE=f"{top}/cert.pem",
+                             SMTP_BOUNCE="0", **QUICK) as relay:
+            before = len(delivered(top))
+            stem = send(relay, "bob@x.test", "bob@y.test", "bob@gone.test")
+            message = finished(relay, stem)
+            assert [r.status.value for r in message.recipients] == [DONE, DONE, NEVER]
+            r = message.recipients[0]
+            assert (r.host, r.ip, r.tls, r.verified) == ("mx.pf.test", host, "TLSv1.3", True)
+            assert message.recipients[2].reply.startswith("5.1.2 gone.test")
+            until(lambda: len(delivered(top)) == before + 2, 10)
+            assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
+    finally:
+        server.terminate()
+        server.wait()
