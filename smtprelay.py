@@ -4196,12 +4196,20 @@ class NextHop:
             line += " BODY=8BITMIME"
         if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
             line += " SMTPUTF8"
-        dsn = self.offers("dsn")  # RFC 3461 5.2.1
-        line += asked(RET=message.ret, ENVID=message.envid) if dsn else ""
+        if self.offers("dsn"):  # RFC 3461 5.2.1
+            line += asked(RET=message.ret, ENVID=message.envid)
         lines = [("mail", line),
-                 *(("rcpt", f"RCPT TO:<{r.address}>" + (asked(NOTIFY=r.notify, ORCPT=r.orcpt) if dsn else "")) for r in recipients),
+                 *(("rcpt", f"RCPT TO:<{r.address}>{self.asked_for(r)}") for r in recipients),
                  ("data", "DATA")]
         return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
+
+    def asked_for(self, recipient: Recipient) -> str:
+        """Return what the sender asked to be told of a recipient, for a next hop that offers DSN."""
+        if not self.offers("dsn"):
+            return ""
+        orcpt = encode_unitext(recipient.orcpt, utf8=self.offers("smtputf8"))
+        # An address that grows past the limit in ASCII is left out: better than a 501.
+        return asked(NOTIFY=recipient.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
 
     def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
         """Yield the reply to each command; with PIPELINING all are sent before the first is read."""
@@ -4410,12 +4418,12 @@ class Delivery:
              reached: Callable[[], None]) -> Attempt:
         """Send a message as the settings rewrite it."""
         s = self.settings
-        path = message.reverse_path and (s.relay_return_path or message.reverse_path)
+        if s.relay_return_path and message.reverse_path:
+            message = dataclasses.replace(message, reverse_path=s.relay_return_path)
         if not s.relay_redirect_to:
-            message = dataclasses.replace(message, reverse_path=path)
             return self.try_each(targets, message, recipients, Outgoing(file), reached)
         head = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients).encode("utf-8", "surrogateescape")
-        message = dataclasses.replace(message, reverse_path=path, size=message.size + len(head))
+        message = dataclasses.replace(message, size=message.size + len(head))
         attempt = self.try_each(targets, message, [Recipient(s.relay_redirect_to)], Outgoing(file, head), reached)
         return attempt._replace(outcomes={r.address: o for r in recipients for o in attempt.outcomes.values()})
 

@@ -671,3 +671,50 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+# -- many next hops at once --
+
+def test_two_hanging_hosts_hold_up_nobody() -> None:
+    script = zone(a_slow1_test="127.0.0.5", a_slow2_test="127.0.0.6", a_good_test="127.0.0.7")
+    with FakeHop({"greeting": "hang"}, host="127.0.0.5") as slow, \
+            FakeHop({"rcpt": "hang"}, "8BITMIME", host="127.0.0.6", port=slow.server_address[1]), \
+            FakeHop(host="127.0.0.7", port=slow.server_address[1]) as good, \
+            by_mx(slow.server_address[1], script, SMTP_RELAY_TIMEOUT="3s") as relay:
+        for i in range(10):
+            send(relay, f"u{i}@slow1.test")
+            send(relay, f"u{i}@slow2.test")
+        began = time.monotonic()
+        for i in range(10):
+            finished(relay, send(relay, f"u{i}@good.test"))
+        assert time.monotonic() - began < 2 and len(good.mails) == 10
+        assert slow.connections == 1
+
+
+def test_what_was_delivered_stays_so_after_a_restart(tmp_path: Path) -> None:
+    script = zone(a_grey_test="127.0.0.5", a_good_test="127.0.0.5")
+    with FakeHop({"rcpt:a@grey.test": ["450 later"]}, host="127.0.0.5") as hop:
+        settings = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(tmp_path), "SMTP_FSYNC": "0"}
+        with by_mx(hop.server_address[1], script, SMTP_RETRY_INITIAL_DELAY="300ms", SMTP_RETRY_MAX_DELAY="1s",
+                   SMTP_MAX_SIZE="1MiB", **settings) as relay:
+            stem = send(relay, "a@grey.test", "b@good.test")
+            until(lambda: statuses(relay, stem) == {"a": LATER, "b": DONE})
+        with by_mx(hop.server_address[1], script, **settings) as relay:
+            message = finished(relay, stem)
+        assert statuses(relay, stem) == {"a": DONE, "b": DONE} and message.recipients[0].attempts == 2
+        assert sorted(rs for rs, _ in hop.mails) == [["a@grey.test"], ["b@good.test"]]
+
+
+def test_an_account_may_have_a_host_of_its_own(tmp_path: Path) -> None:
+    with FakeHop() as common, FakeHop({}, "AUTH PLAIN") as own:
+        users = tmp_path / "users.json"
+        users.write_text(smtprelay.json.dumps({"app": {"password": "p", "relay_host": own.place, "relay_username": "u", "relay_password": "w"}, "b": {"password": "p"}}))
+        users.chmod(0o600)
+        with relaying(common, SMTP_USERS_FILE=str(users), SMTP_AUTH_INSECURE="1") as relay:
+            for name in ("app", "b"):
+                with smtplib.SMTP(relay.host, relay.port) as client:
+                    client.login(name, "p")
+                    client.sendmail("me@here.test", ["bob@x.test"], b"\r\nhello\r\n")
+                finished(relay, newest(relay))
+        assert (len(common.mails), len(own.mails)) == (1, 1)
+        assert any(c.startswith("AUTH PLAIN ") for c in own.commands)
