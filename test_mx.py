@@ -644,6 +644,13 @@ def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
         assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
 
 
+def knows(port: int, domain: str) -> bool:
+    """Tell whether a DNS server is up."""
+    with contextlib.suppress(smtprelay.ResolveError):
+        return bool(smtprelay.Resolver([("127.0.0.1", port)], 0.3).mx_hosts(domain))
+    return False
+
+
 def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     host, port, top = postfix
     dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
@@ -657,6 +664,7 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     server = subprocess.Popen([dnsmasq, "-k", "-C", "/dev/null", "--no-hosts", "--no-resolv", "--listen-address=127.0.0.1", "--bind-interfaces", "--user=root",
                                "--pid-file=", f"--port={dns}", *records], stderr=subprocess.DEVNULL)
     try:
+        until(lambda: knows(dns, "x.test"))
         with smtprelay.start(SMTP_DELIVERY="mx", SMTP_MX_PORT=str(port), SMTP_DNS_SERVER=f"127.0.0.1:{dns}", SMTP_RELAY_CA_FILE=f"{top}/cert.pem",
                              SMTP_BOUNCE="0", **QUICK) as relay:
             before = len(delivered(top))
