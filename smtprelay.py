@@ -1745,7 +1745,7 @@ class FileSpool:
     def names(self) -> Iterator[tuple[str, Status | None]]:
         """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
         for day in sorted(os.listdir(self.root)):
-            if DATE.fullmatch(day) and os.path.isdir(self.path(day)):
+            if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
             elif day not in KEPT_NAMES:
                 self.set_aside(day, "not a name of ours")
@@ -1987,7 +1987,8 @@ class FileDraft:
         try:
             os.fsync(self.fd)
         except OSError:
-            os.unlink(final)
+            with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                os.unlink(final)
             raise
 
     def abort(self) -> None:
