@@ -34,9 +34,11 @@ Contents:
     12 DELIVERY      one attempt at a next hop
     13 SESSION       the protocol: one method for each verb
     14 LISTENER      connections and the threads that serve them
-    15 HTTP          health and metrics
-    16 RELAY         joins the parts: workers, processes, start and stop
-    17 COMMAND LINE  one function for each verb
+    15 INBOX         reading mail: MIME, search, waiting, links and codes
+    16 PAGE          the inbox and queue page, one document
+    17 HTTP          health, metrics, the mail API, and its guards
+    18 RELAY         joins the parts: workers, processes, start and stop
+    19 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.errors
+import email.header
+import email.message
+import email.policy
 import email.utils
 import enum
 import errno
@@ -58,6 +64,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import http.client
 import http.server
 import io
@@ -67,6 +74,7 @@ import json
 import logging
 import logging.handlers
 import math
+import mimetypes
 import mmap
 import os
 import queue
@@ -89,9 +97,11 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
+import urllib.request
+import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
 
 if TYPE_CHECKING:
     import ctypes
@@ -525,6 +535,12 @@ def http_listen(text: str) -> tuple[Address, ...]:
     return listen(text if ":" in text else f"127.0.0.1:{text}")
 
 
+def web_address(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[^\s/]+\S*", text):
+        raise ValueError("an http:// or https:// address")
+    return text
+
+
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     try:
         names = ["127.0.0.0/8,::1" if w == "loopback" else w for w in words(text)]
@@ -617,6 +633,8 @@ class Settings:
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
     workers: int = setting("8", positive, "delivery threads")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
+    api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
+    webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
     log_file: str = setting("", word, "a file for the log", shown="stderr")
@@ -812,6 +830,39 @@ class Audit:
                 os.close(fd)
         except OSError as e:
             self.log.error("audit_failed", error=e)
+
+
+class Feed:
+    """Hands events to whoever listens; one that does not keep up is dropped."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.listeners: set[queue.Queue[Any]] = set()
+
+    def subscribe(self, most: int, waiting: int = 1000) -> queue.Queue[Any]:
+        """Return a queue of events to come, None at their end; ValueError when `most` listen already."""
+        events: queue.Queue[Any] = queue.Queue(waiting)
+        with self.lock:
+            if len(self.listeners) >= most:
+                raise ValueError("too many listen to events already")
+            self.listeners.add(events)
+        return events
+
+    def unsubscribe(self, events: queue.Queue[Any]) -> None:
+        with self.lock:
+            self.listeners.discard(events)
+
+    def publish(self, event: dict[str, Any] | None) -> None:
+        with self.lock:
+            listeners = list(self.listeners)
+        for events in listeners:
+            try:
+                events.put_nowait(event)
+            except queue.Full:
+                self.unsubscribe(events)
+                with contextlib.suppress(queue.Empty):
+                    events.get_nowait()
+                    events.put_nowait(None)
 
 
 class Metric(NamedTuple):
@@ -1847,6 +1898,12 @@ class FileSpool:
         if end != ".json":
             self.unlink(stem + ".json")
 
+    def reopen(self, message: Message) -> None:
+        """Make a finished message owed again: its record changes its name."""
+        for end in DONE_NAMES.values():
+            self.unlink(message.stem + end)
+        self.save(message)
+
     def remove(self, stem: str) -> None:
         """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
         for end in (".eml", ".json", *DONE_NAMES.values()):
@@ -2034,6 +2091,9 @@ class MemorySpool:
     def save(self, message: Message) -> None:
         if message.stem in self.contents:
             self.records[message.stem] = message.to_json()
+
+    def reopen(self, message: Message) -> None:
+        self.save(message)
 
     def remove(self, stem: str) -> None:
         self.contents.pop(stem, None)
@@ -3106,6 +3166,25 @@ class Scheduler:
                 entry.throttled_until = 0.0
             self.changed.notify_all()
 
+    def hurry(self, stem: str) -> None:
+        """Make one message that waits for itself due now."""
+        with self.changed:
+            for due, waiting, lane in self.heap:
+                if waiting == stem and self.waiting.get(stem) == due:
+                    self._queue(stem, lane, 0.0, False)
+                    return
+
+    def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the oldest stems, and the state of each next hop, for people to read."""
+        with self.changed:
+            stems = heapq.nsmallest(limit, itertools.chain(self.waiting, self.active))
+            now, wall = self.clock(), time.time()
+            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": lane.active,
+                     "waiting": len(lane), "reason": lane.reason,
+                     "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
+                    for lane in self.lanes.values() if lane.name != UNREAD]
+        return stems, hops
+
     def drop(self, stem: str) -> bool:
         """Forget a message; False when it is in a worker's hands."""
         with self.changed:
@@ -3621,6 +3700,11 @@ class Link:
             os.write(self.writer, stem.encode() + b"\n")
         except BlockingIOError:
             self.metrics.inc("rescan")
+
+    def mark(self, name: str) -> None:
+        """Send a mark through the pipe: it comes out when all that was announced before has."""
+        with contextlib.suppress(OSError):
+            os.write(self.writer, b"=" + name.encode() + b"\n")
 
     def stems(self) -> Iterator[list[str]]:
         """Yield new stems as they come, until the writing end is closed."""
@@ -4574,122 +4658,2823 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 15 HTTP =================================================================
+# === 15 INBOX ================================================================
 #
-# Health and metrics over http.server. ROUTES is the table of what there is; a
-# route's function takes the request and returns an Answer. Requests run on their
-# own threads and only read what the other chapters offer.
+# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON
+# of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
+# Relay.wait() call here; nothing here writes to the spool.
+#
+#   content -> read_mail -> Mail, Parts -> message_json, Email, view_html
+#                        -> Summary (packed) -> Inbox -> messages_json
+#
+# Threads: any. `Inbox` has one Condition; under it only its own dict is touched,
+# never the disk. Receiving costs a dict entry and a notify: a summary is made
+# when somebody first reads. A waiter sleeps on the Condition and tries only the
+# sequence numbers it has not seen; none is ever given twice.
+#
+# Mail is hostile. The walk along boundaries is ours, because the email package
+# recurses for each nesting; parameters, encoded words and addresses are left to
+# it, on input of bounded length, and what it raises is caught. Nothing that reads
+# mail raises for what the mail says; time is linear in its size; depth, parts
+# and header octets have limits.
 
-HTTP_TIMEOUT = 30
+MAIL_HEAD_LIMIT = 128 * 1024  # octets of one header block
+VALUE_LIMIT = 16 * 1024  # characters of a header value that are interpreted
+TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
+SEARCH_LIMIT = 1024 * 1024  # octets in which words are looked for; of HTML made text
+PART_LIMIT = 1000
+DEPTH_LIMIT = 16
+SNIPPET = 250
+
+EMAIL_RAISES = (
+    email.errors.MessageError, ValueError, LookupError, TypeError, AttributeError,
+    ArithmeticError, AssertionError, RecursionError,
+)
+
+# Charsets decoded in linear time, as punycode and idna are not; besides, the codec registry
+# remembers every unknown name for ever.
+_CHARSET = re.compile(
+    r"(?i:utf[-_]?(?:8|16|32)(?:[-_]?[bl]e)?|iso[-_]?8859[-_]\d{1,2}|latin[-_]?\d|windows[-_]125\d"
+    r"|cp\d{3,4}|koi8[-_][rtu]|gb2312|gbk|gb18030|big5|euc[-_](?:jp|kr)|shift[-_]?jis"
+    r"|iso[-_]2022[-_](?:jp|kr)|tis[-_]620)"
+)
+_CONTENT_TYPE = re.compile(r"[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", re.ASCII)
+_FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+_COMMON_ADDRESS = re.compile(r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)")
+_NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
+
+Headers = list[tuple[str, str]]  # in order, unfolded, encoded words left as they are
+Person = dict[str, str]  # {"Name", "Address"} as in Mailpit's JSON; either may be ""
 
 
-class Answer(NamedTuple):
-    """An HTTP answer."""
+def header(headers: Headers, name: str) -> str:
+    """Give the first value of a header field, "" where there is none."""
+    return next((value for key, value in headers if key.lower() == name), "")[:VALUE_LIMIT]
 
-    status: int
-    body: bytes
+
+def decode_text(octets: bytes, charset: str = "") -> str:
+    """Decode octets leniently: what the charset cannot say becomes U+FFFD."""
+    try:
+        return octets.decode(charset if _CHARSET.fullmatch(charset) else "utf-8", "replace")
+    except (LookupError, ValueError):
+        return octets.decode("utf-8", "replace")
+
+
+def decode_words(value: str) -> str:
+    """Decode the encoded words of a header value (RFC 2047)."""
+    if not 0 < value.count("=?") < 256:  # each that has no end is searched to the value's end
+        return value
+    try:
+        words: list[tuple[Any, str | None]] = email.header.decode_header(value)
+        texts = (w if isinstance(w, str) else decode_text(w, charset or "") for w, charset in words)
+        return "".join(texts).translate(_NO_BREAKS)
+    except EMAIL_RAISES:
+        return value
+
+
+def addresses(value: str) -> list[Person]:
+    """Parse an address list (RFC 5322, 3.4), leaving out what is no address."""
+    common = _COMMON_ADDRESS.fullmatch(value)
+    if common:  # ten times as fast
+        return [_person_json((common[1] or "").strip(), common[2] or common[3])]
+    if max(value.count("("), value.count(":")) > 50:  # getaddresses recurses for each
+        value = value.translate({40: " ", 58: " "})
+    try:
+        pairs = email.utils.getaddresses([value])
+    except EMAIL_RAISES:
+        return []
+    return [_person_json(decode_words(name), address) for name, address in pairs if address]
+
+
+def _person_json(name: str, address: str) -> Person:
+    return {"Name": name, "Address": address}
+
+
+def _headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
+    """Read a header block; give its fields with the offset of the body."""
+    fields: list[list[bytes]] = []
+    end = min(end, start + MAIL_HEAD_LIMIT)
+    while start < end:
+        stop = raw.find(b"\n", start, end) + 1 or end
+        line = raw[start:stop]
+        if line[:1] in b" \t" and fields:
+            fields[-1].append(line)
+        elif _FIELD_NAME.match(line):
+            fields.append([line])
+        else:  # the empty line, or a body that begins without one
+            start = stop if not line.strip() else start
+            break
+        start = stop
+    return [_header_field(b"".join(lines)) for lines in fields], start
+
+
+def _header_field(octets: bytes) -> tuple[str, str]:
+    try:
+        text = octets.decode()
+    except UnicodeDecodeError:
+        text = octets.decode("latin-1")
+    name, _, value = text.replace("\r\n", "").partition(":")
+    value = value.strip()
+    return name.rstrip(), value if value.isprintable() else value.translate(_NO_BREAKS).strip()
+
+
+class Part(NamedTuple):
+    """One leaf of the MIME tree, numbered as in /message/{id}/part/{number}."""
+
+    number: str
+    headers: Headers
+    content_type: str
+    charset: str
+    boundary: str
+    role: str  # "body", "inline" (the HTML may refer to it, RFC 2392) or "attachment"
+    filename: str
+    content_id: str
+    raw: bytes = b""  # the body as sent
+
+    @property
+    def content(self) -> bytes:
+        """The body without its transfer encoding."""
+        encoding = header(self.headers, "content-transfer-encoding").lower()
+        if encoding == "base64":
+            return _unbase64(self.raw)
+        return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
+
+    @property
+    def text(self) -> str:
+        """The body as text, its lines ending in LF."""
+        return decode_text(self.content, self.charset).replace("\r\n", "\n")
+
+
+def _unbase64(octets: bytes) -> bytes:
+    try:
+        return binascii.a2b_base64(octets)
+    except binascii.Error:  # cut short
+        octets = re.sub(rb"[^A-Za-z0-9+/]+", b"", octets)
+        return binascii.a2b_base64(octets[: len(octets) - (len(octets) % 4 == 1)] + b"==")
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(value: str) -> tuple[str, dict[str, str]]:
+    """Split a header value into its first word and its parameters (RFC 2045, 2231)."""
+    word, semicolon, _ = value.partition(";")
+    if not semicolon:
+        return value.lower(), {}
+    message = email.message.Message()
+    message["x"] = value[:4096]
+    try:
+        found: list[tuple[str, Any]] = message.get_params([], "x")[1:]
+        collapse = email.utils.collapse_rfc2231_value
+        return word.strip().lower(), {name.lower(): collapse(text) for name, text in found}
+    except EMAIL_RAISES:
+        return word.strip().lower(), {}
+
+
+def _part(number: str, headers: Headers) -> Part:
+    """Describe a part by its header fields."""
+    kind, more = _parameters(header(headers, "content-type") or "text/plain")
+    disposition, named = _parameters(header(headers, "content-disposition"))
+    cid = header(headers, "content-id").strip("<> ")[:250]
+    filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
+    if not _CONTENT_TYPE.fullmatch(kind):
+        kind = "application/octet-stream" if "/" in kind else "text/plain"  # RFC 2045, 5.2
+    attached = disposition == "attachment"
+    role = "inline" if (cid or disposition == "inline") and not attached else "attachment"
+    if kind in ("text/plain", "text/html") and not attached and not filename:
+        role = "body"
+    boundary = more.get("boundary", "").rstrip() if kind.startswith("multipart/") else ""
+    return Part(number, headers, kind, more.get("charset", ""), boundary, role, filename, cid)
+
+
+def _pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
+    """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
+    mark = b"--" + boundary.encode("utf-8", "replace")
+    pieces: list[tuple[int, int]] = []
+    begin, at = -1, raw.find(mark, start, end)
+    while at >= 0 and len(pieces) < PART_LIMIT:
+        after = at + len(mark)
+        if at == start or raw[at - 1] == 10:
+            line_end = raw.find(b"\n", after, end) + 1 or end
+            tail = raw[after:line_end].strip()
+            if tail in (b"", b"--"):
+                stop = at - (2 if raw[at - 2 : at] == b"\r\n" else 1)
+                pieces += [(begin, max(begin, stop))] if begin >= 0 else []
+                begin = after = line_end
+            if tail == b"--":
+                return pieces
+        at = raw.find(mark, after, end)
+    return [*pieces, (begin, end)] if begin >= 0 else pieces
+
+
+def read_mail(raw: bytes) -> Mail:
+    """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
+
+    Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside
+    is a leaf. What is deeper than DEPTH_LIMIT or past PART_LIMIT is left out.
+    """
+    parts: list[Part] = []
+    todo = [("", 0, len(raw))]
+    for _ in range(PART_LIMIT):
+        number, start, end = todo.pop()
+        headers, body = _headers(raw, start, end)
+        part = _part(number.rstrip(".") or "0", headers)
+        nested = part.boundary and number.count(".") < DEPTH_LIMIT
+        pieces = _pieces(raw, body, end, part.boundary) if nested else []
+        todo += [(f"{number}{n}.", *piece) for n, piece in enumerate(pieces, 1)][::-1]
+        if not pieces:
+            broken = part.content_type.startswith("multipart/")  # shown as text, not lost
+            kind, role = ("text/plain", "body") if broken else (part.content_type, part.role)
+            parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
+        if not todo:
+            break
+    return Mail(_headers(raw, 0, len(raw))[0], parts, len(raw))
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A parsed message; a field is decoded when it is first looked at."""
+
+    headers: Headers
+    parts: list[Part]
+    size: int
+
+    def people(self, name: str) -> list[Person]:
+        """The addresses in a header field; From has one, if only in name."""
+        value = header(self.headers, name)
+        found = addresses(value) if value else []
+        return found or ([_person_json(decode_words(value)[:1000], "")] if name == "from" else [])
+
+    @functools.cached_property
+    def subject(self) -> str:
+        return decode_words(header(self.headers, "subject"))
+
+    @property
+    def message_id(self) -> str:
+        return header(self.headers, "message-id").strip("<> ")
+
+    @property
+    def date(self) -> str:
+        """The Date field as ISO 8601, "" where it makes no sense."""
+        try:
+            when = email.utils.parsedate_to_datetime(header(self.headers, "date")[:100])
+            return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).isoformat()
+        except EMAIL_RAISES:
+            return ""
+
+    @functools.cached_property
+    def html(self) -> str:
+        return self._bodies("text/html")
+
+    @functools.cached_property
+    def plain(self) -> str:
+        return self._bodies("text/plain")
+
+    def _bodies(self, kind: str) -> str:
+        return "\n".join(p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The text/plain body, or else the readable text of the HTML one."""
+        return self.plain if self.plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
+
+    def having(self, role: str) -> list[Part]:
+        """The parts with this role."""
+        return [p for p in self.parts if p.role == role]
+
+
+_HIDDEN = ("style", "script", "title", "template")
+_BLOCK = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
+_HREF = re.compile(r"""(?i)\bhref\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
+_URL = re.compile(r"(?i)https?://[^\s<>\"\x00-\x1f]{1,4000}")
+
+
+def _elements(page: str) -> Iterator[tuple[str, str, str]]:
+    """Cut HTML at its tags into (name, tag, text after it), without scripts and comments."""
+    until = ""
+    for piece in ("span>" + page).split("<"):
+        if not piece:
+            continue
+        if until:
+            found = piece.lower().find(until)
+            if found < 0:
+                continue
+            piece = piece[found:]
+        comment = piece.startswith("!--")
+        tag, end, text = piece.partition("-->" if comment else ">")
+        name = (tag.split(None, 1) or [""])[0].rstrip("/").lower()
+        until = "/" + name if name in _HIDDEN else "-->" if comment and not end else ""
+        if not until:
+            yield name, tag, text
+
+
+def strip_html(page: str) -> str:
+    """Give the readable text of an HTML page, a line for each block."""
+    chunks = []
+    for name, _, text in _elements(page) if page else ():
+        chunks += ["\n" if _BLOCK.fullmatch(name) else " " if name in ("td", "th") else ""]
+        chunks += [text.replace("\n", " ")]
+    lines = html.unescape("".join(chunks)).split("\n")
+    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
+
+
+def links(text: str, page: str) -> list[str]:
+    """Collect the http(s) links of a message: those of the HTML's anchors, then the text's."""
+    tags = (tag for name, tag, _ in _elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
+    found = (html.unescape("".join(m.groups(""))).strip() for m in map(_HREF.search, tags) if m)
+    anchors = (url for url in found if _URL.fullmatch(url))
+    written = (_trim_url(m.group()) for m in _URL.finditer(text[:TEXT_LIMIT]))
+    return list(dict.fromkeys([*anchors, *written]))
+
+
+def _trim_url(url: str) -> str:
+    """Take off the punctuation that ends the sentence, not the link."""
+    url = url.rstrip(".,;:!?'*_]}|\\")
+    return url[:-1] if url.endswith(")") and url.count("(") < url.count(")") else url
+
+
+_WORD = (
+    r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|c[oó]digo|codice|kode?)\b"
+    r"|\wcode\b|код|验证码|コード|인증)"
+)
+_CODE_WORD = re.compile(r"(?i)" + _WORD)
+_CODE = re.compile(
+    r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
+    r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
+)
+_SAID_BEFORE = re.compile(
+    rf"(?i){_WORD}[^\w\n]{{0,4}}"
+    r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$"
+)
+_SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{_WORD}")
+_OTHER_BEFORE = re.compile(
+    r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
+    r"|fax|mobile|error|status|ext|room|suite|box|version)(?: ?(?:code|number|no|nr|id|is))?"
+    r"|[$€£¥#]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
+)
+_OTHER_AFTER = re.compile(
+    r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?)\b"
+)
+
+
+def codes(text: str, page: str = "", subject: str = "") -> list[str]:
+    """Collect the verification codes of a message: the surest kind found, in order.
+
+    A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
+    phone and order numbers, postal codes and colours are none.
+    """
+    return _codes(f"{subject}\n{text}") or _codes(strip_html(page[:TEXT_LIMIT]))
+
+
+def _codes(text: str) -> list[str]:
+    lines = (_URL.sub(" ", line).split() for line in text[:TEXT_LIMIT].split("\n"))
+    flat = "\n".join(map(" ".join, lines))
+    weights: dict[str, int] = {}
+    end, weight = 0, 0
+    for match in _CODE.finditer(flat):
+        start = match.start()
+        if not weight or flat[end:start].strip(" \n,;|"):  # else one more of a list
+            before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
+            weight = _weigh(match.group(), before, after)
+        end = match.end()
+        code = match.group().replace(" ", "")
+        weights[code] = max(weight, weights.get(code, 0))
+    best = max(weights.values(), default=0)
+    return [code for code, weight in weights.items() if weight == best > 0]
+
+
+def _weigh(token: str, before: str, after: str) -> int:
+    """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
+    if not any(c.isdigit() for c in token) and not re.fullmatch("[A-Z]{4}-[A-Z]{4}", token):
+        return 0
+    if _OTHER_BEFORE.search(before) or _OTHER_AFTER.match(after):
+        return 0
+    if _SAID_BEFORE.search(before) or _SAID_AFTER.match(after):
+        return 3
+    year = token.isdigit() and len(token) == 4 and token[:2] in ("19", "20")
+    postal = token.isdigit() and len(token) == 5 and before[-3:-1].isupper()
+    if year or postal or any(c.islower() for c in token):
+        return 0
+    return 2 if _CODE_WORD.search(before) else int(bool(_CODE_WORD.search(after)))
+
+
+SHOWN_INLINE = frozenset(
+    f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "avif")
+) | {"text/plain"}
+_RUNS = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
+_CID = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
+
+
+def safe_filename(name: str) -> str:
+    """Turn a sender's file name into one of 100 characters that is safe to save under."""
+    name = name.replace("\\", "/").rpartition("/")[2]
+    name = "".join(c if c.isprintable() and c not in '<>:"|?*;%' else "_" for c in name)
+    stem, dot, suffix = name.strip(" .").rpartition(".")
+    return (stem[: 99 - len(suffix)] + dot + suffix)[:100] or "attachment"
+
+
+def part_headers(part: Part) -> dict[str, str]:
+    """Give the header fields a part is served with; only what cannot run is shown inline."""
+    kind = "application/octet-stream" if _RUNS.search(part.content_type) else part.content_type
+    disposition = "inline" if kind in SHOWN_INLINE else "attachment"
+    if kind.startswith("text/"):
+        kind += f"; charset={part.charset if _CHARSET.fullmatch(part.charset) else 'utf-8'}"
+    name = safe_filename(part.filename or part.content_id or f"part-{part.number}")
+    plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
+    return {
+        "Content-Type": kind,
+        "Content-Disposition": f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quoted}",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def view_html(mail: Mail, id: str) -> str:
+    """Give the HTML body with its cid: references turned into addresses of this API."""
+    numbers = {p.content_id.lower(): p.number for p in mail.parts if p.content_id}
+    return _CID.sub(functools.partial(_part_address, numbers, f"/api/v1/message/{id}/part/"), mail.html)
+
+
+def _part_address(numbers: dict[str, str], base: str, cid: re.Match[str]) -> str:
+    number = numbers.get(html.unescape(urllib.parse.unquote(cid[1])).lower())
+    return base + number if number else cid[0]
+
+
+# A summary is what Mailpit's list shows of a message, but for its state, with three fields of
+# ours. It is kept packed, as the JSON of its values: some 500 octets, where a dict takes 4,000.
+Summary = dict[str, Any]
+SUMMARY_FIELDS = (
+    "ID", "MessageID", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject", "Created", "Username",
+    "Size", "Attachments", "Snippet",
+    "inline",  # number of inline parts
+    "place",  # where the whole text is: "snippet", "raw" as it stands, or "parts" to be decoded
+    "tags",  # of the X-Tags field
+)
+
+
+def summarise(record: Message, mail: Mail) -> Summary:
+    """Sum up a message for lists and searches; Bcc is every recipient that no field names."""
+    to, cc, bcc, reply_to = (mail.people(name) for name in ("to", "cc", "bcc", "reply-to"))
+    named = {person["Address"].lower() for person in (*to, *cc, *bcc)}
+    unnamed = [r.address for r in record.recipients if r.address.lower() not in named]
+    start = mail.plain[:32000] if mail.plain.strip() else strip_html(mail.html[:32000])
+    text = " ".join(start.split())
+    files, inline = len(mail.having("attachment")), len(mail.having("inline"))
+    stands = mail.plain.strip() and all(map(_stands, mail.having("body")))
+    place = "parts" if files or not stands else "raw"
+    values = (
+        record.id, mail.message_id[:1000], mail.people("from")[0], to, cc,
+        bcc + [_person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
+        record.received_at, record.user, record.size, files, text[:SNIPPET], inline,
+        "snippet" if len(text) <= SNIPPET and not files else place,
+        clean_tags(decode_words(header(mail.headers, "x-tags")).split(",")),
+    )
+    return dict(zip(SUMMARY_FIELDS, values))
+
+
+def pack(summary: Summary) -> bytes:
+    """Write a summary in little room."""
+    text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+def unpack(packed: bytes) -> Summary:
+    """Read a packed summary."""
+    return dict(zip(SUMMARY_FIELDS, json.loads(packed)))
+
+
+def _stands(body: Part) -> bool:
+    """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
+    encoding = header(body.headers, "content-transfer-encoding").lower()
+    if body.content_type != "text/plain":
+        return True  # not searched where there is plain text
+    if encoding == "quoted-printable" and _ESCAPED_ASCII.search(body.raw):
+        return False
+    return encoding != "base64" and decode_text(b"az09", body.charset) == "az09"
+
+
+_ESCAPED_ASCII = re.compile(rb"=[4-7 \t\n]")
+
+
+def _holds(read: Callable[[], bytes], place: str, word: str) -> bool:
+    """Whether a message's text or an attachment's name holds a word."""
+    try:
+        raw = read()
+    except (KeyError, OSError):  # gone meanwhile
+        return False
+    if place == "raw":  # most messages do not hold it, and need not be parsed to say so
+        flat = raw.replace(b"=\r\n", b"").lower()
+        if not all(p.encode() in flat for p in word.split() if p.isascii()):
+            return False
+    mail = read_mail(raw)
+    return word in clean("\n".join([mail.text, *(p.filename for p in mail.having("attachment"))]))
+
+
+def clean_tags(tags: Iterable[str]) -> list[str]:
+    """Sort tags without doubles, dropping what Mailpit takes for no tag."""
+    return sorted({t.strip() for t in tags if re.fullmatch(r"[A-Za-z0-9 ._-]{1,100}", t.strip())})
+
+
+class Item(NamedTuple):
+    """A message in a list: its place, its state, its summary."""
+
+    id: str
+    sequence: int
+    read: bool
+    tags: list[str]
+    summary: Summary
+
+
+def clean(text: str) -> str:
+    """Bring text and search words into one form: lower case, single spaces, no brackets."""
+    for mark in '\ufeff<>",;()':
+        text = text.replace(mark, " ")
+    return " ".join(text.lower().split())
+
+
+def _names(*groups: list[Person]) -> str:
+    return clean(" ".join(f"{p['Name']} {p['Address']}" for p in itertools.chain(*groups)))
+
+
+Test = Callable[[Item], bool]
+_FIELDS: dict[str, Callable[[Summary], str]] = {
+    "to": lambda s: _names(s["To"]),
+    "from": lambda s: _names([s["From"]]),
+    "cc": lambda s: _names(s["Cc"]),
+    "bcc": lambda s: _names(s["Bcc"]),
+    "reply-to": lambda s: _names(s["ReplyTo"]),
+    "addressed": lambda s: _names([s["From"]], s["To"], s["Cc"], s["Bcc"], s["ReplyTo"]),
+    "recipient": lambda s: _names(s["To"], s["Cc"], s["Bcc"]),  # ours, not Mailpit's
+    "subject": lambda s: clean(s["Subject"]),
+    "message-id": lambda s: clean(s["MessageID"]),
+}
+_STATES: dict[str, Test] = {
+    "is:read": lambda item: item.read,
+    "is:unread": lambda item: not item.read,
+    "is:tagged": lambda item: bool(item.tags),
+    "has:attachment": lambda item: bool(item.summary["Attachments"]),
+    "has:inline": lambda item: bool(item.summary["inline"]),
+}
+
+
+class Query(NamedTuple):
+    """A compiled search: tests on the item, words in its text, each with what it must say."""
+
+    tests: tuple[tuple[Test, bool], ...] = ()
+    words: tuple[tuple[str, bool], ...] = ()
+
+    def matches(self, item: Item, read: Callable[[], bytes]) -> bool:
+        """Try the cheap tests first; read the message only where the summary cannot tell."""
+        if not all(test(item) == wanted for test, wanted in self.tests):
+            return False
+        s, place = item.summary, item.summary["place"]
+        known = self.words and clean(f"{_FIELDS['addressed'](s)} {s['Subject']} {s['Snippet']}")
+        return all(
+            (word in known or (place != "snippet" and _holds(read, place, word))) == wanted
+            for word, wanted in self.words
+        )
+
+
+ALL = Query()
+
+
+def compile_query(text: str, zone: str = "") -> Query:
+    """Compile Mailpit's search words; any other word is looked for in the text.
+
+    Terms must all hold; a leading - or ! turns one round, double quotes keep one together.
+    `zone` names the time zone of before: and after:, the machine's where it is not known.
+    """
+    tests: list[tuple[Test, bool]] = []
+    words: list[tuple[str, bool]] = []
+    for term in _terms(text[:10000]):
+        wanted = len(term) == 1 or term[0] not in "-!"
+        term = term if wanted else term[1:]
+        test = _test(term, zone)
+        if test:
+            tests.append((test, wanted))
+        elif any(c.isalnum() for c in term):
+            words.append((clean(term), wanted))
+    return Query(tuple(tests), tuple(words))
+
+
+def _terms(text: str) -> list[str]:
+    """Split at spaces outside double quotes."""
+    parts = enumerate(text.replace("\0", "").split('"'))
+    joined = "".join(part if n % 2 else part.replace(" ", "\0") for n, part in parts)
+    return [term.strip() for term in joined.split("\0") if term.strip()]
+
+
+def _test(term: str, zone: str) -> Test | None:
+    """Compile one term, None where it is no search word or its value is none."""
+    name, _, value = term.lower().partition(":")
+    value = clean(value)
+    state, get = _STATES.get(f"{name}:{value.rstrip('s')}"), _FIELDS.get(name)
+    if state or not value:
+        return state
+    if get:
+        return lambda item: value in get(item.summary)
+    if name == "tag":
+        return lambda item: value in (tag.lower() for tag in item.tags)
+    if name in ("larger", "smaller"):
+        size = search_size(value)
+        sign = 1 if name == "larger" else -1
+        return (lambda item: sign * item.summary["Size"] > sign * size) if size else None
+    when = search_moment(value, zone) if name in ("before", "after") else ""
+    if when and name == "after":
+        return lambda item: item.summary["Created"][:19] >= when
+    return (lambda item: item.summary["Created"][:19] <= when) if when else None
+
+
+def search_size(value: str) -> int:
+    """Read a size such as 2kb or 1.5m, 0 where it is none."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?([km]?)b?", value)
+    return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
+
+
+def search_moment(value: str, zone: str = "") -> str:
+    """Read a date or time as UTC to the second, as received_at has it; "" where it is none."""
+    try:
+        if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
+            when = datetime.datetime.fromtimestamp(int(value[:10]), datetime.timezone.utc)
+        else:
+            when = datetime.datetime.fromisoformat(value.replace("/", "-").upper().replace("Z", "+00:00"))
+        if zone and not when.tzinfo:
+            when = when.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+        return when.astimezone(datetime.timezone.utc).isoformat()[:19]
+    except (ValueError, LookupError, OverflowError, OSError):
+        return search_moment(value) if zone else ""
+
+
+class _Entry:
+    """The state of one message, its summary packed."""
+
+    __slots__ = ("packed", "read", "sequence", "stem", "tags")
+
+    def __init__(self, stem: str, sequence: int) -> None:
+        self.stem, self.sequence, self.read, self.packed = stem, sequence, False, b""
+        self.tags: list[str] | None = None  # None: those of its X-Tags field
+
+    @property
+    def id(self) -> str:
+        return self.stem[11:27]
+
+
+class Listing(NamedTuple):
+    """Some messages of a list, newest first, with how many it has in all."""
+
+    items: list[Item]
+    total: int
+    unread: int
+
+
+class Inbox:
+    """The index of all messages: order, read flags, tags, waiting.
+
+    `first` is the first sequence number: where clients outlive a restart, one above all those
+    of the earlier run.
+    """
+
+    def __init__(self, spool: Spool, log: Log, first: int = 1) -> None:
+        self._spool, self._log = spool, log
+        self._changed = threading.Condition(threading.Lock())
+        self._entries: dict[str, _Entry] = {}  # oldest first
+        self._last, self._closed, self.deleted = first - 1, False, 0
+
+    def add(self, stem: str) -> int:
+        """Append a message unless it is there; give its sequence number."""
+        with self._changed:
+            entry = self._entries.get(stem[11:27])
+            if entry is None:
+                self._last += 1
+                entry = self._entries[stem[11:27]] = _Entry(stem, self._last)
+                self._changed.notify_all()
+            return entry.sequence
+
+    def stem(self, id: str) -> str:
+        """Give the name under which the spool has a message; KeyError when it is gone."""
+        with self._changed:
+            return self._entries[id].stem
+
+    def load(self, id: str) -> Message:
+        """Give the record of a message; KeyError or OSError when it is gone."""
+        return self._spool.load(self.stem(id))
+
+    def delete(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Forget messages, all for None; give the ids of those that were here."""
+        with self._changed:
+            chosen = [entry.id for entry in self._chosen(ids)]
+            gone = [id for id in chosen if self._entries.pop(id, None)]
+            self.deleted += len(gone)
+            return gone
+
+    def close(self) -> None:
+        """Send every waiter away empty-handed."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def last(self) -> int:
+        """The highest sequence number given; what arrives later has a higher one."""
+        with self._changed:
+            return self._last
+
+    def wait(self, query: Query, since: int | None = None, timeout: float = 5.0) -> Item | None:
+        """Block until a message matches; None after `timeout` seconds.
+
+        With `since`, the oldest match numbered above it: a client goes on from one match to
+        the next. Without, the newest match that is there, or else the next to come.
+        """
+        deadline = time.monotonic() + timeout
+        found, seen = self._look(query, since or 0, newest=since is None)
+        while not found and self._grown(seen, deadline):
+            found, seen = self._look(query, seen)
+        return found
+
+    def _grown(self, seen: int, deadline: float) -> bool:
+        """Sleep until there are messages numbered above `seen`, False at the deadline."""
+        with self._changed:
+            left = deadline - time.monotonic()
+            self._changed.wait_for(lambda: self._last > seen or self._closed, max(0.0, left))
+            return self._last > seen and not self._closed
+
+    def _look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
+        """Try the messages numbered above `since`; give the match with the last number tried."""
+        with self._changed:
+            last, fresh = self._last, self._after(since)
+        return next(self._matching(fresh if newest else fresh[::-1], query), None), last
+
+    def _after(self, since: int = 0) -> list[_Entry]:
+        """The entries numbered above `since`, newest first; the caller holds the lock."""
+        newest_first = reversed(self._entries.values())
+        return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
+
+    def _chosen(self, ids: Iterable[str] | None) -> list[_Entry]:
+        """The entries with these ids, all for None; the caller holds the lock."""
+        return [e for e in map(self._entries.get, self._entries if ids is None else ids) if e]
+
+    def _matching(self, entries: Iterable[_Entry], query: Query) -> Iterator[Item]:
+        for item in filter(None, map(self._item, entries)):
+            if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
+                yield item
+
+    def _item(self, entry: _Entry) -> Item | None:
+        """Show an entry, on first reading with a new summary; None when its message is gone."""
+        try:
+            if not entry.packed:
+                entry.packed = pack(summarise(self.load(entry.id), self.mail(entry.id)))
+        except (KeyError, FileNotFoundError, SpoolError):
+            self.delete([entry.id])
+            return None
+        except OSError as error:
+            self._log.warn("unreadable", id=entry.id, error=error)
+            return None
+        summary = unpack(entry.packed)
+        tags = summary["tags"] if entry.tags is None else entry.tags
+        return Item(entry.id, entry.sequence, entry.read, tags, summary)
+
+    def raw(self, id: str, limit: int = -1) -> bytes:
+        """Read a message's content; KeyError or OSError when it is gone."""
+        with self._spool.content(self.stem(id)) as content:
+            return content.read(limit)
+
+    def mail(self, id: str) -> Mail:
+        """Parse a message; KeyError or OSError when it is gone."""
+        return read_mail(self.raw(id))
+
+    def email(self, item: Item) -> Email:
+        """Give a message as users of the library see it."""
+        return Email(self.load(item.id), self.raw(item.id), item.sequence)
+
+    def get(self, id: str, query: Query = ALL) -> Item | None:
+        """Find a message by its id; `latest` is the newest that matches the query."""
+        if id == "latest":
+            return self._look(query, 0, newest=True)[0]
+        with self._changed:
+            entry = self._entries.get(id)
+        return self._item(entry) if entry else None
+
+    def search(self, query: Query = ALL, start: int = 0, limit: int = 50) -> Listing:
+        """List the messages that match, newest first; limit 0 is none."""
+        with self._changed:
+            entries = self._after()
+        page = slice(start, start + limit if limit else None)
+        if query == ALL:  # only the page itself needs summaries
+            items = list(self._matching(entries[page], ALL))
+            return Listing(items, len(entries), sum(not e.read for e in entries))
+        items = list(self._matching(entries, query))
+        return Listing(items[page], len(items), sum(not item.read for item in items))
+
+    def counts(self) -> tuple[int, int, dict[str, int]]:
+        """Give how many messages there are, how many unread, and how many with each known tag."""
+        with self._changed:
+            entries = self._after()
+        tags = collections.Counter(tag for entry in entries for tag in _tags(entry))
+        return len(entries), sum(not e.read for e in entries), dict(sorted(tags.items()))
+
+    def mark(self, ids: Iterable[str] | None, read: bool) -> None:
+        """Mark messages read or unread, all for None."""
+        with self._changed:
+            for entry in self._chosen(ids):
+                entry.read = read
+
+    def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
+        """Replace the tags of messages."""
+        wanted = clean_tags(tags)
+        with self._changed:
+            for entry in self._chosen(ids):
+                entry.tags = wanted
+
+    def rename_tag(self, old: str, new: str = "") -> None:
+        """Rename a tag on every message, or take it off where there is no new name."""
+        with self._changed:
+            for entry in self._chosen(None):
+                tags = _tags(entry)
+                if old in tags:
+                    entry.tags = clean_tags(new if tag == old else tag for tag in tags)
+
+
+def _tags(entry: _Entry) -> list[str]:
+    """The tags of an entry as far as known; most packed summaries end in no tags at all."""
+    if entry.tags is None and entry.packed and not entry.packed.endswith(b"[]]"):
+        return list(unpack(entry.packed)["tags"])
+    return entry.tags or []
+
+
+class Email:
+    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
+
+    def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
+        self.id, self.raw, self.sequence, self.mail = record.id, raw, sequence, read_mail(raw)
+        self.reverse_path = record.reverse_path
+        self.recipients = [r.address for r in record.recipients]
+        self.subject, self.text, self.html = self.mail.subject, self.mail.text, self.mail.html
+        self.from_ = self.mail.people("from")[0]["Address"]
+        self.to = [p["Address"] for p in self.mail.people("to")]
+        self.cc = [p["Address"] for p in self.mail.people("cc")]
+
+    @functools.cached_property
+    def links(self) -> list[str]:
+        """The links, those of the HTML first."""
+        return links(self.text, self.html)
+
+    @functools.cached_property
+    def codes(self) -> list[str]:
+        """The verification codes."""
+        return codes(self.text, self.html, self.subject)
+
+    @property
+    def attachments(self) -> list[Part]:
+        """What is no body, with filename, content_type and content."""
+        return [p for p in self.mail.parts if p.role != "body"]
+
+    @property
+    def headers(self) -> email.message.Message:
+        """The header fields, decoded: `headers["X-Id"]`, `headers.get_all("Received")`."""
+        decoded = email.message.Message()
+        for name, value in self.mail.headers:
+            decoded[name] = decode_words(value)
+        return decoded
+
+    def __repr__(self) -> str:
+        return f"<Email {self.subject!r} from {self.from_!r} to {self.recipients} id {self.id}>"
+
+    def __str__(self) -> str:
+        """What a failing test prints."""
+        files = ", ".join(f"{p.filename} ({p.content_type})" for p in self.attachments)
+        to, found = ", ".join(self.recipients), [*self.codes, *self.links[:20]]
+        head = f"From: {self.from_}\nTo: {to}\nSubject: {self.subject}\nFiles: {files}"
+        return "\n".join([head, *(f"Found: {f}" for f in found), "", self.text[:2000]])
+
+
+def summary_json(item: Item) -> dict[str, Any]:
+    """Mailpit's MessageSummary: one of a list."""
+    shown = {name: item.summary[name] for name in SUMMARY_FIELDS if name[0].isupper()}
+    return {**shown, "Read": item.read, "Tags": item.tags}
+
+
+def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
+    """Mailpit's MessagesSummary: the messages that match."""
+    page = inbox.search(query, start, limit)
+    total, unread, tags = inbox.counts()
+    return {
+        "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
+        "messages_unread": page.unread, "start": start, "tags": list(tags),
+        "messages": [summary_json(item) for item in page.items],
+    }
+
+
+_SUMS = ("MD5", "SHA1", "SHA256")
+
+
+def attachment_json(part: Part) -> dict[str, Any]:
+    """Mailpit's Attachment: size and checksums are those of the decoded content."""
+    content = part.content
+    sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in _SUMS}
+    return {
+        "PartID": part.number, "ContentType": part.content_type, "ContentID": part.content_id,
+        "FileName": part.filename or part.content_id or f"part-{part.number}",
+        "Size": len(content),
+        "Checksums": {name: digest.hexdigest() for name, digest in sums.items()},
+    }
+
+
+_LISTED = ("Read", "Created", "Attachments", "Snippet")  # in a list only
+
+
+def message_json(item: Item, mail: Mail) -> dict[str, Any]:
+    """Mailpit's Message: one whole. Mailpit marks it read when it is asked for."""
+    listed = header(mail.headers, "list-unsubscribe")
+    unsubscribe = {
+        "Header": listed, "Links": re.findall(r"<((?:https?|mailto):[^<>\s]+)>", listed),
+        "Errors": "", "HeaderPost": header(mail.headers, "list-unsubscribe-post"),
+    }
+    shown = {name: value for name, value in summary_json(item).items() if name not in _LISTED}
+    path = header(mail.headers, "return-path").strip("<> ") or shown["From"]["Address"]
+    return {
+        **shown, "Subject": mail.subject, "Date": mail.date or item.summary["Created"],
+        "ReturnPath": path, "ListUnsubscribe": unsubscribe, "Text": mail.text, "HTML": mail.html,
+        "Inline": [attachment_json(part) for part in mail.having("inline")],
+        "Attachments": [attachment_json(part) for part in mail.having("attachment")],
+    }
+
+
+def waited_json(item: Item, mail: Mail) -> dict[str, Any]:
+    """The Message that /api/v1/wait answers, with sequence number, links and codes."""
+    found = codes(mail.text, mail.html, mail.subject)
+    extra = {"Sequence": item.sequence, "Links": links(mail.text, mail.html), "Codes": found}
+    return {**message_json(item, mail), **extra}
+
+
+def headers_json(mail: Mail) -> dict[str, list[str]]:
+    """The header fields by name, sorted and spelt as Go does (Message-Id)."""
+    spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in mail.headers]
+    return _grouped(sorted(spelt, key=lambda pair: pair[0]))
+
+
+def _grouped(headers: Headers) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[str, Any]:
+    """Mailpit's AppInformation; `stats` are DatabaseSize and what is known of RuntimeStats."""
+    total, unread, tags = inbox.counts()
+    runtime = dict.fromkeys(
+        ("Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"), 0
+    )
+    size = stats.pop("DatabaseSize", 0)
+    return {
+        "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": size,
+        "Messages": total, "Unread": unread, "Tags": tags,
+        "RuntimeStats": {**runtime, "MessagesDeleted": inbox.deleted, **stats},
+    }
+
+
+def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
+    """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
+    page = inbox.search(query, start, limit)
+    items = [_mailhog_item(inbox.load(item.id), inbox.raw(item.id)) for item in page.items]
+    return {"total": page.total, "count": len(items), "start": start, "items": items}
+
+
+def _mailhog_item(record: Message, raw: bytes) -> dict[str, Any]:
+    mail, body = read_mail(raw), _headers(raw, 0, len(raw))[1]
+    parts = [_mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+    to = [r.address for r in record.recipients]
+    envelope = {"From": record.reverse_path, "To": to, "Helo": record.helo}
+    return {
+        "ID": record.id, "Created": record.received_at,
+        "Raw": {**envelope, "Data": decode_text(raw)},
+        "From": _mailhog_path(record.reverse_path), "To": [_mailhog_path(path) for path in to],
+        "Content": _mailhog_content(mail.headers, raw[body:]),
+        "MIME": {"Parts": parts} if parts else None,
+    }
+
+
+def _mailhog_path(address: str) -> dict[str, Any]:
+    mailbox, _, domain = address.rpartition("@")
+    return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
+
+
+def _mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
+    values = {"Headers": _grouped(headers), "Body": decode_text(body)}
+    return {**values, "Size": len(body), "MIME": None}
+
+
+class BadRequest(ValueError):
+    """A request that will not do; the text names the field and goes into {"Error": text}."""
+
+
+_T = TypeVar("_T")
+_MAILBOX = re.compile(r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}")
+_OWN_FIELDS = re.compile(
+    "(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received|x-envelope-.*"
+)
+
+
+def _take(body: Any, path: str, default: Any) -> Any:
+    """Take a field of default's type out of a JSON object, its name in any case as in Go."""
+    outer, _, name = path.rpartition(".")
+    if not isinstance(body, dict):
+        raise BadRequest(f"{outer or 'body'}: must be an object")
+    value = next((v for key, v in body.items() if key.lower() == name.lower()), None)
+    if not isinstance(value, (type(default), type(None))):
+        raise BadRequest(f"{path}: must be of type {type(default).__name__}")
+    return default if value is None else value
+
+
+def _mailbox(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not value.isascii() or not _MAILBOX.fullmatch(value):
+        raise BadRequest(f"{path}: invalid address {str(value)[:100]!r}")
+    return value
+
+
+def _person(value: Any, path: str) -> tuple[str, str]:
+    """Read a {"Name", "Email"} object."""
+    name = _take(value, f"{path}.Name", "").translate(_NO_BREAKS)[:200]
+    return name, _mailbox(_take(value, f"{path}.Email", ""), f"{path}.Email")
+
+
+def _each(body: Any, path: str, read: Callable[[Any, str], _T]) -> list[_T]:
+    return [read(v, f"{path}[{n}]") for n, v in enumerate(_take(body, path, []))]
+
+
+def release_to(body: Any) -> list[str]:
+    """Read the recipients of a release; raises BadRequest."""
+    to = _each(body, "To", _mailbox)
+    if not to:
+        raise BadRequest("To: no recipients")
+    return to
+
+
+def compose(body: Any) -> tuple[bytes, str, list[str]]:
+    """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest."""
+    sender = _person(_take(body, "From", {}), "From")
+    people = {name: _each(body, name, _person) for name in ("To", "Cc", "ReplyTo")}
+    named = [person[1] for person in (*people["To"], *people["Cc"])]
+    recipients = named + _each(body, "Bcc", _mailbox)
+    if not recipients:
+        raise BadRequest("To: no recipients")
+    try:
+        message = _composed(body, {"From": [sender], **people})
+        return message.as_bytes(), sender[1], list(dict.fromkeys(recipients))
+    except BadRequest:
+        raise
+    except EMAIL_RAISES as error:
+        raise BadRequest(f"body: {error}") from None
+
+
+def _composed(body: Any, people: dict[str, list[tuple[str, str]]]) -> email.message.EmailMessage:
+    message = email.message.EmailMessage(email.policy.SMTP)
+    message["Date"] = email.utils.formatdate()
+    message["Subject"] = _take(body, "Subject", "").translate(_NO_BREAKS)
+    for field_name, group in people.items():
+        if group:
+            value = ", ".join(map(email.utils.formataddr, group))
+            message["Reply-To" if field_name == "ReplyTo" else field_name] = value
+    if _take(body, "Tags", []):
+        message["X-Tags"] = ", ".join(clean_tags(map(str, _take(body, "Tags", []))))
+    for name, value in _take(body, "Headers", {}).items():
+        if _OWN_FIELDS.fullmatch(name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
+            raise BadRequest(f"Headers: cannot set {name[:76]!r}")
+        message[name] = str(value).translate(_NO_BREAKS)
+    if "message-id" not in message:
+        domain = people["From"][0][1].rpartition("@")[2]
+        message["Message-ID"] = email.utils.make_msgid(domain=domain)
+    _fill(message, body)
+    return message
+
+
+def _fill(message: email.message.EmailMessage, body: Any) -> None:
+    """Give a message its text, HTML and attachments."""
+    text, page = _take(body, "Text", ""), _take(body, "HTML", "")
+    if text or not page:
+        message.set_content(text)
+        if page:
+            message.add_alternative(page, subtype="html")
+    else:
+        message.set_content(page, subtype="html")
+    shown: Any = message.get_body(("html",)) or message
+    for n, value in enumerate(_take(body, "Attachments", [])):
+        path = f"Attachments[{n}]"
+        name, cid = (_take(value, f"{path}.{key}", "") for key in ("Filename", "ContentID"))
+        guess = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind, _, subtype = (_take(value, f"{path}.ContentType", "") or guess).partition("/")
+        add: Any = shown.add_related if cid and page else message.add_attachment
+        place = {"cid": f"<{cid}>", "disposition": "inline"} if cid else {}
+        content = _content(_take(value, f"{path}.Content", ""), f"{path}.Content")
+        add(content, kind, subtype, filename=safe_filename(name), **place)
+
+
+def _content(value: str, path: str) -> bytes:
+    """Decode base64, with or without the data: prefix that browsers put before it."""
+    try:
+        return base64.b64decode(value.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise BadRequest(f"{path}: not base64") from None
+
+
+# === 16 PAGE =================================================================
+#
+# The inbox and queue page: one HTML document that loads nothing from elsewhere.
+# It talks to the API of HTTP and nothing else; whatever a mail says goes in as text,
+# never as markup, and HTML mail is shown in a sandboxed frame. Its policy names the
+# hashes of its own script and style, so no other can run.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>smtprelay</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14v10H1z' fill='%232456c8'/%3E%3Cpath
+ d='M1.5 4 8 9l6.5-5' fill='none' stroke='white' stroke-width='1.3'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#ffffff, #17171a);
+  --wash: light-dark(#f8f7f5, #1d1d21);
+  --line: light-dark(#e6e4e0, #2f2f35);
+  --edge: light-dark(#918e88, #75747c);
+  --ink: light-dark(#1c1b1a, #eae9e7);
+  --soft: light-dark(#63605b, #a5a3a0);
+  --pick: light-dark(#e8eefb, #27324b);
+  --accent: light-dark(#2456c8, #93b4ff);
+  --good: light-dark(#1b7340, #74c99a);
+  --warn: light-dark(#8f5400, #e5b463);
+  --bad: light-dark(#b0241c, #ff9489);
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+}
+[data-theme=light] { color-scheme: light; }
+[data-theme=dark] { color-scheme: dark; }
+
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; }
+body {
+  display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
+  color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
+  font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif;
+}
+h1 { font-size: 20px; font-weight: 600; line-height: 1.3; letter-spacing: -.014em; }
+h1:focus { outline: none; }
+h2 { font-size: 13px; font-weight: 600; }
+ol, ul { list-style: none; }
+a { color: var(--accent); text-underline-offset: 2px; }
+time, .soft { color: var(--soft); }
+pre, code, .mono { font: 12.5px/1.55 var(--mono); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+button, input {
+  padding: 4px 10px; font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 6px;
+}
+input { border-color: var(--edge); }
+button { white-space: nowrap; cursor: pointer; }
+button:hover { border-color: var(--edge); }
+button[aria-pressed=true] { background: var(--pick); border-color: var(--accent); }
+button.main { color: var(--paper); background: var(--accent); border-color: transparent; }
+button.danger:hover { color: var(--bad); border-color: currentColor; }
+button.plain { padding: 4px 6px; color: var(--soft); background: none; border-color: transparent; }
+button.plain:hover { color: var(--ink); }
+
+/* The bar */
+header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
+  border-bottom: 1px solid var(--line); }
+header b { font-weight: 650; letter-spacing: -.015em; }
+nav { display: flex; gap: 16px; }
+nav a { padding: 4px 0; color: var(--soft); text-decoration: none; }
+nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
+nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
+nav span, #live { font-size: 12px; color: var(--soft); }
+[role=search] { flex: 1; }
+#search { display: block; width: 100%; max-width: 480px; margin: auto;
+  background: var(--wash); border-color: var(--line); }
+#search::placeholder { color: var(--soft); opacity: 1; }
+#live::before, .status::before { content: ""; display: inline-block; width: 7px; height: 7px;
+  margin-right: 6px; border-radius: 50%; background: currentColor; }
+#live::before { color: var(--warn); }
+#live.on::before { color: var(--good); }
+
+/* Two columns, the rail and the pane */
+main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0, 1fr); }
+#rail, #pane { display: flex; flex-direction: column; min-height: 0; }
+#rail, #strip { background: var(--wash); }
+#rail { border-right: 1px solid var(--line); }
+#pane { overflow: auto; }
+#strip { min-height: 115px; padding: 14px 16px 10px; border-bottom: 1px solid var(--line); }
+#strip svg { display: block; width: 100%; height: 52px; shape-rendering: crispEdges; }
+#strip .received { fill: var(--edge); }
+#strip .forwarded { fill: var(--good); }
+#strip .deferred { fill: var(--warn); }
+#strip .failed { fill: var(--bad); }
+#strip .hit { fill: transparent; }
+#strip g:hover .hit { fill: var(--pick); }
+#strip .axis { fill: var(--line); }
+.hours { display: grid; grid-template-columns: repeat(4, 1fr); }
+.hours, figcaption { font-size: 11.5px; color: var(--soft); }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
+figcaption .forwarded { color: var(--good); }
+figcaption .deferred { color: var(--warn); }
+figcaption .failed { color: var(--bad); }
+#tools { display: flex; align-items: center; padding: 4px 10px 4px 16px; font-size: 12px;
+  border-bottom: 1px solid var(--line); }
+#tools span { flex: 1; color: var(--soft); }
+#list { flex: 1; overflow-y: auto; outline-offset: -2px; }
+#rows { position: relative; }
+.row { position: absolute; left: 0; right: 0; height: 56px; padding: 8px 16px; contain: strict;
+  border-bottom: 1px solid var(--line); cursor: default; }
+.row div { display: flex; gap: 10px; align-items: baseline; white-space: nowrap; }
+.row .clip { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.row .clip bdi + bdi { margin-left: 6px; }
+.row :is(time, .status, .files) { font-size: 12px; }
+.row:hover { background: var(--paper); }
+.row.cursor { box-shadow: inset 3px 0 var(--edge); }
+.row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
+.row.unread b { font-weight: 620; }
+.row b { font-weight: inherit; }
+.row.unread time { color: var(--accent); }
+.row.fresh { animation: arrive 1.6s ease-out; }
+@keyframes arrive { from { background: var(--pick); } }
+.status, .files { color: var(--soft); white-space: nowrap; }
+.status:is(.retrying, .throttled) { color: var(--warn); }
+.status.failed { color: var(--bad); }
+.status:is(.forwarded, .ok) { color: var(--good); }
+
+/* A message */
+#head { padding: 18px 24px 12px; }
+#head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 16px; align-items: baseline;
+  margin-top: 8px; }
+dt { color: var(--soft); }
+.acts { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 14px; }
+.code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
+dd button { padding: 0 8px; }
+[role=tablist] { display: flex; flex: none; gap: 20px; padding: 0 24px; overflow-x: auto;
+  border-bottom: 1px solid var(--line); }
+[role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none; color: var(--soft);
+  outline-offset: -2px !important; }
+[role=tab]:is(:hover, [aria-selected=true]) { color: var(--ink); }
+[role=tab][aria-selected=true] { box-shadow: inset 0 -2px var(--accent); }
+#body { flex: 1; padding: 18px 24px; outline-offset: -2px; }
+#body h2 { margin: 26px 0 6px; }
+#body h2:first-child { margin-top: 0; }
+#body.html { display: flex; flex-direction: column; min-height: 360px; padding: 0; }
+.view { display: flex; gap: 6px; align-items: center; padding: 6px 24px; font-size: 12.5px; }
+.view .soft { margin-right: auto; white-space: nowrap; }
+.view button { padding: 3px 9px; }
+.frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line);
+  background: var(--wash); }
+iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
+  background: #fff; color-scheme: light; }
+.phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
+  box-shadow: 0 0 0 1px var(--line); }
+table { width: 100%; border-collapse: collapse; }
+th { font-size: 12px; font-weight: 500; color: var(--soft); text-align: left; }
+th, td { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { min-width: 9ch; overflow-wrap: anywhere; }
+th:first-child { width: 30%; }
+td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
+td.do button { margin-left: 6px; padding: 2px 9px; }
+.history li { display: grid; grid-template-columns: 9ch 12ch 1fr; gap: 12px; padding: 3px 0; }
+.box { padding: 9px 12px; background: var(--wash); border-radius: 6px; overflow-wrap: anywhere; }
+
+/* Overview, queue, accounts */
+.sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
+.sheet p { margin-top: 6px; }
+.sheet h2 { margin: 26px 0 2px; }
+.title { display: flex; gap: 8px; align-items: center; min-height: 32px; margin-bottom: 8px; }
+.title h1 { flex: 1; }
+.try { display: flex; gap: 8px; align-items: start; margin-top: 8px; }
+.try code { flex: 1; }
+.try span { display: inline-block; max-width: 100%; }
+.meter { height: 3px; max-width: 12ch; margin-top: 4px; background: var(--line); }
+.meter div { height: 3px; background: var(--accent); }
+.meter .full { background: var(--bad); }
+#side { padding: 14px 16px; overflow: auto; }
+#side li { padding: 8px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+#side li div { display: flex; justify-content: space-between; gap: 12px; }
+#side table { margin-bottom: 20px; }
+#side td { padding: 3px 0; border: 0; }
+#side :is(th, td) + :is(th, td) { padding-right: 0; text-align: right; }
+
+/* What is said, what is asked */
+#said { position: fixed; bottom: 20px; left: 50%; translate: -50%; max-width: 90vw;
+  padding: 8px 16px; color: var(--paper); background: var(--ink); border-radius: 8px;
+  overflow-wrap: anywhere; opacity: 0; transition: opacity .15s; pointer-events: none; }
+#said.shown { opacity: 1; }
+#heard { position: fixed; clip-path: inset(50%); pointer-events: none; }
+dialog { width: min(440px, 92vw); margin: auto; padding: 20px 24px; color: inherit;
+  background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+dialog::backdrop { background: #0005; }
+dialog h2 { font-size: 16px; }
+dialog p { margin-top: 6px; color: var(--soft); overflow-wrap: anywhere; }
+dialog label { display: block; margin-top: 12px; font-size: 12px; color: var(--soft); }
+dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
+dialog dl { gap: 6px 16px; margin: 12px 0; }
+kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line);
+  border-radius: 4px; }
+
+@media (min-width: 761px) { .back { display: none; } }
+@media (max-width: 760px) {
+  header { flex-wrap: wrap; gap: 4px 10px; padding: 6px 16px; }
+  header b { display: none; }
+  #live { margin-left: auto; font-size: 0; }
+  [role=search] { order: 1; flex-basis: 100%; }
+  #search { max-width: none; font-size: 16px; }
+  main { grid-template-columns: minmax(0, 1fr); }
+  #rail { border-right: 0; }
+  [data-view=inbox]:not([data-open], [data-empty]) #pane, [data-open] #rail { display: none; }
+  body:is([data-empty], [data-view=queue], [data-view=accounts]) {
+    & main { display: flex; flex-direction: column; overflow: auto; }
+    & #rail { display: contents; }
+    & #side { order: 1; overflow: visible; }
+    & #pane { flex: none; overflow: visible; }
+  }
+  #head, #body, .sheet, .view, [role=tablist] { padding-left: 16px; padding-right: 16px; }
+  [role=tablist] { gap: 16px; }
+  .back { margin: -8px 0 4px -6px; }
+  .acts { gap: 4px; }
+  .try { flex-wrap: wrap; }
+  .try code { flex-basis: 100%; }
+  .acts button { padding: 4px 7px; }
+  #pane thead { display: none; }
+  #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
+  #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
+  #pane td::before { content: attr(data-label); grid-row: span 3; color: var(--soft); }
+  #pane td.do { display: block; padding-top: 6px; }
+  .history li { grid-template-columns: 9ch 1fr; gap: 0 12px; }
+  .history li span + span { grid-column: 1 / -1; }
+}
+@media (prefers-reduced-motion: reduce) {
+  * { animation: none !important; transition: none !important; }
+}
+</style>
+</head>
+<body data-view="inbox">
+<header>
+  <b>smtprelay</b>
+  <nav aria-label="Views">
+    <a href="#/inbox">Inbox <span id="unread"></span></a>
+    <a href="#/queue">Queue <span id="owed"></span></a>
+    <a href="#/accounts">Accounts</a>
+  </nav>
+  <form role="search">
+    <input id="search" type="search" autocomplete="off" spellcheck="false"
+      aria-label="Search messages" placeholder="Search, or from: to: is:unread">
+  </form>
+  <span id="live" role="status"></span>
+  <button id="theme" class="plain" aria-label="Switch between dark and light">◐</button>
+  <button id="help" class="plain" aria-label="Keys and search words">?</button>
+</header>
+<main>
+  <section id="rail" aria-label="Traffic and messages">
+    <figure id="strip"></figure>
+    <div id="tools"></div>
+    <div id="list" role="listbox" tabindex="0" aria-label="Messages">
+      <div id="rows" role="presentation"></div>
+    </div>
+    <div id="side"></div>
+  </section>
+  <section id="pane" aria-label="Reading"></section>
+</main>
+<div id="said" role="status"></div>
+<div id="heard" role="status"></div>
+<noscript>This page needs JavaScript; the same mail is at /api/v1/messages.</noscript>
+<script>
+'use strict';
+/* Mail is hostile: what came from it enters the document as text, by h() alone, never as markup;
+   only http(s) links can be followed; HTML mail is shown by the server in a sandboxed frame. */
+
+const ROW = 56, PAGE = 50, LONG = 500000;
+const OWED = ['received', 'forwarding', 'retrying'];
+const $ = id => document.getElementById(id);
+const list = $('list'), rows = $('rows'), pane = $('pane');
+
+const state = {
+  view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
+  query: '', listed: '', total: 0, unread: 0, rows: new Map(), cursor: -1, fresh: new Set(),
+  queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
+};
+
+/* == Building == */
+
+/* Makes the element `tag.class`; children are nodes and text, and nothing else can come in. */
+function h(name, children, props = {}) {
+  const [tag, kind] = name.split('.');
+  const node = ['svg', 'g', 'rect'].includes(tag)
+    ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
+  if (kind) node.setAttribute('class', kind);
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
+    else if (value !== undefined && value !== false) node.setAttribute(key, value);
+  }
+  node.append(...flat(children));
+  return node;
+}
+const flat = children => [children].flat(9).filter(child => child || child === 0);
+
+/* Replaces what a node holds; the focus stays on the control of the same key. */
+function fill(node, children) {
+  const key = node.contains(document.activeElement) && document.activeElement.dataset.key;
+  node.replaceChildren(...flat(children));
+  if (key) node.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus();
+}
+const button = (name, work, kind = '', props) => h('button' + kind, name,
+  {type: 'button', 'data-key': name, onclick: () => attempt(work), ...props});
+const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy ' + text});
+const bdi = text => h('bdi', text);
+const soft = children => h('span.soft', children);
+const status = word => h('span', word, {class: 'status ' + word});
+const time = (at, text) => h('time', text, {datetime: at, title: dated(FULL, at)});
+const ticking = at => h('time', relative(at), {'data-at': at, title: dated(FULL, at)});
+const few = (all, draw, most = 500) => all.length <= most ? all.map(draw)
+  : [all.slice(0, most).map(draw), ` and ${count(all.length - most)} more`];
+const table = (heads, lines) => h('table', [
+  h('thead', h('tr', heads.map(head => h('th', head, {scope: 'col'})))),
+  h('tbody', few(lines, line => h('tr', line.map((inside, i) =>
+    h(heads[i] ? 'td' : 'td.do', h('div', inside), {'data-label': heads[i]})))))]);
+
+/* == Words and numbers == */
+
+const enc = encodeURIComponent;
+const count = n => Number(n || 0).toLocaleString('en');
+const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;
+const person = who => who?.Name || who?.Address || 'nobody';
+const address = who => typeof who === 'string' ? who : who.Address || who.address;
+const names = text => text.split(/[\s,;]+/).filter(Boolean);
+const short = text => text.length <= LONG ? text
+  : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
+const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
+  : `${(n / 1048576).toFixed(1)} MiB`;
+
+const CLOCK = new Intl.DateTimeFormat('en-GB', {timeStyle: 'short'});
+const SECONDS = new Intl.DateTimeFormat('en-GB', {timeStyle: 'medium'});
+const DAY = new Intl.DateTimeFormat('en-GB', {day: 'numeric', month: 'short'});
+const FULL = new Intl.DateTimeFormat('en-GB', {dateStyle: 'medium', timeStyle: 'long'});
+const dated = (format, at) => isNaN(Date.parse(at)) ? '' : format.format(new Date(at));
+const isToday = at => new Date(at).toDateString() === new Date().toDateString();
+const when = at => dated(isToday(at) ? CLOCK : DAY, at);
+
+function relative(at) {
+  const seconds = Math.round((Date.parse(at) - Date.now()) / 1000), size = Math.abs(seconds);
+  const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min']].find(([unit]) => size >= unit)
+    || [1, 's'];
+  const amount = `${Math.floor(size / unit)} ${name}`;
+  return size < 2 ? 'now' : seconds > 0 ? 'in ' + amount : seconds < 0 ? amount + ' ago' : '';
+}
+
+/* == Asking the server == */
+
+async function api(method, path, body) {
+  const {token} = state, headers = {'Content-Type': 'application/json'};
+  if (token) headers.Authorization = 'Bearer ' + token;
+  const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
+  if (answer.status === 401) {
+    if (token === state.token) await logIn();
+    return api(method, path, body);
+  }
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
+  return answer;
+}
+const get = async path => (await api('GET', path)).json();
+const mail = (id, part = '') => `/api/v1/message/${enc(id)}${part}`;
+
+function reason(text) {
+  try { return JSON.parse(text).Error; } catch { return text.slice(0, 300); }
+}
+
+/* All requests that met a 401 wait for this one form. The token is kept in memory alone. */
+let login = null;
+function logIn() {
+  const note = state.token ? 'That token was not accepted.' : 'This needs the API token.';
+  login ||= ask('Log in', note, 'Log in', [{name: 'token', label: 'Token', type: 'password',
+    required: ''}], '')
+    .then(form => { state.token = form?.token || ''; login = null; });
+  return login;
+}
+
+async function* chunks(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part; !(part = await reader.read()).done;) yield part.value;
+  } finally { reader.cancel().catch(() => 0); }
+}
+
+/* == Listening == */
+
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+
+async function attempt(work) {
+  try { await work(); } catch (error) { say(error.message); }
+}
+/* Does the work soon, never twice at once, and once more if it was asked for meanwhile. */
+function soon(ms, work) {
+  let asked = false, busy = false;
+  return async () => {
+    asked = true;
+    if (busy) return;
+    for (busy = true; asked;) {
+      await sleep(ms);
+      asked = false;
+      await attempt(work);
+    }
+    busy = false;
+  };
+}
+const reloadSoon = soon(60, reload);
+const updateSoon = soon(150, updateMessage);
+const queueSoon = soon(500, loadQueue);
+const statsSoon = soon(1000, loadStats);
+const everythingSoon = () => [reloadSoon, queueSoon, statsSoon].forEach(load => load());
+
+/* Reads server-sent events by hand, because EventSource cannot send a token. */
+async function listen() {
+  for (let pause = 500; ; pause = Math.min(pause * 2, 15000)) {
+    try {
+      const answer = await api('GET', '/api/v1/events');
+      pause = 500;
+      showLive('live', 'on');
+      everythingSoon();
+      let kept = '';
+      for await (const text of chunks(answer)) {
+        const events = (kept + text).replaceAll('\r', '').split('\n\n');
+        kept = events.pop();
+        events.forEach(hear);
+      }
+    } catch (error) {
+      if (!(error instanceof TypeError)) everythingSoon();  /* refused, so look every while */
+    }
+    showLive('reconnecting');
+    await sleep(pause);
+  }
+}
+function hear(event) {
+  const data = event.split('\n').filter(line => line.startsWith('data:'));
+  if (!data.length) return;
+  if (JSON.parse(data.map(line => line.slice(5)).join('\n')).id === state.id) updateSoon();
+  everythingSoon();
+}
+function showLive(word, kind = '') {
+  $('live').textContent = word;
+  $('live').className = kind;
+}
+
+/* == The bar == */
+
+function renderBar() {
+  const {view, id, unread, total, query} = state, owed = state.queue.total;
+  $('unread').textContent = unread ? count(unread) : '';
+  $('owed').textContent = owed ? count(owed) : '';
+  document.title = (unread ? `(${count(unread)}) ` : '') + 'smtprelay';
+  for (const link of document.querySelectorAll('nav a'))
+    link.setAttribute('aria-current', link.hash === '#/' + view ? 'page' : 'false');
+  document.body.dataset.view = view;
+  document.body.toggleAttribute('data-open', id !== '');
+  document.body.toggleAttribute('data-empty', view === 'inbox' && !total && !query);
+  $('tools').hidden = list.hidden = view !== 'inbox' || (!total && !query);
+  $('side').hidden = view === 'inbox';
+}
+
+/* == The strip: what came in stands on the line, what went out hangs from it == */
+
+const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
+const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
+const totals = hours => FLOWS.map(key => [key, sum(hours.map(hour => hour[key]))]);
+
+async function loadStats() {
+  state.stats = await get('/api/v1/stats');
+  renderStrip();
+  renderSide();
+}
+function renderStrip() {
+  const hours = state.stats.hours || [], caption = h('figcaption');
+  const show = (hours, label) => fill(caption, [label, totals(hours).map(([key, n]) =>
+    (n > 0 || key === 'received') && h('span.' + key, `${count(n)} ${key}`))]);
+  const marks = hours.filter((_, i) => i % 6 === 0).map(hour => h('span', dated(CLOCK, hour.at)));
+  show(hours);
+  fill($('strip'), [plot(hours, show), h('div.hours', marks, {'aria-hidden': 'true'}), caption]);
+}
+function plot(hours, show) {
+  const out = hour => sum(OUT.map(key => hour[key]));
+  const up = Math.max(1, ...hours.map(hour => hour.received || 0));
+  const scale = 49 / (up + Math.max(0, ...hours.map(out))), line = up * scale;
+  const box = (x, y, width, height, kind) => h('rect.' + kind, '', {x, y, width, height});
+  const column = (hour, i) => {
+    let x = i * 10, y = line + 2;
+    const tall = key => hour[key] ? Math.max(1, hour[key] * scale) : 0;
+    const hanging = OUT.map(key => box(x, (y += tall(key)) - tall(key), 6, tall(key), key));
+    return h('g', [box(x - 2, 0, 10, 52, 'hit'), hanging,
+      box(x, line - tall('received'), 6, tall('received'), 'received')],
+    {onpointerenter: () => show([hour], `${dated(CLOCK, hour.at)}:`),
+      onpointerleave: () => show(hours)});
+  };
+  const words = totals(hours).map(([key, n]) => `${n} ${key}`).join(', ');
+  return h('svg', [hours.map(column), box(0, line, 236, 1, 'axis')], {viewBox: '0 0 236 52',
+    preserveAspectRatio: 'none', role: 'img', 'aria-label': 'Last 24 hours: ' + words});
+}
+
+/* == The list: only what is in sight is fetched, and only that is in the document == */
+
+const rowAt = i => state.rows.get(i);
+const indexOf = id => [...state.rows.keys()].find(i => rowAt(i).ID === id) ?? -1;
+
+function inSight() {
+  const first = Math.floor(list.scrollTop / ROW) - 8;
+  const last = first + Math.ceil(list.clientHeight / ROW) + 16;
+  return [Math.max(0, first), Math.min(state.total, last)];
+}
+
+/* Fetches what is in sight anew, from the top for a new search. */
+async function reload() {
+  const {query} = state, same = query === state.listed;
+  const [first, last] = same ? inSight() : [0, 0], start = first - first % PAGE;
+  const path = query ? `/api/v1/search?query=${enc(query)}&` : '/api/v1/messages?';
+  const limit = PAGE * Math.max(1, Math.ceil((last - start) / PAGE));
+  const answer = await get(`${path}start=${start}&limit=${limit}`);
+  if (query !== state.query) return;
+  const {total} = state, before = new Set([...state.rows.values()].map(row => row.ID));
+  take(answer, start, same);
+  const grown = same ? state.total - total : 0;
+  if (!same) list.scrollTop = 0;  /* mail that came in above does not move what is being read */
+  else if (list.scrollTop > ROW && grown > 0) list.scrollTop += grown * ROW;
+  const fresh = answer.messages.slice(0, total && !start ? Math.max(0, grown) : 0);
+  announce(fresh.filter(row => !before.has(row.ID)));
+  renderBar();
+  renderTools();
+  renderList();
+  if (!total !== !state.total) renderPane();
+}
+function take({messages, messages_count: found, total, unread}, start, same) {
+  const {cursor, id, query} = state, under = id || rowAt(cursor)?.ID;
+  Object.assign(state, {listed: query, total: found ?? total, unread,
+    rows: new Map(messages.map((row, i) => [start + i, row]))});
+  const now = indexOf(under);
+  state.cursor = now >= 0 || !same ? now : Math.min(cursor, state.total - 1);
+  rows.style.height = ROW * state.total + 'px';
+}
+function announce(fresh) {
+  state.fresh = new Set(fresh.map(row => row.ID));
+  if (fresh.length) $('heard').textContent = fresh.length > 1 ? `${fresh.length} new messages`
+    : `New message from ${person(fresh[0].From)}: ${fresh[0].Subject}`;
+}
+function renderTools() {
+  const {query, total, unread} = state;
+  fill($('tools'), [
+    h('span', query ? `${count(total)} found` : plural(total, 'message'), {role: 'status'}),
+    !query && unread > 0 && button('Mark all read', () => mark([], true), '.plain'),
+    total > 0 && button(query ? 'Delete found' : 'Delete all', deleteAll, '.plain')]);
+}
+
+/* Keeps each row that is still right, so that a press survives a live update. */
+function renderList() {
+  const kept = new Map([...rows.children].map(node => [node.dataset.sign, node]));
+  const [first, last] = inSight(), wanted = [];
+  for (let i = first; i < last; i++) {
+    const row = rowAt(i), sign = row ? [i, row.ID, row.Read, row.Status, i === state.cursor,
+      row.ID === state.id, when(row.Created), state.info.Delivery].join() : '';
+    if (row) wanted.push(kept.get(sign) || drawRow(row, i, sign));
+  }
+  for (const node of kept.values()) if (!wanted.includes(node)) node.remove();
+  wanted.forEach((node, i) => {
+    if (rows.children[i] !== node) rows.insertBefore(node, rows.children[i]);
+  });
+  list.setAttribute('aria-activedescendant', 'row-' + state.cursor);
+}
+function drawRow(row, i, sign) {
+  const {cursor, fresh, info, id, total} = state;
+  const kind = ['row', !row.Read && 'unread', i === cursor && 'cursor',
+    fresh.has(row.ID) && 'fresh'].filter(Boolean).join(' ');
+  const to = [row.To, row.Cc, row.Bcc].flatMap(some => some || []);
+  /* How mail ordinarily ends here goes without saying. */
+  const ordinary = info.Delivery === 'hold' ? 'held' : 'forwarded';
+  const node = h('div', [
+    h('div', [h('span.clip', [h('bdi', h('b', person(row.From))),
+      h('bdi.soft', ['to ', to.length ? address(to[0]) : 'nobody',
+        to.length > 1 && ` +${to.length - 1}`])]), time(row.Created, when(row.Created))]),
+    h('div', [h('span.clip', [h('bdi', h('b', row.Subject || '(no subject)')),
+      h('bdi.soft', row.Snippet)]),
+    row.Attachments > 0 && h('span.files', plural(row.Attachments, 'file')),
+    row.Status && row.Status !== ordinary && status(row.Status)])],
+  {id: 'row-' + i, class: kind, role: 'option', 'data-sign': sign,
+    'aria-selected': String(row.ID === id), 'aria-posinset': i + 1, 'aria-setsize': total,
+    onclick: () => open(row.ID)});
+  node.style.top = i * ROW + 'px';
+  return node;
+}
+function scrolled() {
+  const [first, last] = inSight();
+  if ((first < last && !rowAt(first)) || (last && !rowAt(last - 1))) reloadSoon();
+  renderList();
+}
+function move(step) {
+  if (state.view !== 'inbox' || !state.total) return;
+  const i = state.cursor = Math.max(0, Math.min(state.total - 1, state.cursor + step));
+  list.scrollTop = Math.max((i + 1) * ROW - list.clientHeight, Math.min(list.scrollTop, i * ROW));
+  renderList();
+  if (state.id && rowAt(i)) open(rowAt(i).ID);
+}
+
+/* == Where we are: #/inbox, #/message/ID, #/queue, #/accounts == */
+
+function open(id) {
+  const hash = '#/message/' + enc(id);
+  if (!state.id) return void (location.hash = hash);
+  history.replaceState(null, '', hash);
+  route();
+}
+function close() {
+  location.hash = '#/inbox';
+  list.focus({preventScroll: true});
+}
+function route() {
+  const [, view, id] = location.hash.split('/');
+  state.view = ['queue', 'accounts'].includes(view) ? view : 'inbox';
+  state.id = view === 'message' && id ? decodeURIComponent(id) : '';
+  if (state.message?.ID !== state.id) state.message = null;
+  renderBar();
+  renderSide();
+  renderList();
+  if (state.id) attempt(openMessage);
+  else renderPane();
+  if (state.view === 'queue') attempt(loadQueue);
+  if (state.view === 'accounts') attempt(loadUsers);
+}
+function renderPane() {
+  if (state.view === 'queue') renderQueue();
+  else if (state.view === 'accounts') renderAccounts();
+  else if (!state.id) renderOverview();
+}
+
+/* == Nothing open == */
+
+const MODES = {
+  hold: () => 'Mail is held here. Nothing leaves this machine until you release it.',
+  relay: info => `Mail goes on to ${info.RelayHost || 'the smart host'}.`,
+  mx: () => 'Mail goes straight to its recipients’ servers.',
+};
+function firstLines() {
+  const host = location.hostname, port = state.info.SMTPPort || 2525;
+  return [`printf 'Subject: Hello\\r\\n\\r\\nIt works.\\r\\n' | curl smtp://${host}:${port}` +
+      ' --mail-from me@example.com --mail-rcpt you@example.com -T -',
+  `python3 -c "import smtplib; smtplib.SMTP('${host.replace(/[[\]]/g, '')}', ${port}).sendmail(` +
+      `'me@example.com', 'you@example.com', 'Subject: Hello\\n\\nIt works.')"`];
+}
+function renderOverview() {
+  const {info, total} = state, key = name => h('kbd', name);
+  fill(pane, h('div.sheet', [
+    h('div.title', h('h1', total ? 'Nothing open' : 'No mail yet')),
+    h('p.soft', MODES[info.Delivery]?.(info)),
+    total > 0 && h('p.soft', [key('j'), ' and ', key('k'), ' move, ', key('Enter'), ' opens, ',
+      key('?'), ' shows every key.']),
+    h('h2', total ? 'Send another' : 'Send the first one'),
+    firstLines().map(line => h('div.try', [
+      h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]));
+}
+
+/* == A message == */
+
+async function openMessage() {
+  const {id} = state, known = state.message;
+  let message = null;
+  try { message = await get(mail(id)); } catch (error) { say(error.message); }
+  if (id !== state.id || known !== state.message) return;
+  if (!message) return close();
+  Object.assign(state, {message, remote: false, cursor: indexOf(id)});
+  const row = rowAt(state.cursor);
+  if (row && !row.Read) { row.Read = true; state.unread -= 1; }
+  renderBar();
+  renderTools();
+  renderList();
+  renderMessage();
+  $('subject').focus({preventScroll: true});
+}
+
+/* Redraws what delivery changes; the mail itself is left as it stands. */
+async function updateMessage() {
+  const {id} = state, message = id && await get(mail(id));
+  if (!message || id !== state.message?.ID) return;
+  state.message = message;
+  renderHead();
+  if (state.tab === 'delivery') renderBody();
+}
+
+const files = m => [...m.Attachments || [], ...m.Inline || []];
+const links = m => [...(m.Codes || []).map(code => ['code', code]),
+  ...(m.Links || []).map(link => ['link', link])];
+const TABS = [  /* key, name, how many (0 hides it, true is not a number), what it shows */
+  ['html', 'HTML', m => Boolean(m.HTML), showHTML],
+  ['text', 'Text', () => true, m => h('pre', short(m.Text || '(no text)'))],
+  ['source', 'Source', () => true, showSource],
+  ['headers', 'Headers', () => true, showHeaders],
+  ['attachments', 'Attachments', m => files(m).length, showFiles],
+  ['links', 'Links', m => links(m).length, showLinks],
+  ['delivery', 'Delivery', m => Boolean(m.Delivery), m => showDelivery(m.Delivery)],
+];
+const tabs = () => TABS.filter(([, , many]) => many(state.message));
+const tabNow = () => tabs().find(([key]) => key === state.tab) || tabs()[0];
+
+function renderMessage() {
+  fill(pane, [h('div', '', {id: 'head'}), h('div', '', {role: 'tablist', 'aria-label': 'Parts'}),
+    h('div', '', {id: 'body', role: 'tabpanel', tabindex: 0})]);
+  pane.scrollTop = 0;
+  renderHead();
+  renderTabs();
+  renderBody();
+}
+function renderHead() {
+  const m = state.message, d = m.Delivery || {}, now = m.Status || d.status;
+  const mailbox = (who, i) => [i > 0 && ', ', h('bdi', who.Name
+    ? [who.Name, soft(` <${who.Address}>`)] : who.Address)];
+  const people = some => some?.length > 0 && few(some, mailbox, 12);
+  const lines = [['From', m.From && people([m.From])], ['To', people(m.To)], ['Cc', people(m.Cc)],
+    ['Bcc', people(m.Bcc)], ['Reply to', people(m.ReplyTo)],
+    ['Date', soft(`${dated(FULL, m.Date)} · ${octets(m.Size)}`)],
+    ['Status', now && [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
+      now !== 'forwarded' && d.last_error && soft(' · ' + d.last_error)]],
+    ['Code', m.Codes?.length > 0 &&
+      few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
+  fill($('head'), [button('← Inbox', close, '.plain', {class: 'plain back'}),
+    h('h1', bdi(m.Subject || '(no subject)'),
+      {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
+    h('dl', lines.map(([name, inside]) => inside && [h('dt', name), h('dd', inside)])),
+    h('div.acts', actions(m, now))]);
+}
+const actions = (m, now) => [
+  OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
+    : now === 'held' ? button('Release', () => release(m), '.main')
+      : button('Resend', () => release(m)),
+  button('Mark unread', () => mark([m.ID], false)),
+  button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
+  button('Delete', () => remove(m.ID), '.danger')];
+
+function renderTabs() {
+  const now = tabNow()[0];
+  fill(pane.querySelector('[role=tablist]'), tabs().map(([key, name, many]) => {
+    const n = many(state.message);
+    return button(n === true ? name : `${name} ${count(n)}`, () => pick(key), '', {role: 'tab',
+      id: 'tab-' + key, 'data-key': 'tab-' + key, 'aria-controls': 'body',
+      'aria-selected': String(key === now), tabindex: key === now ? 0 : -1, onkeydown: arrow});
+  }));
+}
+function pick(key) {
+  state.tab = key;
+  renderTabs();
+  renderBody();
+}
+function arrow({key}) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[key], all = tabs();
+  if (!step) return;
+  const [next] = all[(all.indexOf(tabNow()) + step + all.length) % all.length];
+  pick(next);
+  $('tab-' + next).focus();
+}
+async function renderBody() {
+  const {ID} = state.message, [key, , , show] = tabNow();
+  let shown = '';
+  try { shown = await show(state.message); } catch (error) { shown = soft(error.message); }
+  if (ID !== state.message?.ID || tabNow()[0] !== key) return;
+  $('body').className = key;
+  $('body').setAttribute('aria-labelledby', 'tab-' + key);
+  fill($('body'), shown);
+}
+
+function showHTML(m) {
+  const {phone, remote} = state, query = new URLSearchParams();
+  const change = what => () => { Object.assign(state, what); return renderBody(); };
+  if (m.ViewKey) query.set('key', m.ViewKey);
+  if (remote) query.set('remote', '1');
+  return [h('div.view', [
+    soft(remote ? 'Remote content on' : 'Remote content off'),
+    !remote && button('Load it', change({remote: true})),
+    button('Desktop', change({phone: false}), '', {'aria-pressed': String(!phone)}),
+    button('Phone', change({phone: true}), '', {'aria-pressed': String(phone)})]),
+  h(phone ? 'div.frame phone' : 'div.frame', h('iframe', '', {sandbox: '', title: 'HTML mail',
+    referrerpolicy: 'no-referrer', src: `/view/${enc(m.ID)}.html?${query}`}))];
+}
+async function showSource(m) {
+  let source = '';
+  for await (const text of chunks(await api('GET', mail(m.ID, '/raw'))))
+    if ((source += text).length > LONG) break;
+  return h('pre', short(source));
+}
+async function showHeaders(m) {
+  const headers = Object.entries(await get(mail(m.ID, '/headers')));
+  return table(['Name', 'Value'], headers.flatMap(([name, values]) =>
+    [values].flat().map(value => [soft(bdi(name)), bdi(value)])));
+}
+function showFiles(m) {
+  return table(['Name', 'Type', 'Size', ''], files(m).map(file => {
+    const name = file.FileName || 'part-' + file.PartID;
+    const path = mail(m.ID, '/part/' + enc(file.PartID));
+    return [bdi(name), soft([file.ContentType, file.ContentID && ', inline']),
+      soft(octets(file.Size)), button('Download', () => download(path, name))];
+  }));
+}
+function showLinks(m) {
+  const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
+  return table(['Kind', 'Text', ''], links(m).map(([kind, text]) =>
+    [soft(kind), /^https?:/i.test(text) ? follow(text) : bdi(text), copier(text)]));
+}
+function showDelivery(d) {
+  const transcript = flat(d.transcript).join('\n');
+  return [h('h2', 'Recipients'),
+    table(['Address', 'Status', 'Reply', 'Host'], (d.recipients || []).map(who =>
+      [bdi(who.address), status(who.status), who.reply || soft('not asked yet'), soft(who.host)])),
+    h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
+    h('ol.history', few(d.history || [], step => h('li', [
+      time(step.at, dated(SECONDS, step.at)), status(step.status), h('span', step.detail)]))),
+    transcript && [h('h2', 'Transcript'), h('pre.box', short(transcript), {tabindex: 0})]];
+}
+
+/* == What can be done to messages == */
+
+async function release(m) {
+  const verb = m.Status === 'held' ? 'Release' : 'Resend';
+  const known = m.Delivery?.recipients || [m.To, m.Cc, m.Bcc].flatMap(some => some || []);
+  const form = await ask(`${verb} this message`, 'To these addresses, separated by commas.', verb,
+    [{name: 'to', label: 'To', value: known.map(address).join(', '), required: ''}]);
+  if (!form) return;
+  await api('POST', mail(m.ID, '/release'), {To: names(form.to)});
+  say(`On its way to ${form.to}.`);
+  updateSoon();
+  reloadSoon();
+}
+async function retry(id) {
+  await api('POST', `/api/v1/queue/${enc(id)}/retry`);
+  say('Trying now.');
+  queueSoon();
+}
+async function remove(id) {
+  const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
+  if (OWED.includes(rowAt(i)?.Status || state.message?.Status)
+    && !await ask('Delete it?', 'It is still owed, and will not be delivered.', 'Delete')) return;
+  await api('DELETE', '/api/v1/messages', {IDs: [id]});
+  say('Deleted.');
+  if (state.id) i >= 0 && next ? open(next.ID) : close();
+  await reload();
+}
+async function deleteAll() {
+  const {query, total} = state, what = plural(total, 'message');
+  const note = query ? `All that match ${query}` : 'The whole inbox.';
+  if (!await ask(`Delete ${what}?`, note, 'Delete')) return;
+  if (query) await api('DELETE', '/api/v1/search?query=' + enc(query));
+  else await api('DELETE', '/api/v1/messages', {IDs: []});
+  say(`Deleted ${what}.`);
+  if (state.id) close();
+  await reload();
+}
+async function mark(IDs, Read) {
+  await api('PUT', '/api/v1/messages', {IDs, Read});
+  if (state.id && !Read) close();
+  await reload();
+}
+async function download(path, name) {
+  const url = URL.createObjectURL(await (await api('GET', path)).blob());
+  h('a', '', {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {  /* off loopback without TLS */
+    const area = h('textarea', text);
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+  }
+  say('Copied.');
+}
+
+/* == The queue and the next hops == */
+
+async function loadQueue() {
+  state.queue = await get(`/api/v1/queue?limit=${state.view === 'queue' ? 200 : 1}`);
+  state.queue.total ??= state.queue.messages.length;
+  renderBar();
+  renderSide();
+  if (state.view === 'queue') renderQueue();
+}
+function renderQueue() {
+  const {messages, total = 0} = state.queue;
+  const line = m => [
+    [h('a', bdi(m.recipients.slice(0, 2).map(address).join(', ')),
+      {href: '#/message/' + enc(m.id), 'data-key': m.id}),
+      m.recipients.length > 2 && ` +${m.recipients.length - 2}`,
+      h('div.soft', ['from ', bdi(m.reverse_path || 'the null sender')])],
+    [status(m.status), h('div', m.last_error)], m.attempts,
+    m.next_attempt_at && ticking(m.next_attempt_at),
+    [button('Retry', () => retry(m.id), '', {'data-key': 'retry ' + m.id}),
+      button('Remove', () => drop(m.id), '.danger', {'data-key': 'remove ' + m.id})]];
+  fill(pane, h('div.sheet', [
+    h('div.title', [h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
+      total > 0 && button('Retry all', () => retry('all'))]),
+    total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
+    total > messages.length && h('p.soft', `The first ${messages.length} are shown.`)]));
+}
+async function drop(id) {
+  if (!await ask('Remove it from the queue?', 'It will not be delivered.', 'Remove')) return;
+  await api('DELETE', '/api/v1/queue/' + enc(id));
+  everythingSoon();
+}
+function renderSide() {
+  const {view, queue, stats} = state, hops = queue.next_hops || [];
+  const figures = (head, items, name) => items?.length > 0 && table([head, 'In', 'Out', 'Failed'],
+    items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
+  const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
+    h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
+      it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
+  if (view === 'queue') fill($('side'), [h('h2', 'Next hops'),
+    hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
+  if (view === 'accounts') fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
+    figures('Account', stats.accounts, account => bdi(account.name))]);
+}
+
+/* == Accounts == */
+
+async function loadUsers() {
+  try {
+    Object.assign(state, {users: (await get('/api/v1/users')).users, refusal: ''});
+  } catch (error) { Object.assign(state, {users: [], refusal: error.message}); }
+  renderPane();
+}
+function renderAccounts() {
+  const {users, refusal} = state;
+  const line = user => [bdi(user.name), user.allowed_domains?.join(', ') || soft('any domain'),
+    quota(user), user.quota_per_minute || soft('no limit'),
+    [button('Change', () => editUser(user), '', {'data-key': 'change ' + user.name}),
+      button('Remove', () => removeUser(user.name), '.danger',
+        {'data-key': 'remove ' + user.name})]];
+  fill(pane, h('div.sheet', [
+    h('div.title', [h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())]),
+    users.length ? table(['Name', 'Sends as', 'Today', 'A minute', ''], users.map(line))
+      : h('p.soft', refusal || 'None: nobody has to log in.')]));
+}
+function quota({used_today: used, quota_daily: most}) {
+  if (!most) return count(used);
+  const level = h(used >= most ? 'div.full' : 'div');
+  level.style.width = Math.min(100, 100 * used / most) + '%';
+  return [`${count(used)}\u00a0of\u00a0${count(most)}`, h('div.meter', level)];
+}
+async function editUser(user) {
+  const number = (name, label, value = 0) => ({name, label, value, type: 'number', min: 0});
+  const form = await ask(user ? `Change ${user.name}` : 'Add an account', '', 'Save', flat([
+    !user && {name: 'name', label: 'Name', required: ''},
+    {name: 'password', type: 'password', autocomplete: 'new-password',
+      label: `Password (empty ${user ? 'keeps the old one' : 'makes one'})`},
+    {name: 'domains', label: 'Domains it may send as (empty: any)',
+      value: user?.allowed_domains?.join(', ')},
+    number('daily', 'Messages a day (0: no limit)', user?.quota_daily),
+    number('minute', 'Messages a minute (0: no limit)', user?.quota_per_minute)]));
+  if (!form) return;
+  const body = {name: user?.name || form.name, password: form.password || undefined,
+    allowed_domains: names(form.domains), quota_daily: Number(form.daily),
+    quota_per_minute: Number(form.minute)};
+  const answer = user ? await api('PUT', '/api/v1/users/' + enc(user.name), body)
+    : await api('POST', '/api/v1/users', body);
+  await loadUsers();
+  if (!user) await showSecrets(await answer.json());
+}
+async function showSecrets({name, password, api_key}) {
+  const secret = (label, value) => value ? [{name: label, label, value, readonly: ''}] : [];
+  const fields = [...secret('Password', password), ...secret('API key', api_key)];
+  const note = 'Shown this once: keep it somewhere safe.';
+  if (fields.length) await ask(`Account ${name}`, note, 'Done', fields, '');
+}
+async function removeUser(name) {
+  if (!await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')) return;
+  await api('DELETE', '/api/v1/users/' + enc(name));
+  await loadUsers();
+}
+
+/* == Saying and asking == */
+
+let silence = 0;
+function say(text) {
+  clearTimeout(silence);
+  $('said').textContent = text;
+  $('said').classList.add('shown');
+  silence = setTimeout(() => $('said').classList.remove('shown'), 4000);
+}
+
+/* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
+function ask(title, note, verb, fields = [], cancel = 'Cancel') {
+  let values = null;
+  const dialog = h('dialog', h('form', [h('h2', title, {id: 'asked'}), h('p', note),
+    fields.map(({label, ...props}) =>
+      h('label', [label, h('input', '', {autocomplete: 'off', ...props})])),
+    h('div.acts', [h('button.main', verb),
+      cancel && button(cancel, () => dialog.close())])]), {'aria-labelledby': 'asked'});
+  dialog.onsubmit = event => {
+    event.preventDefault();
+    values = Object.fromEntries(new FormData(event.target));
+    dialog.close();
+  };
+  document.body.append(dialog);
+  dialog.showModal();
+  return new Promise(done => {
+    dialog.onclose = () => { dialog.remove(); done(values); };
+  });
+}
+
+/* == Keys == */
+
+const chosen = () => state.id || rowAt(state.cursor)?.ID;
+const KEYS = {
+  'j': ['next message', () => move(1)],
+  'k': ['message before', () => move(-1)],
+  'Enter': ['open it', () => chosen() && open(chosen())],
+  'r': ['release, resend or retry now', () => pane.querySelector('.acts button')?.click()],
+  'u': ['mark unread', () => chosen() && mark([chosen()], false)],
+  '#': ['delete', () => chosen() && remove(chosen())],
+  '/': ['search', () => $('search').select()],
+  'Esc': ['back to the list', () => state.id && close()],
+  '?': ['show this', help],
+};
+const SAME = {ArrowDown: 'j', ArrowUp: 'k', Escape: 'Esc'};
+const WORDS = 'from: to: cc: bcc: addressed: subject: message-id: tag: is:read is:unread ' +
+  'has:attachment before: after: larger: smaller:';
+
+function help() {
+  const keys = Object.entries(KEYS).map(([key, [does]]) =>
+    [h('dt', h('kbd', key)), h('dd', does)]);
+  return ask('Keys', [h('dl', keys), 'The search knows ', h('span.mono', WORDS),
+    ' and "quoted words"; a leading minus turns one around.'], 'Close', [], '');
+}
+function press(event) {
+  const {key, target} = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog')) return;
+  if (target.matches('input')) return void (key === 'Escape' && target.blur());
+  if (key.startsWith('Arrow') && target !== list && target !== document.body) return;
+  const work = KEYS[SAME[key] || key]?.[1];
+  if (!work || (key === 'Enter' && target.matches('button, a'))) return;
+  event.preventDefault();
+  attempt(work);
+}
+
+/* == Beginning == */
+
+let typing = 0;
+function search() {
+  clearTimeout(typing);
+  const query = $('search').value.trim();
+  if (query === state.query) return;
+  state.query = query;
+  if (state.view !== 'inbox' || state.id) location.hash = '#/inbox';
+  attempt(reload);
+}
+function switchTheme() {
+  const root = document.documentElement.dataset;
+  const {matches} = matchMedia('(prefers-color-scheme: dark)');
+  root.theme = (root.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark';
+}
+async function begin() {
+  attempt(loadStats);
+  state.info = await get('/api/v1/info');
+  renderList();
+  renderPane();
+}
+$('search').oninput = () => { clearTimeout(typing); typing = setTimeout(search, 150); };
+document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
+$('help').onclick = help;
+$('theme').onclick = switchTheme;
+list.onscroll = () => requestAnimationFrame(scrolled);
+addEventListener('resize', scrolled);
+addEventListener('keydown', press);
+addEventListener('hashchange', route);
+setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
+  node.textContent = relative(node.dataset.at);
+}), 1000);
+setInterval(statsSoon, 60000);
+route();
+renderStrip();
+attempt(begin);
+listen();
+</script>
+</body>
+</html>
+"""
+
+
+def inline_hash(tag: str) -> str:
+    """Return the CSP source of the page's only <tag>."""
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src {inline_hash('style')}; "
+            "img-src 'self' data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+# === 17 HTTP =================================================================
+#
+# The web side over http.server: health and metrics, the mail API, the page. A
+# route is a method, a path with {names}, who may call it, and a function from
+# Request to Answer; ROUTES is all there is. `refusal` is the one place where a
+# request is turned away: DNS rebinding by the Host header, other sites' pages by
+# Origin and Sec-Fetch-Site, strangers by the token. Requests run on threads of
+# their own, each under a deadline, and call the relay through Backstage only.
+
+HTTP_TIME = 30.0  # for the whole of a request, and for its answer
+HTTP_CONNECTIONS = 200
+HTTP_BODY = 32 * MIB
+EVENT_STREAMS = 32
+EVENTS_WAITING = 1000
+HEARTBEAT = 15.0
+CALM = "default-src 'none'; frame-ancestors 'none'"
+MAIL_CSP = ("sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; "
+            "img-src data: {0}; media-src {0}; form-action 'none'; base-uri 'none'")
+
+
+class HttpError(Exception):
+    """A request that gets an error: its status, and the words for {"Error": ...}."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass
+class Answer:
+    """An HTTP answer: a body, or a stream of blocks that ends with the connection."""
+
+    body: bytes = b""
     kind: str = "text/plain; charset=utf-8"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: Iterator[bytes] | None = None
 
 
-def json_answer(status: int, value: object) -> Answer:
-    return Answer(status, json.dumps(value, indent=1, default=str).encode() + b"\n", "application/json")
+def json_answer(value: object, status: int = 200) -> Answer:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return Answer(text.encode("utf-8", "replace"), "application/json", status)
 
 
-class Request(NamedTuple):
+@dataclass
+class Request:
     """What a route needs to know of a request."""
 
-    backstage: Backstage
+    relay: Backstage
+    method: str
+    path: str
     query: dict[str, str]
-    accept: str
+    headers: Any  # http.server's, whose names fit in any case
+    is_local: bool  # the peer is on this machine
+    body: bytes = b""
+    names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
+    account: Account | None = None
 
+    @property
+    def json(self) -> Any:
+        """The body as JSON; an empty one is an empty object."""
+        try:
+            return json.loads(self.body or b"{}")
+        except (ValueError, RecursionError) as e:
+            raise HttpError(400, f"body: expected JSON: {e}") from None
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number of the query; HttpError names one that is none."""
+        text = self.query.get(name) or str(default)
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
+            raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
+        return float(text)
+
+    @property
+    def token(self) -> str:
+        """The Bearer token of the request, or what was given as the password of Basic."""
+        scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
+        return rest.strip() if scheme.lower() == "bearer" else ""
+
+
+# -- who may call --
+
+class Access(enum.Enum):
+    """Who may call a route."""
+
+    OPEN = "anybody"
+    ADMIN = "who has SMTP_API_TOKEN, or is on this machine where none is set"
+    ACCOUNT = "who has an account's api_key"
+
+
+def host_name(value: str) -> str:
+    """Return the host of a Host header or an origin, without its port."""
+    return (urllib.parse.urlsplit("//" + value.rpartition("//")[2]).hostname or "").rstrip(".")
+
+
+def refusal(request: Request, access: Access) -> str:
+    """Return why a request is turned away with 403; "" when it is not."""
+    if access is Access.OPEN:
+        return ""
+    host, own = request.headers.get("Host", ""), request.relay.settings.hostname.lower()
+    try:
+        named = host_name(host)
+        origin = request.headers.get("Origin")
+        foreign = origin is not None and origin.partition("://")[2] != host
+    except ValueError:
+        return "the Host or Origin header does not parse"
+    if not is_loopback(named) and named != own and not is_admin(request, strictly=True):
+        return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        return "requests from other sites are not taken"
+    if foreign and request.method not in ("GET", "HEAD"):
+        return "changes from other origins are not taken"
+    return ""
+
+
+def is_admin(request: Request, strictly: bool = False) -> bool:
+    """Tell whether a request carries the token; without one set, being on this machine will do."""
+    token = request.relay.settings.api_token
+    if not token:
+        return request.is_local and not strictly
+    return hmac.compare_digest(token.encode(), request.token.encode("utf-8", "replace"))
+
+
+def admit(request: Request, access: Access) -> None:
+    """Let a request through, or raise the HttpError that it gets."""
+    reason = refusal(request, access)
+    if reason:
+        raise HttpError(403, reason)
+    if access is Access.ADMIN and not is_admin(request):
+        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+    if access is Access.ACCOUNT:
+        request.account = request.relay.account_of(request.token)
+        if request.account is None:
+            raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
+
+
+# -- health and metrics --
 
 def health(request: Request) -> Answer:
     """200 when everything works, else 503 and why."""
-    parts = request.backstage.health()
+    parts = request.relay.health()
     status = 200 if all(v == "ok" for v in parts.values()) else 503
-    if "verbose" in request.query or "application/json" in request.accept:
-        return json_answer(status, {"status": "ok" if status == 200 else "unavailable", **parts})
+    if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
+        return json_answer({"status": "ok" if status == 200 else "unavailable", **parts}, status)
     wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
-    return Answer(status, (wrong or "OK").encode() + b"\n")
+    return Answer((wrong or "OK").encode() + b"\n", status=status)
 
 
 def alive(request: Request) -> Answer:
-    return Answer(200, b"OK\n")
+    return Answer(b"OK\n")
 
 
 def metrics(request: Request) -> Answer:
     """Counters: expvar JSON, or Prometheus text for who asks for it."""
-    shown = request.backstage.measured()
-    wants = request.query.get("format") or ("prometheus" if re.search("text/plain|openmetrics", request.accept) else "")
-    if wants == "prometheus":
-        return Answer(200, prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    return json_answer(200, expvar(shown))
+    shown = request.relay.measured()
+    accept = request.headers.get("Accept", "")
+    asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
+    if request.query.get("format", asked) == "prometheus":
+        return Answer(prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return json_answer(expvar(shown))
 
 
-ROUTES: dict[tuple[str, str], Callable[[Request], Answer]] = {
-    ("GET", "/healthz"): health,
-    ("GET", "/health"): health,
-    ("GET", "/readyz"): health,
-    ("GET", "/livez"): alive,
-    ("GET", "/metrics"): metrics,
-    ("GET", "/debug/vars"): metrics,
-}
+# -- mail: Mailpit's API v1, and MailHog's v2 --
+
+def found(request: Request) -> Item:
+    """Return the message that the path names; `latest` may come with a query."""
+    item = request.relay.inbox.get(request.names["id"], searched(request))
+    if item is None:
+        raise HttpError(404, "message not found")
+    return item
+
+
+def searched(request: Request) -> Query:
+    return compile_query(request.query.get("query", ""), request.query.get("tz", ""))
+
+
+def ids_of(request: Request) -> list[str] | None:
+    """Return the IDs of a request's body; None stands for every message."""
+    body = request.json
+    ids = body.get("IDs") if isinstance(body, dict) else None
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
+        raise HttpError(400, "IDs: expected a list of ids")
+    return ids or None
+
+
+def list_messages(request: Request) -> Answer:
+    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
+    shown = messages_json(request.relay.inbox, searched(request), start, limit)
+    for message in shown["messages"]:
+        message["Status"] = request.relay.status_of(message["ID"])
+    return json_answer(shown)
+
+
+def mark_messages(request: Request) -> Answer:
+    request.relay.inbox.mark(ids_of(request), bool(request.json.get("Read", False)))
+    return Answer(b"ok")
+
+
+def delete_messages(request: Request) -> Answer:
+    request.relay.delete(ids_of(request))
+    return Answer(b"ok")
+
+
+def delete_found(request: Request) -> Answer:
+    """Delete what matches a search."""
+    page = request.relay.inbox.search(searched(request), 0, 0)
+    request.relay.delete([item.id for item in page.items])
+    return Answer(b"ok")
+
+
+def show_message(request: Request) -> Answer:
+    """Show one message, which marks it read."""
+    item = found(request)
+    request.relay.inbox.mark([item.id], True)
+    mail = request.relay.inbox.mail(item.id)
+    return json_answer({**waited_json(item, mail), "Delivery": request.relay.delivery_of(item.id)})
+
+
+def show_headers(request: Request) -> Answer:
+    return json_answer(headers_json(request.relay.inbox.mail(found(request).id)))
+
+
+def show_raw(request: Request) -> Answer:
+    return Answer(request.relay.inbox.raw(found(request).id))
+
+
+def show_part(request: Request) -> Answer:
+    """Show a part of a message; what could run in a browser is a download."""
+    parts = request.relay.inbox.mail(found(request).id).parts
+    part = next((p for p in parts if p.number == request.names["part"]), None)
+    if part is None:
+        raise HttpError(404, "part not found")
+    headers = part_headers(part)
+    return Answer(part.content, headers.pop("Content-Type"), headers=headers)
+
+
+def show_html(request: Request) -> Answer:
+    """Show the HTML body in a sandbox that loads nothing from outside unless ?remote=1."""
+    item = found(request)
+    page = view_html(request.relay.inbox.mail(item.id), item.id)
+    remote = "http: https:" if request.query.get("remote") == "1" else "'self'"
+    policy = MAIL_CSP.format(remote) + "; frame-ancestors 'self'"
+    return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                  headers={"Content-Security-Policy": policy, "X-Frame-Options": "SAMEORIGIN"})
+
+
+def show_text(request: Request) -> Answer:
+    return Answer(request.relay.inbox.mail(found(request).id).text.encode("utf-8", "replace"))
+
+
+def release_message(request: Request) -> Answer:
+    to = request.json.get("To") if isinstance(request.json, dict) else None
+    request.relay.release(found(request).id, release_to(request.json) if to else [])
+    return Answer(b"ok")
+
+
+def send_message(request: Request) -> Answer:
+    """Take a message as JSON, as if it had come by SMTP."""
+    content, sender, recipients = compose(request.json)
+    return json_answer({"ID": request.relay.submit(content, sender, recipients)})
+
+
+def show_tags(request: Request) -> Answer:
+    return json_answer(list(request.relay.inbox.counts()[2]))
+
+
+def set_tags(request: Request) -> Answer:
+    tags = request.json.get("Tags")
+    if not (isinstance(tags, list) and all(isinstance(t, str) for t in tags)):
+        raise HttpError(400, "Tags: expected a list of tags")
+    request.relay.inbox.tag(ids_of(request) or [], tags)
+    return Answer(b"ok")
+
+
+def rename_tag(request: Request) -> Answer:
+    request.relay.inbox.rename_tag(request.names["tag"], str(request.json.get("Name", "")))
+    return Answer(b"ok")
+
+
+def remove_tag(request: Request) -> Answer:
+    request.relay.inbox.rename_tag(request.names["tag"])
+    return Answer(b"ok")
+
+
+def show_info(request: Request) -> Answer:
+    return json_answer(request.relay.info())
+
+
+def show_webui(request: Request) -> Answer:
+    """Mailpit's configuration of its page: what clients look for is whether release works."""
+    relay = {"Enabled": request.relay.can_release, "SMTPServer": request.relay.smart_host,
+             "ReturnPath": "", "AllowedRecipients": "", "BlockedRecipients": "", "OverrideFrom": ""}
+    return json_answer({"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
+                        "ChaosEnabled": True, "DuplicatesIgnored": False})
+
+
+def mailhog_messages(request: Request) -> Answer:
+    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
+    return json_answer(mailhog_json(request.relay.inbox, searched(request), start, limit))
+
+
+# -- waiting, events, queue, accounts: ours --
+
+def wait_for_message(request: Request) -> Answer:
+    """Block until a message matches; 408 when none came in time."""
+    since = int(request.number("since", 0)) if request.query.get("since") else None
+    timeout = min(request.number("timeout", 10), 300.0)
+    item = request.relay.inbox.wait(searched(request), since, timeout)
+    if item is None:
+        raise HttpError(408, f"no message matched within {timeout:g} seconds")
+    return json_answer(waited_json(item, request.relay.inbox.mail(item.id)))
+
+
+def show_events(request: Request) -> Answer:
+    """The life of messages as server-sent events."""
+    feed = request.relay.feed
+    return Answer(kind="text/event-stream", stream=event_stream(feed, feed.subscribe(EVENT_STREAMS)))
+
+
+def event_stream(feed: Feed, events: queue.Queue[Any]) -> Iterator[bytes]:
+    """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
+    try:
+        yield b": hello\n\n"
+        while True:
+            try:
+                event = events.get(timeout=HEARTBEAT)
+            except queue.Empty:
+                yield b": still here\n\n"
+                continue
+            if event is None:
+                return
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+    finally:
+        feed.unsubscribe(events)
+
+
+def show_queue(request: Request) -> Answer:
+    return json_answer(request.relay.queue())
+
+
+def retry_queue(request: Request) -> Answer:
+    return json_answer({"retried": request.relay.retry(request.names["id"])})
+
+
+def remove_queued(request: Request) -> Answer:
+    request.relay.delete([request.names["id"]])
+    return Answer(b"ok")
+
+
+def show_stats(request: Request) -> Answer:
+    return json_answer(request.relay.statistics())
+
+
+def list_users(request: Request) -> Answer:
+    return json_answer({"users": request.relay.users()})
+
+
+def save_user(request: Request) -> Answer:
+    name = request.names.get("name") or str(request.json.get("name", ""))
+    return json_answer(request.relay.save_user(name, request.json, new="name" not in request.names))
+
+
+def remove_user(request: Request) -> Answer:
+    request.relay.remove_user(request.names["name"])
+    return Answer(b"ok")
+
+
+def own_messages(request: Request) -> Answer:
+    """The messages of the account whose key this is."""
+    account = request.account
+    assert account is not None
+    return json_answer(request.relay.messages_of(account.name, int(request.number("limit", 50))))
+
+
+def own_stats(request: Request) -> Answer:
+    account = request.account
+    assert account is not None
+    return json_answer(request.relay.statistics_of(account))
+
+
+def show_page(request: Request) -> Answer:
+    """The page: one document that loads nothing from elsewhere. It holds no mail, so it needs no token."""
+    status = 200 if is_admin(request) else 401
+    return Answer(PAGE.encode(), "text/html; charset=utf-8", status, {"Content-Security-Policy": PAGE_CSP})
+
+
+class Route(NamedTuple):
+    """A method, a path with {names}, who may call it, what it does."""
+
+    method: str
+    path: str
+    access: Access
+    action: Callable[[Request], Answer]
+
+
+OPEN, ADMIN, ACCOUNT = Access.OPEN, Access.ADMIN, Access.ACCOUNT
+ROUTES = (
+    Route("GET", "/healthz", OPEN, health),
+    Route("GET", "/health", OPEN, health),
+    Route("GET", "/readyz", OPEN, health),
+    Route("GET", "/livez", OPEN, alive),
+    Route("GET", "/metrics", OPEN, metrics),
+    Route("GET", "/debug/vars", OPEN, metrics),
+    Route("GET", "/api/v1/messages", ADMIN, list_messages),
+    Route("PUT", "/api/v1/messages", ADMIN, mark_messages),
+    Route("DELETE", "/api/v1/messages", ADMIN, delete_messages),
+    Route("GET", "/api/v1/search", ADMIN, list_messages),
+    Route("DELETE", "/api/v1/search", ADMIN, delete_found),
+    Route("GET", "/api/v1/message/{id}", ADMIN, show_message),
+    Route("GET", "/api/v1/message/{id}/headers", ADMIN, show_headers),
+    Route("GET", "/api/v1/message/{id}/raw", ADMIN, show_raw),
+    Route("GET", "/api/v1/message/{id}/part/{part}", ADMIN, show_part),
+    Route("GET", "/api/v1/message/{id}/part/{part}/thumb", ADMIN, show_part),
+    Route("POST", "/api/v1/message/{id}/release", ADMIN, release_message),
+    Route("POST", "/api/v1/send", ADMIN, send_message),
+    Route("GET", "/api/v1/tags", ADMIN, show_tags),
+    Route("PUT", "/api/v1/tags", ADMIN, set_tags),
+    Route("PUT", "/api/v1/tags/{tag}", ADMIN, rename_tag),
+    Route("DELETE", "/api/v1/tags/{tag}", ADMIN, remove_tag),
+    Route("GET", "/api/v1/info", ADMIN, show_info),
+    Route("GET", "/api/v1/webui", ADMIN, show_webui),
+    Route("GET", "/view/{id}.html", ADMIN, show_html),
+    Route("GET", "/view/{id}.txt", ADMIN, show_text),
+    Route("GET", "/api/v2/messages", ADMIN, mailhog_messages),
+    Route("GET", "/api/v2/search", ADMIN, mailhog_messages),
+    Route("GET", "/api/v1/wait", ADMIN, wait_for_message),
+    Route("GET", "/api/v1/events", ADMIN, show_events),
+    Route("GET", "/api/v1/queue", ADMIN, show_queue),
+    Route("POST", "/api/v1/queue/{id}/retry", ADMIN, retry_queue),
+    Route("DELETE", "/api/v1/queue/{id}", ADMIN, remove_queued),
+    Route("GET", "/api/v1/stats", ADMIN, show_stats),
+    Route("GET", "/api/v1/users", ADMIN, list_users),
+    Route("POST", "/api/v1/users", ADMIN, save_user),
+    Route("PUT", "/api/v1/users/{name}", ADMIN, save_user),
+    Route("DELETE", "/api/v1/users/{name}", ADMIN, remove_user),
+    Route("GET", "/api/emails", ACCOUNT, own_messages),
+    Route("GET", "/api/stats", ACCOUNT, own_stats),
+    Route("GET", "/", OPEN, show_page),
+)
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Compile a route's path: {name} matches one segment."""
+    return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
+                              for p in re.split(r"(\{\w+\})", path)))
+
+
+MATCHERS = [(path_pattern(route.path), route) for route in ROUTES]
+
+
+def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """Return the route of a request and the names in its path; HttpError 404 or 405."""
+    matches = [(route, m) for pattern, route in MATCHERS for m in [pattern.fullmatch(path)] if m]
+    for route, match in matches:
+        if route.method == method:
+            return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+    if matches:
+        raise HttpError(405, "method not allowed")
+    raise HttpError(404, "not found")
+
+
+# -- the server --
+
+class HttpReader:
+    """The file that http.server reads a request from: a Wire, so that the deadline is absolute."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def readline(self, limit: int = -1) -> bytes:
+        try:
+            return self.wire.line(limit if limit > 0 else LINE_LIMIT)
+        except (PeerGone, LineTooLong):
+            return b""
+
+    def read(self, size: int) -> bytes:
+        """Return exactly so many octets."""
+        blocks: list[bytes] = []
+        while size > 0:
+            if self.wire.start == self.wire.end:
+                self.wire.fill()
+            stop = min(self.wire.end, self.wire.start + size)
+            blocks.append(bytes(memoryview(self.wire.buffer)[self.wire.start:stop]))
+            size -= stop - self.wire.start
+            self.wire.start = stop
+        return b"".join(blocks)
+
+    def close(self) -> None:
+        """Do nothing: the socket is closed by its owner."""
 
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Finds the route of a request and sends its answer."""
+    """Reads a request, finds its route, sends the answer."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"smtprelay/{__version__}"
-    timeout = HTTP_TIMEOUT
+    sys_version = ""
+    timeout = HTTP_TIME
     server: HttpServer
 
-    def do_GET(self) -> None:
-        self.send_answer(self.route("GET"))
+    def setup(self) -> None:
+        super().setup()
+        self.wire = Wire(self.connection, Deadline(HTTP_TIME))
+        self.rfile = HttpReader(self.wire)  # type: ignore[assignment]
 
-    def do_HEAD(self) -> None:
-        self.send_answer(self.route("GET"), with_body=False)
-
-    def route(self, method: str) -> Answer:
-        url = urllib.parse.urlsplit(self.path)
-        action = ROUTES.get((method, url.path))
-        if action is None:
-            return Answer(404, b"Not found\n")
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    def handle_one_request(self) -> None:
+        """Give each request of a connection its own deadline; a peer that is gone or too slow ends it."""
+        self.wire.deadline = Deadline(HTTP_TIME)
         try:
-            return action(Request(self.server.backstage, query, self.headers.get("Accept", "")))
-        except Exception as e:
-            self.server.backstage.log.bug("http_bug", e, path=self.path)
-            return Answer(500, b"Internal error\n")
+            super().handle_one_request()
+        except (PeerGone, OSError):
+            self.close_connection = True
 
-    def send_answer(self, answer: Answer, with_body: bool = True) -> None:
+    def respond(self) -> None:
+        try:
+            answer = self.answer()
+        except (HttpError, BadRequest) as e:
+            answer = json_answer({"Error": str(e)}, getattr(e, "status", 400))
+        except (KeyError, FileNotFoundError):
+            answer = json_answer({"Error": "message not found"}, 404)
+        except (PeerGone, TimeoutError, socket.timeout):
+            raise PeerGone from None
+        except Exception as e:
+            self.server.relay.log.bug("http_bug", e, path=self.path)
+            answer = json_answer({"Error": "internal error"}, 500)
+        self.send_answer(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
+
+    def answer(self) -> Answer:
+        url = urllib.parse.urlsplit(self.path)
+        method = "GET" if self.command == "HEAD" else self.command
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        request = Request(self.server.relay, method, url.path, query, self.headers,
+                          is_loopback(client_name(self.connection.family, self.client_address)))
+        route, request.names = find_route(method, url.path)
+        try:
+            admit(request, route.access)
+            request.body = self.read_body()
+        except HttpError:
+            self.close_connection = True  # what is left of the body is not read
+            raise
+        if route.access is not OPEN:
+            self.server.relay.catch_up()
+        if route.method != "GET":
+            self.server.relay.audit.write("changed", client=self.client_address[0], method=method, path=url.path)
+        return route.action(request)
+
+    def read_body(self) -> bytes:
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
+            raise HttpError(411, "Content-Length: expected a number of octets")
+        if int(length) > HTTP_BODY:
+            raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+        return self.rfile.read(int(length))
+
+    def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
-        self.send_header("Content-Type", answer.kind)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
+        fixed = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                 "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+                 "Content-Security-Policy": CALM}
+        if answer.stream:
+            self.close_connection = True
+            fixed["Connection"] = "close"
+        else:
+            fixed["Content-Length"] = str(len(answer.body))
+        for name, value in {**fixed, **answer.headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        self.connection.settimeout(HTTP_TIME)
+        if self.command != "HEAD":
             self.wfile.write(answer.body)
+            for block in answer.stream or ():
+                self.wfile.write(block)
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.server.backstage.log.debug("http", client=self.client_address[0], request=format % args)
+        self.server.relay.log.debug("http", client=self.client_address[0], request=format % args)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a socket that is bound already."""
+    """Serves HTTP on a socket that is bound already, to so many connections at once."""
 
-    def __init__(self, sock: socket.socket, backstage: Backstage) -> None:
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, relay: Backstage) -> None:
         super().__init__(("", 0), HttpHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
-        self.backstage = backstage
+        self.relay = relay
+        self.room = threading.Semaphore(HTTP_CONNECTIONS)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Log what the handler did not expect; a client that went away is no news."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, (OSError, PeerGone)):
+            self.relay.log.bug("http_bug", error)
 
 
-# === 16 RELAY ================================================================
+# === 18 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -4715,8 +7500,13 @@ class Delivering:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
         self.audit = Audit(settings.audit_log, log)
+        self.port = 0
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log)
+        self.inbox = Inbox(spool, log, int(time.time()) * 1000)
+        self.feed = Feed()
+        self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
         self.rescans = 0.0
@@ -4731,7 +7521,9 @@ class Delivering:
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
         self.take_stock()
-        jobs = [("reader", self.read_link), ("finder", self.find_all), ("sweeper", self.sweep)]
+        jobs = [("reader", self.read), ("sweeper", self.sweep)]
+        if self.settings.webhook_url:
+            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log).run))
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
         self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
@@ -4742,6 +7534,8 @@ class Delivering:
         """Let workers finish what they have in hand."""
         self.stopping.set()
         self.scheduler.stop()
+        self.inbox.close()
+        self.feed.publish(None)
         for server in self.web:
             stop_server(server)
         end = time.monotonic() + patience
@@ -4754,13 +7548,26 @@ class Delivering:
 
     # -- what comes in --
 
-    def read_link(self) -> None:
+    def read(self) -> None:
+        """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
+        self.find_all()
         for stems in self.link.stems():
             for stem in stems:
                 try:
-                    self.take_in(stem)
+                    if stem.startswith("="):
+                        self.marks.pop(stem, threading.Event()).set()
+                    else:
+                        self.take_in(stem)
                 except Exception as e:
                     self.log.bug("intake_bug", e, stem=stem)
+
+    def catch_up(self) -> None:
+        """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
+        name = secrets.token_hex(8)
+        seen = self.marks["=" + name] = threading.Event()
+        self.link.mark(name)
+        if not seen.wait(1.0):
+            self.marks.pop("=" + name, None)
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
@@ -4770,7 +7577,14 @@ class Delivering:
             self.show_depth()
         else:
             self.hold(self.spool.load(stem))
+        self.tell("received", stem, self.inbox.add(stem))
         self.make_room()
+
+    def tell(self, kind: str, stem: str, sequence: int = 0, detail: str = "") -> None:
+        """Publish an event in the life of a message."""
+        now = time.time()
+        self.hours[int(now // 3600), kind] += 1
+        self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
 
     def show_depth(self) -> None:
         """Publish how many messages are owed; those on their way through the Link are counted apart."""
@@ -4802,6 +7616,8 @@ class Delivering:
         """Queue what the spool holds, by name only: workers read the records."""
         found = 0
         for stem, done in self.spool.names():
+            self.inbox.add(stem)
+            self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None:
                 self.scheduler.put(stem, UNREAD)
                 found += 1
@@ -4828,13 +7644,25 @@ class Delivering:
                 shelf[stem] = (at, size)
                 self.on_shelf += size
 
+    def unshelve(self, stem: str) -> None:
+        """Forget that nobody is owed a message."""
+        with self.lock:
+            for shelf in (self.finished, self.held):
+                self.on_shelf -= shelf.pop(stem, (0.0, 0))[1]
+
     def make_room(self) -> None:
         """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
         with self.lock:
             over = self.past_keep() + self.past_limits()
         for stem in over:
-            self.spool.remove(stem)
-            self.log.info("removed", stem=stem)
+            self.remove(stem)
+
+    def remove(self, stem: str) -> None:
+        """Remove a message from everywhere; its record may be gone already."""
+        self.spool.remove(stem)
+        self.inbox.delete([stem[11:27]])
+        self.log.info("removed", id=stem[11:27])
+        self.tell("removed", stem)
 
     def past_keep(self) -> list[str]:
         oldest = time.time() - self.settings.keep
@@ -4905,6 +7733,7 @@ class Delivering:
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
             return self.expire(message)
         message.move(Status.FORWARDING)
+        self.tell("forwarding", task.stem)
         started = time.monotonic()
         with self.spool.content(task.stem) as content:
             attempt = self.delivery.attempt(message, content)
@@ -4970,6 +7799,7 @@ class Delivering:
         message.move(Status.RETRYING, reason)
         self.write_down(message)
         self.metrics.inc("smtp_messages_deferred_total")
+        self.tell("retrying", message.stem, 0, reason)
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
 
     def give_up(self, message: Message, reason: str) -> Again:
@@ -4987,6 +7817,7 @@ class Delivering:
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.metrics.inc("owed_bytes", -message.size)
         self.shelve(self.finished, message.stem, time.time(), message.size)
+        self.tell(status.value, message.stem, 0, message.last_error if failed else "")
         self.guard.quotas.count(message.user, "failed" if failed else "sent")
         self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
                          recipients=[vars(r) for r in message.recipients])
@@ -5053,12 +7884,262 @@ class Delivering:
         self.guard.reload()
 
 
+class Webhook:
+    """POSTs events to SMTP_WEBHOOK_URL, one after the other, each tried a few times."""
+
+    KINDS = ("received", "forwarded", "failed")
+
+    def __init__(self, url: str, feed: Feed, log: Log) -> None:
+        self.url, self.log, self.feed = url, log, feed
+        self.events = feed.subscribe(1 << 30)
+
+    def run(self) -> None:
+        """Send until the end of events; when more wait than fit, start anew with those to come."""
+        while True:
+            event = self.events.get()
+            if event is None and self.events in self.feed.listeners:
+                return
+            if event is None:
+                self.log.warn("webhook_behind", url=self.url)
+                self.events = self.feed.subscribe(1 << 30)
+            elif event["type"] in self.KINDS:
+                self.send(event)
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send one event; RFC 9110 calls 2xx success."""
+        request = urllib.request.Request(
+            self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
+        for pause in (1, 5, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=10):
+                    return
+            except OSError as e:
+                trouble = e
+                time.sleep(pause)
+        self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
+
+
 class Backstage:
-    """What HTTP shows of a relay."""
+    """What HTTP may ask of a relay."""
 
     def __init__(self, delivering: Delivering) -> None:
         self.delivering = delivering
-        self.settings, self.log = delivering.settings, delivering.log
+        self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
+        self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
+        self.accounts, self.quotas = delivering.guard.accounts, delivering.guard.quotas
+
+    # -- messages --
+
+    def status_of(self, id: str) -> str:
+        """Return a message's status without reading it, where that is known."""
+        try:
+            return self.inbox.load(id).status.value
+        except (KeyError, OSError, SpoolError):
+            return ""
+
+    def delivery_of(self, id: str) -> dict[str, Any]:
+        """Return what became of a message."""
+        m = self.inbox.load(id)
+        return {"status": m.status, "attempts": m.attempts, "next_attempt_at": m.next_attempt_at,
+                "last_error": m.last_error, "reverse_path": m.reverse_path, "history": m.history,
+                "recipients": [vars(r) for r in m.recipients], "finished_at": m.finished_at}
+
+    def delete(self, ids: list[str] | None) -> None:
+        """Delete messages, all for None; one that is being delivered at this moment is left."""
+        d = self.delivering
+        if ids is None:
+            ids = [item.id for item in self.inbox.search(limit=0).items]
+        for id in ids:
+            with contextlib.suppress(KeyError):
+                stem = self.inbox.stem(id)
+                if not d.scheduler.drop(stem):
+                    raise HttpError(409, f"{id} is being delivered just now")
+                d.unshelve(stem)
+                d.remove(stem)
+        d.show_depth()
+
+    @property
+    def can_release(self) -> bool:
+        return bool(self.settings.relay_host)
+
+    @property
+    def smart_host(self) -> str:
+        return ", ".join(host_port(*h) for h in self.settings.smart_hosts)
+
+    def release(self, id: str, to: list[str]) -> None:
+        """Let a held message go; with other recipients, or when it went already, a copy goes to them."""
+        if not self.can_release:
+            raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
+        d, message = self.delivering, self.inbox.load(id)
+        own = [r.address for r in message.recipients]
+        if message.status is not Status.HELD or (to and to != own):
+            self.keep(message, to or own)
+            return
+        message.move(Status.RETRYING, "released")
+        d.spool.save(message)
+        d.unshelve(message.stem)
+        d.metrics.inc("owed_bytes", message.size)
+        d.scheduler.put(message.stem, d.delivery.lane())
+        d.show_depth()
+
+    def keep(self, message: Message, to: list[str]) -> None:
+        """Put a copy of a message into the spool, for other recipients."""
+        flags = tuple(f for f in message.flags if f != "HOLD")
+        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user, flags, to)
+        with self.delivering.spool.content(message.stem) as content:
+            self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
+
+    def submit(self, content: bytes, sender: str, recipients: list[str]) -> str:
+        """Take a message in as if it had come by SMTP; return its id."""
+        if len(content) > self.settings.max_size:
+            raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
+        flags = ("HOLD",) if self.settings.delivery == "hold" else ()
+        return self.store(Envelope(sender, "127.0.0.1", "http", "HTTP", "", flags, recipients), [content])
+
+    def store(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
+        """Make a message durable and queue it; return its id."""
+        d = self.delivering
+        draft = d.spool.draft(envelope)
+        try:
+            for block in blocks:
+                draft.write(block)
+            stem = draft.commit()
+        finally:
+            draft.abort()
+        d.metrics.inc("smtp_messages_received_total")
+        d.metrics.inc("owed_bytes", draft.size)
+        d.link.announce(stem)
+        self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
+                      size=draft.size, client=envelope.client, protocol=envelope.protocol)
+        return draft.id
+
+    # -- queue --
+
+    def queue(self, limit: int = 200) -> dict[str, Any]:
+        """Return the messages owed, oldest first, and the state of each next hop."""
+        stems, hops = self.delivering.scheduler.snapshot(limit)
+        return {"messages": [m for m in map(self.queued, stems) if m], "total": len(self.delivering.scheduler),
+                "next_hops": hops}
+
+    def queued(self, stem: str) -> dict[str, Any] | None:
+        try:
+            m = self.delivering.spool.load(stem)
+        except (KeyError, OSError, SpoolError):
+            return None
+        return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
+                "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+                "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
+
+    def retry(self, id: str) -> int:
+        """Try a message now, or all; a failed one is owed again. Return how many."""
+        d = self.delivering
+        if id == "all":
+            d.flush()
+            return len(d.scheduler)
+        message = self.inbox.load(id)
+        if message.status is Status.HELD:
+            self.release(id, [])
+            return 1
+        if message.status is Status.FORWARDED:
+            raise HttpError(409, "it was forwarded already; release it to send a copy")
+        if message.status is Status.FAILED:
+            self.revive(message)
+        d.scheduler.put(message.stem, d.delivery.lane())
+        d.scheduler.hurry(message.stem)
+        d.show_depth()
+        return 1
+
+    def revive(self, message: Message) -> None:
+        """Make a failed message owed again, for those who did not get it."""
+        d = self.delivering
+        for r in message.recipients:
+            if r.status is Status.FAILED:
+                r.status = Status.RETRYING
+        message.move(Status.RETRYING, "retried by hand")
+        message.finished_at = ""
+        d.spool.reopen(message)
+        d.unshelve(message.stem)
+        d.metrics.inc("owed_bytes", message.size)
+
+    # -- accounts and figures --
+
+    def account_of(self, key: str) -> Account | None:
+        return self.accounts.by_key(key) if key else None
+
+    def users(self) -> list[dict[str, Any]]:
+        """Return the accounts, without their secrets."""
+        return [{"name": a.name, "allowed_domains": list(a.allowed_domains), "quota_daily": a.quota_daily,
+                 "quota_per_minute": a.quota_per_minute, "relay_host": a.relay_host, "has_api_key": bool(a.api_key),
+                 "used_today": self.quotas.today(a.name).get("received", 0)} for a in self.accounts.listed()]
+
+    def save_user(self, name: str, given: Any, new: bool) -> dict[str, Any]:
+        """Make or change an account; what is made here (a key) is shown this once."""
+        if not self.settings.users_file:
+            raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
+        if not isinstance(given, dict):
+            raise HttpError(400, "body: expected an object")
+        if new == (name in [a.name for a in self.accounts.listed()]):
+            raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
+        fields = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
+        if isinstance(fields.get("password"), str) and fields["password"]:
+            fields["password"] = hash_password(fields["password"])
+        else:
+            fields.pop("password", None)
+        if new and "api_key" not in fields:
+            fields["api_key"] = new_api_key()
+        self.change_users({name: fields})
+        return {"name": name, **({"api_key": fields["api_key"]} if "api_key" in fields else {})}
+
+    def remove_user(self, name: str) -> None:
+        if name not in [a.name for a in self.accounts.listed()]:
+            raise HttpError(404, f"account {name!r} not found")
+        self.change_users({name: None})
+
+    def change_users(self, changes: dict[str, dict[str, Any] | None]) -> None:
+        try:
+            change_users(self.settings.users_file, changes)
+        except AccountsError as e:
+            raise HttpError(400, str(e)) from None
+
+    def messages_of(self, user: str, limit: int) -> dict[str, Any]:
+        """Return an account's own messages, newest first."""
+        items = [i for i in self.inbox.search(limit=0).items if i.summary["Username"] == user]
+        shown = [{"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
+                  "size": i.summary["Size"], "created": i.summary["Created"], "status": self.status_of(i.id)}
+                 for i in items[:limit]]
+        return {"total": len(items), "emails": shown}
+
+    def statistics_of(self, account: Account) -> dict[str, Any]:
+        """Return an account's figures: today's, each day's, and what its quotas leave."""
+        today = self.quotas.today(account.name)
+        left = max(0, account.quota_daily - today.get("received", 0)) if account.quota_daily else None
+        return {"account": account.name, "today": today, "days": self.quotas.days(account.name),
+                "quota_daily": account.quota_daily, "quota_per_minute": account.quota_per_minute, "left_today": left}
+
+    def statistics(self) -> dict[str, Any]:
+        """Return figures by hour of the last day, by day, and by account."""
+        now, hours = int(time.time() // 3600), self.delivering.hours
+        days = self.quotas.days()
+        names = {"received": "received", "forwarded": "sent", "failed": "failed"}
+        return {
+            "hours": [{"at": iso_time(h * 3600), "received": hours[h, "received"], "forwarded": hours[h, "forwarded"],
+                       "deferred": hours[h, "retrying"], "failed": hours[h, "failed"]} for h in range(now - 23, now + 1)],
+            "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
+            "accounts": [{"name": a.name, **{k: self.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
+                         for a in self.accounts.listed()],
+            "totals": {k: int(self.delivering.metrics.get(f"smtp_messages_{v}_total"))
+                       for k, v in (("received", "received"), ("forwarded", "delivered"), ("failed", "failed"))}}
+
+    def info(self) -> dict[str, Any]:
+        """Return what Mailpit's clients and the page want to know."""
+        m = self.measured()
+        stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
+                 "SMTPAccepted": int(m.get("smtp_messages_received_total")),
+                 "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
+        return {**info_json(self.inbox, __version__, self.settings.spool, **stats),
+                "SMTPPort": self.delivering.port, "Delivery": self.settings.delivery, "RelayHost": self.smart_host}
+
+    # -- health --
 
     def health(self) -> dict[str, str]:
         """Return each part and "ok", or what is wrong with it."""
@@ -5176,8 +8257,16 @@ class Parts:
 
     def delivering(self) -> Delivering:
         guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
-        return Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                          guard, self.pair, self.http)
+        delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
+                                guard, self.pair, self.http)
+        delivering.port = self.port
+        return delivering
+
+    @property
+    def port(self) -> int:
+        """The first TCP port of the SMTP listeners; 0 where there is none."""
+        names = [sock.getsockname() for sock in self.smtp]
+        return next((int(name[1]) for name in names if not isinstance(name, str)), 0)
 
 
 def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
@@ -5373,7 +8462,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 17 COMMAND LINE =========================================================
+# === 19 COMMAND LINE =========================================================
 #
 # One function for each verb; it returns the exit status, of sysexits.h. Settings
 # come from the environment, so the command line has almost nothing to say.
