@@ -7746,6 +7746,7 @@ class Delivering:
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        self.watch_clock()
         now = time.time()
         times = (unix_time(entry["at"]) for entry in message.history)
         return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
