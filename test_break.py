@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import smtplib
 import socket
@@ -993,3 +994,156 @@ def test_break_by_setting_the_clock(tmp_path: Path, log: Caught, monkeypatch: py
             eventually(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
     assert set(hop.taken.values()) == {1}
     assert log.bugs() == []
+
+
+# -- power --
+
+
+class RecordingOs:
+    """The os module, noting what is done to files, in order, so that a crash can be played at any point."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.paths: dict[int, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        fd = os.open(path, flags, mode)
+        if flags & (os.O_CREAT | os.O_DIRECTORY):
+            self.paths[fd] = path
+            self.done.append(("open", path, bool(flags & os.O_DIRECTORY)))
+        return fd
+
+    def write(self, fd: int, data: Any) -> int:
+        self.done.append(("write", self.paths.get(fd), -1, bytes(data)))
+        return os.write(fd, data)
+
+    def pwrite(self, fd: int, data: bytes, at: int) -> int:
+        self.done.append(("write", self.paths.get(fd), at, data))
+        return os.pwrite(fd, data, at)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new)
+        self.paths = {fd: new if path == old else path for fd, path in self.paths.items()}
+        self.done.append(("rename", old, new))
+
+    def fsync(self, fd: int) -> None:
+        self.done.append(("fsync", self.paths[fd]))
+
+    def makedirs(self, path: str, *more: Any, **named: Any) -> None:
+        self.done.append(("makedirs", path))
+        os.makedirs(path, *more, **named)
+
+
+Tree = dict[str, bytes]  # path: content; a directory's ends with a slash
+
+
+def after_crash(done: list[tuple[Any, ...]]) -> Iterator[Tree]:
+    """Yield what may be on the disk when the power goes: all that was synced, and any kind of part of the rest."""
+    live: Tree = {}
+    safe: Tree = {}
+    for step in done:
+        path = step[1]
+        if step[0] == "makedirs":
+            live[path + "/"] = b""
+        elif step[0] == "open" and not step[2]:
+            live[path] = b""
+        elif step[0] == "write" and path:
+            data = live.get(path, b"")
+            at = len(data) if step[2] < 0 else step[2]
+            live[path] = data[:at] + step[3] + data[at + len(step[3]):]
+        elif step[0] == "rename":
+            live[step[2]] = live.pop(path)
+            if path in safe:
+                safe[step[2]] = safe.pop(path)
+        elif step[0] == "fsync" and path + "/" in {os.path.dirname(p.rstrip("/")) + "/" for p in live} and path not in live:
+            safe.update({p: b"" for p in live if p.endswith("/") and os.path.dirname(p[:-1]) == path})
+        elif step[0] == "fsync":
+            safe[path] = live[path]
+    yield live
+    yield safe
+    for torn in (lambda data: b"", lambda data: data[:len(data) // 2], lambda data: bytes(len(data)), lambda data: data[:-1]):
+        yield {p: data if p in safe and safe[p] == data else safe[p] if p in safe else torn(data) for p, data in live.items()}
+    yield {p: data for p, data in live.items() if not p.endswith(".json")}  # names that were never written
+    yield {p: data for p, data in live.items() if p in safe or p.endswith(("/", ".json", ".tmp"))}
+
+
+def plant(root: Path, tree: Tree) -> bool:
+    """Make a tree on the disk; a file whose directory was lost is lost with it."""
+    for path in sorted(tree):
+        if path.endswith("/"):
+            Path(path).mkdir(parents=True, exist_ok=True)
+        elif Path(path).parent.is_dir() and Path(path).is_relative_to(root):
+            Path(path).write_bytes(tree[path])
+    return True
+
+
+@pytest.mark.parametrize("key", ["", KEY.hex()])
+def test_break_by_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    disk = RecordingOs()
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+    monkeypatch.setattr(smtprelay, "os", disk)
+    disk.done.append(("makedirs", str(tmp_path / "spool/bad")))
+    disk.done.append(("fsync", str(tmp_path / "spool")))
+    for size in (10, 300_000, 10):
+        stem = keep(spool, b"x" * size)
+        disk.done.append(("said", stem))
+        message = spool.load(stem)
+        for attempts in (1, 2) if size != 300_000 else ():
+            message.attempts = attempts
+            spool.save(message)
+        if size == 300_000:
+            message.move(smtprelay.Status.FORWARDING)
+            message.move(smtprelay.Status.FORWARDED)
+            spool.save(message)
+    monkeypatch.setattr(smtprelay, "os", os)
+    spool.close()
+    mark = {p: p.read_bytes() for p in [tmp_path / "spool/key.check"] if key}
+    states = [tree for n in range(2, len(disk.done) + 1) for tree in after_crash(disk.done[:n])]
+    lengths = [n for n in range(2, len(disk.done) + 1) for _ in after_crash(disk.done[:n])]
+    for tree, n in zip(states, lengths):
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").mkdir()
+        for path, data in mark.items():
+            path.write_bytes(data)
+        plant(tmp_path / "spool", tree)
+        said = {step[1] for step in disk.done[:n] if step[0] == "said"}
+        after = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+        found = {}
+        for stem, _ in after.names():
+            with contextlib.suppress(smtprelay.SpoolError):
+                found[stem] = after.load(stem).size
+        after.close()
+        assert said <= found.keys(), (n, disk.done[n - 1], sorted(tree))
+        assert set(found.values()) <= {10, 300_000}
+    assert len(states) > 100
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("fsync", ["1", "0"])
+def test_break_by_looking_for_the_sync(tmp_path: Path, fsync: str) -> None:
+    with Program(tmp_path, SMTP_FSYNC=fsync) as program:
+        eventually(lambda: len(program.children()) == 2)
+        receiver = max(program.children())
+        trace = tmp_path / "trace"
+        calls = "trace=openat,write,pwrite64,rename,renameat,renameat2,fsync,fdatasync,sendto,close"
+        tracer = subprocess.Popen(["strace", "-f", "-s", "60", "-e", calls, "-o", trace, "-p", str(receiver)],
+                                  stderr=subprocess.PIPE)
+        assert tracer.stderr and b"ttached" in tracer.stderr.readline()
+        with program.connect() as client:
+            client.ehlo()
+            assert [send(client, f"k{n}", size) for n, size in enumerate((10, 300_000, 10, 2000))] == [250] * 4
+        tracer.terminate()
+        tracer.communicate(timeout=10)
+    lines = trace.read_text(errors="replace").splitlines()
+    said = [n for n, line in enumerate(lines) if "queued as" in line]
+    assert len(said) == 4
+    for start, end in zip([0, *said], said):
+        steps = [word for line in lines[start:end] for word in ("rename", "fsync(") if word in line and ".tmp" not in line]
+        synced = steps[-2:] == ["rename", "fsync("]  # the content and, with it, its last name
+        assert synced == (fsync == "1"), lines[start:end]
+        if fsync == "1":
+            last = max(n for n in range(start, end) if "write" in lines[n] and "X-Env" in lines[n] or "pwrite64" in lines[n])
+            assert last < max(n for n in range(start, end) if "fsync(" in lines[n])
