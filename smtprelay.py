@@ -1809,7 +1809,7 @@ class FileSpool:
     def names(self) -> Iterator[tuple[str, Status | None]]:
         """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
         for day in sorted(os.listdir(self.root)):
-            if DATE.fullmatch(day) and os.path.isdir(self.path(day)):
+            if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
             elif day not in KEPT_NAMES:
                 self.set_aside(day, "not a name of ours")
@@ -2057,7 +2057,8 @@ class FileDraft:
         try:
             os.fsync(self.fd)
         except OSError:
-            os.unlink(final)
+            with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                os.unlink(final)
             raise
 
     def abort(self) -> None:
@@ -7834,6 +7835,7 @@ class Delivering:
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        self.watch_clock()
         now = time.time()
         times = (unix_time(entry["at"]) for entry in message.history)
         return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
