@@ -424,6 +424,13 @@ def multiplier(text: str) -> float:
     return value
 
 
+def scale(text: str) -> float:
+    value = parse_number(text, "a number above 0", {"": 1})
+    if value <= 0:
+        raise ValueError("a number above 0")
+    return value
+
+
 def fraction(text: str) -> float:
     value = parse_number(text, "a number from 0 to 1", {"": 1})
     if value > 1:
@@ -493,10 +500,45 @@ def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, 
         raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
 
 
+class Preset(NamedTuple):
+    """What a provider's name in SMTP_RELAY_HOST stands for."""
+
+    host: str
+    port: int
+    tls: str
+
+
+PRESETS = {
+    "gmail": Preset("smtp.gmail.com", 587, "starttls"),
+    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls"),  # ses:REGION
+    "m365": Preset("smtp.office365.com", 587, "starttls"),
+    "mailgun": Preset("smtp.mailgun.org", 587, "starttls"),
+    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls"),
+    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls"),
+    "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
+    "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
+}
+APP_PASSWORD = re.compile(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}")  # as Google shows it
+
+
+def preset_of(text: str) -> Preset | None:
+    """Return the provider that a smart host's text names, if it names one."""
+    name, _, region = text.lower().partition(":")
+    preset = PRESETS.get(name)
+    if not preset or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
+        return None
+    return preset._replace(host=preset.host.format(region))
+
+
 def hop_list(text: str) -> tuple[str, ...]:
+    expected = f"host or host:port, a list of them, or {', '.join(PRESETS)} (ses:REGION)"
     for part in words(text):
-        if not split_port(part, "25")[0]:
-            raise ValueError("host or host:port, or a list of them")
+        try:
+            named = preset_of(part) or (part != "ses" and split_port(part, "25")[0])
+        except ValueError as e:
+            raise ValueError(f"{expected} ({e})") from None
+        if not named:
+            raise ValueError(expected)
     return words(text)
 
 
@@ -519,6 +561,7 @@ class Settings:
     hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
     allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
+    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
     max_size: int = setting("10MiB", size, "octets of content in one message")
     max_recipients: int = setting("100", positive, "recipients in one transaction")
     max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
@@ -536,7 +579,7 @@ class Settings:
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
     delivery: str = setting("", choice("", "hold", "relay"), "hold or relay", shown="relay with SMTP_RELAY_HOST, else hold")
-    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host, host or host:port")
+    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, sendgrid, postmark, smtp2go, fastmail")
     relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
@@ -553,6 +596,8 @@ class Settings:
     retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
     retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
+    time_scale: float = setting("1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
@@ -577,10 +622,16 @@ class Settings:
         return settings
 
     def _derived(self) -> Settings:
-        loopback = all(is_loopback(split_port(h, "0")[0]) for h in self.relay_host)
-        tls = self.relay_tls or ("opportunistic" if self.relay_host and loopback else "starttls")
+        presets = [preset_of(h) for h in self.relay_host]
+        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h for h, p in zip(self.relay_host, presets))
+        loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
+        tls = self.relay_tls or next((p.tls for p in presets if p), "")
+        tls = tls or ("opportunistic" if hosts and loopback else "starttls")
+        password = self.relay_password
+        if any(presets) and APP_PASSWORD.fullmatch(password):
+            password = password.replace(" ", "")
         return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=tls,
+            self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
@@ -1081,6 +1132,46 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
         wire.start += len(block)
         octets -= len(block)
         content.feed(block)
+
+
+# -- the PROXY protocol: a balancer says whose connection this is --
+
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_ADDRESS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # octets of an address, by family
+
+
+def proxied_client(wire: Wire) -> str:
+    """Read a PROXY header, v1 or v2; return the client's address, "" when the balancer speaks for itself.
+
+    ValueError for anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
+    """
+    if take_exactly(wire, 1) == PROXY_V2[:1]:
+        return proxied_v2(wire)
+    line = wire.line(107)
+    found = re.fullmatch(rb"ROXY (?:UNKNOWN(?: .*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n", line)
+    if not found:
+        raise ValueError("not a PROXY header")
+    return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
+
+
+def proxied_v2(wire: Wire) -> str:
+    head = take_exactly(wire, 15)
+    command, family, length = head[11], head[12], int.from_bytes(head[13:15], "big")
+    if head[:11] != PROXY_V2[1:] or command not in (0x20, 0x21) or length > 4096:
+        raise ValueError("not a PROXY header")
+    rest, octets = take_exactly(wire, length), PROXY_ADDRESS.get(family, 0)
+    if command == 0x20 or not octets:
+        return ""
+    return str(ipaddress.ip_address(rest[:octets]))
+
+
+def take_exactly(wire: Wire, octets: int) -> bytes:
+    """Read so many octets, no more than a buffer's worth."""
+    while wire.end - wire.start < octets:
+        wire.fill()
+    data = bytes(wire.buffer[wire.start:wire.start + octets])
+    wire.start += octets
+    return data
 
 
 # === 06 GRAMMAR ==============================================================
@@ -1670,7 +1761,7 @@ def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
     longest = math.log(max(settings.retry_max_delay, 1e-9) / max(settings.retry_initial_delay, 1e-9))
     delay = settings.retry_max_delay if steps >= longest else settings.retry_initial_delay * math.exp(steps)
-    return delay * rng.uniform(1 - settings.retry_jitter, 1)
+    return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
 
 class Lane:
@@ -1711,7 +1802,7 @@ class Scheduler:
                  rng: random.Random | None = None) -> None:
         self.settings = settings
         self.clock = clock
-        self.rng = rng or random.Random()
+        self.rng = rng or random.Random(settings.seed or None)
         self.changed = threading.Condition(threading.Lock())
         self.lanes: dict[str, Lane] = {}
         self.order: collections.deque[Lane] = collections.deque()
@@ -2393,9 +2484,23 @@ class Reception:
         address = ipaddress.ip_address(client)
         return not any(address in network for network in self.settings.allow_networks)
 
+    def is_balancer(self, client: str) -> bool:
+        """Tell whether a connection from here opens with a PROXY header."""
+        nets = self.settings.proxy_networks
+        return bool(nets) and client != "local" and any(ipaddress.ip_address(client) in net for net in nets)
+
+    def rename(self, session: Session, client: str) -> bool:
+        """Count a session for the client that a balancer named; False when that one has too many."""
+        limit = self.settings.max_connections_per_client
+        with self.lock:
+            self.uncount(session.client)
+            self.clients[client] += 1
+            session.client = client
+            return not 0 < limit < self.clients[client]
+
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        limit = self.settings.max_connections_per_client
+        limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
             full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
                     or 0 < limit <= self.clients[session.client])
@@ -2408,10 +2513,13 @@ class Reception:
     def leave(self, session: Session) -> None:
         with self.lock:
             self.sessions.discard(session)
-            self.clients[session.client] -= 1
-            if not self.clients[session.client]:
-                del self.clients[session.client]
+            self.uncount(session.client)
         self.metrics.inc("smtp_sessions_active", -1)
+
+    def uncount(self, client: str) -> None:
+        self.clients[client] -= 1
+        if not self.clients[client]:
+            del self.clients[client]
 
     def has_room(self, size: int) -> bool:
         """Tell whether the spool can take a message of so many octets."""
@@ -2491,14 +2599,25 @@ class Session:
 
     def greet(self) -> bool:
         """Send the 220, or why not; tell whether the dialogue goes on."""
-        if self.reception.refusal(self.client):
+        if self.reception.is_balancer(self.client) and not self.meet_proxied():
+            self.answer_with(TOO_MANY_SESSIONS)
+        elif self.reception.refusal(self.client):
             self.answer_with(NOT_ALLOWED)
-        elif spoke_early(self.wire.sock):
+        elif self.wire.start != self.wire.end or spoke_early(self.wire.sock):
             self.answer_with(TALKED_EARLY)
         else:
             self.wire.write(self.reception.greeting)
             return True
         return False
+
+    def meet_proxied(self) -> bool:
+        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
+        try:
+            client = proxied_client(self.wire) or self.client
+        except (ValueError, LineTooLong) as e:
+            self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
+            raise PeerGone("bad PROXY header") from None
+        return self.reception.rename(self, client_name(socket.AF_INET6, (client,)))
 
     def one_command(self) -> None:
         if self.reception.stopping:
@@ -2811,8 +2930,9 @@ def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[t
 
 def spoke_early(sock: socket.socket) -> bool:
     """Tell whether the client has sent something before it was greeted."""
+    sock.setblocking(False)  # with a timeout set, MSG_DONTWAIT would wait
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return bool(sock.recv(1, socket.MSG_PEEK))
     except OSError:
         return False
 
@@ -3365,7 +3485,8 @@ class Delivering:
         return self.settle(message, attempt)
 
     def is_too_old(self, message: Message) -> bool:
-        return time.time() - id_micros(message.id) / 1e6 > self.settings.retry_max_age
+        age = time.time() - id_micros(message.id) / 1e6
+        return age * self.settings.time_scale > self.settings.retry_max_age
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
