@@ -27,13 +27,15 @@ Contents:
     05 WIRE          deadlines, lines, content in blocks
     06 GRAMMAR       pure functions from octets to values
     07 SPOOL         the files, and what each means
-    08 SCHEDULER     what is tried next, and when
-    09 DELIVERY      one attempt at a next hop
-    10 SESSION       the protocol: one method for each verb
-    11 LISTENER      connections and the threads that serve them
-    12 HTTP          health and metrics
-    13 RELAY         joins the parts: workers, processes, start and stop
-    14 COMMAND LINE  one function for each verb
+    08 ACCOUNTS      who may send, as whom, and how much
+    09 TLS           contexts for both sides, the self-signed pair
+    10 SCHEDULER     what is tried next, and when
+    11 DELIVERY      one attempt at a next hop
+    12 SESSION       the protocol: one method for each verb
+    13 LISTENER      connections and the threads that serve them
+    14 HTTP          health and metrics
+    15 RELAY         joins the parts: workers, processes, start and stop
+    16 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -77,10 +79,13 @@ import socket
 import socketserver
 import ssl
 import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,13 +130,22 @@ CHUNK_OK = Reply(250, "2.0.0", "Chunk received")
 CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify, but will take mail and try to deliver it")
 GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 
+AUTH_OK = Reply(235, "2.7.0", "Authentication succeeded")
+TLS_READY = Reply(220, "2.0.0", "Ready to start TLS")
+
 STOPPING = Reply(421, "4.3.2", "Service is stopping, try again later")
 TOO_MANY_SESSIONS = Reply(421, "4.3.2", "Too many sessions, try again later")
 TIMED_OUT = Reply(421, "4.4.2", "Timed out waiting for you")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
+TOO_MANY_LOGINS = Reply(421, "4.7.0", "Too many failed logins, try again later")
+RATE_SPENT = Reply(450, "4.7.1", "Too many messages, try again later")
+QUOTA_SPENT = Reply(450, "4.7.1", "The account's quota is spent, try again later")
 INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
 SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
+
+TLS_NOT_NOW = Reply(454, "4.7.0", "TLS is not to be had now, try again later")
+ACCOUNTS_NOT_NOW = Reply(454, "4.7.0", "Logins cannot be checked now, try again later")
 
 UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
@@ -141,10 +155,20 @@ BAD_SENDER = Reply(501, "5.1.7", "Bad sender address")
 BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address")
 NOT_IMPLEMENTED = Reply(502, "5.5.1", "Not implemented")
 SEQUENCE = Reply(503, "5.5.1", "Out of order")
+AUTH_CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
+AUTH_BASE64 = Reply(501, "5.5.2", "Cannot decode that as base64")
+AUTH_MALFORMED = Reply(501, "5.5.2", "Not a response this mechanism knows")
+UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Unknown authentication mechanism")
+LOGIN_FIRST = Reply(530, "5.7.0", "Log in first")
+TLS_FIRST = Reply(530, "5.7.0", "Say STARTTLS first")
+AUTH_WRONG = Reply(535, "5.7.8", "Authentication credentials invalid")
+MECHANISM_NEEDS_TLS = Reply(538, "5.7.11", "This mechanism needs TLS: say STARTTLS first")
+WRONG_DOMAIN = Reply(550, "5.7.1", "This account may not send as that domain")
 TOO_BIG = Reply(552, "5.3.4", "Message is larger than this server takes")
 NEED_SMTPUTF8 = Reply(553, "5.6.7", "This address needs SMTPUTF8")
 NOT_SMTP = Reply(554, "5.5.1", "This is SMTP, not HTTP")
 TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting")
+TALKED_BEFORE_TLS = Reply(554, "5.5.1", "Nothing may follow STARTTLS before the handshake")
 NOT_ALLOWED = Reply(554, "5.7.1", "Your address may not use this server")
 NO_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
 LOOP = Reply(554, "5.4.6", "Too many Received headers: this message is looping")
@@ -385,6 +409,10 @@ def flag(text: str) -> bool:
     return FLAGS[text.lower()]
 
 
+def maybe_flag(text: str) -> bool | None:
+    return flag(text) if text else None
+
+
 def word(text: str) -> str:
     return text
 
@@ -459,6 +487,13 @@ def split_port(text: str, default: str) -> tuple[str, int]:
     if not match:
         raise ValueError("host, host:port or [IPv6]:port")
     return match[1] or match[2] or "", port_number(match[3] or default)
+
+
+def methods(text: str) -> tuple[str, ...]:
+    unknown = set(words(text.lower())) - {"plain", "login", "cram-md5"}
+    if unknown:
+        raise ValueError("a list of plain, login, cram-md5")
+    return words(text.lower())
 
 
 def listen_address(text: str) -> list[Address]:
@@ -558,6 +593,7 @@ class Settings:
     """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
 
     port: tuple[Address, ...] = setting("2525", listen, "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, unix:/path, or a list; 0 is any free port")
+    smtps_port: tuple[Address, ...] = setting("", listen, "the same, for listeners with TLS from the first byte")
     hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
     allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
@@ -570,6 +606,20 @@ class Settings:
     command_timeout: float = setting("5m", duration, "time for one command line")
     data_timeout: float = setting("10m", duration, "time for the content of one message")
     session_timeout: float = setting("1h", duration, "time for the whole session")
+    tls_cert: str = setting("", readable, "PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered")
+    tls_key: str = setting("", readable, "PEM key; both are reread when they change")
+    tls_self_signed: bool = setting("0", flag, "make a self-signed pair, kept in the spool, when no pair is set")
+    tls_required: bool = setting("0", flag, "nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS")
+    auth_user: str = setting("", word, "one account's name")
+    auth_password: str = setting("", word, "and its password", secret=True)
+    users_file: str = setting("", word, "a JSON file of accounts; reread when it changes")
+    auth_required: bool | None = setting("", maybe_flag, "no MAIL before AUTH", shown="1 if accounts exist")
+    auth_methods: tuple[str, ...] = setting("plain,login,cram-md5", methods, "mechanisms offered")
+    auth_insecure: bool = setting("0", flag, "allow PLAIN and LOGIN without TLS off loopback")
+    auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback only")
+    auth_failures: int = setting("5", positive, "failed logins a minute from one address, then 421")
+    rate_limit: int = setting("0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
+    rate_burst: int = setting("10", positive, "messages at once before the rate holds")
     storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
     spool: str = setting("./data/spool", word, "the spool's directory")
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
@@ -603,6 +653,7 @@ class Settings:
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
     log_file: str = setting("", word, "a file for the log", shown="stderr")
+    audit_log: str = setting("", word, "a file for a JSON line for each session, login, refusal and message")
     debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
 
 
@@ -654,14 +705,26 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
+def is_open(settings: Settings) -> bool:
+    """Tell whether the relay listens beyond this machine."""
+    return not all(a.path or is_loopback(a.host) for a in (*settings.port, *settings.smtps_port))
+
+
 CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
     (lambda s: s.delivery == "relay" and not s.relay_host,
      "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
     (lambda s: bool(s.relay_username) and not s.relay_password,
      "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
     (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
-    (lambda s: not all(a.path or is_loopback(a.host) for a in s.port) and s.allow_networks == networks("loopback"),
-     "SMTP_PORT: expected SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
+    (lambda s: is_open(s) and s.allow_networks == networks("loopback") and not (s.auth_user or s.users_file),
+     "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
+    (lambda s: is_open(s) and s.auth_any,
+     "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, since it lets anybody in"),
+    (lambda s: bool(s.auth_user) != bool(s.auth_password),
+     "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD (or SMTP_AUTH_PASSWORD_FILE) beside it, and the other way round"),
+    (lambda s: bool(s.tls_cert) != bool(s.tls_key), "SMTP_TLS_CERT: expected SMTP_TLS_KEY beside it, and the other way round"),
+    (lambda s: bool(s.tls_required or s.smtps_port) and not (s.tls_cert or s.tls_self_signed),
+     "SMTP_TLS_REQUIRED, SMTP_SMTPS_PORT: expected SMTP_TLS_CERT and SMTP_TLS_KEY, or SMTP_TLS_SELF_SIGNED=1"),
 ]
 FIELDS = {f"SMTP_{f.name.upper()}": f for f in dataclasses.fields(Settings)}
 
@@ -770,6 +833,26 @@ def open_log(settings: Settings) -> Log:
     return Log(logger, settings.log_format == "json")
 
 
+class Audit:
+    """Appends a JSON line for each event to SMTP_AUDIT_LOG; json escapes whatever a client sends."""
+
+    def __init__(self, path: str, log: Log) -> None:
+        self.path, self.log = path, log
+
+    def write(self, event: str, **fields: object) -> None:
+        if not self.path:
+            return
+        line = json.dumps({"time": iso_time(time.time()), "event": event, **fields}, default=str) + "\n"
+        try:  # opened anew, so that it may be rotated at any time; one write, so that lines stay whole
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, line.encode("utf-8", "backslashreplace"))
+            finally:
+                os.close(fd)
+        except OSError as e:
+            self.log.error("audit_failed", error=e)
+
+
 class Metric(NamedTuple):
     """A counter, gauge or histogram: its name, kind, help, and its label with every value."""
 
@@ -797,6 +880,9 @@ METRICS = (
     Metric("smtp_sessions_active", "gauge", "Sessions open now."),
     Metric("smtp_connections_total", "counter", "Connections accepted."),
     Metric("smtp_connections_refused_total", "counter", "Connections turned away."),
+    Metric("smtp_tls_sessions_total", "counter", "Sessions that came under TLS."),
+    Metric("smtp_auth_attempts_total", "counter", "Logins tried, by result.", "result", ("success", "failure")),
+    Metric("smtp_rate_limited_total", "counter", "Messages put off by a rate or a quota."),
     Metric("smtp_delivery_duration_seconds", "histogram", "Time that one attempt took."),
     Metric("smtp_disk_free_bytes", "gauge", "Free space where the spool is."),
     Metric("smtp_uptime_seconds", "gauge", "Time since start."),
@@ -911,7 +997,7 @@ def prometheus(metrics: Metrics) -> str:
 # be the start of CRLF.CRLF is held back, so that the end is found at any split,
 # a doubled dot is never cut in half, and CR and LF are always counted together.
 
-LINE_LIMIT = 4096
+LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
 BLOCK_FIRST, BLOCK_MOST = 8 * KIB, 256 * KIB
 END = b"\r\n.\r\n"
 HEAD_LIMIT = 128 * KIB
@@ -1136,41 +1222,53 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
 
 # -- the PROXY protocol: a balancer says whose connection this is --
 
+PROXY_V1 = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
-PROXY_ADDRESS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # octets of an address, by family
+PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
 
 
-def proxied_client(wire: Wire) -> str:
-    """Read a PROXY header, v1 or v2; return the client's address, "" when the balancer speaks for itself.
+def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
+    """Read a PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
 
-    ValueError for anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
+    Returns the client's address, "" when the balancer speaks for itself; ValueError for
+    anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
     """
-    if take_exactly(wire, 1) == PROXY_V2[:1]:
-        return proxied_v2(wire)
-    line = wire.line(107)
-    found = re.fullmatch(rb"ROXY (?:UNKNOWN(?: .*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n", line)
+    head = read_exactly(sock, len(PROXY_V2), deadline)
+    if head == PROXY_V2:
+        return proxied_v2(sock, deadline)
+    while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
+        head += read_exactly(sock, 1, deadline)
+    found = PROXY_V1.fullmatch(head)
     if not found:
         raise ValueError("not a PROXY header")
     return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
 
 
-def proxied_v2(wire: Wire) -> str:
-    head = take_exactly(wire, 15)
-    command, family, length = head[11], head[12], int.from_bytes(head[13:15], "big")
-    if head[:11] != PROXY_V2[1:] or command not in (0x20, 0x21) or length > 4096:
+def proxied_v2(sock: socket.socket, deadline: Deadline) -> str:
+    command, family, *length = read_exactly(sock, 4, deadline)
+    octets, length_given = PROXY_OCTETS.get(family, 0), int.from_bytes(length, "big")
+    if command not in (0x20, 0x21) or length_given > 4096:
         raise ValueError("not a PROXY header")
-    rest, octets = take_exactly(wire, length), PROXY_ADDRESS.get(family, 0)
+    rest = read_exactly(sock, length_given, deadline)
     if command == 0x20 or not octets:
         return ""
     return str(ipaddress.ip_address(rest[:octets]))
 
 
-def take_exactly(wire: Wire, octets: int) -> bytes:
-    """Read so many octets, no more than a buffer's worth."""
-    while wire.end - wire.start < octets:
-        wire.fill()
-    data = bytes(wire.buffer[wire.start:wire.start + octets])
-    wire.start += octets
+def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
+    """Read so many octets; PeerGone when they do not come."""
+    data = b""
+    while len(data) < octets:
+        sock.settimeout(deadline.left())
+        try:
+            block = sock.recv(octets - len(data))
+        except (TimeoutError, socket.timeout):
+            raise TimeoutError("deadline passed") from None
+        except OSError as e:
+            raise PeerGone(str(e)) from None
+        if not block:
+            raise PeerGone("closed by the peer")
+        data += block
     return data
 
 
@@ -1189,6 +1287,7 @@ ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL_LIMIT = 252
+XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")  # RFC 3461 4
 PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?")
 
 
@@ -1566,7 +1665,7 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls")
+KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage")
 
 
 def sync_directory(path: str) -> None:
@@ -1591,6 +1690,29 @@ def write_file(path: str, data: bytes) -> None:
         write_all(fd, data)
     finally:
         os.close(fd)
+
+
+def replace_file(path: str, content: bytes, sync: bool = False) -> None:
+    """Write a private file whole or not at all; its owner stays."""
+    descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            if os.geteuid() == 0 and os.path.exists(path):
+                # root changes a file which the relay, not root, must go on reading
+                os.fchown(descriptor, os.stat(path).st_uid, os.stat(path).st_gid)
+            if sync:
+                os.fsync(descriptor)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def read_whole(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class FileDraft:
@@ -1743,7 +1865,824 @@ Spool = Union[FileSpool, MemorySpool]
 Draft = Union[FileDraft, MemoryDraft]
 
 
-# === 08 SCHEDULER ============================================================
+# === 08 ACCOUNTS =============================================================
+#
+# Who may send, as whom, and how much. `Accounts` is the store, `authenticate` the
+# one way in; `may_send_as`, `Buckets` and `Quotas` hold back who got in.
+#
+# A login names an account by its name or its api_key, and proves it by the password
+# or the api_key: a client with one secret for both fields is served, too. Each login
+# that fails costs one password hash, for an unknown user as for a wrong password; one
+# that succeeded is remembered as a keyed hash until the accounts are reread.
+#
+# Called by sessions, HTTP and the sweeper, on their own threads. What was read from
+# the users file is one value, swapped whole, so that reading it needs no lock; Buckets
+# and Quotas have a leaf lock each, not held across disk. A changed file is seen at the
+# next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
+
+LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
+USAGE_DAYS = 35
+USAGE_FILE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json")
+USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
+
+
+class AccountsError(Exception):
+    """Carries every mistake of a users file."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = mistakes
+
+
+@dataclass(frozen=True)
+class Account:
+    """Someone who may send; 0 and empty are no limit. Its repr shows no secret."""
+
+    name: str
+    password: str = field(default="", repr=False)  # a hash, or in clear
+    api_key: str = field(default="", repr=False)
+    allowed_domains: tuple[str, ...] = ()
+    quota_daily: int = 0  # messages a UTC day
+    quota_per_minute: int = 0
+    relay_host: str = ""
+    relay_username: str = ""
+    relay_password: str = field(default="", repr=False)
+
+
+# A hash says how it was made; the pattern allows what a login may cost, up to 128 MiB.
+# New ones take 16 MiB and about 0.3 s, which is what OWASP advises.
+NEW_HASH = "scrypt:16384:8:5"
+MAKING = r"scrypt:(1024|2048|4096|8192|16384|32768|65536|131072):8:([1-9]|1[0-6])"
+HASH = rf"{MAKING}:[0-9a-f]{{32}}:[0-9a-f]{{64}}"
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # the client's octets need not be UTF-8
+
+
+def derive(password: str, making: str) -> str:
+    """Compute a key by scrypt:n:r:p:salt (RFC 7914), in hex."""
+    _, n, r, p, salt = making.split(":")
+    room = 128 * int(r) * (int(n) + int(p) + 4)
+    return hashlib.scrypt(encoded(password), salt=bytes.fromhex(salt), n=int(n), r=int(r), p=int(p),
+                          maxmem=room, dklen=32).hex()
+
+
+def is_hash(stored: str) -> bool:
+    return stored.startswith("scrypt:")
+
+
+def hash_password(password: str) -> str:
+    """Hash a password for the users file: scrypt:n:r:p:salt:key."""
+    making = f"{NEW_HASH}:{secrets.token_hex(16)}"
+    return f"{making}:{derive(password, making)}"
+
+
+def check_password(password: str, stored: str) -> bool:
+    """Compare a password with a hash."""
+    making, _, key = stored.rpartition(":")
+    return hmac.compare_digest(derive(password, making), key)
+
+
+def same_secret(known: str, given: str) -> bool:
+    """Compare in constant time; an account without a secret has none to match."""
+    return hmac.compare_digest(encoded(known), encoded(given)) and known != ""
+
+
+def proves(account: Account, password: str, decoy: str) -> bool:
+    """Check a password, or an api_key in its place; a failure costs one hash."""
+    if same_secret(account.api_key, password):
+        return True
+    if is_hash(account.password):
+        return check_password(password, account.password)
+    return same_secret(account.password, password) or check_password(password, decoy)
+
+
+# -- the users file --
+
+TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}")
+WORD = re.compile(r"[!-~]{1,255}")
+PASSWORD = re.compile(rf"(?!scrypt:){TEXT.pattern}|{HASH}")
+DOMAIN = re.compile(r"(\*?\.)?[^\s@*.,;:/]+(\.[^\s@*.,;:/]+)*")
+
+ACCOUNT_KEYS: dict[str, tuple[Any, str]] = {
+    "password": (PASSWORD, "a scrypt hash (`user passwd` makes one), or a password"),
+    "api_key": (WORD, "printable ASCII, no spaces"),
+    "allowed_domains": (list, 'a list of domains such as "example.com" or "*.example.com"'),
+    "quota_daily": (int, "a whole number, 0 for no limit"),
+    "quota_per_minute": (int, "a whole number, 0 for no limit"),
+    "relay_host": (WORD, "host or host:port"),
+    "relay_username": (TEXT, "a text"),
+    "relay_password": (TEXT, "a text"),
+}
+
+
+def fits(kind: Any, value: object) -> bool:
+    """Tell whether a value from the users file is of a kind in ACCOUNT_KEYS."""
+    if kind is int:
+        return type(value) is int and value >= 0  # True is an int, too
+    if kind is list:
+        return isinstance(value, list) and all(fits(DOMAIN, each) for each in value)
+    return isinstance(value, str) and kind.fullmatch(value) is not None
+
+
+def read_users(path: str) -> dict[str, Any]:
+    """Read the users file as JSON. Raises AccountsError or OSError."""
+    try:
+        users = json.loads(read_whole(path))
+    except (ValueError, RecursionError) as error:
+        raise AccountsError(f"expected JSON: {error}") from None
+    if not isinstance(users, dict):
+        raise AccountsError("expected a JSON object of accounts by name")
+    return users
+
+
+def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is empty, which is the same as not set."""
+    return {key: value for key, value in fields.items() if value not in (None, "", [])}
+
+
+def account_mistakes(name: str, fields: object) -> list[str]:
+    """List the mistakes of one account; no value is shown, it may be a secret."""
+    if not TEXT.fullmatch(name) or len(name) > 255:
+        return [f"account {name[:64]!a}: expected a name of 1 to 255 printable characters"]
+    if not isinstance(fields, dict):
+        return [f"account {name}: expected a JSON object"]
+    given = given_keys(fields)
+    mistakes = [f"{key}: no such key" for key in given if key not in ACCOUNT_KEYS]
+    for key, (kind, expected) in ACCOUNT_KEYS.items():
+        if key in given and not fits(kind, given[key]):
+            mistakes.append(f"{key}: expected {expected}")
+    if not {"password", "api_key"} & given.keys():
+        mistakes.append("expected a password or an api_key")
+    return [f"account {name}: {mistake}" for mistake in mistakes]
+
+
+def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
+    """Index the accounts by what a client may give as user name. Raises AccountsError."""
+    mistakes = [line for name in users for line in account_mistakes(name, users[name])]
+    if mistakes:
+        raise AccountsError(*mistakes)
+    logins: dict[str, Account] = {}
+    for name, fields in users.items():
+        given = given_keys(fields)
+        domains = tuple(given.pop("allowed_domains", ()))
+        account = Account(name, allowed_domains=domains, **given)
+        for login in {name, account.api_key or name}:
+            other = logins.setdefault(login, account)
+            if other is not account:
+                mistakes.append(f"account {name}: name or api_key is account {other.name}'s, too")
+    if mistakes:
+        raise AccountsError(*mistakes)
+    return logins
+
+
+def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Merge changes into the users file, one caller at a time, making it if need be.
+
+    None removes an account, or one key of it. Raises AccountsError for a file that would
+    not load, OSError for one that cannot be written.
+    """
+    path = os.path.realpath(path)  # replace what a link names, not the link
+    lock = claim(path + ".lock")
+    try:
+        users = read_users(path) if os.path.exists(path) else {}
+        parse_users(users)
+        for name, change in changes.items():
+            if change is None:
+                users.pop(name, None)
+            else:
+                users[name] = given_keys({**users.get(name, {}), **change})
+        parse_users(users)
+        text = json.dumps(users, indent=2, ensure_ascii=False) + "\n"
+        replace_file(path, text.encode(), sync=True)
+    finally:
+        os.unlink(lock)
+
+
+def claim(lock: str) -> str:
+    """Create a lock file, waiting two seconds for one that exists. Raises AccountsError."""
+    for _ in range(40):
+        try:
+            os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            return lock
+        except FileExistsError:
+            time.sleep(0.05)
+    raise AccountsError(f"{lock} exists: another change is under way, or died: then remove it")
+
+
+def new_api_key() -> str:
+    """Make an api_key of 160 random bits."""
+    return "mp_live_" + secrets.token_hex(20)
+
+
+Stamp = Optional[tuple[int, int, int]]
+
+
+def file_stamp(path: str) -> Stamp:
+    """Read what changes when a file does; None for a file that is not there."""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return None
+    return now.st_mtime_ns, now.st_size, now.st_ino
+
+
+def file_warnings(path: str, users: dict[str, Any]) -> list[str]:
+    """Say what works in the users file but should not stay so."""
+    warnings = []
+    if os.stat(path).st_mode & 0o077:
+        warnings.append("not only its owner may read it (chmod 600)")
+    clear = [name for name, it in users.items() if not is_hash(it.get("password") or "scrypt:")]
+    if clear:
+        warnings.append(f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
+    return warnings
+
+
+# -- the store --
+
+
+class Login(NamedTuple):
+    """How one AUTH ended; user is for the log, and never an api_key."""
+
+    user: str
+    account: Account | None
+    reply: Reply
+
+
+class Known(NamedTuple):
+    """What was read at one time, and the logins it proved."""
+
+    stamp: Stamp
+    logins: dict[str, Account]
+    decoy: str  # a hash no password fits, as costly as the first account's own
+    proved: set[bytes]  # at most four for each account: two names, two secrets
+
+
+class Accounts:
+    """The accounts of SMTP_AUTH_USER and SMTP_USERS_FILE. Thread-safe.
+
+    Raises AccountsError or OSError for a broken file at the start; later the last good
+    one stays, and `trouble` says why.
+    """
+
+    def __init__(self, settings: Settings, log: Log,
+                 random: Callable[[int], str] = secrets.token_hex) -> None:
+        self.settings, self.log, self.random = settings, log, random
+        self.trouble = ""
+        self._path = settings.users_file
+        self._key = secrets.token_bytes(32)
+        self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
+        self._known = self._read()
+
+    def configured(self) -> bool:
+        """Tell whether there may be logins, even if the file names nobody yet."""
+        return bool(self.settings.auth_user or self._path or self.settings.auth_any)
+
+    def _read(self) -> Known:
+        stamp = file_stamp(self._path)  # first: a change while reading is seen the next time
+        listed = read_users(self._path) if self._path else {}
+        user, users = self.settings.auth_user, dict(listed)
+        if user and user in listed:
+            raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
+        if user:
+            users[user] = {"password": self.settings.auth_password}
+        logins = parse_users(users)
+        for warning in file_warnings(self._path, listed) if self._path else ():
+            self.log.warn("users_file", file=self._path, warning=warning)
+        hashes = [it.password for it in logins.values() if is_hash(it.password)]
+        making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
+        return Known(stamp, logins, f"{making}:{secrets.token_hex(32)}", set())
+
+    def reload(self) -> None:
+        """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
+        stamp = file_stamp(self._path)
+        try:
+            self._known = self._read()
+            self.trouble = ""
+        except (AccountsError, OSError) as error:
+            self._known = self._known._replace(stamp=stamp)
+            self.trouble = f"SMTP_USERS_FILE {self._path}: {error}"
+            self.log.error("users_file_broken", reason=self.trouble, now="the last good accounts stay")
+
+    def _fresh(self) -> Known:
+        if file_stamp(self._path) != self._known.stamp:
+            self.reload()
+        return self._known
+
+    def listed(self) -> list[Account]:
+        """List the accounts, those of the file in its order."""
+        return [account for login, account in self._fresh().logins.items() if login == account.name]
+
+    def get(self, name: str) -> Account | None:
+        """Find an account by its name; None once it is gone from the file."""
+        account = self._fresh().logins.get(name)
+        if account and account.name == name:
+            return account
+        return Account(name) if self.settings.auth_any else None
+
+    def by_key(self, api_key: str) -> Account | None:
+        """Find the account whose api_key this is (HTTP's Bearer)."""
+        account = self._fresh().logins.get(api_key)
+        return account if account and same_secret(account.api_key, api_key) else None
+
+    def offers(self, secure: bool) -> list[str]:
+        """Name the mechanisms for EHLO; secure is TLS, or a client on loopback.
+
+        CRAM-MD5 is not offered while one account cannot use it: curl, for one, would
+        choose it, fail, and try nothing else.
+        """
+        secure = secure or self.settings.auth_insecure
+        hashes = any(is_hash(account.password) for account in self.listed())
+        cram = self.settings.auth_any or not hashes
+        return [
+            name
+            for name, mechanism in MECHANISMS.items()
+            if self.allows(name) and (cram if name == "CRAM-MD5" else secure or not mechanism.clear)
+        ]
+
+    def allows(self, mechanism: str) -> bool:
+        """Tell whether SMTP_AUTH_METHODS names a mechanism, offered at the moment or not."""
+        return mechanism in MECHANISMS and mechanism.lower() in self.settings.auth_methods
+
+    def login(self, user: str, password: str) -> Login:
+        """Check a user name with a password."""
+        known = self._fresh()
+        account = known.logins.get(user)
+        ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
+        good = self.settings.auth_any or ticket in known.proved
+        if not good:
+            with self._turns:
+                good = proves(account or Account(""), password, known.decoy)
+            if good:
+                known.proved.add(ticket)
+        return self._end(user, account, good)
+
+    def login_cram(self, user: str, challenge: str, digest: str) -> Login:
+        """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
+        account = self._fresh().logins.get(user)
+        good = False
+        for secret in (account.password, account.api_key) if account else ("", ""):
+            key = secrets.token_hex() if is_hash(secret or "scrypt:") else secret
+            wanted = hmac.digest(encoded(key), encoded(challenge), "md5").hex()
+            good |= same_secret(wanted, digest)
+        return self._end(user, account, good or self.settings.auth_any)
+
+    def _end(self, user: str, account: Account | None, good: bool) -> Login:
+        shown = account.name if account else user[:64]
+        shown = shown if shown.isprintable() else ascii(shown)
+        if good:
+            return Login(shown, account or Account(shown), AUTH_OK)
+        return Login(shown, None, AUTH_WRONG)
+
+
+# -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
+
+Ask = Callable[[str], str]
+
+
+class SaslEnd(Exception):
+    """Ends an exchange in which no password was tried."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.text)
+        self.reply = reply
+
+
+def decode_base64(line: bytes) -> bytes | None:
+    """Decode strict base64 (RFC 4648 section 4); None for anything else."""
+    try:
+        return None if len(line) % 4 else base64.b64decode(line, validate=True)
+    except binascii.Error:
+        return None
+
+
+def response(line: bytes) -> str:
+    """Decode what a client answered. Raises SaslEnd for "*" or bad base64."""
+    decoded = decode_base64(line)
+    if decoded is None:
+        raise SaslEnd(AUTH_CANCELLED if line == b"*" else AUTH_BASE64)
+    return decoded.decode("utf-8", "surrogateescape")
+
+
+def sasl_plain(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
+    """PLAIN (RFC 4616): authzid NUL user NUL password, all at once."""
+    parts = (ask("") if initial is None else initial).split("\0")
+    if len(parts) != 3:
+        raise SaslEnd(AUTH_MALFORMED)
+    authzid, user, password = parts
+    if authzid not in ("", user):  # nobody here may act for another
+        password = ""
+    return accounts.login(user, password)
+
+
+def sasl_login(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
+    """LOGIN: user name, then password; no RFC, but some clients know nothing else."""
+    user = ask("Username:") if initial is None else initial
+    return accounts.login(user, ask("Password:"))
+
+
+def sasl_cram_md5(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
+    """CRAM-MD5 (RFC 2195): the server speaks first, an initial response is an error."""
+    challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
+    user, space, digest = ("" if initial is not None else ask(challenge)).rpartition(" ")
+    if not space:
+        raise SaslEnd(AUTH_MALFORMED)
+    return accounts.login_cram(user, challenge, digest)
+
+
+class Mechanism(NamedTuple):
+    run: Callable[[Accounts, str | None, Ask], Login]
+    clear: bool  # whoever listens learns the password: 538 without TLS
+
+
+MECHANISMS = {
+    "PLAIN": Mechanism(sasl_plain, clear=True),
+    "LOGIN": Mechanism(sasl_login, clear=True),
+    "CRAM-MD5": Mechanism(sasl_cram_md5, clear=False),
+}
+
+
+def authenticate(
+    accounts: Accounts, mechanism: str, initial: bytes | None, ask: Callable[[str], bytes]
+) -> Login:
+    """Run one AUTH exchange (RFC 4954 section 4) to its end.
+
+    initial is AUTH's second argument as it came, if there was one; ask sends a 334 with
+    its argument and returns the client's line, without CRLF, of 12288 octets at most.
+    """
+    try:
+        # "=" is how an initial response of no octets is written
+        first = None if initial is None else response(b"" if initial == b"=" else initial)
+        return MECHANISMS[mechanism].run(
+            accounts, first, lambda text: response(ask(base64.b64encode(text.encode()).decode()))
+        )
+    except SaslEnd as end:
+        return Login("", None, end.reply)
+
+
+# -- who may send as whom --
+
+
+def label_key(label: str) -> str:
+    """Bring a label to the form it is compared in: lower case, Unicode, NFC.
+
+    A-labels are decoded, not U-labels encoded: Python's IDNA is that of 2003, in which
+    straße.example and strasse.example are one domain. They are two.
+    """
+    key = unicodedata.normalize("NFC", label.lower())
+    if not key.startswith("xn--") or len(key) > 63:
+        return key
+    try:
+        decoded = key[4:].encode("ascii").decode("punycode")
+    except UnicodeError:
+        return key
+    return key if decoded.isascii() else decoded
+
+
+def in_domain(pattern: str, domain: str) -> bool:
+    """Match a domain exactly; "*.x" and ".x" match what is below x, not x."""
+    wanted = [label_key(label) for label in pattern.lstrip("*.").split(".")]
+    found = [label_key(label) for label in domain.split(".")]
+    below = pattern.startswith(("*", "."))
+    return found[-len(wanted) :] == wanted and (len(found) > len(wanted)) is below
+
+
+def may_send_as(account: Account, reverse_path: str) -> bool:
+    """Tell whether an account may use a reverse-path; with a domain list never the null one."""
+    domain = reverse_path.rpartition("@")[2]
+    allowed = account.allowed_domains
+    return not allowed or any(in_domain(each, domain) for each in allowed)
+
+
+# -- how much --
+
+
+def client_key(address: str) -> str:
+    """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if ip.version == 6 and not ip.ipv4_mapped:
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip.ipv4_mapped if ip.version == 6 else ip)
+
+
+class Buckets:
+    """A token bucket for each key, in a table of bounded size. Thread-safe.
+
+    A bucket is one number, the time at which it will be full; one that is not there is
+    full. When the table is, the bucket untouched for longest goes.
+    """
+
+    def __init__(self, size: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
+        self._size = size
+        self._clock = clock
+        self._lock = threading.Lock()
+        # not a dict: the more keys were removed, the longer it looks for its oldest
+        self._full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
+
+    def take(self, key: str, per_minute: float, burst: int) -> bool:
+        """Take a token, if there is one; a rate of 0 is no limit."""
+        if per_minute <= 0:
+            return True
+        each, now = 60.0 / per_minute, self._clock()
+        with self._lock:
+            full_at = max(self._full_at.pop(key, now), now)
+            granted = full_at - now <= (burst - 1) * each + 1e-6
+            self._full_at[key] = full_at + each if granted else full_at
+            if len(self._full_at) > self._size:
+                self._full_at.popitem(last=False)
+        return granted
+
+    def give(self, key: str, per_minute: float) -> None:
+        """Put back a token that was not used."""
+        with self._lock:
+            if key in self._full_at:
+                self._full_at[key] -= 60.0 / per_minute
+
+
+Usage = dict[str, "collections.Counter[str]"]  # by account
+
+
+class Quotas:
+    """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
+
+    One small file for each day and process, which `save` rewrites: called each second
+    and at the end, so SIGKILL forgets a second at most, a power cut what the kernel had
+    not written. `part` names the process. It reads the others' files as often, so that
+    several pass a quota by what they accept in a second. A message counts once, at its
+    250. The account "" is nobody's.
+    """
+
+    def __init__(self, directory: str, log: Log, part: str = "0",
+                 now: Callable[[], float] = time.time) -> None:
+        self._directory = directory  # "": nothing is kept over a restart
+        self._log = log
+        self._part = part
+        self._now = now
+        self._lock = threading.Lock()
+        self._days: dict[tuple[str, str], Usage] = {}  # by day and part
+        self._unsaved: set[str] = set()
+        self._reserved: collections.Counter[str] = collections.Counter()
+        if directory:
+            os.makedirs(directory, 0o700, exist_ok=True)
+            self._read(since="")
+
+    def reserve(self, name: str, limit: int) -> bool:
+        """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
+        with self._lock:
+            used = self._sum(self._day(), name)["received"] + self._reserved[name]
+            if limit and used >= limit:
+                return False
+            self._reserved[name] += 1
+        return True
+
+    def settle(self, name: str, accepted: bool) -> None:
+        """Charge what was reserved at 250, or give it back at any other end."""
+        with self._lock:
+            self._reserved[name] -= 1
+            if self._reserved[name] <= 0:
+                del self._reserved[name]
+        if accepted:
+            self.count(name, "received")
+
+    def count(self, name: str, what: str) -> None:
+        """Add one to today's figure for an account: received, sent or failed."""
+        day = self._day()
+        with self._lock:
+            names = self._days.setdefault((day, self._part), {})
+            name = name if name in names or len(names) < USAGE_NAMES else ""
+            names.setdefault(name, collections.Counter())[what] += 1
+            self._unsaved.add(day)
+
+    def today(self, name: str | None = None) -> dict[str, int]:
+        """Give today's figures, of one account or of all."""
+        return self.days(name).get(self._day(), {})
+
+    def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
+        """Give the figures of each day kept, oldest first, of one account or of all."""
+        with self._lock:
+            return {day: dict(self._sum(day, name)) for day in sorted({d for d, _ in self._days})}
+
+    def save(self) -> None:
+        """Write what changed, then read what other processes wrote. Raises OSError."""
+        if not self._directory:
+            return
+        with self._lock:
+            changed = {day: json.dumps(self._days[day, self._part]) for day in self._unsaved}
+            self._unsaved.clear()
+        try:
+            for day, text in changed.items():
+                replace_file(f"{self._directory}/{day}.{self._part}.json", text.encode())
+        except OSError:
+            with self._lock:
+                self._unsaved.update(changed)
+            raise
+        self._read(since=self._day())
+
+    def _day(self) -> str:
+        return time.strftime("%Y-%m-%d", time.gmtime(self._now()))
+
+    def _sum(self, day: str, name: str | None) -> collections.Counter[str]:
+        total: collections.Counter[str] = collections.Counter()
+        for names in (names for key, names in self._days.items() if key[0] == day):
+            for each in names if name is None else (name,):
+                total.update(names.get(each, ()))
+        return total
+
+    def _read(self, since: str) -> None:
+        """Read the other processes' files, and our own from before; drop what is too old."""
+        oldest = time.strftime("%Y-%m-%d", time.gmtime(self._now() - USAGE_DAYS * 86400))
+        found: dict[tuple[str, str], Usage] = {}
+        for name in sorted(os.listdir(self._directory)):
+            match = USAGE_FILE.fullmatch(name)
+            if match and match[1] < oldest:
+                os.unlink(f"{self._directory}/{name}")
+            elif match and match[1] >= since and (match[2] != self._part or match.groups() not in self._days):
+                found[match[1], match[2]] = self._read_file(f"{self._directory}/{name}")
+        with self._lock:
+            kept = {key: names for key, names in self._days.items() if key[0] >= oldest}
+            self._days = {**kept, **found}
+
+    def _read_file(self, path: str) -> Usage:
+        """Read one file of counts; a broken one is logged and counts nothing."""
+        try:
+            names = json.loads(read_whole(path))
+            return {n: collections.Counter({k: int(v) for k, v in row.items()}) for n, row in names.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self._log.error("counts_lost", file=path, error=error)
+            return {}
+
+
+# === 09 TLS ==================================================================
+#
+# Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask
+# `ServerTls.current()` for the context at each handshake, on their own thread; the
+# sweeper calls `self_signed` once a day. No lock: certificate and stamps are one value,
+# swapped whole. A pair that cannot be used changes nothing but `trouble`.
+#
+# Ciphers are Python's own choice: it moves with the release, a list here would not.
+
+SELF_SIGNED_DAYS = 825  # the most that Apple's clients accept
+RENEW_BEFORE_DAYS = 30
+
+
+class TlsError(Exception):
+    """Says which file or program stands in the way of TLS."""
+
+
+def server_context(cert: str, key: str) -> ssl.SSLContext:
+    """Make the context for sessions: TLS 1.2 or later. Raises TlsError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    try:
+        for path in (cert, key):  # ssl's own error does not say which one is missing
+            open(path, "rb").close()
+        context.load_cert_chain(cert, key, password=no_passphrase)
+    except ssl.SSLError as error:
+        reason = error.reason or "one of them is not PEM"
+        raise TlsError(f"certificate {cert}, key {key}: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise TlsError(f"certificate or key: {error}") from None
+    return context
+
+
+def no_passphrase() -> str:
+    """Stand in for a prompt on the terminal, which would wait for ever."""
+    raise ValueError("the key is encrypted, a server needs it in clear")
+
+
+def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
+    """Make the context for next hops: TLS 1.2 or later, verified unless told otherwise.
+
+    Not ssl.create_default_context: its strictness differs from one Python to the next,
+    and it writes session keys where SSLKEYLOGFILE says. Raises TlsError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif not ca_file:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    else:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ValueError) as error:
+            raise TlsError(f"SMTP_RELAY_CA_FILE {ca_file}: {error}") from None
+    return context
+
+
+class ServerTls:
+    """The context for new sessions, reread when its files change. Raises TlsError at the start."""
+
+    def __init__(self, cert: str, key: str, log: Log) -> None:
+        self.trouble, self.log = "", log
+        self._files = (cert, key)
+        self._loaded = (self._stamps(), server_context(cert, key))
+
+    def _stamps(self) -> tuple[Stamp, ...]:
+        return tuple(file_stamp(path) for path in self._files)
+
+    def current(self) -> ssl.SSLContext:
+        """Give the context of the files as they are now, or were when last good."""
+        if self._stamps() != self._loaded[0]:
+            self.reload()
+        return self._loaded[1]
+
+    def reload(self) -> None:
+        """Reread the pair (SIGHUP); one that cannot be used changes `trouble` alone."""
+        stamps = self._stamps()  # taken first: a change while reading is seen the next time
+        try:
+            self._loaded = (stamps, server_context(*self._files))
+            self.trouble = ""
+            self.log.info("certificate_reread", file=self._files[0])
+        except TlsError as error:
+            self._loaded = (stamps, self._loaded[1])
+            self.trouble = str(error)
+            self.log.error("certificate_broken", reason=error, now="the last good pair stays")
+
+
+def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.time) -> tuple[str, str]:
+    """Make, keep and renew a P-256 certificate with its key.
+
+    Returns the path of each: the same file, so that one rename changes both at once. Its
+    first line says what it was made for. Raises TlsError, OSError.
+    """
+    os.makedirs(directory, 0o700, exist_ok=True)
+    pem = os.path.join(directory, "self-signed.pem")
+    today = time.strftime("%Y-%m-%d", time.gmtime(now()))
+    names = subject_names(hostname)
+    if not (os.path.exists(pem) and still_good(read_whole(pem).decode("ascii", "replace"), names, today)):
+        renew_at = time.gmtime(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * 86400)
+        title = f"# {names} renew {time.strftime('%Y-%m-%d', renew_at)}\n"
+        replace_file(pem, title.encode() + make_pair(directory, names), sync=True)
+    return pem, pem
+
+
+def still_good(pem: str, names: str, today: str) -> bool:
+    title, _, renew_at = pem.partition("\n")[0].partition(" renew ")
+    return title == f"# {names}" and today < renew_at
+
+
+def subject_names(hostname: str) -> str:
+    """Write the subjectAltName of the self-signed certificate, openssl's way."""
+    fixed = ("DNS:localhost", "IP:127.0.0.1", "IP:::1")
+    # it goes into openssl's configuration, where "$" and a comma mean something
+    is_name = re.fullmatch(r"[A-Za-z0-9._-]{1,253}", hostname)
+    own = f"DNS:{hostname.lower()}"
+    return ", ".join(fixed if not is_name or own in fixed else (own, *fixed))
+
+
+OPENSSL_CONFIG = """\
+[req]
+prompt = no
+distinguished_name = subject
+x509_extensions = extensions
+[subject]
+CN = smtprelay
+[extensions]
+subjectAltName = {names}
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+"""
+
+
+def make_pair(directory: str, names: str) -> bytes:
+    """Make a key and its certificate, both PEM.
+
+    In two steps with a configuration file: LibreSSL (macOS) has no -addext, and answers
+    `req -newkey ec -pkeyopt` with a broken key and exit status 0.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        config, key = os.path.join(place, "config"), os.path.join(place, "key")
+        write_file(config, OPENSSL_CONFIG.format(names=names).encode())
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+        days = ("-days", str(SELF_SIGNED_DAYS))
+        cert = openssl("req", "-new", "-x509", "-sha256", "-key", key, "-config", config, *days)
+        return read_whole(key) + cert
+
+
+def openssl(*arguments: str) -> bytes:
+    """Run the openssl program; returns what it printed. Raises TlsError."""
+    try:
+        done = subprocess.run(("openssl", *arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TlsError(f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error}") from None
+    if done.returncode:
+        words = done.stderr.decode("utf-8", "replace").strip()[-300:]
+        raise TlsError(f"openssl {arguments[0]} failed: {words}")
+    return done.stdout
+
+
+# === 10 SCHEDULER ============================================================
 #
 # Which message is tried next, and when. Each next hop has a Lane: mail that is
 # new, mail that is due again, how many workers are at it, and whether it is
@@ -1961,7 +2900,7 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 09 DELIVERY =============================================================
+# === 11 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -2304,15 +3243,6 @@ CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
     "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login}
 
 
-def client_context(settings: Settings) -> ssl.SSLContext:
-    """Return the TLS terms for next hops: 1.2 or later, verified unless SMTP_RELAY_TLS_VERIFY=0."""
-    context = ssl.create_default_context(cafile=settings.relay_ca_file or None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not settings.relay_tls_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
 class Attempt(NamedTuple):
     """What an attempt came to: outcomes by address, the host's trouble if any, what was said."""
 
@@ -2332,7 +3262,7 @@ class Delivery:
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
-        return client_context(self.settings)
+        return client_context(self.settings.relay_ca_file, self.settings.relay_tls_verify)
 
     def lane(self) -> str:
         """Return the name of the next hop that mail waits for."""
@@ -2419,7 +3349,7 @@ class Delivery:
         self.drop_idle()
 
 
-# === 10 SESSION ==============================================================
+# === 12 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -2465,11 +3395,39 @@ class Link:
         os.close(self.writer)
 
 
+class Guard:
+    """Who may come in and send: accounts, the certificate, limits."""
+
+    def __init__(self, settings: Settings, log: Log, quotas: Quotas, pair: tuple[str, str]) -> None:
+        self.accounts = Accounts(settings, log)
+        self.tls = ServerTls(*pair, log) if pair[0] else None
+        self.quotas = quotas
+        self.logins = Buckets()  # failed ones, by client
+        self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
+        self.minutes = Buckets()  # quota_per_minute, by account
+
+    def trouble(self) -> str:
+        """Return what is wrong with the users file or the certificate as they are now."""
+        self.accounts.listed()
+        if self.tls:
+            self.tls.current()
+        return "; ".join(t for t in (self.accounts.trouble, self.tls.trouble if self.tls else "") if t)
+
+    def reload(self) -> None:
+        """Reread accounts and certificate (SIGHUP)."""
+        self.accounts.reload()
+        if self.tls:
+            self.tls.reload()
+
+
 class Reception:
     """What the sessions of this process share, and their only way into the spool."""
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link) -> None:
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
+                 guard: Guard) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
+        self.guard = guard
+        self.audit = Audit(settings.audit_log, log)
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}").wire()
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
@@ -2549,6 +3507,8 @@ class Reception:
             self.metrics.inc("smtp_queue_depth")
             self.metrics.inc("owed_bytes", size)
         self.link.announce(stem)
+        self.audit.write("accepted", id=draft.id, client=envelope.client, user=envelope.user, size=size,
+                         sender=envelope.reverse_path, recipients=envelope.recipients)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=size, client=envelope.client, helo=envelope.helo, protocol=envelope.protocol)
 
@@ -2564,9 +3524,15 @@ class Refused(Exception):
 class Session:
     """A connection from a client, from its greeting to its end (RFC 5321 3)."""
 
-    def __init__(self, reception: Reception, sock: socket.socket, client: str) -> None:
-        self.reception, self.client = reception, client
-        self.settings = reception.settings
+    def __init__(self, reception: Reception, sock: socket.socket, client: str, implicit_tls: bool = False) -> None:
+        self.reception, self.client, self.implicit_tls = reception, client, implicit_tls
+        self.settings, self.guard = reception.settings, reception.guard
+        self.is_local = client == "local" or is_loopback(client)
+        self.account: Account | None = None
+        self.reserved: str | None = None  # the account a message was set aside for
+        self.accepted = False
+        self.failed_logins = 0
+        self.crowded = False
         self.latest = Deadline(self.settings.session_timeout).at
         self.wire = Wire(sock, Deadline(self.settings.command_timeout, self.latest))
         self.helo = ""
@@ -2582,7 +3548,12 @@ class Session:
 
     def run(self) -> None:
         """Hold the whole dialogue."""
+        self.reception.audit.write("session_start", client=self.client)
         try:
+            if self.reception.is_balancer(self.client):
+                self.meet_balancer()
+            if self.implicit_tls:
+                self.handshake()
             if self.greet():
                 while not self.over:
                     self.one_command()
@@ -2596,28 +3567,44 @@ class Session:
             self.last_words(TIMED_OUT)
         finally:
             self.forget()
+            self.reception.audit.write("session_end", client=self.client, user=self.user, tls=self.tls_version)
+
+    @property
+    def user(self) -> str:
+        return self.account.name if self.account else ""
+
+    @property
+    def tls_version(self) -> str:
+        sock = self.wire.sock
+        return (sock.version() or "") if isinstance(sock, ssl.SSLSocket) else ""
+
+    @property
+    def is_secure(self) -> bool:
+        """Tell whether nobody can listen: TLS, or a client on this machine."""
+        return self.is_local or isinstance(self.wire.sock, ssl.SSLSocket)
 
     def greet(self) -> bool:
         """Send the 220, or why not; tell whether the dialogue goes on."""
-        if self.reception.is_balancer(self.client) and not self.meet_proxied():
+        if self.crowded:
             self.answer_with(TOO_MANY_SESSIONS)
         elif self.reception.refusal(self.client):
             self.answer_with(NOT_ALLOWED)
-        elif self.wire.start != self.wire.end or spoke_early(self.wire.sock):
+        elif not self.implicit_tls and spoke_early(self.wire.sock):
             self.answer_with(TALKED_EARLY)
         else:
             self.wire.write(self.reception.greeting)
             return True
         return False
 
-    def meet_proxied(self) -> bool:
+    def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a header that is none ends it without a word."""
         try:
-            client = proxied_client(self.wire) or self.client
-        except (ValueError, LineTooLong) as e:
+            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+        except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        return self.reception.rename(self, client_name(socket.AF_INET6, (client,)))
+        self.crowded = not self.reception.rename(self, client)
+        self.is_local = is_loopback(client)
 
     def one_command(self) -> None:
         if self.reception.stopping:
@@ -2626,17 +3613,18 @@ class Session:
             return
         self.wire.deadline = Deadline(self.settings.command_timeout, self.latest)
         try:
-            line = self.wire.line()
+            line = self.wire.line(AUTH_LINE_LIMIT)
         except LineTooLong:
-            reply = LINE_TOO_LONG
+            reply: Reply | None = LINE_TOO_LONG
         else:
             reply = self.reply_to(line)
-        self.answer_with(reply)
+        if reply:
+            self.answer_with(reply)
 
-    def reply_to(self, line: bytes) -> Reply:
+    def reply_to(self, line: bytes) -> Reply | None:
         """Return the reply to a command line; what is unexpected is 451, logged, and ends nothing."""
         if self.settings.debug:
-            self.reception.log.debug("wire", client=self.client, line="C: " + line.decode("utf-8", "replace").rstrip())
+            self.reception.log.debug("wire", client=self.client, line="C: " + shown_command(line))
         try:
             return self.obey(line)
         except Refused as e:
@@ -2648,14 +3636,18 @@ class Session:
             self.forget()
             return INTERNAL
 
-    def obey(self, line: bytes) -> Reply:
+    def obey(self, line: bytes) -> Reply | None:
         """Check what every command must pass, then let its method answer."""
+        if len(line) > LINE_LIMIT and line[:5].upper() != b"AUTH ":
+            return LINE_TOO_LONG
         if not line.endswith(b"\r\n") or BAD_OCTETS.search(line, 0, len(line) - 2):
             return BAD_LINE
         name, argument = split_command(line[:-2])
         verb = VERBS.get(name)
         if verb is None:
             return self.unknown(name)
+        if self.settings.tls_required and not verb.before_tls and not isinstance(self.wire.sock, ssl.SSLSocket):
+            return TLS_FIRST
         if verb.needs_argument and not argument or verb.needs_argument is False and argument:
             return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
         if verb.after == "hello" and not self.helo:
@@ -2677,6 +3669,7 @@ class Session:
         if reply.code >= 400:
             self.reception.metrics.inc("smtp_messages_rejected_total", 1, str(reply.code))
             self.reception.log.info("refused", client=self.client, reply=reply)
+            self.reception.audit.write("refused", client=self.client, user=self.user, reply=str(reply))
             if reply.code >= 500:
                 self.errors += 1
             if self.errors > self.settings.max_errors:
@@ -2696,20 +3689,22 @@ class Session:
         """Read what is still coming for a moment: closing on unread data would destroy our last reply."""
         self.wire.deadline = Deadline(1.0)
         with contextlib.suppress(PeerGone, TimeoutError, OSError):
-            self.wire.sock.shutdown(socket.SHUT_WR)
+            shut(self.wire.sock, socket.SHUT_WR)
             for _ in range(1000):
                 self.wire.start = self.wire.end = 0
                 self.wire.fill()
 
     def interrupt(self) -> None:
         """Wake a session that waits for a command, from another thread: its next read finds the end."""
-        with contextlib.suppress(OSError):
-            self.wire.sock.shutdown(socket.SHUT_RD)
+        shut(self.wire.sock, socket.SHUT_RD)
 
     def forget(self) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5)."""
         if self.draft:
             self.draft.abort()
+        if self.reserved is not None:
+            self.guard.quotas.settle(self.reserved, self.accepted)
+        self.reserved, self.accepted = None, False
         self.envelope = self.draft = self.content = self.disk_error = None
 
     # -- hello, and commands that change nothing --
@@ -2730,8 +3725,15 @@ class Session:
         self.helo, self.protocol = name, protocol
 
     def extensions(self) -> list[str]:
-        return [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
-                "ENHANCEDSTATUSCODES", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
+        lines = [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
+                 "ENHANCEDSTATUSCODES", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
+        tls = isinstance(self.wire.sock, ssl.SSLSocket)
+        if self.guard.tls and not tls:
+            lines.append("STARTTLS")
+        mechanisms = self.guard.accounts.offers(self.is_secure) if self.guard.accounts.configured() else []
+        if mechanisms and (tls or not self.settings.tls_required):
+            lines.append(f"AUTH {' '.join(mechanisms)}")
+        return lines
 
     def rset(self, argument: bytes) -> Reply:
         self.forget()
@@ -2754,6 +3756,112 @@ class Session:
         lines = [verb.syntax for verb in VERBS.values()]
         return Reply(214, "2.0.0", "\n".join(["Commands:", *lines]))
 
+    # -- closed doors --
+
+    def starttls(self, argument: bytes) -> Reply | None:
+        """STARTTLS (RFC 3207): what came before the handshake counts for nothing after it."""
+        if self.guard.tls is None:
+            return NOT_IMPLEMENTED._replace(text="There is no TLS here")
+        if isinstance(self.wire.sock, ssl.SSLSocket):
+            return SEQUENCE._replace(text="TLS is on already")
+        if self.wire.start != self.wire.end:  # CVE-2011-0411
+            self.over = True
+            return TALKED_BEFORE_TLS
+        self.answer_with(TLS_READY)
+        self.wire.flush()
+        self.forget()
+        self.handshake()
+        self.helo, self.account = "", None
+        return None
+
+    def handshake(self) -> None:
+        """Put TLS under the connection, under the command deadline; PeerGone when it fails."""
+        assert self.guard.tls is not None
+        try:
+            sock = self.guard.tls.current().wrap_socket(
+                self.wire.sock, server_side=True, do_handshake_on_connect=False)
+            self.wire.sock = sock
+            sock.settimeout(self.wire.deadline.left())
+            sock.do_handshake()
+        except OSError as e:
+            self.reception.log.info("tls_failed", client=self.client, error=e)
+            raise PeerGone(f"TLS: {e}") from None
+        self.reception.metrics.inc("smtp_tls_sessions_total")
+
+    def auth(self, argument: bytes) -> Reply:
+        """AUTH (RFC 4954)."""
+        accounts = self.guard.accounts
+        name, _, initial = argument.partition(b" ")
+        mechanism = name.decode("latin-1").upper()
+        if self.account or self.envelope or self.protocol == "SMTP":
+            return SEQUENCE._replace(text="AUTH comes once, after EHLO, outside a transaction")
+        if not accounts.configured():
+            return NOT_IMPLEMENTED._replace(text="There are no accounts here")
+        if not accounts.allows(mechanism):
+            return UNKNOWN_MECHANISM
+        if MECHANISMS[mechanism].clear and not self.is_secure and not self.settings.auth_insecure:
+            return MECHANISM_NEEDS_TLS
+        key, rate = client_key(self.client), self.settings.auth_failures
+        if not self.guard.logins.take(key, rate, rate):
+            return self.too_many_logins()
+        login = authenticate(accounts, mechanism, initial or None, self.ask)
+        if login.reply is not AUTH_WRONG:
+            self.guard.logins.give(key, rate)
+        return self.logged_in(login, mechanism)
+
+    def logged_in(self, login: Login, mechanism: str) -> Reply:
+        """Enter how an AUTH ended; failures are answered ever more slowly."""
+        result = "success" if login.account else "failure"
+        self.reception.metrics.inc("smtp_auth_attempts_total", 1, result)
+        self.reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
+        self.reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism,
+                                   result=result, tls=self.tls_version)
+        self.account = login.account
+        if login.reply is AUTH_WRONG:
+            self.failed_logins += 1
+            time.sleep(min(0.1 * self.failed_logins ** 2, 2.0))
+        return login.reply
+
+    def too_many_logins(self) -> Reply:
+        self.reception.audit.write("blocked", client=self.client, reason="too many failed logins")
+        self.over = True
+        return TOO_MANY_LOGINS
+
+    def ask(self, challenge: str) -> bytes:
+        """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""
+        self.wire.write(b"334 " + challenge.encode() + b"\r\n")
+        self.wire.deadline = Deadline(self.settings.command_timeout, self.latest)
+        try:
+            return self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
+        except LineTooLong:
+            raise Refused(LINE_TOO_LONG) from None
+
+    def permission(self, address: str) -> Reply | None:
+        """Return why this client may not send a message from an address now, or None."""
+        if self.account:
+            self.account = self.guard.accounts.get(self.account.name)  # it may be gone, or changed
+        needed = self.settings.auth_required
+        if needed is None:
+            needed = self.guard.accounts.configured() or not self.is_local
+        if needed and not self.account:
+            return LOGIN_FIRST
+        if self.account and not may_send_as(self.account, address):
+            return WRONG_DOMAIN
+        return self.spent()
+
+    def spent(self) -> Reply | None:
+        """Take from the rate and the quotas of the sender; return the reply when one is spent."""
+        guard, account = self.guard, self.account
+        who = f"account {account.name}" if account else client_key(self.client)
+        if not guard.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
+            return RATE_SPENT
+        if account and not guard.minutes.take(account.name, account.quota_per_minute, account.quota_per_minute):
+            return QUOTA_SPENT
+        if not guard.quotas.reserve(self.user, account.quota_daily if account else 0):
+            return QUOTA_SPENT
+        self.reserved = self.user
+        return None
+
     # -- the transaction --
 
     def mail(self, argument: bytes) -> Reply:
@@ -2766,11 +3874,23 @@ class Session:
             return NEED_SMTPUTF8
         if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
             return SPOOL_FULL
+        refused = self.permission(address)
+        if refused:
+            if refused.code == 450:
+                self.reception.metrics.inc("smtp_rate_limited_total")
+            return refused
         if self.settings.delivery == "hold":
             flags.append("HOLD")
-        protocol = "UTF8" + self.protocol.replace("ESMTP", "SMTP") if "SMTPUTF8" in flags else self.protocol
-        self.envelope = Envelope(address, self.client, self.helo, protocol, "", tuple(f for f in flags if f))
+        self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
+                                 self.user, tuple(f for f in flags if f))
         return SENDER_OK
+
+    def protocol_name(self, utf8: bool) -> str:
+        """Return what Received calls the protocol (RFC 3848, 6531)."""
+        if self.protocol == "SMTP":
+            return "SMTP"
+        tail = ("S" if isinstance(self.wire.sock, ssl.SSLSocket) else "") + ("A" if self.account else "")
+        return ("UTF8SMTP" if utf8 else "ESMTP") + tail
 
     @staticmethod
     def read_path(argument: bytes, prefix: bytes, bad: Reply) -> tuple[str, dict[str, str]]:
@@ -2797,6 +3917,12 @@ class Session:
         if value.upper() not in ("7BIT", "8BITMIME"):
             raise Refused(BAD_ARGUMENT._replace(text="BODY is 7BIT or 8BITMIME"))
         return "8BITMIME" if value.upper() == "8BITMIME" else ""
+
+    def auth_parameter(self, value: str) -> str:
+        """Check AUTH= (RFC 4954 5); who submitted a message first is not passed on."""
+        if value != "<>" and not XTEXT.fullmatch(value):
+            raise Refused(BAD_ARGUMENT._replace(text="AUTH takes <> or an address as xtext"))
+        return ""
 
     def utf8_parameter(self, value: str) -> str:
         if value:
@@ -2886,6 +4012,7 @@ class Session:
         if not fault and draft and envelope:
             try:
                 self.reception.take_in(draft, envelope, content.size)
+                self.accepted = True
             except OSError as e:
                 self.disk_error = e
                 fault = self.content_fault(content)
@@ -2894,30 +4021,35 @@ class Session:
 
 
 class Verb(NamedTuple):
-    """A command: its method, what must come first, whether it needs an argument (None: as you like), its syntax."""
+    """A command: its method, what must come first, whether it needs an argument (None: as you like), its
+    syntax, whether it is taken before TLS where that is required."""
 
-    method: Callable[[Session, bytes], Reply]
+    method: Callable[[Session, bytes], Reply | None]
     after: str
     needs_argument: bool | None
     syntax: str
+    before_tls: bool = False
 
 
 VERBS: dict[str, Verb] = {
     "HELO": Verb(Session.helo_, "", True, "HELO domain"),
-    "EHLO": Verb(Session.ehlo, "", True, "EHLO domain"),
+    "EHLO": Verb(Session.ehlo, "", True, "EHLO domain", True),
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
     "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address>"),
     "DATA": Verb(Session.data, "mail", False, "DATA"),
     "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]"),
-    "RSET": Verb(Session.rset, "", False, "RSET"),
-    "NOOP": Verb(Session.noop, "", None, "NOOP [text]"),
-    "QUIT": Verb(Session.quit, "", False, "QUIT"),
+    "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
+    "AUTH": Verb(Session.auth, "hello", True, "AUTH mechanism [initial response]"),
+    "RSET": Verb(Session.rset, "", False, "RSET", True),
+    "NOOP": Verb(Session.noop, "", None, "NOOP [text]", True),
+    "QUIT": Verb(Session.quit, "", False, "QUIT", True),
     "VRFY": Verb(Session.vrfy, "", True, "VRFY text"),
     "EXPN": Verb(Session.expn, "", True, "EXPN text"),
     "HELP": Verb(Session.help, "", None, "HELP [text]"),
 }
 MAIL_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
-    "SIZE": Session.size_parameter, "BODY": Session.body_parameter, "SMTPUTF8": Session.utf8_parameter}
+    "SIZE": Session.size_parameter, "BODY": Session.body_parameter, "SMTPUTF8": Session.utf8_parameter,
+    "AUTH": Session.auth_parameter}
 
 
 def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -2926,6 +4058,18 @@ def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[t
         if name not in table:
             raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
         yield name, value
+
+
+def shown_command(line: bytes) -> str:
+    """Return a command line for the log, without the secrets that AUTH carries."""
+    text = line.decode("utf-8", "replace").rstrip()
+    return re.sub(r"(?i)^(AUTH +[^ ]+ ).+", r"\1***", text)
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    """Shut one direction of a connection; SSLSocket's own method would drop the TLS state, and go on in clear."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, how)
 
 
 def spoke_early(sock: socket.socket) -> bool:
@@ -2941,7 +4085,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 11 LISTENER =============================================================
+# === 13 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -3005,12 +4149,12 @@ class Listener(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
 
-    def __init__(self, sock: socket.socket, reception: Reception, threads: SessionThreads) -> None:
+    def __init__(self, sock: socket.socket, reception: Reception, threads: SessionThreads, tls: bool) -> None:
         super().__init__(("", 0), SessionHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
         self.reception = reception
-        self.threads = threads
+        self.threads, self.tls = threads, tls
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; with no descriptor left, wait a little instead of spinning."""
@@ -3030,7 +4174,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.reception.metrics.set("alive", time.monotonic())
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        session = Session(self.reception, request, client_address)
+        session = Session(self.reception, request, client_address, self.tls)
         if self.reception.stopping or not self.reception.enter(session):
             self.turn_away(request)
             return
@@ -3056,8 +4200,17 @@ class Listener(socketserver.ThreadingTCPServer):
             self.reception.log.bug("session_bug", e, client=session.client)
             session.last_words(INTERNAL._replace(code=421))
         finally:
+            end_tls(session.wire.sock)
             self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
+
+
+def end_tls(sock: socket.socket) -> None:
+    """Send TLS's close without waiting for the peer's."""
+    if isinstance(sock, ssl.SSLSocket):
+        with contextlib.suppress(OSError, ValueError):
+            sock.settimeout(0)
+            sock.unwrap()
 
 
 class SessionHandler(socketserver.BaseRequestHandler):
@@ -3070,12 +4223,16 @@ class SessionHandler(socketserver.BaseRequestHandler):
 class Receiving:
     """The receiving half: its listeners and the sessions they serve."""
 
-    def __init__(self, reception: Reception, sockets: Iterable[socket.socket]) -> None:
+    def __init__(self, reception: Reception, plain: Iterable[socket.socket], tls: Iterable[socket.socket]) -> None:
         self.reception = reception
         self.threads = SessionThreads()
-        self.listeners = [Listener(sock, reception, self.threads) for sock in sockets]
+        self.stopped = threading.Event()
+        self.listeners = [Listener(sock, reception, self.threads, False) for sock in plain]
+        self.listeners += [Listener(sock, reception, self.threads, True) for sock in tls]
+        self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
+        self.counter.start()
         for listener in self.listeners:
             threading.Thread(target=listener.serve_forever, name="accept", daemon=True).start()
 
@@ -3091,10 +4248,23 @@ class Receiving:
                     session.interrupt()
             time.sleep(0.002)
         self.threads.close()
+        self.stopped.set()
+        self.counter.join()
+
+    def keep_counts(self) -> None:
+        """Write quotas and figures down each second, and at the end."""
+        stopped = False
+        while not stopped:
+            stopped = self.stopped.wait(1.0)
+            try:
+                self.reception.guard.quotas.save()
+            except OSError as e:
+                self.reception.log.error("counts_not_saved", error=e)
 
 
     def reload(self) -> None:
-        """Nothing here is reread yet."""
+        """Reread what SIGHUP asks for; the log reopens itself when its file is moved away."""
+        self.reception.guard.reload()
 
     def flush(self) -> None:
         """Nothing waits here."""
@@ -3180,7 +4350,7 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 12 HTTP =================================================================
+# === 14 HTTP =================================================================
 #
 # Health and metrics over http.server. ROUTES is the table of what there is; a
 # route's function takes the request and returns an Answer. Requests run on their
@@ -3295,7 +4465,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """A client that went away is no news."""
 
 
-# === 13 RELAY ================================================================
+# === 15 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -3313,9 +4483,11 @@ Again = Optional[tuple[float, str]]  # seconds until a message is tried again, i
 class Delivering:
     """The delivering half: scheduler, workers, records."""
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
-                 http: Sequence[socket.socket] = ()) -> None:
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link, guard: Guard,
+                 pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
+        self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
+        self.audit = Audit(settings.audit_log, log)
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log)
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
@@ -3545,6 +4717,9 @@ class Delivering:
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.metrics.inc("owed_bytes", -message.size)
         self.shelve(self.finished, message.stem, time.time(), message.size)
+        self.guard.quotas.count(message.user, "failed" if failed else "sent")
+        self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
+                         recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
         self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
         return None
@@ -3557,6 +4732,8 @@ class Delivering:
             try:
                 self.delivery.drop_idle(older_than=REUSE_IDLE)
                 self.make_room()
+                self.guard.quotas.save()
+                self.renew()
                 missed = self.metrics.get("rescan")
                 if missed != self.rescans:
                     self.rescans = missed
@@ -3564,12 +4741,19 @@ class Delivering:
             except Exception as e:
                 self.log.bug("sweep_bug", e)
 
+    def renew(self) -> None:
+        """Renew the self-signed pair in time; sessions reread it."""
+        if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
+            self.renew_at = time.monotonic() + 3600
+            self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
+
     def flush(self) -> None:
         """Try everything now."""
         self.scheduler.flush()
 
     def reload(self) -> None:
-        """Nothing here is reread: the log reopens itself when its file is moved away."""
+        """Reread what SIGHUP asks for."""
+        self.guard.reload()
 
 
 class Backstage:
@@ -3582,7 +4766,7 @@ class Backstage:
     def health(self) -> dict[str, str]:
         """Return each part and "ok", or what is wrong with it."""
         return {"listeners": self.listener_trouble() or "ok", "workers": self.worker_trouble() or "ok",
-                "spool": self.spool_trouble() or "ok"}
+                "spool": self.spool_trouble() or "ok", "accounts": self.delivering.guard.trouble() or "ok"}
 
     def listener_trouble(self) -> str:
         ages = [time.monotonic() - beat for beat in self.delivering.metrics.each("alive") if beat]
@@ -3624,6 +4808,10 @@ class Parts:
         self.metrics = Metrics(rows=RECEIVING_ROW + 1)
         self.metrics.set("started", time.monotonic())
         self.smtp: list[socket.socket] = []
+        self.smtps: list[socket.socket] = []
+        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.shared_quotas: Quotas | None = None
+        self.pair = (settings.tls_cert, settings.tls_key)
         self.http: list[socket.socket] = []
 
     def open(self) -> None:
@@ -3631,37 +4819,79 @@ class Parts:
         self.spool.open()
         try:
             self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
             self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
-        except OSError:
+            self.find_pair()
+            self.make_guard()  # to complain before anything is forked
+        except BaseException:
             self.close()
             raise
         self.link = Link(self.metrics)
 
     def close(self) -> None:
-        close_all([*self.smtp, *self.http])
-        for address in self.settings.port:
+        close_all([*self.smtp, *self.smtps, *self.http])
+        for address in (*self.settings.port, *self.settings.smtps_port):
             if address.path:
                 with contextlib.suppress(OSError):
                     os.unlink(address.path)
+        if self.temporary:
+            self.temporary.cleanup()
         self.spool.close()
+
+    def find_pair(self) -> None:
+        """Make the self-signed pair where it is wanted; SettingsError when that cannot be."""
+        if self.settings.tls_self_signed and not self.settings.tls_cert:
+            place = self.scratch("tls")
+            try:
+                self.pair = self_signed(place, self.settings.hostname)
+            except TlsError as e:
+                raise SettingsError([str(e)]) from None
+
+    def scratch(self, name: str) -> str:
+        """Return a directory of the spool, or a temporary one where the spool is memory."""
+        if isinstance(self.spool, FileSpool):
+            return self.spool.path(name)
+        self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="smtprelay-")
+        return os.path.join(self.temporary.name, name)
+
+    def make_guard(self) -> Guard:
+        """Read accounts and certificate; SettingsError says what is wrong with them."""
+        try:
+            return Guard(self.settings, self.log, self.quotas("r"), self.pair)
+        except AccountsError as e:
+            raise SettingsError([f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]) from None
+        except TlsError as e:
+            raise SettingsError([f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}"]) from None
+        except OSError as e:
+            raise SettingsError([f"SMTP_USERS_FILE: cannot read it: {e}"]) from None
+
+    def quotas(self, part: str) -> Quotas:
+        """Return the counts that one half writes; in memory both halves share them."""
+        if isinstance(self.spool, FileSpool):
+            return Quotas(self.spool.path("usage"), self.log, part)
+        self.shared_quotas = self.shared_quotas or Quotas("", self.log)
+        return self.shared_quotas
 
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
-        return Receiving(Reception(self.settings, self.spool, metrics, self.log, self.link), self.smtp)
+        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.make_guard())
+        return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        return Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link, self.http)
+        guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
+        return Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
+                          guard, self.pair, self.http)
 
 
 def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
-    """Return the sockets that systemd passed under a FileDescriptorName (sd_listen_fds(3))."""
+    """Return the sockets that systemd passed under a FileDescriptorName (sd_listen_fds(3)); one without is smtp's."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     found = []
     for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
-        is_http = i < len(names) and names[i] == "http"
-        if is_http == (name == "http"):
+        given = names[i] if i < len(names) and names[i] in ("http", "smtps") else "smtp"
+        if given == name:
             found.append(socket.socket(fileno=first + i))
     return found
 
@@ -3809,7 +5039,7 @@ class Supervisor:
             close_all(self.parts.http)
             half: Receiving | Delivering = self.parts.receiving()
         else:
-            close_all(self.parts.smtp)
+            close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
         half.start()
         heed_signals(half)
@@ -3835,7 +5065,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 14 COMMAND LINE =========================================================
+# === 16 COMMAND LINE =========================================================
 #
 # One function for each verb; it returns the exit status, of sysexits.h. Settings
 # come from the environment, so the command line has almost nothing to say.
@@ -3906,9 +5136,12 @@ def first_lines(parts: Parts) -> list[str]:
     where = {"hold": "held here until someone releases it",
              "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})"}[s.delivery]
     lines = [f"listening on smtp://{socket_text(sock)}" for sock in parts.smtp]
+    lines += [f"listening on smtps://{socket_text(sock)}" for sock in parts.smtps]
     lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
     lines.append(f"mail is {where}")
     lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    if is_open(s) and s.allow_networks == networks("loopback"):
+        lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
     if s.delivery == "relay" and not s.relay_tls_verify:
         lines.append("warning: SMTP_RELAY_TLS_VERIFY=0: the smart host's certificate is not verified")
     if not s.fsync:

@@ -87,7 +87,8 @@ PROXY_HEADERS = [  # what the balancer sends, the client that is meant; None: cl
 
 @pytest.fixture(scope="module")
 def balanced() -> Iterator[smtprelay.Relay]:
-    with smtprelay.start(SMTP_PROXY_NETWORKS="loopback", SMTP_ALLOW_NETWORKS="loopback,192.0.2.0/24,2001:db8::/32") as relay:
+    with smtprelay.start(SMTP_PROXY_NETWORKS="loopback", SMTP_ALLOW_NETWORKS="loopback,192.0.2.0/24,2001:db8::/32",
+                         SMTP_AUTH_REQUIRED="0") as relay:
         yield relay
 
 

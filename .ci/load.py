@@ -237,9 +237,10 @@ class TrivialSink:
     def __enter__(self) -> TrivialSink:
         self.pid = os.fork()
         if not self.pid:
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 self.serve()
-            os._exit(0)
+            finally:
+                os._exit(1)  # never back into the parent's code
         self.listener.close()
         return self
 
@@ -253,7 +254,8 @@ class TrivialSink:
         while True:
             for fd, _ in self.epoll.poll():
                 if fd in self.peers:
-                    self.answer(fd, self.peers[fd].recv(262144))
+                    with contextlib.suppress(ConnectionError):
+                        self.answer(fd, self.peers[fd].recv(65536))
                 else:
                     peer, _ = self.listener.accept()
                     self.peers[peer.fileno()] = peer
@@ -289,6 +291,7 @@ def generator_itself(seconds: float) -> Iterator[tuple[str, list[float], str]]:
                     load.run(seconds / 4)
                     load.reset()
                     load.run(seconds)
-                    rates.append(load.accepted / load.elapsed * (size / 1e6 if size == large else 1))
+                    unit = size / 1e6 if size == large else 1
+                    rates.append(load.accepted / load.elapsed * unit)
         label = f"{size // 1024:,} KiB, messages a connection: {messages}, clients: {clients}"
         yield label, rates, "MB/s" if size == large else "msg/s"
