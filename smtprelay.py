@@ -1233,8 +1233,8 @@ def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
     Returns the client's address, "" when the balancer speaks for itself; ValueError for
     anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
     """
-    head = read_exactly(sock, len(PROXY_V2), deadline)
-    if head == PROXY_V2:
+    head = read_exactly(sock, 6, deadline)
+    if head == PROXY_V2[:6]:
         return proxied_v2(sock, deadline)
     while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
         head += read_exactly(sock, 1, deadline)
@@ -1245,9 +1245,10 @@ def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
 
 
 def proxied_v2(sock: socket.socket, deadline: Deadline) -> str:
+    rest_of_signature = read_exactly(sock, 6, deadline)
     command, family, *length = read_exactly(sock, 4, deadline)
     octets, length_given = PROXY_OCTETS.get(family, 0), int.from_bytes(length, "big")
-    if command not in (0x20, 0x21) or length_given > 4096:
+    if rest_of_signature != PROXY_V2[6:] or command not in (0x20, 0x21) or length_given > 4096:
         raise ValueError("not a PROXY header")
     rest = read_exactly(sock, length_given, deadline)
     if command == 0x20 or not octets:
