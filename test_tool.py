@@ -131,7 +131,7 @@ def test_a_proxied_client_is_judged_by_its_own_address(balanced: smtprelay.Relay
 
 
 def test_sessions_are_counted_for_the_proxied_client() -> None:
-    env = {"SMTP_PROXY_NETWORKS": "loopback", "SMTP_ALLOW_NETWORKS": "192.0.2.0/24", "SMTP_MAX_CONNECTIONS_PER_CLIENT": "1"}
+    env = {"SMTP_PROXY_NETWORKS": "loopback", "SMTP_ALLOW_NETWORKS": "192.0.2.0/24", "SMTP_MAX_CONNECTIONS_PER_CLIENT": "1", "SMTP_AUTH_REQUIRED": "0"}
     with smtprelay.start(**env) as relay, socket.create_connection((relay.host, relay.port), 5) as first:
         first.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n")
         assert first.recv(100).startswith(b"220")
