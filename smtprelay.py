@@ -26,18 +26,21 @@ Contents:
     04 OBSERVING     log lines and counters
     05 WIRE          deadlines, lines, content in blocks
     06 GRAMMAR       pure functions from octets to values
-    07 SPOOL         the files, and what each means
-    08 ACCOUNTS      who may send, as whom, and how much
-    09 TLS           contexts for both sides, the self-signed pair
-    10 SCHEDULER     what is tried next, and when
-    11 DELIVERY      one attempt at a next hop
-    12 SESSION       the protocol: one method for each verb
-    13 LISTENER      connections and the threads that serve them
-    14 HTTP          health and metrics
-    15 RELAY         joins the parts: workers, processes, start and stop
-    16 SENDMAIL      the command of that name
-    17 DOCTOR        what stands between this machine and the next hop
-    18 COMMAND LINE  one function for each verb
+    07 SEALING       encryption at rest
+    08 SPOOL         the files, and what each means
+    09 ACCOUNTS      who may send, as whom, and how much
+    10 TLS           contexts for both sides, the self-signed pair
+    11 SCHEDULER     what is tried next, and when
+    12 DELIVERY      one attempt at a next hop
+    13 SESSION       the protocol: one method for each verb
+    14 LISTENER      connections and the threads that serve them
+    15 INBOX         reading mail: MIME, search, waiting, links and codes
+    16 PAGE          the inbox and queue page, one document
+    17 HTTP          health, metrics, the mail API, and its guards
+    18 RELAY         joins the parts: workers, processes, start and stop
+    19 SENDMAIL      the command of that name
+    20 DOCTOR        what stands between this machine and the next hop
+    21 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -51,6 +54,10 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.errors
+import email.header
+import email.message
+import email.policy
 import email.utils
 import enum
 import errno
@@ -61,6 +68,7 @@ import getpass
 import hashlib
 import heapq
 import hmac
+import html
 import http.client
 import http.server
 import io
@@ -70,6 +78,7 @@ import json
 import logging
 import logging.handlers
 import math
+import mimetypes
 import mmap
 import os
 import queue
@@ -86,14 +95,20 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
 import unicodedata
 import urllib.parse
+import urllib.request
+import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
+
+if TYPE_CHECKING:
+    import ctypes
 
 __version__ = "0.1.0"
 
@@ -531,6 +546,12 @@ def http_listen(text: str) -> tuple[Address, ...]:
     return listen(text if ":" in text else f"127.0.0.1:{text}")
 
 
+def web_address(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[^\s/]+\S*", text):
+        raise ValueError("an http:// or https:// address")
+    return text
+
+
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     try:
         names = ["127.0.0.0/8,::1" if w == "loopback" else w for w in words(text)]
@@ -585,6 +606,12 @@ def maybe_port(text: str) -> int:
     return port_number(text) if text else 0
 
 
+def hex_key(text: str) -> bytes:
+    if not re.fullmatch(r"(?:[0-9A-Fa-f]{64})?", text):
+        raise ValueError("64 hexadecimal digits")
+    return bytes.fromhex(text)
+
+
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
@@ -629,6 +656,7 @@ class Settings:
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
     spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
     spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
+    spool_key: bytes = setting("", hex_key, "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
@@ -654,6 +682,8 @@ class Settings:
     seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
+    api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
+    webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
     log_file: str = setting("", word, "a file for the log", shown="stderr")
@@ -855,6 +885,39 @@ class Audit:
                 os.close(fd)
         except OSError as e:
             self.log.error("audit_failed", error=e)
+
+
+class Feed:
+    """Hands events to whoever listens; one that does not keep up is dropped."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.listeners: set[queue.Queue[Any]] = set()
+
+    def subscribe(self, most: int, waiting: int = 1000) -> queue.Queue[Any]:
+        """Return a queue of events to come, None at their end; ValueError when `most` listen already."""
+        events: queue.Queue[Any] = queue.Queue(waiting)
+        with self.lock:
+            if len(self.listeners) >= most:
+                raise ValueError("too many listen to events already")
+            self.listeners.add(events)
+        return events
+
+    def unsubscribe(self, events: queue.Queue[Any]) -> None:
+        with self.lock:
+            self.listeners.discard(events)
+
+    def publish(self, event: dict[str, Any] | None) -> None:
+        with self.lock:
+            listeners = list(self.listeners)
+        for events in listeners:
+            try:
+                events.put_nowait(event)
+            except queue.Full:
+                self.unsubscribe(events)
+                with contextlib.suppress(queue.Empty):
+                    events.get_nowait()
+                    events.put_nowait(None)
 
 
 class Metric(NamedTuple):
@@ -1394,7 +1457,276 @@ def parse_parameters(text: str) -> dict[str, str]:
     return found
 
 
-# === 07 SPOOL ================================================================
+# === 07 SEALING ==============================================================
+#
+# Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by
+# AES-256-GCM of ssl's own libcrypto; ctypes is imported only when there is a key.
+#
+#     file   = head chunk...
+#     head   = 8F "SEALED" 01 | key id, 8 octets | salt, 32 random octets
+#     chunk  = cipher text of 65536 octets, the last one's of as many as are left | tag, 16
+#     key    = HKDF-SHA256(SMTP_SPOOL_KEY, salt, "smtprelay file"): no nonce comes twice under it
+#     nonce  = number of the chunk from 0, 11 octets | 1 for the last chunk, else 0
+#     AAD    = head | name of the file
+#     key id = the first 8 octets of HKDF-SHA256(SMTP_SPOOL_KEY, no salt, "smtprelay key id")
+#
+# The name ties a file to its message. Opening proves the last chunk, so a cut is
+# noticed at once, and no octet is given out unproven. Not hidden: sizes, times,
+# names. Not detected: an old copy put back under its name, and a plain file in a
+# sealed one's place (plain is read as it is, so that a key can be added later).
+# A Sealer never changes and serves every thread; a reader or writer has one owner.
+
+MAGIC = b"\x8fSEALED\x01"
+HEAD_SIZE, CHUNK_SIZE, TAG_SIZE = 48, 64 * KIB, 16
+SEALED_CHUNK = CHUNK_SIZE + TAG_SIZE
+SEALED_TEXT, KEY_CHECK = "sealed:", "key.check"
+SSL_MAJOR = ssl.OPENSSL_VERSION_NUMBER >> 28
+# libcrypto's prototypes, result first: i int, l unsigned long, p pointer, v void.
+LIBCRYPTO = {
+    "OpenSSL_version_num": "l", "EVP_aes_256_gcm": "p", "EVP_CIPHER_CTX_new": "p",
+    "EVP_CIPHER_CTX_free": "vp", "EVP_CIPHER_CTX_ctrl": "ipiip", "EVP_CipherInit_ex": "ipppppi",
+    "EVP_CipherUpdate": "ippppi", "EVP_CipherFinal_ex": "ippp"}
+GET_TAG, SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_*: macros, which no library exports
+
+
+class SealError(Exception):
+    """What is sealed cannot be read, or nothing can be sealed."""
+
+
+def is_sealed(data: bytes) -> bool:
+    """Tell whether a file that opens with `data` was sealed, even one cut in its first octets."""
+    return bool(data) and MAGIC.startswith(data[:len(MAGIC)])
+
+
+def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
+    """Derive 32 octets from `key` with HKDF-SHA256 (RFC 5869 2)."""
+    return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+
+
+def libcrypto_names() -> list[str | None]:
+    """Return what to open to reach the libcrypto of Python's ssl, the surest first."""
+    # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl
+    # may be built in. Else a library of the same version has the same calls: never one without a
+    # version, since macOS ends the process that loads it.
+    own = getattr(sys.modules.get("_ssl"), "__file__", None)
+    version = {1: "1.1"}.get(SSL_MAJOR, str(SSL_MAJOR))
+    return [own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"]
+
+
+def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
+    """Open the first of `names` that has all we call; SealError when none has."""
+    import ctypes  # for those alone who set a key
+    for name in names:
+        with contextlib.suppress(OSError, AttributeError):
+            # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
+            # back, where a chunk takes 0.05 ms.
+            library = ctypes.PyDLL(name)
+            declare(library)
+            if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
+                return library
+    raise SealError(f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
+
+
+def declare(library: ctypes.PyDLL) -> None:
+    """Give libcrypto's functions their types; AttributeError if one is missing."""
+    import ctypes
+    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
+    for symbol, letters in LIBCRYPTO.items():
+        function = getattr(library, symbol)
+        function.restype, *function.argtypes = [kinds[letter] for letter in letters]
+
+
+def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, tag: bytes = b"") -> bytes | None:
+    """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt.
+
+    None when anything was altered; OSError when libcrypto fails, as it does without memory.
+    """
+    import ctypes
+    out = ctypes.create_string_buffer(len(data) + TAG_SIZE)
+    end, count, sealing = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int()), not tag
+    context = lib.EVP_CIPHER_CTX_new()
+    try:
+        if not (context
+                and lib.EVP_CipherInit_ex(context, lib.EVP_aes_256_gcm(), None, key, nonce, sealing)
+                and (sealing or lib.EVP_CIPHER_CTX_ctrl(context, SET_TAG, TAG_SIZE, tag))
+                and lib.EVP_CipherUpdate(context, None, count, aad, len(aad))
+                and lib.EVP_CipherUpdate(context, out, count, data, len(data))):
+            raise OSError("libcrypto cannot run AES-256-GCM")
+        # Here the tag is made, or checked: what `out` holds is not to be used before.
+        sound = lib.EVP_CipherFinal_ex(context, end, count)
+        if sealing and not (sound and lib.EVP_CIPHER_CTX_ctrl(context, GET_TAG, TAG_SIZE, end)):
+            raise OSError("libcrypto cannot encrypt")
+    finally:
+        lib.EVP_CIPHER_CTX_free(context)
+    return None if not sound else out.raw if sealing else out.raw[:len(data)]
+
+
+class FileCipher:
+    """The cipher of one file: its own key, and what each of its chunks is bound to."""
+
+    def __init__(self, lib: ctypes.PyDLL, key: bytes, head: bytes, name: str) -> None:
+        self.lib, self.key = lib, hkdf(key, head[-32:], b"smtprelay file")
+        self.aad = head + name.encode("utf-8", "surrogateescape")
+
+    def run(self, number: int, last: bool, data: bytes, tag: bytes = b"") -> bytes | None:
+        """Seal a chunk or, with a tag, open it: None when it is not the chunk of that number."""
+        nonce = number.to_bytes(11, "big") + bytes([last])
+        return gcm(self.lib, self.key, nonce, self.aad, data, tag)
+
+
+class SealWriter:
+    """Seals a stream as it comes, holding back at most a chunk."""
+
+    def __init__(self, head: bytes, cipher: FileCipher) -> None:
+        self.out, self.cipher = head, cipher
+        self.held = b""
+        self.number = 0
+
+    def update(self, data: bytes, last: bool = False) -> bytes:
+        """Take some of the text; return what can be written of it: all, with the last."""
+        self.held += data
+        done, parts = 0, [self.out]
+        while len(self.held) - done > CHUNK_SIZE:  # not >=: the last chunk is marked
+            parts.append(self.chunk(self.held[done:done + CHUNK_SIZE], False))
+            done += CHUNK_SIZE
+        self.out, self.held = b"", self.held[done:]
+        return b"".join([*parts, self.chunk(self.held, True)] if last else parts)
+
+    def chunk(self, text: bytes, last: bool) -> bytes:
+        sealed = self.cipher.run(self.number, last, text)
+        assert sealed is not None
+        self.number += 1
+        return sealed
+
+
+class SealReader:
+    """The raw half of a sealed file: what io.BufferedReader asks of its `raw`."""
+
+    def __init__(self, file: BinaryIO, name: str, cipher: FileCipher) -> None:
+        self.file, self.name, self.cipher = file, name, cipher
+        self.readable, self.seekable, self.flush, self.close = file.readable, file.seekable, file.flush, file.close
+        body = file.seek(0, os.SEEK_END) - HEAD_SIZE
+        self.last = max(body - 1, 0) // SEALED_CHUNK
+        self.size = body - (self.last + 1) * TAG_SIZE
+        self.at = 0
+        self.number, self.text = self.last, self.chunk(self.last)
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def chunk(self, number: int) -> bytes:
+        """Return the text of a chunk; SealError when it is not what was sealed."""
+        self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
+        box = self.file.read(SEALED_CHUNK)
+        whole = len(box) >= TAG_SIZE
+        text = self.cipher.run(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:]) if whole else None
+        if text is None:
+            raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
+        return text
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` from one chunk at most; 0 at the end."""
+        if self.at >= self.size:
+            return 0
+        number, skip = divmod(self.at, CHUNK_SIZE)
+        if number != self.number:
+            self.text, self.number = self.chunk(number), number
+        part = self.text[skip:skip + len(buffer)]
+        buffer[:len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def read(self) -> bytes:
+        """Return some of the text; b"" at the end."""
+        buffer = bytearray(CHUNK_SIZE)
+        return bytes(buffer[:self.readinto(memoryview(buffer))])
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+
+class Sealer:
+    """Seals under one key of 32 octets; with an empty key, writes plain and opens only plain.
+
+    `name` is what the sealed thing must be opened as again. A fixed `random` is for tests only.
+    """
+
+    def __init__(self, key: bytes = b"", random: Callable[[int], bytes] = os.urandom) -> None:
+        self.key, self.random = key, random
+        self.key_id = hkdf(key, b"", b"smtprelay key id")[:8]
+        self.lib = open_libcrypto(libcrypto_names()) if key else None
+
+    def writer(self, name: str) -> SealWriter | None:
+        """Return what seals a new file; None where there is no key."""
+        if self.lib is None:
+            return None
+        head = MAGIC + self.key_id + self.random(32)
+        return SealWriter(head, FileCipher(self.lib, self.key, head, name))
+
+    def reader(self, file: BinaryIO, name: str) -> BinaryIO:
+        """Return a reader of the text of `file`, which is itself returned when it is plain.
+
+        SealError, from here or from any read: the key is wrong, or the file is not what was sealed.
+        """
+        head = file.read(HEAD_SIZE)
+        if not is_sealed(head):
+            file.seek(0)
+            return file
+        if self.lib is None:
+            raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
+        if len(head) == HEAD_SIZE and head[len(MAGIC):-32] != self.key_id:
+            raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
+        raw = SealReader(file, name, FileCipher(self.lib, self.key, head, name))
+        return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
+
+    def seal(self, data: bytes, name: str) -> bytes:
+        """Seal a whole record."""
+        writer = self.writer(name)
+        return writer.update(data, last=True) if writer else data
+
+    def unseal(self, data: bytes, name: str) -> bytes:
+        """Return what seal() was given, or plain data as it is; SealError as reader()."""
+        return self.reader(io.BytesIO(data), name).read()
+
+    def seal_text(self, text: str, name: str) -> str:
+        """Seal a short secret into one line of ASCII, to be kept in a JSON file."""
+        return SEALED_TEXT + base64.b64encode(self.seal(text.encode(), name)).decode() if self.lib else text
+
+    def unseal_text(self, text: str, name: str) -> str:
+        """Return what seal_text() was given, or plain text as it is; SealError as unseal()."""
+        if not text.startswith(SEALED_TEXT):
+            return text
+        try:
+            data = base64.b64decode(text[len(SEALED_TEXT):], validate=True)
+        except ValueError:
+            data = b""
+        if not is_sealed(data):
+            raise SealError(f"{name} was altered")
+        return self.unseal(data, name).decode()
+
+
+def open_sealer(settings: Settings) -> Sealer:
+    """Return the sealer of a spool; SettingsError when there is no libcrypto or it has another key.
+
+    The first start with a key leaves a mark, key.check; what is plain from before stays readable.
+    """
+    mark = os.path.join(settings.spool, KEY_CHECK)
+    try:
+        sealer = Sealer(settings.spool_key)
+        with contextlib.suppress(FileNotFoundError), open(mark, "rb") as file:
+            if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
+                raise SealError(f"{KEY_CHECK} was altered")
+    except SealError as e:
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected the key of {settings.spool}: {e}"]) from None
+    return sealer
+
+
+# === 08 SPOOL ================================================================
 #
 # Where messages are kept. A message is a stem, <date>/<id>_<hash>, and these files:
 #
@@ -1470,6 +1802,7 @@ def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
 
 
 SIZE_AT = len("X-Envelope-Size: ")
+TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
 
 
 def size_text(size: int) -> bytes:
@@ -1490,13 +1823,17 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
-def first_record(file: BinaryIO, length: int) -> Message:
+def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
     block = read_block(file)
     try:
         one = {name: values[0] for name, values in block.items()}
-        size, trace = int(one["size"]), int(one["trace"])
-        if length < file.tell() + trace + size:
+        trace = int(one["trace"])
+        rest = length - file.tell() - trace
+        size = rest if one["size"] == TO_THE_END else int(one["size"])
+        if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
         flags = tuple(one.get("flags", "").split())
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
@@ -1516,6 +1853,7 @@ class FileSpool:
         self.root = os.path.abspath(settings.spool)
         self.settings = settings
         self.log = log
+        self.sealer = open_sealer(settings)
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
         self.day = ""
@@ -1525,14 +1863,24 @@ class FileSpool:
         """Make the directories and take the lock; SpoolBusy says who has it."""
         os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
         self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
             self.close()
-            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
+        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
+            replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
+            sync_directory(self.root)
+
+    def lock(self) -> bool:
+        """Take the lock, giving the halves of a relay that was killed a moment to notice."""
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.05)
+        return False
 
     def close(self) -> None:
         if self.lock_file >= 0:
@@ -1606,12 +1954,24 @@ class FileSpool:
 
     def open_file(self, name: str) -> BinaryIO:
         fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise SpoolError(f"{name} is no file")
         return open(fd, "rb")
+
+    def open_text(self, name: str, as_name: str) -> BinaryIO:
+        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
+        file = self.open_file(name)
+        try:
+            return self.sealer.reader(file, as_name)
+        except SealError as e:
+            file.close()
+            raise SpoolError(str(e)) from None
 
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
         try:
-            file = self.open_file(stem + ".eml")
+            file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
         read_block(file)
@@ -1620,8 +1980,8 @@ class FileSpool:
     def load(self, stem: str) -> Message:
         """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
         try:
-            with self.open_file(stem + ".eml") as file:
-                message = first_record(file, os.fstat(file.fileno()).st_size)
+            with self.open_text(stem + ".eml", stem + ".eml") as file:
+                message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
         return self.progress(stem, message)
@@ -1630,11 +1990,11 @@ class FileSpool:
         """Return the latest readable sidecar, or the first record where there is none."""
         for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
             try:
-                with self.open_file(stem + end) as file:
+                with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
             except FileNotFoundError:
                 continue
-            except ValueError as e:
+            except (ValueError, SpoolError, SealError) as e:
                 self.log.warn("record_rebuilt", stem=stem, reason=e)
                 message = first
             message.status = status or message.status
@@ -1645,10 +2005,16 @@ class FileSpool:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
         name = stem + ".tmp"
-        write_file(self.path(name), message.to_json())
+        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
         os.rename(self.path(name), self.path(stem + end))
         if end != ".json":
             self.unlink(stem + ".json")
+
+    def reopen(self, message: Message) -> None:
+        """Make a finished message owed again: its record changes its name."""
+        for end in DONE_NAMES.values():
+            self.unlink(message.stem + end)
+        self.save(message)
 
     def remove(self, stem: str) -> None:
         """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
@@ -1675,7 +2041,7 @@ class FileSpool:
 
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage")
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -1735,6 +2101,7 @@ class FileDraft:
         self.part = f"{self.stem}.{spool.run}.part"
         trace = trace_header(envelope, id, spool.settings.hostname)
         self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.seal = spool.sealer.writer(self.stem + ".eml")
         self.waiting = 0
         self.size = 0
         self.fd = -1
@@ -1744,25 +2111,38 @@ class FileDraft:
         self.size += len(block)
         self.waiting += len(block)
         if self.waiting >= DRAFT_BLOCK:
+            if self.seal and self.fd < 0:
+                self.enter_size(b"%-12s" % TO_THE_END.encode())
             self.send_parts()
 
-    def send_parts(self) -> None:
+    def enter_size(self, text: bytes) -> None:
+        """Fill in the size in the envelope headers, before they are written."""
+        self.parts[0] = self.parts[0][:SIZE_AT] + text + self.parts[0][SIZE_AT + len(text):]
+
+    def send_parts(self, last: bool = False) -> None:
         """Write what waits to the .part, which is made at the first call."""
         if self.fd < 0:
-            day = self.stem[:10]
-            if self.spool.day != day:
-                self.spool.make_day(day)
-            self.fd = os.open(self.spool.path(self.part), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self.fd = self.make_part()
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        write_all(self.fd, data)
+        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+
+    def make_part(self) -> int:
+        """Make the .part, in the date's directory."""
+        day = self.stem[:10]
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self.spool.day == day:
+            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
+                return os.open(self.spool.path(self.part), flags, 0o600)
+        self.spool.make_day(day)
+        return os.open(self.spool.path(self.part), flags, 0o600)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
-        if self.fd < 0:
-            self.parts[0] = self.parts[0][:SIZE_AT] + size_text(self.size) + self.parts[0][SIZE_AT + 12:]
-            self.send_parts()
-        else:
-            self.send_parts()
+        begun = self.fd >= 0
+        if not begun:
+            self.enter_size(size_text(self.size))
+        self.send_parts(last=True)
+        if begun and not self.seal:
             os.pwrite(self.fd, size_text(self.size), SIZE_AT)
         final = self.spool.path(self.stem + ".eml")
         os.rename(self.spool.path(self.part), final)
@@ -1783,9 +2163,10 @@ class FileDraft:
     def abort(self) -> None:
         """Forget the message; harmless after commit."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self.spool.unlink(self.part)
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):  # what stays is set aside at the next start
+                os.close(fd)
+                self.spool.unlink(self.part)
 
 
 class MemorySpool:
@@ -1822,6 +2203,9 @@ class MemorySpool:
     def save(self, message: Message) -> None:
         if message.stem in self.contents:
             self.records[message.stem] = message.to_json()
+
+    def reopen(self, message: Message) -> None:
+        self.save(message)
 
     def remove(self, stem: str) -> None:
         self.contents.pop(stem, None)
@@ -1863,7 +2247,7 @@ class MemoryDraft:
         head = self.parts[0]
         self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
         content = b"".join(self.parts)
-        self.spool.records[self.stem] = first_record(io.BytesIO(content), len(content)).to_json()
+        self.spool.records[self.stem] = first_record(io.BytesIO(content)).to_json()
         self.spool.contents[self.stem] = content
         return self.stem
 
@@ -1875,7 +2259,7 @@ Spool = Union[FileSpool, MemorySpool]
 Draft = Union[FileDraft, MemoryDraft]
 
 
-# === 08 ACCOUNTS =============================================================
+# === 09 ACCOUNTS =============================================================
 #
 # Who may send, as whom, and how much. `Accounts` is the store, `authenticate` the
 # one way in; `may_send_as`, `Buckets` and `Quotas` hold back who got in.
@@ -2526,7 +2910,7 @@ class Quotas:
             return {}
 
 
-# === 09 TLS ==================================================================
+# === 10 TLS ==================================================================
 #
 # Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask
 # `ServerTls.current()` for the context at each handshake, on their own thread; the
@@ -2692,7 +3076,7 @@ def openssl(*arguments: str) -> bytes:
     return done.stdout
 
 
-# === 10 SCHEDULER ============================================================
+# === 11 SCHEDULER ============================================================
 #
 # Which message is tried next, and when. Each next hop has a Lane: mail that is
 # new, mail that is due again, how many workers are at it, and whether it is
@@ -2870,6 +3254,10 @@ class Scheduler:
             lane.throttled_until = now + delay
             return delay
 
+    def is_throttled(self, name: str) -> bool:
+        with self.changed:
+            return self.lanes[name].steps > 0
+
     def release(self, name: str) -> None:
         """Let everything go: the next hop answered."""
         with self.changed:
@@ -2889,6 +3277,25 @@ class Scheduler:
             for entry in self.lanes.values():
                 entry.throttled_until = 0.0
             self.changed.notify_all()
+
+    def hurry(self, stem: str) -> None:
+        """Make one message that waits for itself due now."""
+        with self.changed:
+            for due, waiting, lane in self.heap:
+                if waiting == stem and self.waiting.get(stem) == due:
+                    self._queue(stem, lane, 0.0, False)
+                    return
+
+    def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the oldest stems, and the state of each next hop, for people to read."""
+        with self.changed:
+            stems = heapq.nsmallest(limit, itertools.chain(self.waiting, self.active))
+            now, wall = self.clock(), time.time()
+            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": lane.active,
+                     "waiting": len(lane), "reason": lane.reason,
+                     "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
+                    for lane in self.lanes.values() if lane.name != UNREAD]
+        return stems, hops
 
     def drop(self, stem: str) -> bool:
         """Forget a message; False when it is in a worker's hands."""
@@ -2910,7 +3317,7 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 11 DELIVERY =============================================================
+# === 12 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -2926,6 +3333,7 @@ REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
 CONTENT_PATIENCE = 4  # RFC 5321 4.5.3.2.6 asks for much more time after the final dot than elsewhere
 CONTENT_TIME = 600.0
 REPLY_LIMIT = 64 * KIB
+REPLY_KEPT = 1000  # characters of a reply that go into a record
 TRANSCRIPT_LINES = 60
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
@@ -2962,7 +3370,7 @@ def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
         scope, status = HOST_LATER
     elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
         scope, status = RECIPIENT_LATER
-    return Outcome(status, scope, code, reply, host)
+    return Outcome(status, scope, code, reply[:REPLY_KEPT], host)
 
 
 class Target(NamedTuple):
@@ -3245,6 +3653,10 @@ class NextHop:
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.settimeout(1.0)
             self.wire.sock.sendall(b"QUIT\r\n")
+        self.drop()
+
+    def drop(self) -> None:
+        """Go without a word."""
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.close()
 
@@ -3285,7 +3697,9 @@ class Delivery:
     def attempt(self, message: Message, content: BinaryIO) -> Attempt:
         """Try to pass a message on to the recipients that are still owed it."""
         attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
+        start = content.tell()
         for target in self.targets():
+            content.seek(start)  # the one before may have refused after it had all the content
             attempt = self.attempt_at(target, message, message.pending(), content)
             if not attempt.trouble:
                 break
@@ -3307,6 +3721,9 @@ class Delivery:
                 content.seek(start)
                 return self.attempt_at(target, message, recipients, content)
             return self.judge(trouble, hop, recipients)
+        except BaseException:  # content that cannot be read: it must not end in a final dot
+            hop.drop()
+            raise
         self.give(hop)
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
         return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
@@ -3359,7 +3776,7 @@ class Delivery:
         self.drop_idle()
 
 
-# === 12 SESSION ==============================================================
+# === 13 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -3373,6 +3790,9 @@ class Delivery:
 HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
 HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+LINK_LINE = len(stem_of("0" * 16, "")) + 1
 
 
 class Link:
@@ -3393,13 +3813,22 @@ class Link:
         except BlockingIOError:
             self.metrics.inc("rescan")
 
+    def mark(self, name: str) -> None:
+        """Send a mark through the pipe: it comes out when all that was announced before has."""
+        with contextlib.suppress(OSError):
+            os.write(self.writer, b"=" + name.encode() + b"\n")
+
     def stems(self) -> Iterator[list[str]]:
         """Yield new stems as they come, until the writing end is closed."""
         rest = b""
-        for block in iter(lambda: os.read(self.reader, 64 * KIB), b""):
+        for block in iter(lambda: os.read(self.reader, 1000 * LINK_LINE), b""):
             *lines, rest = (rest + block).split(b"\n")
             yield [line.decode() for line in lines]
         os.close(self.reader)
+
+    def waiting(self) -> int:
+        """Return how many stems are in the pipe."""
+        return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder) // LINK_LINE
 
     def close(self) -> None:
         os.close(self.writer)
@@ -3430,6 +3859,19 @@ class Guard:
             self.tls.reload()
 
 
+DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
+
+
+def descriptors(wanted: int = 0) -> int:
+    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
 class Reception:
     """What the sessions of this process share, and their only way into the spool."""
 
@@ -3444,6 +3886,7 @@ class Reception:
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked = (-math.inf, True)
+        self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
     def refusal(self, client: str) -> bool:
         """Tell whether a client's address keeps it out."""
@@ -3470,7 +3913,7 @@ class Reception:
         """Count a session in; False when there are too many."""
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[session.client])
             if not full:
                 self.sessions.add(session)
@@ -4095,7 +4538,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 13 LISTENER =============================================================
+# === 14 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -4360,122 +4803,2823 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 14 HTTP =================================================================
+# === 15 INBOX ================================================================
 #
-# Health and metrics over http.server. ROUTES is the table of what there is; a
-# route's function takes the request and returns an Answer. Requests run on their
-# own threads and only read what the other chapters offer.
+# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON
+# of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
+# Relay.wait() call here; nothing here writes to the spool.
+#
+#   content -> read_mail -> Mail, Parts -> message_json, Email, view_html
+#                        -> Summary (packed) -> Inbox -> messages_json
+#
+# Threads: any. `Inbox` has one Condition; under it only its own dict is touched,
+# never the disk. Receiving costs a dict entry and a notify: a summary is made
+# when somebody first reads. A waiter sleeps on the Condition and tries only the
+# sequence numbers it has not seen; none is ever given twice.
+#
+# Mail is hostile. The walk along boundaries is ours, because the email package
+# recurses for each nesting; parameters, encoded words and addresses are left to
+# it, on input of bounded length, and what it raises is caught. Nothing that reads
+# mail raises for what the mail says; time is linear in its size; depth, parts
+# and header octets have limits.
 
-HTTP_TIMEOUT = 30
+MAIL_HEAD_LIMIT = 128 * 1024  # octets of one header block
+VALUE_LIMIT = 16 * 1024  # characters of a header value that are interpreted
+TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
+SEARCH_LIMIT = 1024 * 1024  # octets in which words are looked for; of HTML made text
+PART_LIMIT = 1000
+DEPTH_LIMIT = 16
+SNIPPET = 250
+
+EMAIL_RAISES = (
+    email.errors.MessageError, ValueError, LookupError, TypeError, AttributeError,
+    ArithmeticError, AssertionError, RecursionError,
+)
+
+# Charsets decoded in linear time, as punycode and idna are not; besides, the codec registry
+# remembers every unknown name for ever.
+_CHARSET = re.compile(
+    r"(?i:utf[-_]?(?:8|16|32)(?:[-_]?[bl]e)?|iso[-_]?8859[-_]\d{1,2}|latin[-_]?\d|windows[-_]125\d"
+    r"|cp\d{3,4}|koi8[-_][rtu]|gb2312|gbk|gb18030|big5|euc[-_](?:jp|kr)|shift[-_]?jis"
+    r"|iso[-_]2022[-_](?:jp|kr)|tis[-_]620)"
+)
+_CONTENT_TYPE = re.compile(r"[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", re.ASCII)
+_FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+_COMMON_ADDRESS = re.compile(r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)")
+_NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
+
+Headers = list[tuple[str, str]]  # in order, unfolded, encoded words left as they are
+Person = dict[str, str]  # {"Name", "Address"} as in Mailpit's JSON; either may be ""
 
 
-class Answer(NamedTuple):
-    """An HTTP answer."""
+def header(headers: Headers, name: str) -> str:
+    """Give the first value of a header field, "" where there is none."""
+    return next((value for key, value in headers if key.lower() == name), "")[:VALUE_LIMIT]
 
-    status: int
-    body: bytes
+
+def decode_text(octets: bytes, charset: str = "") -> str:
+    """Decode octets leniently: what the charset cannot say becomes U+FFFD."""
+    try:
+        return octets.decode(charset if _CHARSET.fullmatch(charset) else "utf-8", "replace")
+    except (LookupError, ValueError):
+        return octets.decode("utf-8", "replace")
+
+
+def decode_words(value: str) -> str:
+    """Decode the encoded words of a header value (RFC 2047)."""
+    if not 0 < value.count("=?") < 256:  # each that has no end is searched to the value's end
+        return value
+    try:
+        words: list[tuple[Any, str | None]] = email.header.decode_header(value)
+        texts = (w if isinstance(w, str) else decode_text(w, charset or "") for w, charset in words)
+        return "".join(texts).translate(_NO_BREAKS)
+    except EMAIL_RAISES:
+        return value
+
+
+def addresses(value: str) -> list[Person]:
+    """Parse an address list (RFC 5322, 3.4), leaving out what is no address."""
+    common = _COMMON_ADDRESS.fullmatch(value)
+    if common:  # ten times as fast
+        return [_person_json((common[1] or "").strip(), common[2] or common[3])]
+    if max(value.count("("), value.count(":")) > 50:  # getaddresses recurses for each
+        value = value.translate({40: " ", 58: " "})
+    try:
+        pairs = email.utils.getaddresses([value])
+    except EMAIL_RAISES:
+        return []
+    return [_person_json(decode_words(name), address) for name, address in pairs if address]
+
+
+def _person_json(name: str, address: str) -> Person:
+    return {"Name": name, "Address": address}
+
+
+def _headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
+    """Read a header block; give its fields with the offset of the body."""
+    fields: list[list[bytes]] = []
+    end = min(end, start + MAIL_HEAD_LIMIT)
+    while start < end:
+        stop = raw.find(b"\n", start, end) + 1 or end
+        line = raw[start:stop]
+        if line[:1] in b" \t" and fields:
+            fields[-1].append(line)
+        elif _FIELD_NAME.match(line):
+            fields.append([line])
+        else:  # the empty line, or a body that begins without one
+            start = stop if not line.strip() else start
+            break
+        start = stop
+    return [_header_field(b"".join(lines)) for lines in fields], start
+
+
+def _header_field(octets: bytes) -> tuple[str, str]:
+    try:
+        text = octets.decode()
+    except UnicodeDecodeError:
+        text = octets.decode("latin-1")
+    name, _, value = text.replace("\r\n", "").partition(":")
+    value = value.strip()
+    return name.rstrip(), value if value.isprintable() else value.translate(_NO_BREAKS).strip()
+
+
+class Part(NamedTuple):
+    """One leaf of the MIME tree, numbered as in /message/{id}/part/{number}."""
+
+    number: str
+    headers: Headers
+    content_type: str
+    charset: str
+    boundary: str
+    role: str  # "body", "inline" (the HTML may refer to it, RFC 2392) or "attachment"
+    filename: str
+    content_id: str
+    raw: bytes = b""  # the body as sent
+
+    @property
+    def content(self) -> bytes:
+        """The body without its transfer encoding."""
+        encoding = header(self.headers, "content-transfer-encoding").lower()
+        if encoding == "base64":
+            return _unbase64(self.raw)
+        return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
+
+    @property
+    def text(self) -> str:
+        """The body as text, its lines ending in LF."""
+        return decode_text(self.content, self.charset).replace("\r\n", "\n")
+
+
+def _unbase64(octets: bytes) -> bytes:
+    try:
+        return binascii.a2b_base64(octets)
+    except binascii.Error:  # cut short
+        octets = re.sub(rb"[^A-Za-z0-9+/]+", b"", octets)
+        return binascii.a2b_base64(octets[: len(octets) - (len(octets) % 4 == 1)] + b"==")
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(value: str) -> tuple[str, dict[str, str]]:
+    """Split a header value into its first word and its parameters (RFC 2045, 2231)."""
+    word, semicolon, _ = value.partition(";")
+    if not semicolon:
+        return value.lower(), {}
+    message = email.message.Message()
+    message["x"] = value[:4096]
+    try:
+        found: list[tuple[str, Any]] = message.get_params([], "x")[1:]
+        collapse = email.utils.collapse_rfc2231_value
+        return word.strip().lower(), {name.lower(): collapse(text) for name, text in found}
+    except EMAIL_RAISES:
+        return word.strip().lower(), {}
+
+
+def _part(number: str, headers: Headers) -> Part:
+    """Describe a part by its header fields."""
+    kind, more = _parameters(header(headers, "content-type") or "text/plain")
+    disposition, named = _parameters(header(headers, "content-disposition"))
+    cid = header(headers, "content-id").strip("<> ")[:250]
+    filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
+    if not _CONTENT_TYPE.fullmatch(kind):
+        kind = "application/octet-stream" if "/" in kind else "text/plain"  # RFC 2045, 5.2
+    attached = disposition == "attachment"
+    role = "inline" if (cid or disposition == "inline") and not attached else "attachment"
+    if kind in ("text/plain", "text/html") and not attached and not filename:
+        role = "body"
+    boundary = more.get("boundary", "").rstrip() if kind.startswith("multipart/") else ""
+    return Part(number, headers, kind, more.get("charset", ""), boundary, role, filename, cid)
+
+
+def _pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
+    """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
+    mark = b"--" + boundary.encode("utf-8", "replace")
+    pieces: list[tuple[int, int]] = []
+    begin, at = -1, raw.find(mark, start, end)
+    while at >= 0 and len(pieces) < PART_LIMIT:
+        after = at + len(mark)
+        if at == start or raw[at - 1] == 10:
+            line_end = raw.find(b"\n", after, end) + 1 or end
+            tail = raw[after:line_end].strip()
+            if tail in (b"", b"--"):
+                stop = at - (2 if raw[at - 2 : at] == b"\r\n" else 1)
+                pieces += [(begin, max(begin, stop))] if begin >= 0 else []
+                begin = after = line_end
+            if tail == b"--":
+                return pieces
+        at = raw.find(mark, after, end)
+    return [*pieces, (begin, end)] if begin >= 0 else pieces
+
+
+def read_mail(raw: bytes) -> Mail:
+    """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
+
+    Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside
+    is a leaf. What is deeper than DEPTH_LIMIT or past PART_LIMIT is left out.
+    """
+    parts: list[Part] = []
+    todo = [("", 0, len(raw))]
+    for _ in range(PART_LIMIT):
+        number, start, end = todo.pop()
+        headers, body = _headers(raw, start, end)
+        part = _part(number.rstrip(".") or "0", headers)
+        nested = part.boundary and number.count(".") < DEPTH_LIMIT
+        pieces = _pieces(raw, body, end, part.boundary) if nested else []
+        todo += [(f"{number}{n}.", *piece) for n, piece in enumerate(pieces, 1)][::-1]
+        if not pieces:
+            broken = part.content_type.startswith("multipart/")  # shown as text, not lost
+            kind, role = ("text/plain", "body") if broken else (part.content_type, part.role)
+            parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
+        if not todo:
+            break
+    return Mail(_headers(raw, 0, len(raw))[0], parts, len(raw))
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A parsed message; a field is decoded when it is first looked at."""
+
+    headers: Headers
+    parts: list[Part]
+    size: int
+
+    def people(self, name: str) -> list[Person]:
+        """The addresses in a header field; From has one, if only in name."""
+        value = header(self.headers, name)
+        found = addresses(value) if value else []
+        return found or ([_person_json(decode_words(value)[:1000], "")] if name == "from" else [])
+
+    @functools.cached_property
+    def subject(self) -> str:
+        return decode_words(header(self.headers, "subject"))
+
+    @property
+    def message_id(self) -> str:
+        return header(self.headers, "message-id").strip("<> ")
+
+    @property
+    def date(self) -> str:
+        """The Date field as ISO 8601, "" where it makes no sense."""
+        try:
+            when = email.utils.parsedate_to_datetime(header(self.headers, "date")[:100])
+            return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).isoformat()
+        except EMAIL_RAISES:
+            return ""
+
+    @functools.cached_property
+    def html(self) -> str:
+        return self._bodies("text/html")
+
+    @functools.cached_property
+    def plain(self) -> str:
+        return self._bodies("text/plain")
+
+    def _bodies(self, kind: str) -> str:
+        return "\n".join(p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The text/plain body, or else the readable text of the HTML one."""
+        return self.plain if self.plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
+
+    def having(self, role: str) -> list[Part]:
+        """The parts with this role."""
+        return [p for p in self.parts if p.role == role]
+
+
+_HIDDEN = ("style", "script", "title", "template")
+_BLOCK = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
+_HREF = re.compile(r"""(?i)\bhref\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
+_URL = re.compile(r"(?i)https?://[^\s<>\"\x00-\x1f]{1,4000}")
+
+
+def _elements(page: str) -> Iterator[tuple[str, str, str]]:
+    """Cut HTML at its tags into (name, tag, text after it), without scripts and comments."""
+    until = ""
+    for piece in ("span>" + page).split("<"):
+        if not piece:
+            continue
+        if until:
+            found = piece.lower().find(until)
+            if found < 0:
+                continue
+            piece = piece[found:]
+        comment = piece.startswith("!--")
+        tag, end, text = piece.partition("-->" if comment else ">")
+        name = (tag.split(None, 1) or [""])[0].rstrip("/").lower()
+        until = "/" + name if name in _HIDDEN else "-->" if comment and not end else ""
+        if not until:
+            yield name, tag, text
+
+
+def strip_html(page: str) -> str:
+    """Give the readable text of an HTML page, a line for each block."""
+    chunks = []
+    for name, _, text in _elements(page) if page else ():
+        chunks += ["\n" if _BLOCK.fullmatch(name) else " " if name in ("td", "th") else ""]
+        chunks += [text.replace("\n", " ")]
+    lines = html.unescape("".join(chunks)).split("\n")
+    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
+
+
+def links(text: str, page: str) -> list[str]:
+    """Collect the http(s) links of a message: those of the HTML's anchors, then the text's."""
+    tags = (tag for name, tag, _ in _elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
+    found = (html.unescape("".join(m.groups(""))).strip() for m in map(_HREF.search, tags) if m)
+    anchors = (url for url in found if _URL.fullmatch(url))
+    written = (_trim_url(m.group()) for m in _URL.finditer(text[:TEXT_LIMIT]))
+    return list(dict.fromkeys([*anchors, *written]))
+
+
+def _trim_url(url: str) -> str:
+    """Take off the punctuation that ends the sentence, not the link."""
+    url = url.rstrip(".,;:!?'*_]}|\\")
+    return url[:-1] if url.endswith(")") and url.count("(") < url.count(")") else url
+
+
+_WORD = (
+    r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|c[oó]digo|codice|kode?)\b"
+    r"|\wcode\b|код|验证码|コード|인증)"
+)
+_CODE_WORD = re.compile(r"(?i)" + _WORD)
+_CODE = re.compile(
+    r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
+    r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
+)
+_SAID_BEFORE = re.compile(
+    rf"(?i){_WORD}[^\w\n]{{0,4}}"
+    r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$"
+)
+_SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{_WORD}")
+_OTHER_BEFORE = re.compile(
+    r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
+    r"|fax|mobile|error|status|ext|room|suite|box|version)(?: ?(?:code|number|no|nr|id|is))?"
+    r"|[$€£¥#]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
+)
+_OTHER_AFTER = re.compile(
+    r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?)\b"
+)
+
+
+def codes(text: str, page: str = "", subject: str = "") -> list[str]:
+    """Collect the verification codes of a message: the surest kind found, in order.
+
+    A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
+    phone and order numbers, postal codes and colours are none.
+    """
+    return _codes(f"{subject}\n{text}") or _codes(strip_html(page[:TEXT_LIMIT]))
+
+
+def _codes(text: str) -> list[str]:
+    lines = (_URL.sub(" ", line).split() for line in text[:TEXT_LIMIT].split("\n"))
+    flat = "\n".join(map(" ".join, lines))
+    weights: dict[str, int] = {}
+    end, weight = 0, 0
+    for match in _CODE.finditer(flat):
+        start = match.start()
+        if not weight or flat[end:start].strip(" \n,;|"):  # else one more of a list
+            before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
+            weight = _weigh(match.group(), before, after)
+        end = match.end()
+        code = match.group().replace(" ", "")
+        weights[code] = max(weight, weights.get(code, 0))
+    best = max(weights.values(), default=0)
+    return [code for code, weight in weights.items() if weight == best > 0]
+
+
+def _weigh(token: str, before: str, after: str) -> int:
+    """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
+    if not any(c.isdigit() for c in token) and not re.fullmatch("[A-Z]{4}-[A-Z]{4}", token):
+        return 0
+    if _OTHER_BEFORE.search(before) or _OTHER_AFTER.match(after):
+        return 0
+    if _SAID_BEFORE.search(before) or _SAID_AFTER.match(after):
+        return 3
+    year = token.isdigit() and len(token) == 4 and token[:2] in ("19", "20")
+    postal = token.isdigit() and len(token) == 5 and before[-3:-1].isupper()
+    if year or postal or any(c.islower() for c in token):
+        return 0
+    return 2 if _CODE_WORD.search(before) else int(bool(_CODE_WORD.search(after)))
+
+
+SHOWN_INLINE = frozenset(
+    f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "avif")
+) | {"text/plain"}
+_RUNS = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
+_CID = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
+
+
+def safe_filename(name: str) -> str:
+    """Turn a sender's file name into one of 100 characters that is safe to save under."""
+    name = name.replace("\\", "/").rpartition("/")[2]
+    name = "".join(c if c.isprintable() and c not in '<>:"|?*;%' else "_" for c in name)
+    stem, dot, suffix = name.strip(" .").rpartition(".")
+    return (stem[: 99 - len(suffix)] + dot + suffix)[:100] or "attachment"
+
+
+def part_headers(part: Part) -> dict[str, str]:
+    """Give the header fields a part is served with; only what cannot run is shown inline."""
+    kind = "application/octet-stream" if _RUNS.search(part.content_type) else part.content_type
+    disposition = "inline" if kind in SHOWN_INLINE else "attachment"
+    if kind.startswith("text/"):
+        kind += f"; charset={part.charset if _CHARSET.fullmatch(part.charset) else 'utf-8'}"
+    name = safe_filename(part.filename or part.content_id or f"part-{part.number}")
+    plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
+    return {
+        "Content-Type": kind,
+        "Content-Disposition": f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quoted}",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def view_html(mail: Mail, id: str) -> str:
+    """Give the HTML body with its cid: references turned into addresses of this API."""
+    numbers = {p.content_id.lower(): p.number for p in mail.parts if p.content_id}
+    return _CID.sub(functools.partial(_part_address, numbers, f"/api/v1/message/{id}/part/"), mail.html)
+
+
+def _part_address(numbers: dict[str, str], base: str, cid: re.Match[str]) -> str:
+    number = numbers.get(html.unescape(urllib.parse.unquote(cid[1])).lower())
+    return base + number if number else cid[0]
+
+
+# A summary is what Mailpit's list shows of a message, but for its state, with three fields of
+# ours. It is kept packed, as the JSON of its values: some 500 octets, where a dict takes 4,000.
+Summary = dict[str, Any]
+SUMMARY_FIELDS = (
+    "ID", "MessageID", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject", "Created", "Username",
+    "Size", "Attachments", "Snippet",
+    "inline",  # number of inline parts
+    "place",  # where the whole text is: "snippet", "raw" as it stands, or "parts" to be decoded
+    "tags",  # of the X-Tags field
+)
+
+
+def summarise(record: Message, mail: Mail) -> Summary:
+    """Sum up a message for lists and searches; Bcc is every recipient that no field names."""
+    to, cc, bcc, reply_to = (mail.people(name) for name in ("to", "cc", "bcc", "reply-to"))
+    named = {person["Address"].lower() for person in (*to, *cc, *bcc)}
+    unnamed = [r.address for r in record.recipients if r.address.lower() not in named]
+    start = mail.plain[:32000] if mail.plain.strip() else strip_html(mail.html[:32000])
+    text = " ".join(start.split())
+    files, inline = len(mail.having("attachment")), len(mail.having("inline"))
+    stands = mail.plain.strip() and all(map(_stands, mail.having("body")))
+    place = "parts" if files or not stands else "raw"
+    values = (
+        record.id, mail.message_id[:1000], mail.people("from")[0], to, cc,
+        bcc + [_person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
+        record.received_at, record.user, record.size, files, text[:SNIPPET], inline,
+        "snippet" if len(text) <= SNIPPET and not files else place,
+        clean_tags(decode_words(header(mail.headers, "x-tags")).split(",")),
+    )
+    return dict(zip(SUMMARY_FIELDS, values))
+
+
+def pack(summary: Summary) -> bytes:
+    """Write a summary in little room."""
+    text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+def unpack(packed: bytes) -> Summary:
+    """Read a packed summary."""
+    return dict(zip(SUMMARY_FIELDS, json.loads(packed)))
+
+
+def _stands(body: Part) -> bool:
+    """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
+    encoding = header(body.headers, "content-transfer-encoding").lower()
+    if body.content_type != "text/plain":
+        return True  # not searched where there is plain text
+    if encoding == "quoted-printable" and _ESCAPED_ASCII.search(body.raw):
+        return False
+    return encoding != "base64" and decode_text(b"az09", body.charset) == "az09"
+
+
+_ESCAPED_ASCII = re.compile(rb"=[4-7 \t\n]")
+
+
+def _holds(read: Callable[[], bytes], place: str, word: str) -> bool:
+    """Whether a message's text or an attachment's name holds a word."""
+    try:
+        raw = read()
+    except (KeyError, OSError):  # gone meanwhile
+        return False
+    if place == "raw":  # most messages do not hold it, and need not be parsed to say so
+        flat = raw.replace(b"=\r\n", b"").lower()
+        if not all(p.encode() in flat for p in word.split() if p.isascii()):
+            return False
+    mail = read_mail(raw)
+    return word in clean("\n".join([mail.text, *(p.filename for p in mail.having("attachment"))]))
+
+
+def clean_tags(tags: Iterable[str]) -> list[str]:
+    """Sort tags without doubles, dropping what Mailpit takes for no tag."""
+    return sorted({t.strip() for t in tags if re.fullmatch(r"[A-Za-z0-9 ._-]{1,100}", t.strip())})
+
+
+class Item(NamedTuple):
+    """A message in a list: its place, its state, its summary."""
+
+    id: str
+    sequence: int
+    read: bool
+    tags: list[str]
+    summary: Summary
+
+
+def clean(text: str) -> str:
+    """Bring text and search words into one form: lower case, single spaces, no brackets."""
+    for mark in '\ufeff<>",;()':
+        text = text.replace(mark, " ")
+    return " ".join(text.lower().split())
+
+
+def _names(*groups: list[Person]) -> str:
+    return clean(" ".join(f"{p['Name']} {p['Address']}" for p in itertools.chain(*groups)))
+
+
+Test = Callable[[Item], bool]
+_FIELDS: dict[str, Callable[[Summary], str]] = {
+    "to": lambda s: _names(s["To"]),
+    "from": lambda s: _names([s["From"]]),
+    "cc": lambda s: _names(s["Cc"]),
+    "bcc": lambda s: _names(s["Bcc"]),
+    "reply-to": lambda s: _names(s["ReplyTo"]),
+    "addressed": lambda s: _names([s["From"]], s["To"], s["Cc"], s["Bcc"], s["ReplyTo"]),
+    "recipient": lambda s: _names(s["To"], s["Cc"], s["Bcc"]),  # ours, not Mailpit's
+    "subject": lambda s: clean(s["Subject"]),
+    "message-id": lambda s: clean(s["MessageID"]),
+}
+_STATES: dict[str, Test] = {
+    "is:read": lambda item: item.read,
+    "is:unread": lambda item: not item.read,
+    "is:tagged": lambda item: bool(item.tags),
+    "has:attachment": lambda item: bool(item.summary["Attachments"]),
+    "has:inline": lambda item: bool(item.summary["inline"]),
+}
+
+
+class Query(NamedTuple):
+    """A compiled search: tests on the item, words in its text, each with what it must say."""
+
+    tests: tuple[tuple[Test, bool], ...] = ()
+    words: tuple[tuple[str, bool], ...] = ()
+
+    def matches(self, item: Item, read: Callable[[], bytes]) -> bool:
+        """Try the cheap tests first; read the message only where the summary cannot tell."""
+        if not all(test(item) == wanted for test, wanted in self.tests):
+            return False
+        s, place = item.summary, item.summary["place"]
+        known = self.words and clean(f"{_FIELDS['addressed'](s)} {s['Subject']} {s['Snippet']}")
+        return all(
+            (word in known or (place != "snippet" and _holds(read, place, word))) == wanted
+            for word, wanted in self.words
+        )
+
+
+ALL = Query()
+
+
+def compile_query(text: str, zone: str = "") -> Query:
+    """Compile Mailpit's search words; any other word is looked for in the text.
+
+    Terms must all hold; a leading - or ! turns one round, double quotes keep one together.
+    `zone` names the time zone of before: and after:, the machine's where it is not known.
+    """
+    tests: list[tuple[Test, bool]] = []
+    words: list[tuple[str, bool]] = []
+    for term in _terms(text[:10000]):
+        wanted = len(term) == 1 or term[0] not in "-!"
+        term = term if wanted else term[1:]
+        test = _test(term, zone)
+        if test:
+            tests.append((test, wanted))
+        elif any(c.isalnum() for c in term):
+            words.append((clean(term), wanted))
+    return Query(tuple(tests), tuple(words))
+
+
+def _terms(text: str) -> list[str]:
+    """Split at spaces outside double quotes."""
+    parts = enumerate(text.replace("\0", "").split('"'))
+    joined = "".join(part if n % 2 else part.replace(" ", "\0") for n, part in parts)
+    return [term.strip() for term in joined.split("\0") if term.strip()]
+
+
+def _test(term: str, zone: str) -> Test | None:
+    """Compile one term, None where it is no search word or its value is none."""
+    name, _, value = term.lower().partition(":")
+    value = clean(value)
+    state, get = _STATES.get(f"{name}:{value.rstrip('s')}"), _FIELDS.get(name)
+    if state or not value:
+        return state
+    if get:
+        return lambda item: value in get(item.summary)
+    if name == "tag":
+        return lambda item: value in (tag.lower() for tag in item.tags)
+    if name in ("larger", "smaller"):
+        size = search_size(value)
+        sign = 1 if name == "larger" else -1
+        return (lambda item: sign * item.summary["Size"] > sign * size) if size else None
+    when = search_moment(value, zone) if name in ("before", "after") else ""
+    if when and name == "after":
+        return lambda item: item.summary["Created"][:19] >= when
+    return (lambda item: item.summary["Created"][:19] <= when) if when else None
+
+
+def search_size(value: str) -> int:
+    """Read a size such as 2kb or 1.5m, 0 where it is none."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?([km]?)b?", value)
+    return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
+
+
+def search_moment(value: str, zone: str = "") -> str:
+    """Read a date or time as UTC to the second, as received_at has it; "" where it is none."""
+    try:
+        if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
+            when = datetime.datetime.fromtimestamp(int(value[:10]), datetime.timezone.utc)
+        else:
+            when = datetime.datetime.fromisoformat(value.replace("/", "-").upper().replace("Z", "+00:00"))
+        if zone and not when.tzinfo:
+            when = when.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+        return when.astimezone(datetime.timezone.utc).isoformat()[:19]
+    except (ValueError, LookupError, OverflowError, OSError):
+        return search_moment(value) if zone else ""
+
+
+class _Entry:
+    """The state of one message, its summary packed."""
+
+    __slots__ = ("packed", "read", "sequence", "stem", "tags")
+
+    def __init__(self, stem: str, sequence: int) -> None:
+        self.stem, self.sequence, self.read, self.packed = stem, sequence, False, b""
+        self.tags: list[str] | None = None  # None: those of its X-Tags field
+
+    @property
+    def id(self) -> str:
+        return self.stem[11:27]
+
+
+class Listing(NamedTuple):
+    """Some messages of a list, newest first, with how many it has in all."""
+
+    items: list[Item]
+    total: int
+    unread: int
+
+
+class Inbox:
+    """The index of all messages: order, read flags, tags, waiting.
+
+    `first` is the first sequence number: where clients outlive a restart, one above all those
+    of the earlier run.
+    """
+
+    def __init__(self, spool: Spool, log: Log, first: int = 1) -> None:
+        self._spool, self._log = spool, log
+        self._changed = threading.Condition(threading.Lock())
+        self._entries: dict[str, _Entry] = {}  # oldest first
+        self._last, self._closed, self.deleted = first - 1, False, 0
+
+    def add(self, stem: str) -> int:
+        """Append a message unless it is there; give its sequence number."""
+        with self._changed:
+            entry = self._entries.get(stem[11:27])
+            if entry is None:
+                self._last += 1
+                entry = self._entries[stem[11:27]] = _Entry(stem, self._last)
+                self._changed.notify_all()
+            return entry.sequence
+
+    def stem(self, id: str) -> str:
+        """Give the name under which the spool has a message; KeyError when it is gone."""
+        with self._changed:
+            return self._entries[id].stem
+
+    def load(self, id: str) -> Message:
+        """Give the record of a message; KeyError or OSError when it is gone."""
+        return self._spool.load(self.stem(id))
+
+    def delete(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Forget messages, all for None; give the ids of those that were here."""
+        with self._changed:
+            chosen = [entry.id for entry in self._chosen(ids)]
+            gone = [id for id in chosen if self._entries.pop(id, None)]
+            self.deleted += len(gone)
+            return gone
+
+    def close(self) -> None:
+        """Send every waiter away empty-handed."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def last(self) -> int:
+        """The highest sequence number given; what arrives later has a higher one."""
+        with self._changed:
+            return self._last
+
+    def wait(self, query: Query, since: int | None = None, timeout: float = 5.0) -> Item | None:
+        """Block until a message matches; None after `timeout` seconds.
+
+        With `since`, the oldest match numbered above it: a client goes on from one match to
+        the next. Without, the newest match that is there, or else the next to come.
+        """
+        deadline = time.monotonic() + timeout
+        found, seen = self._look(query, since or 0, newest=since is None)
+        while not found and self._grown(seen, deadline):
+            found, seen = self._look(query, seen)
+        return found
+
+    def _grown(self, seen: int, deadline: float) -> bool:
+        """Sleep until there are messages numbered above `seen`, False at the deadline."""
+        with self._changed:
+            left = deadline - time.monotonic()
+            self._changed.wait_for(lambda: self._last > seen or self._closed, max(0.0, left))
+            return self._last > seen and not self._closed
+
+    def _look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
+        """Try the messages numbered above `since`; give the match with the last number tried."""
+        with self._changed:
+            last, fresh = self._last, self._after(since)
+        return next(self._matching(fresh if newest else fresh[::-1], query), None), last
+
+    def _after(self, since: int = 0) -> list[_Entry]:
+        """The entries numbered above `since`, newest first; the caller holds the lock."""
+        newest_first = reversed(self._entries.values())
+        return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
+
+    def _chosen(self, ids: Iterable[str] | None) -> list[_Entry]:
+        """The entries with these ids, all for None; the caller holds the lock."""
+        return [e for e in map(self._entries.get, self._entries if ids is None else ids) if e]
+
+    def _matching(self, entries: Iterable[_Entry], query: Query) -> Iterator[Item]:
+        for item in filter(None, map(self._item, entries)):
+            if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
+                yield item
+
+    def _item(self, entry: _Entry) -> Item | None:
+        """Show an entry, on first reading with a new summary; None when its message is gone."""
+        try:
+            if not entry.packed:
+                entry.packed = pack(summarise(self.load(entry.id), self.mail(entry.id)))
+        except (KeyError, FileNotFoundError, SpoolError):
+            self.delete([entry.id])
+            return None
+        except OSError as error:
+            self._log.warn("unreadable", id=entry.id, error=error)
+            return None
+        summary = unpack(entry.packed)
+        tags = summary["tags"] if entry.tags is None else entry.tags
+        return Item(entry.id, entry.sequence, entry.read, tags, summary)
+
+    def raw(self, id: str, limit: int = -1) -> bytes:
+        """Read a message's content; KeyError or OSError when it is gone."""
+        with self._spool.content(self.stem(id)) as content:
+            return content.read(limit)
+
+    def mail(self, id: str) -> Mail:
+        """Parse a message; KeyError or OSError when it is gone."""
+        return read_mail(self.raw(id))
+
+    def email(self, item: Item) -> Email:
+        """Give a message as users of the library see it."""
+        return Email(self.load(item.id), self.raw(item.id), item.sequence)
+
+    def get(self, id: str, query: Query = ALL) -> Item | None:
+        """Find a message by its id; `latest` is the newest that matches the query."""
+        if id == "latest":
+            return self._look(query, 0, newest=True)[0]
+        with self._changed:
+            entry = self._entries.get(id)
+        return self._item(entry) if entry else None
+
+    def search(self, query: Query = ALL, start: int = 0, limit: int = 50) -> Listing:
+        """List the messages that match, newest first; limit 0 is none."""
+        with self._changed:
+            entries = self._after()
+        page = slice(start, start + limit if limit else None)
+        if query == ALL:  # only the page itself needs summaries
+            items = list(self._matching(entries[page], ALL))
+            return Listing(items, len(entries), sum(not e.read for e in entries))
+        items = list(self._matching(entries, query))
+        return Listing(items[page], len(items), sum(not item.read for item in items))
+
+    def counts(self) -> tuple[int, int, dict[str, int]]:
+        """Give how many messages there are, how many unread, and how many with each known tag."""
+        with self._changed:
+            entries = self._after()
+        tags = collections.Counter(tag for entry in entries for tag in _tags(entry))
+        return len(entries), sum(not e.read for e in entries), dict(sorted(tags.items()))
+
+    def mark(self, ids: Iterable[str] | None, read: bool) -> None:
+        """Mark messages read or unread, all for None."""
+        with self._changed:
+            for entry in self._chosen(ids):
+                entry.read = read
+
+    def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
+        """Replace the tags of messages."""
+        wanted = clean_tags(tags)
+        with self._changed:
+            for entry in self._chosen(ids):
+                entry.tags = wanted
+
+    def rename_tag(self, old: str, new: str = "") -> None:
+        """Rename a tag on every message, or take it off where there is no new name."""
+        with self._changed:
+            for entry in self._chosen(None):
+                tags = _tags(entry)
+                if old in tags:
+                    entry.tags = clean_tags(new if tag == old else tag for tag in tags)
+
+
+def _tags(entry: _Entry) -> list[str]:
+    """The tags of an entry as far as known; most packed summaries end in no tags at all."""
+    if entry.tags is None and entry.packed and not entry.packed.endswith(b"[]]"):
+        return list(unpack(entry.packed)["tags"])
+    return entry.tags or []
+
+
+class Email:
+    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
+
+    def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
+        self.id, self.raw, self.sequence, self.mail = record.id, raw, sequence, read_mail(raw)
+        self.reverse_path = record.reverse_path
+        self.recipients = [r.address for r in record.recipients]
+        self.subject, self.text, self.html = self.mail.subject, self.mail.text, self.mail.html
+        self.from_ = self.mail.people("from")[0]["Address"]
+        self.to = [p["Address"] for p in self.mail.people("to")]
+        self.cc = [p["Address"] for p in self.mail.people("cc")]
+
+    @functools.cached_property
+    def links(self) -> list[str]:
+        """The links, those of the HTML first."""
+        return links(self.text, self.html)
+
+    @functools.cached_property
+    def codes(self) -> list[str]:
+        """The verification codes."""
+        return codes(self.text, self.html, self.subject)
+
+    @property
+    def attachments(self) -> list[Part]:
+        """What is no body, with filename, content_type and content."""
+        return [p for p in self.mail.parts if p.role != "body"]
+
+    @property
+    def headers(self) -> email.message.Message:
+        """The header fields, decoded: `headers["X-Id"]`, `headers.get_all("Received")`."""
+        decoded = email.message.Message()
+        for name, value in self.mail.headers:
+            decoded[name] = decode_words(value)
+        return decoded
+
+    def __repr__(self) -> str:
+        return f"<Email {self.subject!r} from {self.from_!r} to {self.recipients} id {self.id}>"
+
+    def __str__(self) -> str:
+        """What a failing test prints."""
+        files = ", ".join(f"{p.filename} ({p.content_type})" for p in self.attachments)
+        to, found = ", ".join(self.recipients), [*self.codes, *self.links[:20]]
+        head = f"From: {self.from_}\nTo: {to}\nSubject: {self.subject}\nFiles: {files}"
+        return "\n".join([head, *(f"Found: {f}" for f in found), "", self.text[:2000]])
+
+
+def summary_json(item: Item) -> dict[str, Any]:
+    """Mailpit's MessageSummary: one of a list."""
+    shown = {name: item.summary[name] for name in SUMMARY_FIELDS if name[0].isupper()}
+    return {**shown, "Read": item.read, "Tags": item.tags}
+
+
+def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
+    """Mailpit's MessagesSummary: the messages that match."""
+    page = inbox.search(query, start, limit)
+    total, unread, tags = inbox.counts()
+    return {
+        "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
+        "messages_unread": page.unread, "start": start, "tags": list(tags),
+        "messages": [summary_json(item) for item in page.items],
+    }
+
+
+_SUMS = ("MD5", "SHA1", "SHA256")
+
+
+def attachment_json(part: Part) -> dict[str, Any]:
+    """Mailpit's Attachment: size and checksums are those of the decoded content."""
+    content = part.content
+    sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in _SUMS}
+    return {
+        "PartID": part.number, "ContentType": part.content_type, "ContentID": part.content_id,
+        "FileName": part.filename or part.content_id or f"part-{part.number}",
+        "Size": len(content),
+        "Checksums": {name: digest.hexdigest() for name, digest in sums.items()},
+    }
+
+
+_LISTED = ("Read", "Created", "Attachments", "Snippet")  # in a list only
+
+
+def message_json(item: Item, mail: Mail) -> dict[str, Any]:
+    """Mailpit's Message: one whole. Mailpit marks it read when it is asked for."""
+    listed = header(mail.headers, "list-unsubscribe")
+    unsubscribe = {
+        "Header": listed, "Links": re.findall(r"<((?:https?|mailto):[^<>\s]+)>", listed),
+        "Errors": "", "HeaderPost": header(mail.headers, "list-unsubscribe-post"),
+    }
+    shown = {name: value for name, value in summary_json(item).items() if name not in _LISTED}
+    path = header(mail.headers, "return-path").strip("<> ") or shown["From"]["Address"]
+    return {
+        **shown, "Subject": mail.subject, "Date": mail.date or item.summary["Created"],
+        "ReturnPath": path, "ListUnsubscribe": unsubscribe, "Text": mail.text, "HTML": mail.html,
+        "Inline": [attachment_json(part) for part in mail.having("inline")],
+        "Attachments": [attachment_json(part) for part in mail.having("attachment")],
+    }
+
+
+def waited_json(item: Item, mail: Mail) -> dict[str, Any]:
+    """The Message that /api/v1/wait answers, with sequence number, links and codes."""
+    found = codes(mail.text, mail.html, mail.subject)
+    extra = {"Sequence": item.sequence, "Links": links(mail.text, mail.html), "Codes": found}
+    return {**message_json(item, mail), **extra}
+
+
+def headers_json(mail: Mail) -> dict[str, list[str]]:
+    """The header fields by name, sorted and spelt as Go does (Message-Id)."""
+    spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in mail.headers]
+    return _grouped(sorted(spelt, key=lambda pair: pair[0]))
+
+
+def _grouped(headers: Headers) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[str, Any]:
+    """Mailpit's AppInformation; `stats` are DatabaseSize and what is known of RuntimeStats."""
+    total, unread, tags = inbox.counts()
+    runtime = dict.fromkeys(
+        ("Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"), 0
+    )
+    size = stats.pop("DatabaseSize", 0)
+    return {
+        "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": size,
+        "Messages": total, "Unread": unread, "Tags": tags,
+        "RuntimeStats": {**runtime, "MessagesDeleted": inbox.deleted, **stats},
+    }
+
+
+def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
+    """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
+    page = inbox.search(query, start, limit)
+    items = [_mailhog_item(inbox.load(item.id), inbox.raw(item.id)) for item in page.items]
+    return {"total": page.total, "count": len(items), "start": start, "items": items}
+
+
+def _mailhog_item(record: Message, raw: bytes) -> dict[str, Any]:
+    mail, body = read_mail(raw), _headers(raw, 0, len(raw))[1]
+    parts = [_mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+    to = [r.address for r in record.recipients]
+    envelope = {"From": record.reverse_path, "To": to, "Helo": record.helo}
+    return {
+        "ID": record.id, "Created": record.received_at,
+        "Raw": {**envelope, "Data": decode_text(raw)},
+        "From": _mailhog_path(record.reverse_path), "To": [_mailhog_path(path) for path in to],
+        "Content": _mailhog_content(mail.headers, raw[body:]),
+        "MIME": {"Parts": parts} if parts else None,
+    }
+
+
+def _mailhog_path(address: str) -> dict[str, Any]:
+    mailbox, _, domain = address.rpartition("@")
+    return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
+
+
+def _mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
+    values = {"Headers": _grouped(headers), "Body": decode_text(body)}
+    return {**values, "Size": len(body), "MIME": None}
+
+
+class BadRequest(ValueError):
+    """A request that will not do; the text names the field and goes into {"Error": text}."""
+
+
+_T = TypeVar("_T")
+_MAILBOX = re.compile(r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}")
+_OWN_FIELDS = re.compile(
+    "(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received|x-envelope-.*"
+)
+
+
+def _take(body: Any, path: str, default: Any) -> Any:
+    """Take a field of default's type out of a JSON object, its name in any case as in Go."""
+    outer, _, name = path.rpartition(".")
+    if not isinstance(body, dict):
+        raise BadRequest(f"{outer or 'body'}: must be an object")
+    value = next((v for key, v in body.items() if key.lower() == name.lower()), None)
+    if not isinstance(value, (type(default), type(None))):
+        raise BadRequest(f"{path}: must be of type {type(default).__name__}")
+    return default if value is None else value
+
+
+def _mailbox(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not value.isascii() or not _MAILBOX.fullmatch(value):
+        raise BadRequest(f"{path}: invalid address {str(value)[:100]!r}")
+    return value
+
+
+def _person(value: Any, path: str) -> tuple[str, str]:
+    """Read a {"Name", "Email"} object."""
+    name = _take(value, f"{path}.Name", "").translate(_NO_BREAKS)[:200]
+    return name, _mailbox(_take(value, f"{path}.Email", ""), f"{path}.Email")
+
+
+def _each(body: Any, path: str, read: Callable[[Any, str], _T]) -> list[_T]:
+    return [read(v, f"{path}[{n}]") for n, v in enumerate(_take(body, path, []))]
+
+
+def release_to(body: Any) -> list[str]:
+    """Read the recipients of a release; raises BadRequest."""
+    to = _each(body, "To", _mailbox)
+    if not to:
+        raise BadRequest("To: no recipients")
+    return to
+
+
+def compose(body: Any) -> tuple[bytes, str, list[str]]:
+    """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest."""
+    sender = _person(_take(body, "From", {}), "From")
+    people = {name: _each(body, name, _person) for name in ("To", "Cc", "ReplyTo")}
+    named = [person[1] for person in (*people["To"], *people["Cc"])]
+    recipients = named + _each(body, "Bcc", _mailbox)
+    if not recipients:
+        raise BadRequest("To: no recipients")
+    try:
+        message = _composed(body, {"From": [sender], **people})
+        return message.as_bytes(), sender[1], list(dict.fromkeys(recipients))
+    except BadRequest:
+        raise
+    except EMAIL_RAISES as error:
+        raise BadRequest(f"body: {error}") from None
+
+
+def _composed(body: Any, people: dict[str, list[tuple[str, str]]]) -> email.message.EmailMessage:
+    message = email.message.EmailMessage(email.policy.SMTP)
+    message["Date"] = email.utils.formatdate()
+    message["Subject"] = _take(body, "Subject", "").translate(_NO_BREAKS)
+    for field_name, group in people.items():
+        if group:
+            value = ", ".join(map(email.utils.formataddr, group))
+            message["Reply-To" if field_name == "ReplyTo" else field_name] = value
+    if _take(body, "Tags", []):
+        message["X-Tags"] = ", ".join(clean_tags(map(str, _take(body, "Tags", []))))
+    for name, value in _take(body, "Headers", {}).items():
+        if _OWN_FIELDS.fullmatch(name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
+            raise BadRequest(f"Headers: cannot set {name[:76]!r}")
+        message[name] = str(value).translate(_NO_BREAKS)
+    if "message-id" not in message:
+        domain = people["From"][0][1].rpartition("@")[2]
+        message["Message-ID"] = email.utils.make_msgid(domain=domain)
+    _fill(message, body)
+    return message
+
+
+def _fill(message: email.message.EmailMessage, body: Any) -> None:
+    """Give a message its text, HTML and attachments."""
+    text, page = _take(body, "Text", ""), _take(body, "HTML", "")
+    if text or not page:
+        message.set_content(text)
+        if page:
+            message.add_alternative(page, subtype="html")
+    else:
+        message.set_content(page, subtype="html")
+    shown: Any = message.get_body(("html",)) or message
+    for n, value in enumerate(_take(body, "Attachments", [])):
+        path = f"Attachments[{n}]"
+        name, cid = (_take(value, f"{path}.{key}", "") for key in ("Filename", "ContentID"))
+        guess = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind, _, subtype = (_take(value, f"{path}.ContentType", "") or guess).partition("/")
+        add: Any = shown.add_related if cid and page else message.add_attachment
+        place = {"cid": f"<{cid}>", "disposition": "inline"} if cid else {}
+        content = _content(_take(value, f"{path}.Content", ""), f"{path}.Content")
+        add(content, kind, subtype, filename=safe_filename(name), **place)
+
+
+def _content(value: str, path: str) -> bytes:
+    """Decode base64, with or without the data: prefix that browsers put before it."""
+    try:
+        return base64.b64decode(value.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise BadRequest(f"{path}: not base64") from None
+
+
+# === 16 PAGE =================================================================
+#
+# The inbox and queue page: one HTML document that loads nothing from elsewhere.
+# It talks to the API of HTTP and nothing else; whatever a mail says goes in as text,
+# never as markup, and HTML mail is shown in a sandboxed frame. Its policy names the
+# hashes of its own script and style, so no other can run.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>smtprelay</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14v10H1z' fill='%232456c8'/%3E%3Cpath
+ d='M1.5 4 8 9l6.5-5' fill='none' stroke='white' stroke-width='1.3'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#ffffff, #17171a);
+  --wash: light-dark(#f8f7f5, #1d1d21);
+  --line: light-dark(#e6e4e0, #2f2f35);
+  --edge: light-dark(#918e88, #75747c);
+  --ink: light-dark(#1c1b1a, #eae9e7);
+  --soft: light-dark(#63605b, #a5a3a0);
+  --pick: light-dark(#e8eefb, #27324b);
+  --accent: light-dark(#2456c8, #93b4ff);
+  --good: light-dark(#1b7340, #74c99a);
+  --warn: light-dark(#8f5400, #e5b463);
+  --bad: light-dark(#b0241c, #ff9489);
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+}
+[data-theme=light] { color-scheme: light; }
+[data-theme=dark] { color-scheme: dark; }
+
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; }
+body {
+  display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
+  color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
+  font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif;
+}
+h1 { font-size: 20px; font-weight: 600; line-height: 1.3; letter-spacing: -.014em; }
+h1:focus { outline: none; }
+h2 { font-size: 13px; font-weight: 600; }
+ol, ul { list-style: none; }
+a { color: var(--accent); text-underline-offset: 2px; }
+time, .soft { color: var(--soft); }
+pre, code, .mono { font: 12.5px/1.55 var(--mono); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+button, input {
+  padding: 4px 10px; font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 6px;
+}
+input { border-color: var(--edge); }
+button { white-space: nowrap; cursor: pointer; }
+button:hover { border-color: var(--edge); }
+button[aria-pressed=true] { background: var(--pick); border-color: var(--accent); }
+button.main { color: var(--paper); background: var(--accent); border-color: transparent; }
+button.danger:hover { color: var(--bad); border-color: currentColor; }
+button.plain { padding: 4px 6px; color: var(--soft); background: none; border-color: transparent; }
+button.plain:hover { color: var(--ink); }
+
+/* The bar */
+header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
+  border-bottom: 1px solid var(--line); }
+header b { font-weight: 650; letter-spacing: -.015em; }
+nav { display: flex; gap: 16px; }
+nav a { padding: 4px 0; color: var(--soft); text-decoration: none; }
+nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
+nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
+nav span, #live { font-size: 12px; color: var(--soft); }
+[role=search] { flex: 1; }
+#search { display: block; width: 100%; max-width: 480px; margin: auto;
+  background: var(--wash); border-color: var(--line); }
+#search::placeholder { color: var(--soft); opacity: 1; }
+#live::before, .status::before { content: ""; display: inline-block; width: 7px; height: 7px;
+  margin-right: 6px; border-radius: 50%; background: currentColor; }
+#live::before { color: var(--warn); }
+#live.on::before { color: var(--good); }
+
+/* Two columns, the rail and the pane */
+main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0, 1fr); }
+#rail, #pane { display: flex; flex-direction: column; min-height: 0; }
+#rail, #strip { background: var(--wash); }
+#rail { border-right: 1px solid var(--line); }
+#pane { overflow: auto; }
+#strip { min-height: 115px; padding: 14px 16px 10px; border-bottom: 1px solid var(--line); }
+#strip svg { display: block; width: 100%; height: 52px; shape-rendering: crispEdges; }
+#strip .received { fill: var(--edge); }
+#strip .forwarded { fill: var(--good); }
+#strip .deferred { fill: var(--warn); }
+#strip .failed { fill: var(--bad); }
+#strip .hit { fill: transparent; }
+#strip g:hover .hit { fill: var(--pick); }
+#strip .axis { fill: var(--line); }
+.hours { display: grid; grid-template-columns: repeat(4, 1fr); }
+.hours, figcaption { font-size: 11.5px; color: var(--soft); }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
+figcaption .forwarded { color: var(--good); }
+figcaption .deferred { color: var(--warn); }
+figcaption .failed { color: var(--bad); }
+#tools { display: flex; align-items: center; padding: 4px 10px 4px 16px; font-size: 12px;
+  border-bottom: 1px solid var(--line); }
+#tools span { flex: 1; color: var(--soft); }
+#list { flex: 1; overflow-y: auto; outline-offset: -2px; }
+#rows { position: relative; }
+.row { position: absolute; left: 0; right: 0; height: 56px; padding: 8px 16px; contain: strict;
+  border-bottom: 1px solid var(--line); cursor: default; }
+.row div { display: flex; gap: 10px; align-items: baseline; white-space: nowrap; }
+.row .clip { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.row .clip bdi + bdi { margin-left: 6px; }
+.row :is(time, .status, .files) { font-size: 12px; }
+.row:hover { background: var(--paper); }
+.row.cursor { box-shadow: inset 3px 0 var(--edge); }
+.row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
+.row.unread b { font-weight: 620; }
+.row b { font-weight: inherit; }
+.row.unread time { color: var(--accent); }
+.row.fresh { animation: arrive 1.6s ease-out; }
+@keyframes arrive { from { background: var(--pick); } }
+.status, .files { color: var(--soft); white-space: nowrap; }
+.status:is(.retrying, .throttled) { color: var(--warn); }
+.status.failed { color: var(--bad); }
+.status:is(.forwarded, .ok) { color: var(--good); }
+
+/* A message */
+#head { padding: 18px 24px 12px; }
+#head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 16px; align-items: baseline;
+  margin-top: 8px; }
+dt { color: var(--soft); }
+.acts { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 14px; }
+.code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
+dd button { padding: 0 8px; }
+[role=tablist] { display: flex; flex: none; gap: 20px; padding: 0 24px; overflow-x: auto;
+  border-bottom: 1px solid var(--line); }
+[role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none; color: var(--soft);
+  outline-offset: -2px !important; }
+[role=tab]:is(:hover, [aria-selected=true]) { color: var(--ink); }
+[role=tab][aria-selected=true] { box-shadow: inset 0 -2px var(--accent); }
+#body { flex: 1; padding: 18px 24px; outline-offset: -2px; }
+#body h2 { margin: 26px 0 6px; }
+#body h2:first-child { margin-top: 0; }
+#body.html { display: flex; flex-direction: column; min-height: 360px; padding: 0; }
+.view { display: flex; gap: 6px; align-items: center; padding: 6px 24px; font-size: 12.5px; }
+.view .soft { margin-right: auto; white-space: nowrap; }
+.view button { padding: 3px 9px; }
+.frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line);
+  background: var(--wash); }
+iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
+  background: #fff; color-scheme: light; }
+.phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
+  box-shadow: 0 0 0 1px var(--line); }
+table { width: 100%; border-collapse: collapse; }
+th { font-size: 12px; font-weight: 500; color: var(--soft); text-align: left; }
+th, td { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { min-width: 9ch; overflow-wrap: anywhere; }
+th:first-child { width: 30%; }
+td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
+td.do button { margin-left: 6px; padding: 2px 9px; }
+.history li { display: grid; grid-template-columns: 9ch 12ch 1fr; gap: 12px; padding: 3px 0; }
+.box { padding: 9px 12px; background: var(--wash); border-radius: 6px; overflow-wrap: anywhere; }
+
+/* Overview, queue, accounts */
+.sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
+.sheet p { margin-top: 6px; }
+.sheet h2 { margin: 26px 0 2px; }
+.title { display: flex; gap: 8px; align-items: center; min-height: 32px; margin-bottom: 8px; }
+.title h1 { flex: 1; }
+.try { display: flex; gap: 8px; align-items: start; margin-top: 8px; }
+.try code { flex: 1; }
+.try span { display: inline-block; max-width: 100%; }
+.meter { height: 3px; max-width: 12ch; margin-top: 4px; background: var(--line); }
+.meter div { height: 3px; background: var(--accent); }
+.meter .full { background: var(--bad); }
+#side { padding: 14px 16px; overflow: auto; }
+#side li { padding: 8px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+#side li div { display: flex; justify-content: space-between; gap: 12px; }
+#side table { margin-bottom: 20px; }
+#side td { padding: 3px 0; border: 0; }
+#side :is(th, td) + :is(th, td) { padding-right: 0; text-align: right; }
+
+/* What is said, what is asked */
+#said { position: fixed; bottom: 20px; left: 50%; translate: -50%; max-width: 90vw;
+  padding: 8px 16px; color: var(--paper); background: var(--ink); border-radius: 8px;
+  overflow-wrap: anywhere; opacity: 0; transition: opacity .15s; pointer-events: none; }
+#said.shown { opacity: 1; }
+#heard { position: fixed; clip-path: inset(50%); pointer-events: none; }
+dialog { width: min(440px, 92vw); margin: auto; padding: 20px 24px; color: inherit;
+  background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+dialog::backdrop { background: #0005; }
+dialog h2 { font-size: 16px; }
+dialog p { margin-top: 6px; color: var(--soft); overflow-wrap: anywhere; }
+dialog label { display: block; margin-top: 12px; font-size: 12px; color: var(--soft); }
+dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
+dialog dl { gap: 6px 16px; margin: 12px 0; }
+kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line);
+  border-radius: 4px; }
+
+@media (min-width: 761px) { .back { display: none; } }
+@media (max-width: 760px) {
+  header { flex-wrap: wrap; gap: 4px 10px; padding: 6px 16px; }
+  header b { display: none; }
+  #live { margin-left: auto; font-size: 0; }
+  [role=search] { order: 1; flex-basis: 100%; }
+  #search { max-width: none; font-size: 16px; }
+  main { grid-template-columns: minmax(0, 1fr); }
+  #rail { border-right: 0; }
+  [data-view=inbox]:not([data-open], [data-empty]) #pane, [data-open] #rail { display: none; }
+  body:is([data-empty], [data-view=queue], [data-view=accounts]) {
+    & main { display: flex; flex-direction: column; overflow: auto; }
+    & #rail { display: contents; }
+    & #side { order: 1; overflow: visible; }
+    & #pane { flex: none; overflow: visible; }
+  }
+  #head, #body, .sheet, .view, [role=tablist] { padding-left: 16px; padding-right: 16px; }
+  [role=tablist] { gap: 16px; }
+  .back { margin: -8px 0 4px -6px; }
+  .acts { gap: 4px; }
+  .try { flex-wrap: wrap; }
+  .try code { flex-basis: 100%; }
+  .acts button { padding: 4px 7px; }
+  #pane thead { display: none; }
+  #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
+  #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
+  #pane td::before { content: attr(data-label); grid-row: span 3; color: var(--soft); }
+  #pane td.do { display: block; padding-top: 6px; }
+  .history li { grid-template-columns: 9ch 1fr; gap: 0 12px; }
+  .history li span + span { grid-column: 1 / -1; }
+}
+@media (prefers-reduced-motion: reduce) {
+  * { animation: none !important; transition: none !important; }
+}
+</style>
+</head>
+<body data-view="inbox">
+<header>
+  <b>smtprelay</b>
+  <nav aria-label="Views">
+    <a href="#/inbox">Inbox <span id="unread"></span></a>
+    <a href="#/queue">Queue <span id="owed"></span></a>
+    <a href="#/accounts">Accounts</a>
+  </nav>
+  <form role="search">
+    <input id="search" type="search" autocomplete="off" spellcheck="false"
+      aria-label="Search messages" placeholder="Search, or from: to: is:unread">
+  </form>
+  <span id="live" role="status"></span>
+  <button id="theme" class="plain" aria-label="Switch between dark and light">◐</button>
+  <button id="help" class="plain" aria-label="Keys and search words">?</button>
+</header>
+<main>
+  <section id="rail" aria-label="Traffic and messages">
+    <figure id="strip"></figure>
+    <div id="tools"></div>
+    <div id="list" role="listbox" tabindex="0" aria-label="Messages">
+      <div id="rows" role="presentation"></div>
+    </div>
+    <div id="side"></div>
+  </section>
+  <section id="pane" aria-label="Reading"></section>
+</main>
+<div id="said" role="status"></div>
+<div id="heard" role="status"></div>
+<noscript>This page needs JavaScript; the same mail is at /api/v1/messages.</noscript>
+<script>
+'use strict';
+/* Mail is hostile: what came from it enters the document as text, by h() alone, never as markup;
+   only http(s) links can be followed; HTML mail is shown by the server in a sandboxed frame. */
+
+const ROW = 56, PAGE = 50, LONG = 500000;
+const OWED = ['received', 'forwarding', 'retrying'];
+const $ = id => document.getElementById(id);
+const list = $('list'), rows = $('rows'), pane = $('pane');
+
+const state = {
+  view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
+  query: '', listed: '', total: 0, unread: 0, rows: new Map(), cursor: -1, fresh: new Set(),
+  queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
+};
+
+/* == Building == */
+
+/* Makes the element `tag.class`; children are nodes and text, and nothing else can come in. */
+function h(name, children, props = {}) {
+  const [tag, kind] = name.split('.');
+  const node = ['svg', 'g', 'rect'].includes(tag)
+    ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
+  if (kind) node.setAttribute('class', kind);
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
+    else if (value !== undefined && value !== false) node.setAttribute(key, value);
+  }
+  node.append(...flat(children));
+  return node;
+}
+const flat = children => [children].flat(9).filter(child => child || child === 0);
+
+/* Replaces what a node holds; the focus stays on the control of the same key. */
+function fill(node, children) {
+  const key = node.contains(document.activeElement) && document.activeElement.dataset.key;
+  node.replaceChildren(...flat(children));
+  if (key) node.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus();
+}
+const button = (name, work, kind = '', props) => h('button' + kind, name,
+  {type: 'button', 'data-key': name, onclick: () => attempt(work), ...props});
+const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy ' + text});
+const bdi = text => h('bdi', text);
+const soft = children => h('span.soft', children);
+const status = word => h('span', word, {class: 'status ' + word});
+const time = (at, text) => h('time', text, {datetime: at, title: dated(FULL, at)});
+const ticking = at => h('time', relative(at), {'data-at': at, title: dated(FULL, at)});
+const few = (all, draw, most = 500) => all.length <= most ? all.map(draw)
+  : [all.slice(0, most).map(draw), ` and ${count(all.length - most)} more`];
+const table = (heads, lines) => h('table', [
+  h('thead', h('tr', heads.map(head => h('th', head, {scope: 'col'})))),
+  h('tbody', few(lines, line => h('tr', line.map((inside, i) =>
+    h(heads[i] ? 'td' : 'td.do', h('div', inside), {'data-label': heads[i]})))))]);
+
+/* == Words and numbers == */
+
+const enc = encodeURIComponent;
+const count = n => Number(n || 0).toLocaleString('en');
+const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;
+const person = who => who?.Name || who?.Address || 'nobody';
+const address = who => typeof who === 'string' ? who : who.Address || who.address;
+const names = text => text.split(/[\s,;]+/).filter(Boolean);
+const short = text => text.length <= LONG ? text
+  : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
+const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
+  : `${(n / 1048576).toFixed(1)} MiB`;
+
+const CLOCK = new Intl.DateTimeFormat('en-GB', {timeStyle: 'short'});
+const SECONDS = new Intl.DateTimeFormat('en-GB', {timeStyle: 'medium'});
+const DAY = new Intl.DateTimeFormat('en-GB', {day: 'numeric', month: 'short'});
+const FULL = new Intl.DateTimeFormat('en-GB', {dateStyle: 'medium', timeStyle: 'long'});
+const dated = (format, at) => isNaN(Date.parse(at)) ? '' : format.format(new Date(at));
+const isToday = at => new Date(at).toDateString() === new Date().toDateString();
+const when = at => dated(isToday(at) ? CLOCK : DAY, at);
+
+function relative(at) {
+  const seconds = Math.round((Date.parse(at) - Date.now()) / 1000), size = Math.abs(seconds);
+  const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min']].find(([unit]) => size >= unit)
+    || [1, 's'];
+  const amount = `${Math.floor(size / unit)} ${name}`;
+  return size < 2 ? 'now' : seconds > 0 ? 'in ' + amount : seconds < 0 ? amount + ' ago' : '';
+}
+
+/* == Asking the server == */
+
+async function api(method, path, body) {
+  const {token} = state, headers = {'Content-Type': 'application/json'};
+  if (token) headers.Authorization = 'Bearer ' + token;
+  const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
+  if (answer.status === 401) {
+    if (token === state.token) await logIn();
+    return api(method, path, body);
+  }
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
+  return answer;
+}
+const get = async path => (await api('GET', path)).json();
+const mail = (id, part = '') => `/api/v1/message/${enc(id)}${part}`;
+
+function reason(text) {
+  try { return JSON.parse(text).Error; } catch { return text.slice(0, 300); }
+}
+
+/* All requests that met a 401 wait for this one form. The token is kept in memory alone. */
+let login = null;
+function logIn() {
+  const note = state.token ? 'That token was not accepted.' : 'This needs the API token.';
+  login ||= ask('Log in', note, 'Log in', [{name: 'token', label: 'Token', type: 'password',
+    required: ''}], '')
+    .then(form => { state.token = form?.token || ''; login = null; });
+  return login;
+}
+
+async function* chunks(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part; !(part = await reader.read()).done;) yield part.value;
+  } finally { reader.cancel().catch(() => 0); }
+}
+
+/* == Listening == */
+
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+
+async function attempt(work) {
+  try { await work(); } catch (error) { say(error.message); }
+}
+/* Does the work soon, never twice at once, and once more if it was asked for meanwhile. */
+function soon(ms, work) {
+  let asked = false, busy = false;
+  return async () => {
+    asked = true;
+    if (busy) return;
+    for (busy = true; asked;) {
+      await sleep(ms);
+      asked = false;
+      await attempt(work);
+    }
+    busy = false;
+  };
+}
+const reloadSoon = soon(60, reload);
+const updateSoon = soon(150, updateMessage);
+const queueSoon = soon(500, loadQueue);
+const statsSoon = soon(1000, loadStats);
+const everythingSoon = () => [reloadSoon, queueSoon, statsSoon].forEach(load => load());
+
+/* Reads server-sent events by hand, because EventSource cannot send a token. */
+async function listen() {
+  for (let pause = 500; ; pause = Math.min(pause * 2, 15000)) {
+    try {
+      const answer = await api('GET', '/api/v1/events');
+      pause = 500;
+      showLive('live', 'on');
+      everythingSoon();
+      let kept = '';
+      for await (const text of chunks(answer)) {
+        const events = (kept + text).replaceAll('\r', '').split('\n\n');
+        kept = events.pop();
+        events.forEach(hear);
+      }
+    } catch (error) {
+      if (!(error instanceof TypeError)) everythingSoon();  /* refused, so look every while */
+    }
+    showLive('reconnecting');
+    await sleep(pause);
+  }
+}
+function hear(event) {
+  const data = event.split('\n').filter(line => line.startsWith('data:'));
+  if (!data.length) return;
+  if (JSON.parse(data.map(line => line.slice(5)).join('\n')).id === state.id) updateSoon();
+  everythingSoon();
+}
+function showLive(word, kind = '') {
+  $('live').textContent = word;
+  $('live').className = kind;
+}
+
+/* == The bar == */
+
+function renderBar() {
+  const {view, id, unread, total, query} = state, owed = state.queue.total;
+  $('unread').textContent = unread ? count(unread) : '';
+  $('owed').textContent = owed ? count(owed) : '';
+  document.title = (unread ? `(${count(unread)}) ` : '') + 'smtprelay';
+  for (const link of document.querySelectorAll('nav a'))
+    link.setAttribute('aria-current', link.hash === '#/' + view ? 'page' : 'false');
+  document.body.dataset.view = view;
+  document.body.toggleAttribute('data-open', id !== '');
+  document.body.toggleAttribute('data-empty', view === 'inbox' && !total && !query);
+  $('tools').hidden = list.hidden = view !== 'inbox' || (!total && !query);
+  $('side').hidden = view === 'inbox';
+}
+
+/* == The strip: what came in stands on the line, what went out hangs from it == */
+
+const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
+const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
+const totals = hours => FLOWS.map(key => [key, sum(hours.map(hour => hour[key]))]);
+
+async function loadStats() {
+  state.stats = await get('/api/v1/stats');
+  renderStrip();
+  renderSide();
+}
+function renderStrip() {
+  const hours = state.stats.hours || [], caption = h('figcaption');
+  const show = (hours, label) => fill(caption, [label, totals(hours).map(([key, n]) =>
+    (n > 0 || key === 'received') && h('span.' + key, `${count(n)} ${key}`))]);
+  const marks = hours.filter((_, i) => i % 6 === 0).map(hour => h('span', dated(CLOCK, hour.at)));
+  show(hours);
+  fill($('strip'), [plot(hours, show), h('div.hours', marks, {'aria-hidden': 'true'}), caption]);
+}
+function plot(hours, show) {
+  const out = hour => sum(OUT.map(key => hour[key]));
+  const up = Math.max(1, ...hours.map(hour => hour.received || 0));
+  const scale = 49 / (up + Math.max(0, ...hours.map(out))), line = up * scale;
+  const box = (x, y, width, height, kind) => h('rect.' + kind, '', {x, y, width, height});
+  const column = (hour, i) => {
+    let x = i * 10, y = line + 2;
+    const tall = key => hour[key] ? Math.max(1, hour[key] * scale) : 0;
+    const hanging = OUT.map(key => box(x, (y += tall(key)) - tall(key), 6, tall(key), key));
+    return h('g', [box(x - 2, 0, 10, 52, 'hit'), hanging,
+      box(x, line - tall('received'), 6, tall('received'), 'received')],
+    {onpointerenter: () => show([hour], `${dated(CLOCK, hour.at)}:`),
+      onpointerleave: () => show(hours)});
+  };
+  const words = totals(hours).map(([key, n]) => `${n} ${key}`).join(', ');
+  return h('svg', [hours.map(column), box(0, line, 236, 1, 'axis')], {viewBox: '0 0 236 52',
+    preserveAspectRatio: 'none', role: 'img', 'aria-label': 'Last 24 hours: ' + words});
+}
+
+/* == The list: only what is in sight is fetched, and only that is in the document == */
+
+const rowAt = i => state.rows.get(i);
+const indexOf = id => [...state.rows.keys()].find(i => rowAt(i).ID === id) ?? -1;
+
+function inSight() {
+  const first = Math.floor(list.scrollTop / ROW) - 8;
+  const last = first + Math.ceil(list.clientHeight / ROW) + 16;
+  return [Math.max(0, first), Math.min(state.total, last)];
+}
+
+/* Fetches what is in sight anew, from the top for a new search. */
+async function reload() {
+  const {query} = state, same = query === state.listed;
+  const [first, last] = same ? inSight() : [0, 0], start = first - first % PAGE;
+  const path = query ? `/api/v1/search?query=${enc(query)}&` : '/api/v1/messages?';
+  const limit = PAGE * Math.max(1, Math.ceil((last - start) / PAGE));
+  const answer = await get(`${path}start=${start}&limit=${limit}`);
+  if (query !== state.query) return;
+  const {total} = state, before = new Set([...state.rows.values()].map(row => row.ID));
+  take(answer, start, same);
+  const grown = same ? state.total - total : 0;
+  if (!same) list.scrollTop = 0;  /* mail that came in above does not move what is being read */
+  else if (list.scrollTop > ROW && grown > 0) list.scrollTop += grown * ROW;
+  const fresh = answer.messages.slice(0, total && !start ? Math.max(0, grown) : 0);
+  announce(fresh.filter(row => !before.has(row.ID)));
+  renderBar();
+  renderTools();
+  renderList();
+  if (!total !== !state.total) renderPane();
+}
+function take({messages, messages_count: found, total, unread}, start, same) {
+  const {cursor, id, query} = state, under = id || rowAt(cursor)?.ID;
+  Object.assign(state, {listed: query, total: found ?? total, unread,
+    rows: new Map(messages.map((row, i) => [start + i, row]))});
+  const now = indexOf(under);
+  state.cursor = now >= 0 || !same ? now : Math.min(cursor, state.total - 1);
+  rows.style.height = ROW * state.total + 'px';
+}
+function announce(fresh) {
+  state.fresh = new Set(fresh.map(row => row.ID));
+  if (fresh.length) $('heard').textContent = fresh.length > 1 ? `${fresh.length} new messages`
+    : `New message from ${person(fresh[0].From)}: ${fresh[0].Subject}`;
+}
+function renderTools() {
+  const {query, total, unread} = state;
+  fill($('tools'), [
+    h('span', query ? `${count(total)} found` : plural(total, 'message'), {role: 'status'}),
+    !query && unread > 0 && button('Mark all read', () => mark([], true), '.plain'),
+    total > 0 && button(query ? 'Delete found' : 'Delete all', deleteAll, '.plain')]);
+}
+
+/* Keeps each row that is still right, so that a press survives a live update. */
+function renderList() {
+  const kept = new Map([...rows.children].map(node => [node.dataset.sign, node]));
+  const [first, last] = inSight(), wanted = [];
+  for (let i = first; i < last; i++) {
+    const row = rowAt(i), sign = row ? [i, row.ID, row.Read, row.Status, i === state.cursor,
+      row.ID === state.id, when(row.Created), state.info.Delivery].join() : '';
+    if (row) wanted.push(kept.get(sign) || drawRow(row, i, sign));
+  }
+  for (const node of kept.values()) if (!wanted.includes(node)) node.remove();
+  wanted.forEach((node, i) => {
+    if (rows.children[i] !== node) rows.insertBefore(node, rows.children[i]);
+  });
+  list.setAttribute('aria-activedescendant', 'row-' + state.cursor);
+}
+function drawRow(row, i, sign) {
+  const {cursor, fresh, info, id, total} = state;
+  const kind = ['row', !row.Read && 'unread', i === cursor && 'cursor',
+    fresh.has(row.ID) && 'fresh'].filter(Boolean).join(' ');
+  const to = [row.To, row.Cc, row.Bcc].flatMap(some => some || []);
+  /* How mail ordinarily ends here goes without saying. */
+  const ordinary = info.Delivery === 'hold' ? 'held' : 'forwarded';
+  const node = h('div', [
+    h('div', [h('span.clip', [h('bdi', h('b', person(row.From))),
+      h('bdi.soft', ['to ', to.length ? address(to[0]) : 'nobody',
+        to.length > 1 && ` +${to.length - 1}`])]), time(row.Created, when(row.Created))]),
+    h('div', [h('span.clip', [h('bdi', h('b', row.Subject || '(no subject)')),
+      h('bdi.soft', row.Snippet)]),
+    row.Attachments > 0 && h('span.files', plural(row.Attachments, 'file')),
+    row.Status && row.Status !== ordinary && status(row.Status)])],
+  {id: 'row-' + i, class: kind, role: 'option', 'data-sign': sign,
+    'aria-selected': String(row.ID === id), 'aria-posinset': i + 1, 'aria-setsize': total,
+    onclick: () => open(row.ID)});
+  node.style.top = i * ROW + 'px';
+  return node;
+}
+function scrolled() {
+  const [first, last] = inSight();
+  if ((first < last && !rowAt(first)) || (last && !rowAt(last - 1))) reloadSoon();
+  renderList();
+}
+function move(step) {
+  if (state.view !== 'inbox' || !state.total) return;
+  const i = state.cursor = Math.max(0, Math.min(state.total - 1, state.cursor + step));
+  list.scrollTop = Math.max((i + 1) * ROW - list.clientHeight, Math.min(list.scrollTop, i * ROW));
+  renderList();
+  if (state.id && rowAt(i)) open(rowAt(i).ID);
+}
+
+/* == Where we are: #/inbox, #/message/ID, #/queue, #/accounts == */
+
+function open(id) {
+  const hash = '#/message/' + enc(id);
+  if (!state.id) return void (location.hash = hash);
+  history.replaceState(null, '', hash);
+  route();
+}
+function close() {
+  location.hash = '#/inbox';
+  list.focus({preventScroll: true});
+}
+function route() {
+  const [, view, id] = location.hash.split('/');
+  state.view = ['queue', 'accounts'].includes(view) ? view : 'inbox';
+  state.id = view === 'message' && id ? decodeURIComponent(id) : '';
+  if (state.message?.ID !== state.id) state.message = null;
+  renderBar();
+  renderSide();
+  renderList();
+  if (state.id) attempt(openMessage);
+  else renderPane();
+  if (state.view === 'queue') attempt(loadQueue);
+  if (state.view === 'accounts') attempt(loadUsers);
+}
+function renderPane() {
+  if (state.view === 'queue') renderQueue();
+  else if (state.view === 'accounts') renderAccounts();
+  else if (!state.id) renderOverview();
+}
+
+/* == Nothing open == */
+
+const MODES = {
+  hold: () => 'Mail is held here. Nothing leaves this machine until you release it.',
+  relay: info => `Mail goes on to ${info.RelayHost || 'the smart host'}.`,
+  mx: () => 'Mail goes straight to its recipients’ servers.',
+};
+function firstLines() {
+  const host = location.hostname, port = state.info.SMTPPort || 2525;
+  return [`printf 'Subject: Hello\\r\\n\\r\\nIt works.\\r\\n' | curl smtp://${host}:${port}` +
+      ' --mail-from me@example.com --mail-rcpt you@example.com -T -',
+  `python3 -c "import smtplib; smtplib.SMTP('${host.replace(/[[\]]/g, '')}', ${port}).sendmail(` +
+      `'me@example.com', 'you@example.com', 'Subject: Hello\\n\\nIt works.')"`];
+}
+function renderOverview() {
+  const {info, total} = state, key = name => h('kbd', name);
+  fill(pane, h('div.sheet', [
+    h('div.title', h('h1', total ? 'Nothing open' : 'No mail yet')),
+    h('p.soft', MODES[info.Delivery]?.(info)),
+    total > 0 && h('p.soft', [key('j'), ' and ', key('k'), ' move, ', key('Enter'), ' opens, ',
+      key('?'), ' shows every key.']),
+    h('h2', total ? 'Send another' : 'Send the first one'),
+    firstLines().map(line => h('div.try', [
+      h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]));
+}
+
+/* == A message == */
+
+async function openMessage() {
+  const {id} = state, known = state.message;
+  let message = null;
+  try { message = await get(mail(id)); } catch (error) { say(error.message); }
+  if (id !== state.id || known !== state.message) return;
+  if (!message) return close();
+  Object.assign(state, {message, remote: false, cursor: indexOf(id)});
+  const row = rowAt(state.cursor);
+  if (row && !row.Read) { row.Read = true; state.unread -= 1; }
+  renderBar();
+  renderTools();
+  renderList();
+  renderMessage();
+  $('subject').focus({preventScroll: true});
+}
+
+/* Redraws what delivery changes; the mail itself is left as it stands. */
+async function updateMessage() {
+  const {id} = state, message = id && await get(mail(id));
+  if (!message || id !== state.message?.ID) return;
+  state.message = message;
+  renderHead();
+  if (state.tab === 'delivery') renderBody();
+}
+
+const files = m => [...m.Attachments || [], ...m.Inline || []];
+const links = m => [...(m.Codes || []).map(code => ['code', code]),
+  ...(m.Links || []).map(link => ['link', link])];
+const TABS = [  /* key, name, how many (0 hides it, true is not a number), what it shows */
+  ['html', 'HTML', m => Boolean(m.HTML), showHTML],
+  ['text', 'Text', () => true, m => h('pre', short(m.Text || '(no text)'))],
+  ['source', 'Source', () => true, showSource],
+  ['headers', 'Headers', () => true, showHeaders],
+  ['attachments', 'Attachments', m => files(m).length, showFiles],
+  ['links', 'Links', m => links(m).length, showLinks],
+  ['delivery', 'Delivery', m => Boolean(m.Delivery), m => showDelivery(m.Delivery)],
+];
+const tabs = () => TABS.filter(([, , many]) => many(state.message));
+const tabNow = () => tabs().find(([key]) => key === state.tab) || tabs()[0];
+
+function renderMessage() {
+  fill(pane, [h('div', '', {id: 'head'}), h('div', '', {role: 'tablist', 'aria-label': 'Parts'}),
+    h('div', '', {id: 'body', role: 'tabpanel', tabindex: 0})]);
+  pane.scrollTop = 0;
+  renderHead();
+  renderTabs();
+  renderBody();
+}
+function renderHead() {
+  const m = state.message, d = m.Delivery || {}, now = m.Status || d.status;
+  const mailbox = (who, i) => [i > 0 && ', ', h('bdi', who.Name
+    ? [who.Name, soft(` <${who.Address}>`)] : who.Address)];
+  const people = some => some?.length > 0 && few(some, mailbox, 12);
+  const lines = [['From', m.From && people([m.From])], ['To', people(m.To)], ['Cc', people(m.Cc)],
+    ['Bcc', people(m.Bcc)], ['Reply to', people(m.ReplyTo)],
+    ['Date', soft(`${dated(FULL, m.Date)} · ${octets(m.Size)}`)],
+    ['Status', now && [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
+      now !== 'forwarded' && d.last_error && soft(' · ' + d.last_error)]],
+    ['Code', m.Codes?.length > 0 &&
+      few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
+  fill($('head'), [button('← Inbox', close, '.plain', {class: 'plain back'}),
+    h('h1', bdi(m.Subject || '(no subject)'),
+      {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
+    h('dl', lines.map(([name, inside]) => inside && [h('dt', name), h('dd', inside)])),
+    h('div.acts', actions(m, now))]);
+}
+const actions = (m, now) => [
+  OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
+    : now === 'held' ? button('Release', () => release(m), '.main')
+      : button('Resend', () => release(m)),
+  button('Mark unread', () => mark([m.ID], false)),
+  button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
+  button('Delete', () => remove(m.ID), '.danger')];
+
+function renderTabs() {
+  const now = tabNow()[0];
+  fill(pane.querySelector('[role=tablist]'), tabs().map(([key, name, many]) => {
+    const n = many(state.message);
+    return button(n === true ? name : `${name} ${count(n)}`, () => pick(key), '', {role: 'tab',
+      id: 'tab-' + key, 'data-key': 'tab-' + key, 'aria-controls': 'body',
+      'aria-selected': String(key === now), tabindex: key === now ? 0 : -1, onkeydown: arrow});
+  }));
+}
+function pick(key) {
+  state.tab = key;
+  renderTabs();
+  renderBody();
+}
+function arrow({key}) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[key], all = tabs();
+  if (!step) return;
+  const [next] = all[(all.indexOf(tabNow()) + step + all.length) % all.length];
+  pick(next);
+  $('tab-' + next).focus();
+}
+async function renderBody() {
+  const {ID} = state.message, [key, , , show] = tabNow();
+  let shown = '';
+  try { shown = await show(state.message); } catch (error) { shown = soft(error.message); }
+  if (ID !== state.message?.ID || tabNow()[0] !== key) return;
+  $('body').className = key;
+  $('body').setAttribute('aria-labelledby', 'tab-' + key);
+  fill($('body'), shown);
+}
+
+function showHTML(m) {
+  const {phone, remote} = state, query = new URLSearchParams();
+  const change = what => () => { Object.assign(state, what); return renderBody(); };
+  if (m.ViewKey) query.set('key', m.ViewKey);
+  if (remote) query.set('remote', '1');
+  return [h('div.view', [
+    soft(remote ? 'Remote content on' : 'Remote content off'),
+    !remote && button('Load it', change({remote: true})),
+    button('Desktop', change({phone: false}), '', {'aria-pressed': String(!phone)}),
+    button('Phone', change({phone: true}), '', {'aria-pressed': String(phone)})]),
+  h(phone ? 'div.frame phone' : 'div.frame', h('iframe', '', {sandbox: '', title: 'HTML mail',
+    referrerpolicy: 'no-referrer', src: `/view/${enc(m.ID)}.html?${query}`}))];
+}
+async function showSource(m) {
+  let source = '';
+  for await (const text of chunks(await api('GET', mail(m.ID, '/raw'))))
+    if ((source += text).length > LONG) break;
+  return h('pre', short(source));
+}
+async function showHeaders(m) {
+  const headers = Object.entries(await get(mail(m.ID, '/headers')));
+  return table(['Name', 'Value'], headers.flatMap(([name, values]) =>
+    [values].flat().map(value => [soft(bdi(name)), bdi(value)])));
+}
+function showFiles(m) {
+  return table(['Name', 'Type', 'Size', ''], files(m).map(file => {
+    const name = file.FileName || 'part-' + file.PartID;
+    const path = mail(m.ID, '/part/' + enc(file.PartID));
+    return [bdi(name), soft([file.ContentType, file.ContentID && ', inline']),
+      soft(octets(file.Size)), button('Download', () => download(path, name))];
+  }));
+}
+function showLinks(m) {
+  const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
+  return table(['Kind', 'Text', ''], links(m).map(([kind, text]) =>
+    [soft(kind), /^https?:/i.test(text) ? follow(text) : bdi(text), copier(text)]));
+}
+function showDelivery(d) {
+  const transcript = flat(d.transcript).join('\n');
+  return [h('h2', 'Recipients'),
+    table(['Address', 'Status', 'Reply', 'Host'], (d.recipients || []).map(who =>
+      [bdi(who.address), status(who.status), who.reply || soft('not asked yet'), soft(who.host)])),
+    h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
+    h('ol.history', few(d.history || [], step => h('li', [
+      time(step.at, dated(SECONDS, step.at)), status(step.status), h('span', step.detail)]))),
+    transcript && [h('h2', 'Transcript'), h('pre.box', short(transcript), {tabindex: 0})]];
+}
+
+/* == What can be done to messages == */
+
+async function release(m) {
+  const verb = m.Status === 'held' ? 'Release' : 'Resend';
+  const known = m.Delivery?.recipients || [m.To, m.Cc, m.Bcc].flatMap(some => some || []);
+  const form = await ask(`${verb} this message`, 'To these addresses, separated by commas.', verb,
+    [{name: 'to', label: 'To', value: known.map(address).join(', '), required: ''}]);
+  if (!form) return;
+  await api('POST', mail(m.ID, '/release'), {To: names(form.to)});
+  say(`On its way to ${form.to}.`);
+  updateSoon();
+  reloadSoon();
+}
+async function retry(id) {
+  await api('POST', `/api/v1/queue/${enc(id)}/retry`);
+  say('Trying now.');
+  queueSoon();
+}
+async function remove(id) {
+  const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
+  if (OWED.includes(rowAt(i)?.Status || state.message?.Status)
+    && !await ask('Delete it?', 'It is still owed, and will not be delivered.', 'Delete')) return;
+  await api('DELETE', '/api/v1/messages', {IDs: [id]});
+  say('Deleted.');
+  if (state.id) i >= 0 && next ? open(next.ID) : close();
+  await reload();
+}
+async function deleteAll() {
+  const {query, total} = state, what = plural(total, 'message');
+  const note = query ? `All that match ${query}` : 'The whole inbox.';
+  if (!await ask(`Delete ${what}?`, note, 'Delete')) return;
+  if (query) await api('DELETE', '/api/v1/search?query=' + enc(query));
+  else await api('DELETE', '/api/v1/messages', {IDs: []});
+  say(`Deleted ${what}.`);
+  if (state.id) close();
+  await reload();
+}
+async function mark(IDs, Read) {
+  await api('PUT', '/api/v1/messages', {IDs, Read});
+  if (state.id && !Read) close();
+  await reload();
+}
+async function download(path, name) {
+  const url = URL.createObjectURL(await (await api('GET', path)).blob());
+  h('a', '', {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {  /* off loopback without TLS */
+    const area = h('textarea', text);
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+  }
+  say('Copied.');
+}
+
+/* == The queue and the next hops == */
+
+async function loadQueue() {
+  state.queue = await get(`/api/v1/queue?limit=${state.view === 'queue' ? 200 : 1}`);
+  state.queue.total ??= state.queue.messages.length;
+  renderBar();
+  renderSide();
+  if (state.view === 'queue') renderQueue();
+}
+function renderQueue() {
+  const {messages, total = 0} = state.queue;
+  const line = m => [
+    [h('a', bdi(m.recipients.slice(0, 2).map(address).join(', ')),
+      {href: '#/message/' + enc(m.id), 'data-key': m.id}),
+      m.recipients.length > 2 && ` +${m.recipients.length - 2}`,
+      h('div.soft', ['from ', bdi(m.reverse_path || 'the null sender')])],
+    [status(m.status), h('div', m.last_error)], m.attempts,
+    m.next_attempt_at && ticking(m.next_attempt_at),
+    [button('Retry', () => retry(m.id), '', {'data-key': 'retry ' + m.id}),
+      button('Remove', () => drop(m.id), '.danger', {'data-key': 'remove ' + m.id})]];
+  fill(pane, h('div.sheet', [
+    h('div.title', [h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
+      total > 0 && button('Retry all', () => retry('all'))]),
+    total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
+    total > messages.length && h('p.soft', `The first ${messages.length} are shown.`)]));
+}
+async function drop(id) {
+  if (!await ask('Remove it from the queue?', 'It will not be delivered.', 'Remove')) return;
+  await api('DELETE', '/api/v1/queue/' + enc(id));
+  everythingSoon();
+}
+function renderSide() {
+  const {view, queue, stats} = state, hops = queue.next_hops || [];
+  const figures = (head, items, name) => items?.length > 0 && table([head, 'In', 'Out', 'Failed'],
+    items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
+  const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
+    h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
+      it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
+  if (view === 'queue') fill($('side'), [h('h2', 'Next hops'),
+    hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
+  if (view === 'accounts') fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
+    figures('Account', stats.accounts, account => bdi(account.name))]);
+}
+
+/* == Accounts == */
+
+async function loadUsers() {
+  try {
+    Object.assign(state, {users: (await get('/api/v1/users')).users, refusal: ''});
+  } catch (error) { Object.assign(state, {users: [], refusal: error.message}); }
+  renderPane();
+}
+function renderAccounts() {
+  const {users, refusal} = state;
+  const line = user => [bdi(user.name), user.allowed_domains?.join(', ') || soft('any domain'),
+    quota(user), user.quota_per_minute || soft('no limit'),
+    [button('Change', () => editUser(user), '', {'data-key': 'change ' + user.name}),
+      button('Remove', () => removeUser(user.name), '.danger',
+        {'data-key': 'remove ' + user.name})]];
+  fill(pane, h('div.sheet', [
+    h('div.title', [h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())]),
+    users.length ? table(['Name', 'Sends as', 'Today', 'A minute', ''], users.map(line))
+      : h('p.soft', refusal || 'None: nobody has to log in.')]));
+}
+function quota({used_today: used, quota_daily: most}) {
+  if (!most) return count(used);
+  const level = h(used >= most ? 'div.full' : 'div');
+  level.style.width = Math.min(100, 100 * used / most) + '%';
+  return [`${count(used)}\u00a0of\u00a0${count(most)}`, h('div.meter', level)];
+}
+async function editUser(user) {
+  const number = (name, label, value = 0) => ({name, label, value, type: 'number', min: 0});
+  const form = await ask(user ? `Change ${user.name}` : 'Add an account', '', 'Save', flat([
+    !user && {name: 'name', label: 'Name', required: ''},
+    {name: 'password', type: 'password', autocomplete: 'new-password',
+      label: `Password (empty ${user ? 'keeps the old one' : 'makes one'})`},
+    {name: 'domains', label: 'Domains it may send as (empty: any)',
+      value: user?.allowed_domains?.join(', ')},
+    number('daily', 'Messages a day (0: no limit)', user?.quota_daily),
+    number('minute', 'Messages a minute (0: no limit)', user?.quota_per_minute)]));
+  if (!form) return;
+  const body = {name: user?.name || form.name, password: form.password || undefined,
+    allowed_domains: names(form.domains), quota_daily: Number(form.daily),
+    quota_per_minute: Number(form.minute)};
+  const answer = user ? await api('PUT', '/api/v1/users/' + enc(user.name), body)
+    : await api('POST', '/api/v1/users', body);
+  await loadUsers();
+  if (!user) await showSecrets(await answer.json());
+}
+async function showSecrets({name, password, api_key}) {
+  const secret = (label, value) => value ? [{name: label, label, value, readonly: ''}] : [];
+  const fields = [...secret('Password', password), ...secret('API key', api_key)];
+  const note = 'Shown this once: keep it somewhere safe.';
+  if (fields.length) await ask(`Account ${name}`, note, 'Done', fields, '');
+}
+async function removeUser(name) {
+  if (!await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')) return;
+  await api('DELETE', '/api/v1/users/' + enc(name));
+  await loadUsers();
+}
+
+/* == Saying and asking == */
+
+let silence = 0;
+function say(text) {
+  clearTimeout(silence);
+  $('said').textContent = text;
+  $('said').classList.add('shown');
+  silence = setTimeout(() => $('said').classList.remove('shown'), 4000);
+}
+
+/* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
+function ask(title, note, verb, fields = [], cancel = 'Cancel') {
+  let values = null;
+  const dialog = h('dialog', h('form', [h('h2', title, {id: 'asked'}), h('p', note),
+    fields.map(({label, ...props}) =>
+      h('label', [label, h('input', '', {autocomplete: 'off', ...props})])),
+    h('div.acts', [h('button.main', verb),
+      cancel && button(cancel, () => dialog.close())])]), {'aria-labelledby': 'asked'});
+  dialog.onsubmit = event => {
+    event.preventDefault();
+    values = Object.fromEntries(new FormData(event.target));
+    dialog.close();
+  };
+  document.body.append(dialog);
+  dialog.showModal();
+  return new Promise(done => {
+    dialog.onclose = () => { dialog.remove(); done(values); };
+  });
+}
+
+/* == Keys == */
+
+const chosen = () => state.id || rowAt(state.cursor)?.ID;
+const KEYS = {
+  'j': ['next message', () => move(1)],
+  'k': ['message before', () => move(-1)],
+  'Enter': ['open it', () => chosen() && open(chosen())],
+  'r': ['release, resend or retry now', () => pane.querySelector('.acts button')?.click()],
+  'u': ['mark unread', () => chosen() && mark([chosen()], false)],
+  '#': ['delete', () => chosen() && remove(chosen())],
+  '/': ['search', () => $('search').select()],
+  'Esc': ['back to the list', () => state.id && close()],
+  '?': ['show this', help],
+};
+const SAME = {ArrowDown: 'j', ArrowUp: 'k', Escape: 'Esc'};
+const WORDS = 'from: to: cc: bcc: addressed: subject: message-id: tag: is:read is:unread ' +
+  'has:attachment before: after: larger: smaller:';
+
+function help() {
+  const keys = Object.entries(KEYS).map(([key, [does]]) =>
+    [h('dt', h('kbd', key)), h('dd', does)]);
+  return ask('Keys', [h('dl', keys), 'The search knows ', h('span.mono', WORDS),
+    ' and "quoted words"; a leading minus turns one around.'], 'Close', [], '');
+}
+function press(event) {
+  const {key, target} = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog')) return;
+  if (target.matches('input')) return void (key === 'Escape' && target.blur());
+  if (key.startsWith('Arrow') && target !== list && target !== document.body) return;
+  const work = KEYS[SAME[key] || key]?.[1];
+  if (!work || (key === 'Enter' && target.matches('button, a'))) return;
+  event.preventDefault();
+  attempt(work);
+}
+
+/* == Beginning == */
+
+let typing = 0;
+function search() {
+  clearTimeout(typing);
+  const query = $('search').value.trim();
+  if (query === state.query) return;
+  state.query = query;
+  if (state.view !== 'inbox' || state.id) location.hash = '#/inbox';
+  attempt(reload);
+}
+function switchTheme() {
+  const root = document.documentElement.dataset;
+  const {matches} = matchMedia('(prefers-color-scheme: dark)');
+  root.theme = (root.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark';
+}
+async function begin() {
+  attempt(loadStats);
+  state.info = await get('/api/v1/info');
+  renderList();
+  renderPane();
+}
+$('search').oninput = () => { clearTimeout(typing); typing = setTimeout(search, 150); };
+document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
+$('help').onclick = help;
+$('theme').onclick = switchTheme;
+list.onscroll = () => requestAnimationFrame(scrolled);
+addEventListener('resize', scrolled);
+addEventListener('keydown', press);
+addEventListener('hashchange', route);
+setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
+  node.textContent = relative(node.dataset.at);
+}), 1000);
+setInterval(statsSoon, 60000);
+route();
+renderStrip();
+attempt(begin);
+listen();
+</script>
+</body>
+</html>
+"""
+
+
+def inline_hash(tag: str) -> str:
+    """Return the CSP source of the page's only <tag>."""
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src {inline_hash('style')}; "
+            "img-src 'self' data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+# === 17 HTTP =================================================================
+#
+# The web side over http.server: health and metrics, the mail API, the page. A
+# route is a method, a path with {names}, who may call it, and a function from
+# Request to Answer; ROUTES is all there is. `refusal` is the one place where a
+# request is turned away: DNS rebinding by the Host header, other sites' pages by
+# Origin and Sec-Fetch-Site, strangers by the token. Requests run on threads of
+# their own, each under a deadline, and call the relay through Backstage only.
+
+HTTP_TIME = 30.0  # for the whole of a request, and for its answer
+HTTP_CONNECTIONS = 200
+HTTP_BODY = 32 * MIB
+EVENT_STREAMS = 32
+EVENTS_WAITING = 1000
+HEARTBEAT = 15.0
+CALM = "default-src 'none'; frame-ancestors 'none'"
+MAIL_CSP = ("sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; "
+            "img-src data: {0}; media-src {0}; form-action 'none'; base-uri 'none'")
+
+
+class HttpError(Exception):
+    """A request that gets an error: its status, and the words for {"Error": ...}."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass
+class Answer:
+    """An HTTP answer: a body, or a stream of blocks that ends with the connection."""
+
+    body: bytes = b""
     kind: str = "text/plain; charset=utf-8"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: Iterator[bytes] | None = None
 
 
-def json_answer(status: int, value: object) -> Answer:
-    return Answer(status, json.dumps(value, indent=1, default=str).encode() + b"\n", "application/json")
+def json_answer(value: object, status: int = 200) -> Answer:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return Answer(text.encode("utf-8", "replace"), "application/json", status)
 
 
-class Request(NamedTuple):
+@dataclass
+class Request:
     """What a route needs to know of a request."""
 
-    backstage: Backstage
+    relay: Backstage
+    method: str
+    path: str
     query: dict[str, str]
-    accept: str
+    headers: Any  # http.server's, whose names fit in any case
+    is_local: bool  # the peer is on this machine
+    body: bytes = b""
+    names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
+    account: Account | None = None
 
+    @property
+    def json(self) -> Any:
+        """The body as JSON; an empty one is an empty object."""
+        try:
+            return json.loads(self.body or b"{}")
+        except (ValueError, RecursionError) as e:
+            raise HttpError(400, f"body: expected JSON: {e}") from None
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number of the query; HttpError names one that is none."""
+        text = self.query.get(name) or str(default)
+        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
+            raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
+        return float(text)
+
+    @property
+    def token(self) -> str:
+        """The Bearer token of the request, or what was given as the password of Basic."""
+        scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
+        return rest.strip() if scheme.lower() == "bearer" else ""
+
+
+# -- who may call --
+
+class Access(enum.Enum):
+    """Who may call a route."""
+
+    OPEN = "anybody"
+    ADMIN = "who has SMTP_API_TOKEN, or is on this machine where none is set"
+    ACCOUNT = "who has an account's api_key"
+
+
+def host_name(value: str) -> str:
+    """Return the host of a Host header or an origin, without its port."""
+    return (urllib.parse.urlsplit("//" + value.rpartition("//")[2]).hostname or "").rstrip(".")
+
+
+def refusal(request: Request, access: Access) -> str:
+    """Return why a request is turned away with 403; "" when it is not."""
+    if access is Access.OPEN:
+        return ""
+    host, own = request.headers.get("Host", ""), request.relay.settings.hostname.lower()
+    try:
+        named = host_name(host)
+        origin = request.headers.get("Origin")
+        foreign = origin is not None and origin.partition("://")[2] != host
+    except ValueError:
+        return "the Host or Origin header does not parse"
+    if not is_loopback(named) and named != own and not is_admin(request, strictly=True):
+        return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        return "requests from other sites are not taken"
+    if foreign and request.method not in ("GET", "HEAD"):
+        return "changes from other origins are not taken"
+    return ""
+
+
+def is_admin(request: Request, strictly: bool = False) -> bool:
+    """Tell whether a request carries the token; without one set, being on this machine will do."""
+    token = request.relay.settings.api_token
+    if not token:
+        return request.is_local and not strictly
+    return hmac.compare_digest(token.encode(), request.token.encode("utf-8", "replace"))
+
+
+def admit(request: Request, access: Access) -> None:
+    """Let a request through, or raise the HttpError that it gets."""
+    reason = refusal(request, access)
+    if reason:
+        raise HttpError(403, reason)
+    if access is Access.ADMIN and not is_admin(request):
+        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+    if access is Access.ACCOUNT:
+        request.account = request.relay.account_of(request.token)
+        if request.account is None:
+            raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
+
+
+# -- health and metrics --
 
 def health(request: Request) -> Answer:
     """200 when everything works, else 503 and why."""
-    parts = request.backstage.health()
+    parts = request.relay.health()
     status = 200 if all(v == "ok" for v in parts.values()) else 503
-    if "verbose" in request.query or "application/json" in request.accept:
-        return json_answer(status, {"status": "ok" if status == 200 else "unavailable", **parts})
+    if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
+        return json_answer({"status": "ok" if status == 200 else "unavailable", **parts}, status)
     wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
-    return Answer(status, (wrong or "OK").encode() + b"\n")
+    return Answer((wrong or "OK").encode() + b"\n", status=status)
 
 
 def alive(request: Request) -> Answer:
-    return Answer(200, b"OK\n")
+    return Answer(b"OK\n")
 
 
 def metrics(request: Request) -> Answer:
     """Counters: expvar JSON, or Prometheus text for who asks for it."""
-    shown = request.backstage.measured()
-    wants = request.query.get("format") or ("prometheus" if re.search("text/plain|openmetrics", request.accept) else "")
-    if wants == "prometheus":
-        return Answer(200, prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    return json_answer(200, expvar(shown))
+    shown = request.relay.measured()
+    accept = request.headers.get("Accept", "")
+    asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
+    if request.query.get("format", asked) == "prometheus":
+        return Answer(prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return json_answer(expvar(shown))
 
 
-ROUTES: dict[tuple[str, str], Callable[[Request], Answer]] = {
-    ("GET", "/healthz"): health,
-    ("GET", "/health"): health,
-    ("GET", "/readyz"): health,
-    ("GET", "/livez"): alive,
-    ("GET", "/metrics"): metrics,
-    ("GET", "/debug/vars"): metrics,
-}
+# -- mail: Mailpit's API v1, and MailHog's v2 --
+
+def found(request: Request) -> Item:
+    """Return the message that the path names; `latest` may come with a query."""
+    item = request.relay.inbox.get(request.names["id"], searched(request))
+    if item is None:
+        raise HttpError(404, "message not found")
+    return item
+
+
+def searched(request: Request) -> Query:
+    return compile_query(request.query.get("query", ""), request.query.get("tz", ""))
+
+
+def ids_of(request: Request) -> list[str] | None:
+    """Return the IDs of a request's body; None stands for every message."""
+    body = request.json
+    ids = body.get("IDs") if isinstance(body, dict) else None
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
+        raise HttpError(400, "IDs: expected a list of ids")
+    return ids or None
+
+
+def list_messages(request: Request) -> Answer:
+    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
+    shown = messages_json(request.relay.inbox, searched(request), start, limit)
+    for message in shown["messages"]:
+        message["Status"] = request.relay.status_of(message["ID"])
+    return json_answer(shown)
+
+
+def mark_messages(request: Request) -> Answer:
+    request.relay.inbox.mark(ids_of(request), bool(request.json.get("Read", False)))
+    return Answer(b"ok")
+
+
+def delete_messages(request: Request) -> Answer:
+    request.relay.delete(ids_of(request))
+    return Answer(b"ok")
+
+
+def delete_found(request: Request) -> Answer:
+    """Delete what matches a search."""
+    page = request.relay.inbox.search(searched(request), 0, 0)
+    request.relay.delete([item.id for item in page.items])
+    return Answer(b"ok")
+
+
+def show_message(request: Request) -> Answer:
+    """Show one message, which marks it read."""
+    item = found(request)
+    request.relay.inbox.mark([item.id], True)
+    mail = request.relay.inbox.mail(item.id)
+    return json_answer({**waited_json(item, mail), "Delivery": request.relay.delivery_of(item.id)})
+
+
+def show_headers(request: Request) -> Answer:
+    return json_answer(headers_json(request.relay.inbox.mail(found(request).id)))
+
+
+def show_raw(request: Request) -> Answer:
+    return Answer(request.relay.inbox.raw(found(request).id))
+
+
+def show_part(request: Request) -> Answer:
+    """Show a part of a message; what could run in a browser is a download."""
+    parts = request.relay.inbox.mail(found(request).id).parts
+    part = next((p for p in parts if p.number == request.names["part"]), None)
+    if part is None:
+        raise HttpError(404, "part not found")
+    headers = part_headers(part)
+    return Answer(part.content, headers.pop("Content-Type"), headers=headers)
+
+
+def show_html(request: Request) -> Answer:
+    """Show the HTML body in a sandbox that loads nothing from outside unless ?remote=1."""
+    item = found(request)
+    page = view_html(request.relay.inbox.mail(item.id), item.id)
+    remote = "http: https:" if request.query.get("remote") == "1" else "'self'"
+    policy = MAIL_CSP.format(remote) + "; frame-ancestors 'self'"
+    return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                  headers={"Content-Security-Policy": policy, "X-Frame-Options": "SAMEORIGIN"})
+
+
+def show_text(request: Request) -> Answer:
+    return Answer(request.relay.inbox.mail(found(request).id).text.encode("utf-8", "replace"))
+
+
+def release_message(request: Request) -> Answer:
+    to = request.json.get("To") if isinstance(request.json, dict) else None
+    request.relay.release(found(request).id, release_to(request.json) if to else [])
+    return Answer(b"ok")
+
+
+def send_message(request: Request) -> Answer:
+    """Take a message as JSON, as if it had come by SMTP."""
+    content, sender, recipients = compose(request.json)
+    return json_answer({"ID": request.relay.submit(content, sender, recipients)})
+
+
+def show_tags(request: Request) -> Answer:
+    return json_answer(list(request.relay.inbox.counts()[2]))
+
+
+def set_tags(request: Request) -> Answer:
+    tags = request.json.get("Tags")
+    if not (isinstance(tags, list) and all(isinstance(t, str) for t in tags)):
+        raise HttpError(400, "Tags: expected a list of tags")
+    request.relay.inbox.tag(ids_of(request) or [], tags)
+    return Answer(b"ok")
+
+
+def rename_tag(request: Request) -> Answer:
+    request.relay.inbox.rename_tag(request.names["tag"], str(request.json.get("Name", "")))
+    return Answer(b"ok")
+
+
+def remove_tag(request: Request) -> Answer:
+    request.relay.inbox.rename_tag(request.names["tag"])
+    return Answer(b"ok")
+
+
+def show_info(request: Request) -> Answer:
+    return json_answer(request.relay.info())
+
+
+def show_webui(request: Request) -> Answer:
+    """Mailpit's configuration of its page: what clients look for is whether release works."""
+    relay = {"Enabled": request.relay.can_release, "SMTPServer": request.relay.smart_host,
+             "ReturnPath": "", "AllowedRecipients": "", "BlockedRecipients": "", "OverrideFrom": ""}
+    return json_answer({"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
+                        "ChaosEnabled": True, "DuplicatesIgnored": False})
+
+
+def mailhog_messages(request: Request) -> Answer:
+    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
+    return json_answer(mailhog_json(request.relay.inbox, searched(request), start, limit))
+
+
+# -- waiting, events, queue, accounts: ours --
+
+def wait_for_message(request: Request) -> Answer:
+    """Block until a message matches; 408 when none came in time."""
+    since = int(request.number("since", 0)) if request.query.get("since") else None
+    timeout = min(request.number("timeout", 10), 300.0)
+    item = request.relay.inbox.wait(searched(request), since, timeout)
+    if item is None:
+        raise HttpError(408, f"no message matched within {timeout:g} seconds")
+    return json_answer(waited_json(item, request.relay.inbox.mail(item.id)))
+
+
+def show_events(request: Request) -> Answer:
+    """The life of messages as server-sent events."""
+    feed = request.relay.feed
+    return Answer(kind="text/event-stream", stream=event_stream(feed, feed.subscribe(EVENT_STREAMS)))
+
+
+def event_stream(feed: Feed, events: queue.Queue[Any]) -> Iterator[bytes]:
+    """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
+    try:
+        yield b": hello\n\n"
+        while True:
+            try:
+                event = events.get(timeout=HEARTBEAT)
+            except queue.Empty:
+                yield b": still here\n\n"
+                continue
+            if event is None:
+                return
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+    finally:
+        feed.unsubscribe(events)
+
+
+def show_queue(request: Request) -> Answer:
+    return json_answer(request.relay.queue())
+
+
+def retry_queue(request: Request) -> Answer:
+    return json_answer({"retried": request.relay.retry(request.names["id"])})
+
+
+def remove_queued(request: Request) -> Answer:
+    request.relay.delete([request.names["id"]])
+    return Answer(b"ok")
+
+
+def show_stats(request: Request) -> Answer:
+    return json_answer(request.relay.statistics())
+
+
+def list_users(request: Request) -> Answer:
+    return json_answer({"users": request.relay.users()})
+
+
+def save_user(request: Request) -> Answer:
+    name = request.names.get("name") or str(request.json.get("name", ""))
+    return json_answer(request.relay.save_user(name, request.json, new="name" not in request.names))
+
+
+def remove_user(request: Request) -> Answer:
+    request.relay.remove_user(request.names["name"])
+    return Answer(b"ok")
+
+
+def own_messages(request: Request) -> Answer:
+    """The messages of the account whose key this is."""
+    account = request.account
+    assert account is not None
+    return json_answer(request.relay.messages_of(account.name, int(request.number("limit", 50))))
+
+
+def own_stats(request: Request) -> Answer:
+    account = request.account
+    assert account is not None
+    return json_answer(request.relay.statistics_of(account))
+
+
+def show_page(request: Request) -> Answer:
+    """The page: one document that loads nothing from elsewhere. It holds no mail, so it needs no token."""
+    status = 200 if is_admin(request) else 401
+    return Answer(PAGE.encode(), "text/html; charset=utf-8", status, {"Content-Security-Policy": PAGE_CSP})
+
+
+class Route(NamedTuple):
+    """A method, a path with {names}, who may call it, what it does."""
+
+    method: str
+    path: str
+    access: Access
+    action: Callable[[Request], Answer]
+
+
+OPEN, ADMIN, ACCOUNT = Access.OPEN, Access.ADMIN, Access.ACCOUNT
+ROUTES = (
+    Route("GET", "/healthz", OPEN, health),
+    Route("GET", "/health", OPEN, health),
+    Route("GET", "/readyz", OPEN, health),
+    Route("GET", "/livez", OPEN, alive),
+    Route("GET", "/metrics", OPEN, metrics),
+    Route("GET", "/debug/vars", OPEN, metrics),
+    Route("GET", "/api/v1/messages", ADMIN, list_messages),
+    Route("PUT", "/api/v1/messages", ADMIN, mark_messages),
+    Route("DELETE", "/api/v1/messages", ADMIN, delete_messages),
+    Route("GET", "/api/v1/search", ADMIN, list_messages),
+    Route("DELETE", "/api/v1/search", ADMIN, delete_found),
+    Route("GET", "/api/v1/message/{id}", ADMIN, show_message),
+    Route("GET", "/api/v1/message/{id}/headers", ADMIN, show_headers),
+    Route("GET", "/api/v1/message/{id}/raw", ADMIN, show_raw),
+    Route("GET", "/api/v1/message/{id}/part/{part}", ADMIN, show_part),
+    Route("GET", "/api/v1/message/{id}/part/{part}/thumb", ADMIN, show_part),
+    Route("POST", "/api/v1/message/{id}/release", ADMIN, release_message),
+    Route("POST", "/api/v1/send", ADMIN, send_message),
+    Route("GET", "/api/v1/tags", ADMIN, show_tags),
+    Route("PUT", "/api/v1/tags", ADMIN, set_tags),
+    Route("PUT", "/api/v1/tags/{tag}", ADMIN, rename_tag),
+    Route("DELETE", "/api/v1/tags/{tag}", ADMIN, remove_tag),
+    Route("GET", "/api/v1/info", ADMIN, show_info),
+    Route("GET", "/api/v1/webui", ADMIN, show_webui),
+    Route("GET", "/view/{id}.html", ADMIN, show_html),
+    Route("GET", "/view/{id}.txt", ADMIN, show_text),
+    Route("GET", "/api/v2/messages", ADMIN, mailhog_messages),
+    Route("GET", "/api/v2/search", ADMIN, mailhog_messages),
+    Route("GET", "/api/v1/wait", ADMIN, wait_for_message),
+    Route("GET", "/api/v1/events", ADMIN, show_events),
+    Route("GET", "/api/v1/queue", ADMIN, show_queue),
+    Route("POST", "/api/v1/queue/{id}/retry", ADMIN, retry_queue),
+    Route("DELETE", "/api/v1/queue/{id}", ADMIN, remove_queued),
+    Route("GET", "/api/v1/stats", ADMIN, show_stats),
+    Route("GET", "/api/v1/users", ADMIN, list_users),
+    Route("POST", "/api/v1/users", ADMIN, save_user),
+    Route("PUT", "/api/v1/users/{name}", ADMIN, save_user),
+    Route("DELETE", "/api/v1/users/{name}", ADMIN, remove_user),
+    Route("GET", "/api/emails", ACCOUNT, own_messages),
+    Route("GET", "/api/stats", ACCOUNT, own_stats),
+    Route("GET", "/", OPEN, show_page),
+)
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Compile a route's path: {name} matches one segment."""
+    return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
+                              for p in re.split(r"(\{\w+\})", path)))
+
+
+MATCHERS = [(path_pattern(route.path), route) for route in ROUTES]
+
+
+def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """Return the route of a request and the names in its path; HttpError 404 or 405."""
+    matches = [(route, m) for pattern, route in MATCHERS for m in [pattern.fullmatch(path)] if m]
+    for route, match in matches:
+        if route.method == method:
+            return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+    if matches:
+        raise HttpError(405, "method not allowed")
+    raise HttpError(404, "not found")
+
+
+# -- the server --
+
+class HttpReader:
+    """The file that http.server reads a request from: a Wire, so that the deadline is absolute."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def readline(self, limit: int = -1) -> bytes:
+        try:
+            return self.wire.line(limit if limit > 0 else LINE_LIMIT)
+        except (PeerGone, LineTooLong):
+            return b""
+
+    def read(self, size: int) -> bytes:
+        """Return exactly so many octets."""
+        blocks: list[bytes] = []
+        while size > 0:
+            if self.wire.start == self.wire.end:
+                self.wire.fill()
+            stop = min(self.wire.end, self.wire.start + size)
+            blocks.append(bytes(memoryview(self.wire.buffer)[self.wire.start:stop]))
+            size -= stop - self.wire.start
+            self.wire.start = stop
+        return b"".join(blocks)
+
+    def close(self) -> None:
+        """Do nothing: the socket is closed by its owner."""
 
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Finds the route of a request and sends its answer."""
+    """Reads a request, finds its route, sends the answer."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"smtprelay/{__version__}"
-    timeout = HTTP_TIMEOUT
+    sys_version = ""
+    timeout = HTTP_TIME
     server: HttpServer
 
-    def do_GET(self) -> None:
-        self.send_answer(self.route("GET"))
+    def setup(self) -> None:
+        super().setup()
+        self.wire = Wire(self.connection, Deadline(HTTP_TIME))
+        self.rfile = HttpReader(self.wire)  # type: ignore[assignment]
 
-    def do_HEAD(self) -> None:
-        self.send_answer(self.route("GET"), with_body=False)
-
-    def route(self, method: str) -> Answer:
-        url = urllib.parse.urlsplit(self.path)
-        action = ROUTES.get((method, url.path))
-        if action is None:
-            return Answer(404, b"Not found\n")
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    def handle_one_request(self) -> None:
+        """Give each request of a connection its own deadline; a peer that is gone or too slow ends it."""
+        self.wire.deadline = Deadline(HTTP_TIME)
         try:
-            return action(Request(self.server.backstage, query, self.headers.get("Accept", "")))
-        except Exception as e:
-            self.server.backstage.log.bug("http_bug", e, path=self.path)
-            return Answer(500, b"Internal error\n")
+            super().handle_one_request()
+        except (PeerGone, OSError):
+            self.close_connection = True
 
-    def send_answer(self, answer: Answer, with_body: bool = True) -> None:
+    def respond(self) -> None:
+        try:
+            answer = self.answer()
+        except (HttpError, BadRequest) as e:
+            answer = json_answer({"Error": str(e)}, getattr(e, "status", 400))
+        except (KeyError, FileNotFoundError):
+            answer = json_answer({"Error": "message not found"}, 404)
+        except (PeerGone, TimeoutError, socket.timeout):
+            raise PeerGone from None
+        except Exception as e:
+            self.server.relay.log.bug("http_bug", e, path=self.path)
+            answer = json_answer({"Error": "internal error"}, 500)
+        self.send_answer(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
+
+    def answer(self) -> Answer:
+        url = urllib.parse.urlsplit(self.path)
+        method = "GET" if self.command == "HEAD" else self.command
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        request = Request(self.server.relay, method, url.path, query, self.headers,
+                          is_loopback(client_name(self.connection.family, self.client_address)))
+        route, request.names = find_route(method, url.path)
+        try:
+            admit(request, route.access)
+            request.body = self.read_body()
+        except HttpError:
+            self.close_connection = True  # what is left of the body is not read
+            raise
+        if route.access is not OPEN:
+            self.server.relay.catch_up()
+        if route.method != "GET":
+            self.server.relay.audit.write("changed", client=self.client_address[0], method=method, path=url.path)
+        return route.action(request)
+
+    def read_body(self) -> bytes:
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
+            raise HttpError(411, "Content-Length: expected a number of octets")
+        if int(length) > HTTP_BODY:
+            raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+        return self.rfile.read(int(length))
+
+    def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
-        self.send_header("Content-Type", answer.kind)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
+        fixed = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                 "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+                 "Content-Security-Policy": CALM}
+        if answer.stream:
+            self.close_connection = True
+            fixed["Connection"] = "close"
+        else:
+            fixed["Content-Length"] = str(len(answer.body))
+        for name, value in {**fixed, **answer.headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        self.connection.settimeout(HTTP_TIME)
+        if self.command != "HEAD":
             self.wfile.write(answer.body)
+            for block in answer.stream or ():
+                self.wfile.write(block)
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.server.backstage.log.debug("http", client=self.client_address[0], request=format % args)
+        self.server.relay.log.debug("http", client=self.client_address[0], request=format % args)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a socket that is bound already."""
+    """Serves HTTP on a socket that is bound already, to so many connections at once."""
 
-    def __init__(self, sock: socket.socket, backstage: Backstage) -> None:
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, relay: Backstage) -> None:
         super().__init__(("", 0), HttpHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
-        self.backstage = backstage
+        self.relay = relay
+        self.room = threading.Semaphore(HTTP_CONNECTIONS)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Log what the handler did not expect; a client that went away is no news."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, (OSError, PeerGone)):
+            self.relay.log.bug("http_bug", error)
 
 
-# === 15 RELAY ================================================================
+# === 18 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -4487,6 +7631,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
+WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
+CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
+CLOCK_JUMP = 3600.0
 Again = Optional[tuple[float, str]]  # seconds until a message is tried again, in which lane ("": its own); or never
 
 
@@ -4498,21 +7645,30 @@ class Delivering:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
         self.audit = Audit(settings.audit_log, log)
+        self.port = 0
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log)
+        self.inbox = Inbox(spool, log, int(time.time()) * 1000)
+        self.feed = Feed()
+        self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
-        self.rescans = 0.0
+        self.rescans = self.beside = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
         self.on_shelf = 0
+        self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
+        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
-        self.rescans = self.metrics.get("rescan") + self.spooled_beside()
-        jobs = [("reader", self.read_link), ("finder", self.find), ("sweeper", self.sweep)]
+        self.take_stock()
+        jobs = [("reader", self.read), ("sweeper", self.sweep)]
+        if self.settings.webhook_url:
+            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log).run))
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
         self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
@@ -4523,23 +7679,40 @@ class Delivering:
         """Let workers finish what they have in hand."""
         self.stopping.set()
         self.scheduler.stop()
+        self.inbox.close()
+        self.feed.publish(None)
         for server in self.web:
             stop_server(server)
         end = time.monotonic() + patience
         for thread in self.threads:
             if thread.name.startswith(("worker", "sweeper")):
                 thread.join(max(0.0, end - time.monotonic()))
+        for message in list(self.unwritten.values()):
+            self.write_down(message)
         self.delivery.stop()
 
     # -- what comes in --
 
-    def read_link(self) -> None:
+    def read(self) -> None:
+        """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
+        self.find_all()
         for stems in self.link.stems():
             for stem in stems:
                 try:
-                    self.take_in(stem)
+                    if stem.startswith("="):
+                        self.marks.pop(stem, threading.Event()).set()
+                    else:
+                        self.take_in(stem)
                 except Exception as e:
                     self.log.bug("intake_bug", e, stem=stem)
+
+    def catch_up(self) -> None:
+        """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
+        name = secrets.token_hex(8)
+        seen = self.marks["=" + name] = threading.Event()
+        self.link.mark(name)
+        if not seen.wait(1.0):
+            self.marks.pop("=" + name, None)
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
@@ -4549,16 +7722,47 @@ class Delivering:
             self.show_depth()
         else:
             self.hold(self.spool.load(stem))
+        self.tell("received", stem, self.inbox.add(stem))
         self.make_room()
+
+    def tell(self, kind: str, stem: str, sequence: int = 0, detail: str = "") -> None:
+        """Publish an event in the life of a message."""
+        now = time.time()
+        self.hours[int(now // 3600), kind] += 1
+        self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
 
     def show_depth(self) -> None:
         """Publish how many messages are owed; those on their way through the Link are counted apart."""
         self.metrics.set("smtp_queue_depth", len(self.scheduler) - self.metrics.own("heard"))
 
+    def take_stock(self) -> None:
+        """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
+        m = self.metrics
+        self.rescans, self.beside = m.get("rescan"), self.spooled_beside()
+        announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
+        m.set("heard", announced - self.link.waiting())
+        self.forget_octets()
+
+    def forget_octets(self) -> None:
+        """Set the octets owed to none, whoever counted them."""
+        self.metrics.set("owed_bytes", self.metrics.own("owed_bytes") - self.metrics.get("owed_bytes"))
+
+    def find_all(self) -> None:
+        """Look through the spool, however often that takes."""
+        while True:
+            try:
+                return self.find()
+            except Exception as e:
+                self.log.bug("find_bug", e)
+            if self.stopping.wait(WRITE_AGAIN):
+                return
+
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
         found = 0
         for stem, done in self.spool.names():
+            self.inbox.add(stem)
+            self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None:
                 self.scheduler.put(stem, UNREAD)
                 found += 1
@@ -4571,12 +7775,12 @@ class Delivering:
 
     # -- what is kept --
 
-    def hold(self, message: Message) -> None:
+    def hold(self, message: Message) -> Again:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
             message.move(Status.HELD)
-        self.spool.save(message)
         self.shelve(self.held, message.stem, time.time(), message.size)
+        return self.write_down(message)
 
     def shelve(self, shelf: dict[str, tuple[float, int]], stem: str, at: float, size: int) -> None:
         """Note a message that nobody is owed, with its time and size, to be removed when it must go."""
@@ -4585,18 +7789,30 @@ class Delivering:
                 shelf[stem] = (at, size)
                 self.on_shelf += size
 
+    def unshelve(self, stem: str) -> None:
+        """Forget that nobody is owed a message."""
+        with self.lock:
+            for shelf in (self.finished, self.held):
+                self.on_shelf -= shelf.pop(stem, (0.0, 0))[1]
+
     def make_room(self) -> None:
         """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
         with self.lock:
             over = self.past_keep() + self.past_limits()
         for stem in over:
-            self.spool.remove(stem)
-            self.log.info("removed", stem=stem)
+            self.remove(stem)
+
+    def remove(self, stem: str) -> None:
+        """Remove a message from everywhere; its record may be gone already."""
+        self.spool.remove(stem)
+        self.inbox.delete([stem[11:27]])
+        self.log.info("removed", id=stem[11:27])
+        self.tell("removed", stem)
 
     def past_keep(self) -> list[str]:
         oldest = time.time() - self.settings.keep
         over = []
-        while self.finished and next(iter(self.finished.values()))[0] < oldest:
+        while self.finished and max(next(iter(self.finished.values()))[0], self.clock_set) < oldest:
             over.append(next(iter(self.finished)))
             self.on_shelf -= self.finished.pop(over[-1])[1]
         return over
@@ -4630,9 +7846,12 @@ class Delivering:
             again = self.read_task(task) if task.lane == UNREAD else self.deliver(task)
         except KeyError:
             again = None  # removed while it waited
-        except SpoolError as e:
+            self.unwritten.pop(task.stem, None)
+        except (SpoolError, SealError) as e:
             again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
+        except OSError as e:
+            self.log.error("spool_error", stem=task.stem, error=e)
         except Exception as e:
             self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
@@ -4642,8 +7861,10 @@ class Delivering:
     def read_task(self, task: Task) -> Again:
         """Read a message known by name, and say when and where it is due."""
         message = self.spool.load(task.stem)
-        if message.status is Status.HELD:
-            self.hold(message)
+        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold"
+        if unsent or message.status is Status.HELD:
+            return self.hold(message)
+        if message.status in FINISHED:
             return None
         self.metrics.inc("owed_bytes", message.size)
         wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
@@ -4651,11 +7872,14 @@ class Delivering:
 
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when the message is finished."""
-        message = self.spool.load(task.stem)
-        if self.is_too_old(message):
-            self.metrics.inc("smtp_messages_expired_total")
-            return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds")
+        unwritten = self.unwritten.get(task.stem)
+        message = unwritten or self.spool.load(task.stem)
+        if message.status in FINISHED:
+            return self.write_down(message) if unwritten else None
+        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
+            return self.expire(message)
         message.move(Status.FORWARDING)
+        self.tell("forwarding", task.stem)
         started = time.monotonic()
         with self.spool.content(task.stem) as content:
             attempt = self.delivery.attempt(message, content)
@@ -4667,14 +7891,25 @@ class Delivering:
         return self.settle(message, attempt)
 
     def is_too_old(self, message: Message) -> bool:
-        age = time.time() - id_micros(message.id) / 1e6
+        """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        now = time.time()
+        times = (unix_time(entry["at"]) for entry in message.history)
+        age = now - next((at for at in times if self.clock_set <= at <= now), now)
         return age * self.settings.time_scale > self.settings.retry_max_age
+
+    def expire(self, message: Message) -> Again:
+        """Give up a message that is too old; one that was not tried since it became so is tried first."""
+        self.metrics.inc("smtp_messages_expired_total")
+        return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
         if not self.settings.retry:
             return self.give_up(message, str(trouble))
+        if self.is_too_old(message):
+            message.last_error = str(trouble)
+            return self.expire(message)
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
@@ -4696,6 +7931,8 @@ class Delivering:
         limit = self.settings.retry_max_attempts
         if not self.settings.retry or 0 < limit <= message.attempts:
             return self.give_up(message, f"{message.last_error} (attempt {message.attempts} was the last)")
+        if self.is_too_old(message):
+            return self.expire(message)
         took_some = any(o.status is Status.FORWARDED for o in attempt.outcomes.values())
         hurry = took_some and any(r.code in (452, 552) for r in pending)  # RFC 5321 4.5.3.1.10: in portions
         delay = 0.0 if hurry else backoff(self.settings, message.attempts, self.scheduler.rng)
@@ -4707,8 +7944,9 @@ class Delivering:
         message.last_error = reason
         message.next_attempt_at = iso_time(time.time() + delay)
         message.move(Status.RETRYING, reason)
-        self.spool.save(message)
+        self.write_down(message)
         self.metrics.inc("smtp_messages_deferred_total")
+        self.tell("retrying", message.stem, 0, reason)
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
 
     def give_up(self, message: Message, reason: str) -> Again:
@@ -4723,15 +7961,26 @@ class Delivering:
         failed = any(r.status is Status.FAILED for r in message.recipients)
         status = Status.FAILED if failed else Status.FORWARDED
         message.move(status, message.last_error if failed else "")
-        self.spool.save(message)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.metrics.inc("owed_bytes", -message.size)
         self.shelve(self.finished, message.stem, time.time(), message.size)
+        self.tell(status.value, message.stem, 0, message.last_error if failed else "")
         self.guard.quotas.count(message.user, "failed" if failed else "sent")
         self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
                          recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
         self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
+        return self.write_down(message)
+
+    def write_down(self, message: Message) -> Again:
+        """Write a record; one that the disk does not take now is kept, and tried again, so that nothing is sent twice."""
+        try:
+            self.spool.save(message)
+        except OSError as e:
+            self.unwritten[message.stem] = message
+            self.log.error("record_not_written", id=message.id, error=e)
+            return WRITE_AGAIN, ""
+        self.unwritten.pop(message.stem, None)
         return None
 
     # -- what goes on beside --
@@ -4744,12 +7993,28 @@ class Delivering:
                 self.make_room()
                 self.guard.quotas.save()
                 self.renew()
-                missed = self.metrics.get("rescan") + self.spooled_beside()
-                if missed != self.rescans:
-                    self.rescans = missed
-                    self.find()
+                self.watch_clock()
+                self.look_again()
             except Exception as e:
                 self.log.bug("sweep_bug", e)
+
+    def watch_clock(self) -> None:
+        """Notice that the clock was set forward: ages from before that are not to be trusted."""
+        skew = time.time() - time.monotonic()
+        if skew - self.skew > CLOCK_JUMP:
+            self.clock_set = time.time()
+            self.log.warn("clock_was_set", seconds=round(skew - self.skew))
+        self.skew = skew
+
+    def look_again(self) -> None:
+        """Find the messages that the Link had no room for, and those that sendmail has spooled itself."""
+        missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
+        if missed or beside != self.beside:
+            self.rescans, self.beside = self.rescans + missed, beside
+            self.metrics.inc("heard", missed)
+            self.find()
+        if self.metrics.get("smtp_queue_depth") <= 0:
+            self.forget_octets()
 
     def renew(self) -> None:
         """Renew the self-signed pair in time; sessions reread it."""
@@ -4773,12 +8038,267 @@ class Delivering:
         self.guard.reload()
 
 
+class Webhook:
+    """POSTs events to SMTP_WEBHOOK_URL, one after the other, each tried a few times."""
+
+    KINDS = ("received", "forwarded", "failed")
+
+    def __init__(self, url: str, feed: Feed, log: Log) -> None:
+        self.url, self.log, self.feed = url, log, feed
+        self.events = feed.subscribe(1 << 30)
+
+    def run(self) -> None:
+        """Send until the end of events; when more wait than fit, start anew with those to come."""
+        while True:
+            event = self.events.get()
+            if event is None and self.events in self.feed.listeners:
+                return
+            if event is None:
+                self.log.warn("webhook_behind", url=self.url)
+                self.events = self.feed.subscribe(1 << 30)
+            elif event["type"] in self.KINDS:
+                self.send(event)
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send one event; RFC 9110 calls 2xx success."""
+        request = urllib.request.Request(
+            self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
+        for pause in (1, 5, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=10):
+                    return
+            except OSError as e:
+                trouble = e
+                time.sleep(pause)
+        self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
+
+
+def queue_entry(m: Message) -> dict[str, Any]:
+    """Return what is shown of a message in the queue."""
+    return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
+            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
+
+
 class Backstage:
-    """What HTTP shows of a relay."""
+    """What HTTP may ask of a relay."""
 
     def __init__(self, delivering: Delivering) -> None:
         self.delivering = delivering
-        self.settings, self.log = delivering.settings, delivering.log
+        self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
+        self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
+        self.accounts, self.quotas = delivering.guard.accounts, delivering.guard.quotas
+
+    # -- messages --
+
+    def status_of(self, id: str) -> str:
+        """Return a message's status without reading it, where that is known."""
+        try:
+            return self.inbox.load(id).status.value
+        except (KeyError, OSError, SpoolError):
+            return ""
+
+    def delivery_of(self, id: str) -> dict[str, Any]:
+        """Return what became of a message."""
+        m = self.inbox.load(id)
+        return {"status": m.status, "attempts": m.attempts, "next_attempt_at": m.next_attempt_at,
+                "last_error": m.last_error, "reverse_path": m.reverse_path, "history": m.history,
+                "recipients": [vars(r) for r in m.recipients], "finished_at": m.finished_at}
+
+    def delete(self, ids: list[str] | None) -> None:
+        """Delete messages, all for None; one that is being delivered at this moment is left."""
+        d = self.delivering
+        if ids is None:
+            ids = [item.id for item in self.inbox.search(limit=0).items]
+        for id in ids:
+            with contextlib.suppress(KeyError):
+                stem = self.inbox.stem(id)
+                if not d.scheduler.drop(stem):
+                    raise HttpError(409, f"{id} is being delivered just now")
+                d.unshelve(stem)
+                d.remove(stem)
+        d.show_depth()
+
+    @property
+    def can_release(self) -> bool:
+        return bool(self.settings.relay_host)
+
+    @property
+    def smart_host(self) -> str:
+        return ", ".join(host_port(*h) for h in self.settings.smart_hosts)
+
+    def release(self, id: str, to: list[str]) -> None:
+        """Let a held message go; with other recipients, or when it went already, a copy goes to them."""
+        if not self.can_release:
+            raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
+        d, message = self.delivering, self.inbox.load(id)
+        own = [r.address for r in message.recipients]
+        if message.status is not Status.HELD or (to and to != own):
+            self.keep(message, to or own)
+            return
+        message.move(Status.RETRYING, "released")
+        d.spool.save(message)
+        d.unshelve(message.stem)
+        d.metrics.inc("owed_bytes", message.size)
+        d.scheduler.put(message.stem, d.delivery.lane())
+        d.show_depth()
+
+    def keep(self, message: Message, to: list[str]) -> None:
+        """Put a copy of a message into the spool, for other recipients."""
+        flags = tuple(f for f in message.flags if f != "HOLD")
+        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user, flags, to)
+        with self.delivering.spool.content(message.stem) as content:
+            self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
+
+    def submit(self, content: bytes, sender: str, recipients: list[str]) -> str:
+        """Take a message in as if it had come by SMTP; return its id."""
+        if len(content) > self.settings.max_size:
+            raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
+        flags = ("HOLD",) if self.settings.delivery == "hold" else ()
+        return self.store(Envelope(sender, "127.0.0.1", "http", "HTTP", "", flags, recipients), [content])
+
+    def store(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
+        """Make a message durable and queue it; return its id."""
+        d = self.delivering
+        draft = d.spool.draft(envelope)
+        try:
+            for block in blocks:
+                draft.write(block)
+            stem = draft.commit()
+        finally:
+            draft.abort()
+        d.metrics.inc("smtp_messages_received_total")
+        d.metrics.inc("owed_bytes", draft.size)
+        d.link.announce(stem)
+        self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
+                      size=draft.size, client=envelope.client, protocol=envelope.protocol)
+        return draft.id
+
+    # -- queue --
+
+    def queue(self, limit: int = 200) -> dict[str, Any]:
+        """Return the messages owed, oldest first, and the state of each next hop."""
+        stems, hops = self.delivering.scheduler.snapshot(limit)
+        held = list(itertools.islice(self.delivering.held.copy(), limit))
+        return {"messages": [m for m in map(self.queued, stems) if m], "total": len(self.delivering.scheduler),
+                "held": [m for m in map(self.queued, held) if m], "next_hops": hops}
+
+    def queued(self, stem: str) -> dict[str, Any] | None:
+        try:
+            return queue_entry(self.delivering.spool.load(stem))
+        except (KeyError, OSError, SpoolError):
+            return None
+
+    def retry(self, id: str) -> int:
+        """Try a message now, or all; a failed one is owed again. Return how many."""
+        d = self.delivering
+        if id == "all":
+            d.flush()
+            return len(d.scheduler)
+        message = self.inbox.load(id)
+        if message.status is Status.HELD:
+            self.release(id, [])
+            return 1
+        if message.status is Status.FORWARDED:
+            raise HttpError(409, "it was forwarded already; release it to send a copy")
+        if message.status is Status.FAILED:
+            self.revive(message)
+        d.scheduler.put(message.stem, d.delivery.lane())
+        d.scheduler.hurry(message.stem)
+        d.show_depth()
+        return 1
+
+    def revive(self, message: Message) -> None:
+        """Make a failed message owed again, for those who did not get it."""
+        d = self.delivering
+        for r in message.recipients:
+            if r.status is Status.FAILED:
+                r.status = Status.RETRYING
+        message.move(Status.RETRYING, "retried by hand")
+        message.finished_at = ""
+        d.spool.reopen(message)
+        d.unshelve(message.stem)
+        d.metrics.inc("owed_bytes", message.size)
+
+    # -- accounts and figures --
+
+    def account_of(self, key: str) -> Account | None:
+        return self.accounts.by_key(key) if key else None
+
+    def users(self) -> list[dict[str, Any]]:
+        """Return the accounts, without their secrets."""
+        return [{"name": a.name, "allowed_domains": list(a.allowed_domains), "quota_daily": a.quota_daily,
+                 "quota_per_minute": a.quota_per_minute, "relay_host": a.relay_host, "has_api_key": bool(a.api_key),
+                 "used_today": self.quotas.today(a.name).get("received", 0)} for a in self.accounts.listed()]
+
+    def save_user(self, name: str, given: Any, new: bool) -> dict[str, Any]:
+        """Make or change an account; what is made here (a key) is shown this once."""
+        if not self.settings.users_file:
+            raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
+        if not isinstance(given, dict):
+            raise HttpError(400, "body: expected an object")
+        if new == (name in [a.name for a in self.accounts.listed()]):
+            raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
+        fields = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
+        if isinstance(fields.get("password"), str) and fields["password"]:
+            fields["password"] = hash_password(fields["password"])
+        else:
+            fields.pop("password", None)
+        if new and "api_key" not in fields:
+            fields["api_key"] = new_api_key()
+        self.change_users({name: fields})
+        return {"name": name, **({"api_key": fields["api_key"]} if "api_key" in fields else {})}
+
+    def remove_user(self, name: str) -> None:
+        if name not in [a.name for a in self.accounts.listed()]:
+            raise HttpError(404, f"account {name!r} not found")
+        self.change_users({name: None})
+
+    def change_users(self, changes: dict[str, dict[str, Any] | None]) -> None:
+        try:
+            change_users(self.settings.users_file, changes)
+        except AccountsError as e:
+            raise HttpError(400, str(e)) from None
+
+    def messages_of(self, user: str, limit: int) -> dict[str, Any]:
+        """Return an account's own messages, newest first."""
+        items = [i for i in self.inbox.search(limit=0).items if i.summary["Username"] == user]
+        shown = [{"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
+                  "size": i.summary["Size"], "created": i.summary["Created"], "status": self.status_of(i.id)}
+                 for i in items[:limit]]
+        return {"total": len(items), "emails": shown}
+
+    def statistics_of(self, account: Account) -> dict[str, Any]:
+        """Return an account's figures: today's, each day's, and what its quotas leave."""
+        today = self.quotas.today(account.name)
+        left = max(0, account.quota_daily - today.get("received", 0)) if account.quota_daily else None
+        return {"account": account.name, "today": today, "days": self.quotas.days(account.name),
+                "quota_daily": account.quota_daily, "quota_per_minute": account.quota_per_minute, "left_today": left}
+
+    def statistics(self) -> dict[str, Any]:
+        """Return figures by hour of the last day, by day, and by account."""
+        now, hours = int(time.time() // 3600), self.delivering.hours
+        days = self.quotas.days()
+        names = {"received": "received", "forwarded": "sent", "failed": "failed"}
+        return {
+            "hours": [{"at": iso_time(h * 3600), "received": hours[h, "received"], "forwarded": hours[h, "forwarded"],
+                       "deferred": hours[h, "retrying"], "failed": hours[h, "failed"]} for h in range(now - 23, now + 1)],
+            "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
+            "accounts": [{"name": a.name, **{k: self.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
+                         for a in self.accounts.listed()],
+            "totals": {k: int(self.delivering.metrics.get(f"smtp_messages_{v}_total"))
+                       for k, v in (("received", "received"), ("forwarded", "delivered"), ("failed", "failed"))}}
+
+    def info(self) -> dict[str, Any]:
+        """Return what Mailpit's clients and the page want to know."""
+        m = self.measured()
+        stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
+                 "SMTPAccepted": int(m.get("smtp_messages_received_total")),
+                 "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
+        return {**info_json(self.inbox, __version__, self.settings.spool, **stats),
+                "SMTPPort": self.delivering.port, "Delivery": self.settings.delivery, "RelayHost": self.smart_host}
+
+    # -- health --
 
     def health(self) -> dict[str, str]:
         """Return each part and "ok", or what is wrong with it."""
@@ -4896,8 +8416,16 @@ class Parts:
 
     def delivering(self) -> Delivering:
         guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
-        return Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                          guard, self.pair, self.http)
+        delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
+                                guard, self.pair, self.http)
+        delivering.port = self.port
+        return delivering
+
+    @property
+    def port(self) -> int:
+        """The first TCP port of the SMTP listeners; 0 where there is none."""
+        names = [sock.getsockname() for sock in self.smtp]
+        return next((int(name[1]) for name in names if not isinstance(name, str)), 0)
 
 
 def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
@@ -4976,6 +8504,7 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
+ROLES = ("deliver", "receive")
 
 
 def block_signals() -> None:
@@ -4994,15 +8523,16 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        for role in ("deliver", "receive"):
-            self.spawn(role)
+        self.spawn_missing()
         notify_systemd("READY=1")
-        while self.children:
+        while self.children or not self.stopping:
             number = signal.sigwait(SIGNALS_HANDLED)
             if number == signal.SIGCHLD:
                 self.reap()
-            elif number == signal.SIGALRM:
+            elif number == signal.SIGALRM and self.stopping:
                 self.signal_children(signal.SIGKILL)
+            elif number == signal.SIGALRM:
+                self.spawn_missing()
             elif number in STOP_SIGNALS:
                 self.stop()
             else:
@@ -5021,7 +8551,7 @@ class Supervisor:
                 os.kill(child, number)
 
     def reap(self) -> None:
-        """Note which children have ended; one that should not have is made anew."""
+        """Note which children have ended; one that should not have is made anew in a moment."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 child, status = os.waitpid(-1, os.WNOHANG)
@@ -5030,8 +8560,17 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
-                    time.sleep(RESTART_PAUSE)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+
+    def spawn_missing(self) -> None:
+        """Make the halves that are not there; where no process can be had, try again later."""
+        for role in ROLES:
+            if role not in self.children.values():
+                try:
                     self.spawn(role)
+                except OSError as e:
+                    self.parts.log.error("half_not_started", role=role, error=e)
+                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn(self, role: str) -> None:
         """Fork a half: there are no threads here, so what it inherits is whole."""
@@ -5082,7 +8621,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 16 SENDMAIL =============================================================
+# === 19 SENDMAIL =============================================================
 #
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
@@ -5105,7 +8644,6 @@ SENDMAIL_MODES = {
     "m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", "i": "nothing", "h": "nothing", "H": "nothing",
     "v": "deliver", "d": "", "D": "", "t": "", "z": "",
 }
-HEADER_LINE = re.compile(rb"([!-9;-~]+)[ \t]*:")
 BLIND = (b"bcc", b"resent-bcc")
 
 
@@ -5199,7 +8737,7 @@ def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     for i, line in enumerate(lines):
         if line[:1] in (b" ", b"\t") and fields and line.strip():
             fields[-1] += b"\r\n" + line
-        elif HEADER_LINE.match(line):
+        elif _FIELD_NAME.match(line):
             fields.append(line)
         elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
             return fields, lines[i + (not line):]
@@ -5272,8 +8810,9 @@ def spool_socket(settings: Settings) -> socket.socket:
         os.seteuid(owner.st_uid)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
-    open_door = dataclasses.replace(settings, auth_user="", users_file="", auth_any=False, auth_required=False,
+    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
                                     tls_required=False, rate_limit=0, audit_log="", debug=False)
+    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
     guard = Guard(open_door, log, Quotas("", log), ("", ""))
     reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
@@ -5372,7 +8911,7 @@ def pass_on(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-# === 17 DOCTOR ===============================================================
+# === 20 DOCTOR ===============================================================
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
@@ -5568,7 +9107,7 @@ def diagnose(settings: Settings) -> Iterator[Finding]:
         yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
 
 
-# === 18 COMMAND LINE =========================================================
+# === 21 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes the settings and its arguments, and returns
 # the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
@@ -5653,7 +9192,7 @@ class Remote:
         address = self.settings.health_addr[0]
         connection = http.client.HTTPConnection(reachable(address.host), address.port, timeout=patience)
         words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
-        token = getattr(self.settings, "api_token", "")
+        token = self.settings.api_token
         headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
         try:
             connection.request(method, f"{path}?{words}" if words else path, headers=headers)
@@ -5715,10 +9254,10 @@ def queue_(settings: Settings, arguments: Arguments) -> int:
     """List what is owed and held."""
     try:
         listed = Remote(settings).ask_json("GET", "/api/v1/queue")
-        rows: list[dict[str, Any]] = listed["messages"] if isinstance(listed, dict) else listed
+        rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
     except NoRelay:
         with Progress("reading the spool"):
-            rows = [json.loads(r.to_json()) for r in records(quiet_spool(settings))]
+            rows = [queue_entry(record) for record in records(quiet_spool(settings))]
     if arguments.json:
         print_json(rows)
         return 0
@@ -5734,8 +9273,8 @@ def queue_line(row: Mapping[str, Any]) -> str:
     age = time_shown(time.time() - unix_time(row["received_at"]))
     due = unix_time(row.get("next_attempt_at") or "") - time.time()
     when = f"due in {time_shown(due)}" if row["status"] == "retrying" and due > 0 else ""
-    to = ", ".join(r["address"] for r in row["recipients"] if r["status"] not in ("forwarded", "failed"))
-    line = f"{row['id']}  {coloured(row['status'], 10)}  {age:>4} {size_shown(row['size']):>5}  <{row['reverse_path']}> to {to}"
+    to = ", ".join(row["recipients"])
+    line = f"{row['id']}  {coloured(Status(row['status']).value, 10)}  {age:>4} {size_shown(row['size']):>5}  <{row['reverse_path']}> to {to}"
     why = ", ".join(filter(None, (row.get("last_error"), when)))
     return f"{line}\n    {why}" if why else line
 
@@ -5743,7 +9282,8 @@ def queue_line(row: Mapping[str, Any]) -> str:
 def retry(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released."""
     try:
-        Remote(settings).ask("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
+        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
+        print(f"{done['retried']} due now", file=sys.stderr)
         return 0
     except NoRelay:
         pass
@@ -5770,14 +9310,15 @@ def make_due(spool: FileSpool, message: Message) -> None:
         message.move(Status.RETRYING, "asked for by hand")
         message.finished_at = ""
     message.next_attempt_at = ""
-    spool.save(message)
-    spool.unlink(message.stem + DONE_NAMES[Status.FAILED])
+    spool.reopen(message)
 
 
 def remove(settings: Settings, arguments: Arguments) -> int:
     """Remove a message for good, whether it is owed, held or finished."""
     try:
-        Remote(settings).ask("DELETE", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}")
+        remote, id = Remote(settings), urllib.parse.quote(arguments.id, safe="")
+        remote.ask("GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
+        remote.ask("DELETE", f"/api/v1/queue/{id}")
         return 0
     except NoRelay:
         pass
@@ -5795,7 +9336,8 @@ def show(settings: Settings, arguments: Arguments) -> int:
     path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
     try:
         remote = Remote(settings)
-        record, content = remote.ask_json("GET", path), remote.ask("GET", path + "/raw")
+        content = remote.ask("GET", path + "/raw")
+        record = {"id": arguments.id, **remote.ask_json("GET", path)["Delivery"]}
     except NoRelay:
         spool = quiet_spool(settings)
         message = record_of(spool, arguments.id)
@@ -5805,7 +9347,7 @@ def show(settings: Settings, arguments: Arguments) -> int:
     if arguments.json:
         print_json(record)
         return 0
-    for name, value in record.items() if "status" in record else ():
+    for name, value in record.items():
         for line in value if isinstance(value, list) else [value]:
             print(f"{name}: {json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line}")
     print(flush=True)
@@ -5843,7 +9385,7 @@ def user(settings: Settings, arguments: Arguments) -> int:
     try:
         users = read_users(path) if os.path.exists(path) else {}
         if arguments.action == "list":
-            return list_users(users, arguments.json)
+            return print_users(users, arguments.json)
         if not name:
             raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
         if (name in users) == (arguments.action == "add"):
@@ -5881,7 +9423,7 @@ def ask_password() -> str:
 SHOWN_OF_ACCOUNT = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
 
 
-def list_users(users: Mapping[str, Any], as_json: bool) -> int:
+def print_users(users: Mapping[str, Any], as_json: bool) -> int:
     """Print the accounts without their secrets."""
     shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}} for name, fields in users.items()]
     if as_json:
@@ -5928,7 +9470,9 @@ def summary_of(action: Callable[..., int]) -> str:
 def serve(settings: Settings, arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
     block_signals()
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()

@@ -289,7 +289,7 @@ def spooled(path: Path) -> list[Mail]:
 
 
 def test_sendmail_spools_itself_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
-    env = {**env, "SMTP_PORT": unused_port(), "SMTP_SPOOL": str(tmp_path / "spool"), "SMTP_RELAY_HOST": "mail.example"}
+    env = {**env, "SMTP_PORT": unused_port(), "SMTP_SPOOL": str(tmp_path / "spool")}
     run("sendmail", "-f", "me@x.example", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
     (record, content), = spooled(tmp_path / "spool")
     assert (record.status.value, record.client, record.flags) == ("received", "local", ())
@@ -372,7 +372,7 @@ def test_mutt(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> No
 
 
 def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    run(needs("s-nail"), "-n", "-:/", "-S", f"mta={env['SENDMAIL']}", "-s", "Hello", "-r", "me@x.example", "-c", "c@d.example", "a@b.example", env=env, stdin=b"x\n.\ny\n")
+    run(needs("s-nail"), "-n", "-S", f"mta={env['SENDMAIL']}", "-s", "Hello", "-r", "me@x.example", "-c", "c@d.example", "a@b.example", env=env, stdin=b"x\n.\ny\n")
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "c@d.example"}, "me@x.example")
     assert content.endswith(b"\r\n\r\nx\r\n.\r\ny\r\n")
@@ -380,7 +380,7 @@ def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
 
 def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
     git = needs("git")
-    if subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode not in (0, 129):
+    if subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode > 1:
         pytest.skip("git send-email is not installed")
     for command in ("init -q .", "config user.name Me", "config user.email me@x.example", "commit -q --allow-empty -m First",
                     "-c core.hooksPath=/dev/null commit -q --allow-empty -m Second"):
