@@ -783,7 +783,8 @@ class Settings:
         hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h for h, p in zip(self.relay_host, presets))
         loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
         tls = self.relay_tls or next((p.tls for p in presets if p), "")
-        tls = tls or ("opportunistic" if self.delivery == "mx" or hosts and loopback else "starttls")
+        easy = self.delivery == "mx" or (hosts and loopback)
+        tls = tls or ("opportunistic" if easy else "starttls")
         password = self.relay_password
         if any(presets) and APP_PASSWORD.fullmatch(password):
             password = password.replace(" ", "")
@@ -5391,6 +5392,16 @@ class Session:
             return True
         return False
 
+    def meet_balancer(self) -> None:
+        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
+        try:
+            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+        except ValueError as e:
+            self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
+            raise PeerGone("bad PROXY header") from None
+        self.crowded = not self.reception.rename(self, client)
+        self.is_local = is_loopback(client)
+
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
         answer = self.reception.faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
@@ -5404,16 +5415,6 @@ class Session:
         if answer.drop:
             raise PeerGone("dropped by SMTP_FAULTS")
         return answer.reply
-
-    def meet_balancer(self) -> None:
-        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
-        try:
-            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
-        except ValueError as e:
-            self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
-            raise PeerGone("bad PROXY header") from None
-        self.crowded = not self.reception.rename(self, client)
-        self.is_local = is_loopback(client)
 
     def one_command(self) -> None:
         if self.reception.stopping:
@@ -10328,7 +10329,7 @@ def spool_socket(settings: Settings) -> socket.socket:
                                     tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
-    guard = Guard(open_door, log, Quotas("", log), ("", ""))
+    guard = Guard(Accounts(open_door, log), None, Quotas("", log))
     reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
     ours, theirs = socket.socketpair()
     threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
@@ -11005,7 +11006,7 @@ def serve(settings: Settings, arguments: Arguments) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves = (parts.delivering(), parts.receiving())
+    halves: tuple[Delivering | Receiving, ...] = (parts.delivering(), parts.receiving())
     for half in halves:
         half.start()
     notify_systemd("READY=1")
