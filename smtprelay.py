@@ -4668,8 +4668,9 @@ class Delivery:
         self.give(hop)
         outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
-        settled = {a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}
-        return Attempt(settled, host[0] if host else None, hop.transcript)
+        if not host or any(o.status is Status.FORWARDED for o in outcomes.values()):
+            return Attempt(outcomes, None, hop.transcript)  # whom it served must not be served again
+        return Attempt({}, host[0], hop.transcript)
 
     def seal(self, outcome: Outcome, hop: NextHop) -> Outcome:
         """Say in an outcome how it was come by."""
