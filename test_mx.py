@@ -24,20 +24,20 @@ from typing import Any, Callable
 import pytest
 
 import smtprelay
-from smtprelay import Message, Recipient, Scheduler, Settings, Status
+from smtprelay import Message, Scheduler, Settings, Status
 from test_resolver import FakeDns, dns_answer, dns_question, dns_record
 
 QUICK = {"SMTP_RETRY_INITIAL_DELAY": "30ms", "SMTP_RETRY_MAX_DELAY": "100ms", "SMTP_RETRY_JITTER": "0", "SMTP_HOSTNAME": "relay.test"}
 
 
-def until(truth: Callable[[], Any], seconds: float = 5.0) -> Any:
+def until(truth: Callable[[], Any], seconds: float = 5.0, shown: Callable[[], Any] = str) -> Any:
     """Wait until something is true; return it."""
     end = time.monotonic() + seconds
     while True:
         value = truth()
         if value:
             return value
-        assert time.monotonic() < end, "did not come true in time"
+        assert time.monotonic() < end, f"did not come true in time: {shown()}"
         time.sleep(0.005)
 
 
@@ -159,7 +159,7 @@ def statuses(relay: smtprelay.Relay, stem: str) -> dict[str, str]:
 
 
 def finished(relay: smtprelay.Relay, stem: str) -> Message:
-    until(lambda: record(relay, stem).status in (Status.FORWARDED, Status.FAILED))
+    until(lambda: record(relay, stem).status in (Status.FORWARDED, Status.FAILED), shown=lambda: record(relay, stem))
     return record(relay, stem)
 
 
@@ -446,7 +446,7 @@ def test_dead_next_hops_leave_workers_to_others() -> None:
     s = scheduler(clock, SMTP_DELIVERY="mx")
     for i in range(200):
         s.put(stem_at(i), f"dead{i % 20}.test")
-    failed = [t for t in iter(lambda: s.take(0), None)]
+    failed = list(iter(lambda: s.take(0), None))
     assert len(failed) == 6  # of 8, before any has answered: two are kept back
     s.put(stem_at(999), "good.test")
     assert s.take(0) is None
@@ -454,7 +454,7 @@ def test_dead_next_hops_leave_workers_to_others() -> None:
         s.throttle(t.lane, "dead")
         s.done(t, 0.0)
     for _ in range(4):  # each dead lane has its turn, none a second one before good.test
-        tasks = [t for t in iter(lambda: s.take(0), None)]
+        tasks = list(iter(lambda: s.take(0), None))
         assert sum(s.lanes[t.lane].steps > 0 for t in tasks) <= 4
         if "good.test" in [t.lane for t in tasks]:
             return
