@@ -771,6 +771,12 @@ def field_text(value: object) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
+def event_line(fields: Mapping[str, object], **first: str) -> str:
+    """Return an event as JSON; a NamedTuple is what it prints as, not all that is in it."""
+    shown = {k: str(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return json.dumps({**first, **shown}, default=str)
+
+
 class Log:
     """Writes one line for each event, in the form that the settings ask for."""
 
@@ -783,7 +789,7 @@ class Log:
             return
         now = iso_time(time.time())
         if self.as_json:
-            line = json.dumps({"time": now, "level": level, "event": event, **fields}, default=str)
+            line = event_line(fields, time=now, level=level, event=event)
         else:
             line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
         self.logger.log(LEVELS[level], "%s", line)
@@ -827,7 +833,7 @@ class Audit:
     def write(self, event: str, **fields: object) -> None:
         if not self.path:
             return
-        line = json.dumps({"time": iso_time(time.time()), "event": event, **fields}, default=str) + "\n"
+        line = event_line(fields, time=iso_time(time.time()), event=event) + "\n"
         try:  # opened anew, so that it may be rotated at any time; one write, so that lines stay whole
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -3332,6 +3338,9 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return host_port(self.host, self.port)
+
+    def __repr__(self) -> str:
+        return str(self)  # without the password
 
 
 class ReplyReader:
@@ -8612,7 +8621,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves = (parts.delivering(), parts.receiving())
+    halves: tuple[Delivering | Receiving, ...] = (parts.delivering(), parts.receiving())
     for half in halves:
         half.start()
     notify_systemd("READY=1")
