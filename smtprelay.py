@@ -5919,6 +5919,14 @@ def shut(sock: socket.socket, how: int) -> None:
         socket.socket.shutdown(sock, how)
 
 
+def client_name(family: int, address: Any) -> str:
+    """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
+    if family == socket.AF_UNIX:
+        return "local"
+    host = str(address[0]).partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") else host
+
+
 def spoke_early(sock: socket.socket) -> bool:
     """Tell whether the client has sent something before it was greeted."""
     sock.setblocking(False)  # with a timeout set, MSG_DONTWAIT would wait
@@ -6126,14 +6134,6 @@ def stop_server(server: socketserver.TCPServer) -> None:
         wake.connect(server.socket.getsockname())
     stopper.join()
     server.server_close()
-
-
-def client_name(family: int, address: Any) -> str:
-    """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
-    if family == socket.AF_UNIX:
-        return "local"
-    host = str(address[0]).partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") else host
 
 
 def bind(address: Address) -> socket.socket:
