@@ -3022,7 +3022,8 @@ Usage = dict[str, "collections.Counter[str]"]  # by account
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    One small file for each day and process, which `save` rewrites: called each second
+    One small file for each day and process, and one for what the last minute took (quota_per_minute),
+    which `save` rewrites: called each second
     and at the end, so SIGKILL forgets a second at most, a power cut what the kernel had
     not written. `part` names the process. It reads the others' files as often, so that
     several pass a quota by what they accept in a second. A message counts once, at its
@@ -4122,6 +4123,9 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
 
+    def __repr__(self) -> str:
+        return str(self)  # without the password
+
 
 class Outgoing:
     """The content of a message as it leaves: headers of ours, then the file from where it stands."""
@@ -4137,9 +4141,6 @@ class Outgoing:
     def read(self, octets: int) -> bytes:
         block, self.ahead = self.ahead, b""
         return block or self.file.read(octets)
-
-    def __repr__(self) -> str:
-        return str(self)  # without the password
 
 
 class ReplyReader:
@@ -5225,7 +5226,7 @@ class Reception:
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
@@ -5372,12 +5373,13 @@ class Session:
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a header that is none ends it without a word."""
         try:
-            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+            named = proxied_client(self.wire.sock, self.wire.deadline)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
+        client = client_name(socket.AF_INET6, (named or self.client,))
         self.crowded = not self.reception.rename(self, client)
-        self.is_local = is_loopback(client)
+        self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""

@@ -1061,6 +1061,23 @@ def test_who_may_come_and_send(start: Callable[..., Any], settings: dict[str, st
         visitor.ask("MAIL FROM:<a@b.test>", want)
 
 
+@pytest.mark.parametrize("header, want", [
+    (b"PROXY TCP4 198.51.100.7 127.0.0.1 1 2\r\n", "554 5.7.1"), (b"PROXY TCP4 172.17.0.1 127.0.0.1 1 2\r\n", "530 5.7.0"),
+    (b"PROXY TCP6 ::ffff:172.17.0.1 ::1 1 2\r\n", "530 5.7.0"), (b"PROXY UNKNOWN\r\n", "530 5.7.0"),
+    (b"PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n", "250")])  # fmt: skip
+def test_a_balancer_on_loopback_makes_nobody_local(start: Callable[..., Any], header: bytes, want: str) -> None:
+    relay = start(SMTP_PROXY_NETWORKS="loopback", SMTP_ALLOW_NETWORKS="loopback,172.17.0.0/16")
+    client = Dialogue((relay.host, relay.port))
+    client.send(header)
+    greeting = client.reply()
+    if want.startswith("554"):
+        assert greeting.startswith(want)
+    else:
+        client.ask("EHLO x", "250")
+        client.ask("MAIL FROM:<a@b.test>", want)
+    client.__exit__()
+
+
 def own_address() -> str:
     """Return an address of this machine that is not loopback; skip the test when it has none."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
