@@ -5925,8 +5925,8 @@ def client_name(family: int, address: Any) -> str:
     """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
     if family == socket.AF_UNIX:
         return "local"
-    host = str(address[0]).partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") else host
+    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
 
 
 def spoke_early(sock: socket.socket) -> bool:

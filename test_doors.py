@@ -508,6 +508,13 @@ def test_client_key(address: str, key: str) -> None:
     assert smtprelay.client_key(address) == key
 
 
+def test_client_name() -> None:
+    for host, name in (("192.0.2.1", "192.0.2.1"), ("::ffff:192.0.2.1", "192.0.2.1"), ("::ffff:c000:201", "192.0.2.1"),
+                       ("fe80::1%eth0", "fe80::1"), ("::1", "::1")):  # fmt: skip
+        assert smtprelay.client_name(socket.AF_INET6, (host, 1, 0, 0)) == name
+    assert smtprelay.client_name(socket.AF_UNIX, "") == "local"
+
+
 def test_bucket_fills_at_its_rate() -> None:
     clock = Ticker()
     buckets = smtprelay.Buckets(clock=clock)
