@@ -899,6 +899,12 @@ def field_text(value: object) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
+def event_line(fields: Mapping[str, object], **first: str) -> str:
+    """Return an event as JSON; a NamedTuple is what it prints as, not all that is in it."""
+    shown = {k: str(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return json.dumps({**first, **shown}, default=str)
+
+
 class Log:
     """Writes one line for each event, in the form that the settings ask for."""
 
@@ -911,7 +917,7 @@ class Log:
             return
         now = iso_time(time.time())
         if self.as_json:
-            line = json.dumps({"time": now, "level": level, "event": event, **fields}, default=str)
+            line = event_line(fields, time=now, level=level, event=event)
         else:
             line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
         self.logger.log(LEVELS[level], "%s", line)
@@ -955,7 +961,7 @@ class Audit:
     def write(self, event: str, **fields: object) -> None:
         if not self.path:
             return
-        line = json.dumps({"time": iso_time(time.time()), "event": event, **fields}, default=str) + "\n"
+        line = event_line(fields, time=iso_time(time.time()), event=event) + "\n"
         try:  # opened anew, so that it may be rotated at any time; one write, so that lines stay whole
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -3042,7 +3048,8 @@ Usage = dict[str, "collections.Counter[str]"]  # by account
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    One small file for each day and process, which `save` rewrites: called each second
+    One small file for each day and process, and one for what the last minute took (quota_per_minute),
+    which `save` rewrites: called each second
     and at the end, so SIGKILL forgets a second at most, a power cut what the kernel had
     not written. `part` names the process. It reads the others' files as often, so that
     several pass a quota by what they accept in a second. A message counts once, at its
@@ -4141,6 +4148,9 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
+
+    def __repr__(self) -> str:
+        return str(self)  # without the password
 
 
 class Outgoing:
@@ -5254,7 +5264,7 @@ class Reception:
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
@@ -5401,12 +5411,13 @@ class Session:
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a header that is none ends it without a word."""
         try:
-            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+            named = proxied_client(self.wire.sock, self.wire.deadline)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
+        client = client_name(socket.AF_INET6, (named or self.client,))
         self.crowded = not self.reception.rename(self, client)
-        self.is_local = is_loopback(client)
+        self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
@@ -5952,8 +5963,8 @@ def client_name(family: int, address: Any) -> str:
     """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
     if family == socket.AF_UNIX:
         return "local"
-    host = str(address[0]).partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") else host
+    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
 
 
 def spoke_early(sock: socket.socket) -> bool:
