@@ -3431,6 +3431,7 @@ class Scheduler:
         self.active: dict[str, str] = {}  # stem -> lane
         self.clock_set = 0.0  # Unix time; stems from before prove no age
         self.blocked: dict[str, list[str]] = {}  # active stem -> lanes in which its turn had come
+        self.alarm = math.inf  # when the first of the workers that wait will look again
         self.stopped = False
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
@@ -3452,8 +3453,7 @@ class Scheduler:
             for name in self.blocked.pop(task.stem, ()):
                 self._enter(task.stem, name, False)
             if not lane.listed and not lane.running and not lane.steps:
-                del self.lanes[task.lane]
-            self.changed.notify()
+                del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
         due = self.clock() + delay if delay > 0 else 0.0
@@ -3465,7 +3465,7 @@ class Scheduler:
             heapq.heappush(self.heap, (due, stem, lane))
         else:
             self._enter(stem, lane, fresh)
-        self.changed.notify()
+        self._stir()
 
     def _enter(self, stem: str, name: str, fresh: bool) -> None:
         lane = self.lanes.get(name)
@@ -3488,12 +3488,21 @@ class Scheduler:
                 self._wake(now)
                 task = self._next(now)
                 if task:
+                    self._stir()
                     return task
                 left = min(give_up - time.monotonic(), self._quiet_for(now))
                 if give_up <= time.monotonic():
                     return None
+                self.alarm = min(self.alarm, now + left)
                 self.changed.wait(max(left, 0.001))
+                self.alarm = math.inf  # nobody is known to look in time
         return None
+
+    def _stir(self) -> None:
+        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
+        now = self.clock()
+        if self._quiet_for(now) < self.alarm - now or any(self._may_start(lane, now) for lane in self.order):
+            self.changed.notify()
 
     def _wake(self, now: float) -> None:
         """Move what has fallen due into its lane, and lanes whose probe is due into the order."""
@@ -3514,18 +3523,18 @@ class Scheduler:
 
     def _next(self, now: float) -> Task | None:
         """Return the next message of the first lane, going round, that has one and has room."""
-        busy = [self.lanes[name] for name in self.active.values()]
-        failed = sum(lane.steps > 0 for lane in busy)
-        slow = sum(not lane.is_quick(now) for lane in busy)
         for lane in list(self.order):
             overdue = lane.steps > 0 and self._is_overdue(lane)
             if lane.steps and now < lane.throttled_until and not overdue:
                 self._park(lane)
-            elif overdue or self._has_room(lane, now, failed, slow):
+            elif overdue or self._has_room(lane, now):
                 task = self._pop(lane, now, overdue)
                 if task:
                     return task
         return None
+
+    def _may_start(self, lane: Lane, now: float) -> bool:
+        return not (lane.steps and now < lane.throttled_until) and self._has_room(lane, now)
 
     def _park(self, lane: Lane) -> None:
         """Put a throttled lane out of the way until its probe is due."""
@@ -3538,8 +3547,8 @@ class Scheduler:
         came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
         return self.clock_set <= came < time.time() - self.settings.retry_max_age
 
-    def _has_room(self, lane: Lane, now: float, failed: int, slow: int) -> bool:
-        """Tell whether a lane may have one more worker, with so many at failed and slow ones."""
+    def _has_room(self, lane: Lane, now: float) -> bool:
+        """Tell whether a lane may have one more worker."""
         workers, room, quick = self.settings.workers, self.settings.relay_connections, lane.is_quick(now)
         alone = len(self.lanes) == 1  # then there is nobody to keep workers for
         half = workers if alone else max(1, workers // 2)
@@ -3549,9 +3558,14 @@ class Scheduler:
             room = workers
         elif not quick:
             room = min(room, half)
-        if len(lane.running) >= room or lane.steps and failed >= half:
+        if len(lane.running) >= room:
             return False
-        return quick or alone or slow < max(1, workers - max(1, workers // 4))
+        if not lane.steps and (quick or alone):
+            return True
+        busy = [self.lanes[name] for name in self.active.values()]
+        if lane.steps and sum(other.steps > 0 for other in busy) >= half:
+            return False
+        return quick or alone or sum(not o.is_quick(now) for o in busy) < max(1, workers - max(1, workers // 4))
 
     def _pop(self, lane: Lane, now: float, oldest: bool) -> Task | None:
         """Take the next message from a lane in the order; None when all of them have gone."""
