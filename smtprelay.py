@@ -233,6 +233,7 @@ def unix_time(text: str) -> float:
         return 0.0
 
 
+@functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -794,7 +795,7 @@ class Settings:
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
-    @property
+    @functools.cached_property
     def smart_hosts(self) -> tuple[tuple[str, int], ...]:
         """The smart hosts, in the order in which they are tried."""
         return tuple(split_port(h, str(self.relay_port)) for h in self.relay_host)
@@ -1933,6 +1934,7 @@ def open_sealer(settings: Settings) -> Sealer:
 
 NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+SIDECARS = ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED))
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
@@ -2186,18 +2188,21 @@ class FileSpool:
         read_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
-        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+    def load(self, stem: str, *, owed: bool = False) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged.
+
+        Of one that is owed, no finished record is looked for.
+        """
         try:
             with self.open_text(stem + ".eml", stem + ".eml") as file:
                 message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
-        return self.progress(stem, message)
+        return self.progress(stem, message, SIDECARS[:1] if owed else SIDECARS)
 
-    def progress(self, stem: str, first: Message) -> Message:
+    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
         """Return the latest readable sidecar, or the first record where there is none."""
-        for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
+        for end, status in sidecars:
             try:
                 with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
@@ -2213,11 +2218,13 @@ class FileSpool:
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
-        name = stem + ".tmp"
-        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
-        os.rename(self.path(name), self.path(stem + end))
-        if end != ".json":
+        data = self.sealer.seal(message.to_json(), stem + ".json")
+        if end != ".json":  # torn or not, its name says all that counts
+            write_file(self.path(stem + end), data)
             self.unlink(stem + ".json")
+            return
+        write_file(self.path(stem + ".tmp"), data)
+        os.rename(self.path(stem + ".tmp"), self.path(stem + end))
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
@@ -2413,7 +2420,7 @@ class MemorySpool:
         read_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
+    def load(self, stem: str, *, owed: bool = False) -> Message:
         return Message.from_json(self.records[stem])
 
     def save(self, message: Message) -> None:
@@ -5179,6 +5186,21 @@ LINK_LINE = len(stem_of("0" * 16, "")) + 1
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
 
 
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+CROWD = 3  # threads at work from which on they keep to one processor
+
+
+def keep_together(crowded: bool, pick: Callable[[set[int]], int]) -> None:
+    """Bind the calling thread to one processor when there is a crowd.
+
+    Threads that pass the interpreter's lock between processors do half the work. Each half of
+    the program picks another processor; where binding is not to be had, only speed is lost.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {pick(PROCESSORS)} if crowded else PROCESSORS)
+
+
 class Link:
     """A pipe that carries stems from the receiving half to the delivering half.
 
@@ -6037,13 +6059,9 @@ def discard(block: bytes) -> None:
 
 SESSION_STACK = 256 * KIB
 SPARE_THREADS = 32  # that wait for a connection; more than that end
-CROWD = 3  # sessions at once from which on their threads keep to one processor
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
-
-
-PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -6134,7 +6152,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def hold(self, session: Session) -> None:
         """Run a session to its end."""
-        keep_together(len(self.reception.sessions) >= CROWD)
+        keep_together(len(self.reception.sessions) >= CROWD, min)
         try:
             self.finish_request(session.wire.sock, session)
         except Exception as e:
@@ -6144,14 +6162,6 @@ class Listener(socketserver.ThreadingTCPServer):
             end_tls(session.wire.sock)
             self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
-
-
-def keep_together(crowded: bool) -> None:
-    """Bind the calling thread to one processor when there is a crowd: threads that pass the interpreter's
-    lock between processors do half the work. Where binding is not to be had, nothing is lost but that."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {min(PROCESSORS)} if crowded else PROCESSORS)
 
 
 def end_tls(sock: socket.socket) -> None:
@@ -9336,8 +9346,13 @@ class Delivering:
     # -- workers --
 
     def work(self) -> None:
+        bound = False
         while not self.stopping.is_set():
             task = self.scheduler.take(5.0)
+            crowded = len(self.scheduler.active) >= CROWD
+            if crowded != bound:
+                keep_together(crowded, max)
+                bound = crowded
             if task:
                 self.work_at(task)
 
@@ -9378,7 +9393,7 @@ class Delivering:
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when no more is owed in this lane."""
         unwritten = self.unwritten.get(task.stem)
-        message = unwritten or self.spool.load(task.stem)
+        message = unwritten or self.spool.load(task.stem, owed=True)
         if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
