@@ -38,9 +38,10 @@ Contents:
     16 PAGE          the inbox and queue page, one document
     17 HTTP          health, metrics, the mail API, and its guards
     18 RELAY         joins the parts: workers, processes, start and stop
-    19 SENDMAIL      the command of that name
-    20 DOCTOR        what stands between this machine and the next hop
-    21 COMMAND LINE  one function for each verb
+    19 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
+    20 SENDMAIL      the command of that name
+    21 DOCTOR        what stands between this machine and the next hop
+    22 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ import termios
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -7637,7 +7639,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # through their lives. Supervisor runs both halves as processes of their own,
 # made by fork before there are threads, and makes a half that died anew; the
 # lock, the listening sockets, the Link and the counters are the supervisor's, so
-# a half that is remade finds all as it was. Relay runs both as threads.
+# a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
@@ -8363,13 +8365,13 @@ class Parts:
         self.port = 0  # the first of SMTP's TCP ports
         self.http: list[socket.socket] = []
 
-    def open(self) -> None:
-        """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
+    def open(self, inherit: bool = True) -> None:
+        """Take the spool, then the places to listen, or inherit these. SpoolBusy or OSError says what is taken already."""
         self.spool.open()
         try:
-            self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
-            self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
-            self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.smtps = inherit and inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
+            self.http = inherit and inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
             self.find_pair()
@@ -8455,57 +8457,6 @@ def notify_systemd(state: str) -> None:
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-
-
-class Relay:
-    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.parts = Parts(settings, log)
-
-    def start(self) -> Relay:
-        self.parts.open()
-        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
-        self.delivering.start()
-        self.receiving.start()
-        return self
-
-    def stop(self) -> None:
-        self.receiving.stop()
-        self.parts.link.close()
-        self.delivering.stop()
-        self.parts.close()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    @property
-    def host(self) -> str:
-        return str(self.parts.smtp[0].getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self.parts.smtp[0].getsockname()[1])
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
-
-
-def start(**settings: str) -> Relay:
-    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
-
-    Reads no environment variables. SettingsError lists what is wrong with the settings.
-    """
-    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    unknown = unknown_settings(settings)
-    if unknown:
-        raise SettingsError(unknown)
-    logger = logging.getLogger("smtprelay.library")
-    return Relay(Settings.read({**defaults, **settings}), Log(logger)).start()
 
 
 SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
@@ -8629,7 +8580,303 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 19 SENDMAIL =============================================================
+# === 19 LIBRARY ==============================================================
+#
+# The relay in the hands of a test: `start()`, the Relay that it returns, and two
+# fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
+# own, memory of its own, nothing from the environment, and nothing left of it after
+# stop(). Unless told of a smart host it has one in the same process, an Upstream
+# that answers by script; unless told to deliver it holds what it gets.
+
+UPSTREAM_STAGES = ("connect", "mail", "rcpt", "data", "end")
+
+
+class Taken(NamedTuple):
+    """A message that the simulated smart host took."""
+
+    reverse_path: str
+    recipients: list[str]
+    raw: bytes
+
+
+class Upstream(socketserver.ThreadingTCPServer):
+    """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
+
+    A step is "accept", "drop" (hang up without an answer), or a reply. It holds for the end
+    of a message's content, unless a stage stands before it: connect, mail, rcpt, data. Steps
+    are taken in order, each when its stage comes; after the last one all is accepted.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.changed = threading.Condition()
+        self.steps: collections.deque[tuple[str, str]] = collections.deque()
+        self.received: list[Taken] = []
+        self.attempts = 0  # MAIL commands seen
+        self.open: dict[socket.socket, threading.Thread] = {}
+        self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
+
+    def script(self, *steps: str) -> None:
+        """Add steps; ValueError for one that is none."""
+        for step in steps:
+            stage, _, reply = step.partition(" ")
+            if stage not in UPSTREAM_STAGES:
+                stage, reply = "end", step
+            if reply not in ("accept", "drop") and not re.match("[2-5][0-9][0-9]( |$)", reply):
+                raise ValueError(f"{step!r} is not [{'|'.join(UPSTREAM_STAGES)}] accept|drop|reply")
+            self.steps.append((stage, reply))
+
+    def answer(self, stage: str, usual: str) -> str:
+        """Return what is said at a stage: the usual, or what the next step wants if it is for this stage."""
+        with self.changed:
+            reply = self.steps.popleft()[1] if self.steps and self.steps[0][0] == stage else "accept"
+        if reply == "drop":
+            raise ConnectionAbortedError("by script")
+        return usual if reply == "accept" else reply
+
+    def take(self, message: Taken) -> None:
+        with self.changed:
+            self.received.append(message)
+            self.changed.notify_all()
+
+    def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
+        """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
+                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, in {self.attempts} attempts")
+            return list(self.received)
+
+    def stop(self) -> None:
+        stop_server(self)
+        for sock, thread in list(self.open.items()):
+            shut(sock, socket.SHUT_RDWR)
+            thread.join(1.0)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.open[request] = threading.current_thread()
+        super().process_request_thread(request, client_address)
+        del self.open[request]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that was dropped, by script or by the relay, is no news."""
+
+
+class UpstreamHandler(socketserver.StreamRequestHandler):
+    """One connection to the simulated smart host."""
+
+    server: Upstream
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        sender: str | None = None
+        recipients: list[str] = []
+        going = self.say(self.server.answer("connect", "220 upstream ESMTP")) < 400
+        while going:
+            line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
+            verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
+            if verb == "EHLO":
+                self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
+            elif verb == "MAIL":
+                self.server.attempts += 1
+                taken = self.say(self.server.answer("mail", "250 2.1.0 Ok")) < 300
+                sender, recipients = path if taken else None, []
+            elif verb in ("RCPT", "DATA") and sender is None:
+                self.say("503 5.5.1 Say MAIL first")
+            elif verb == "RCPT":
+                if self.say(self.server.answer("rcpt", "250 2.1.5 Ok")) < 300:
+                    recipients.append(path)
+            elif verb == "DATA":
+                self.data(sender or "", recipients)
+            else:
+                going = verb not in ("QUIT", "")
+                self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
+
+    def say(self, reply: str) -> int:
+        """Send a reply; return its code."""
+        self.wfile.write(reply.encode() + b"\r\n")
+        return int(reply[:3])
+
+    def data(self, sender: str, recipients: list[str]) -> None:
+        if not recipients:
+            self.say("554 5.5.1 No valid recipients")
+        elif self.say(self.server.answer("data", "354 Go ahead")) == 354:
+            lines = list(iter(self.rfile.readline, b".\r\n"))
+            reply = self.server.answer("end", "250 2.0.0 Ok")
+            if reply.startswith("2"):
+                self.server.take(Taken(sender, recipients, b"".join(line[line.startswith(b"."):] for line in lines)))
+            self.say(reply)
+
+
+class Relay:
+    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
+
+    def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
+        self.settings = settings
+        self.parts = Parts(settings, log)
+        self._upstream = upstream
+
+    def start(self) -> Relay:
+        self.parts.open(inherit=False)
+        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.backstage = Backstage(self.delivering)
+        self.delivering.start()
+        self.receiving.start()
+        return self
+
+    def stop(self) -> None:
+        self.receiving.stop()
+        self.parts.link.close()
+        self.delivering.stop()
+        self.parts.close()
+        if self._upstream:
+            self._upstream.stop()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        return str(self.parts.smtp[0].getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self.parts.smtp[0].getsockname()[1])
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
+
+    @property
+    def upstream(self) -> Upstream:
+        """The simulated smart host; AttributeError where SMTP_RELAY_HOST names a real one."""
+        if not self._upstream:
+            raise AttributeError("SMTP_RELAY_HOST names a smart host: there is no simulated one")
+        return self._upstream
+
+    @property
+    def messages(self) -> list[Email]:
+        """All messages there are, in order of arrival."""
+        self.delivering.catch_up()
+        inbox = self.delivering.inbox
+        return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
+
+    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None) -> Email:
+        """Return the newest message to someone, with words in its subject, or else the next to come.
+
+        With `after`, one that arrived after that message. TimeoutError, which tells what did
+        arrive, when there is none within `timeout` seconds.
+        """
+        query = Query(((functools.partial(is_meant, to, subject), True),))
+        item = self.delivering.inbox.wait(query, after.sequence if after else None, timeout)
+        if not item:
+            wanted = " ".join(f"{k}={v!r}" for k, v in (("to", to), ("subject", subject)) if v) or "any"
+            came = "; ".join(map(repr, self.messages)) or "none"
+            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
+        return self.delivering.inbox.email(item)
+
+    def clear(self) -> None:
+        """Remove all messages, those that the simulated smart host took and its script."""
+        self.delivering.catch_up()
+        for message in self.messages:
+            with contextlib.suppress(HttpError):  # one that is being delivered just now
+                self.backstage.delete([message.id])
+        if self._upstream:
+            self._upstream.received.clear()
+            self._upstream.steps.clear()
+
+    def release(self, message: Email | None = None) -> int:
+        """Let a held message go, or all of them; return how many."""
+        held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
+        for each in held:
+            self.backstage.release(each.id, [])
+        return len(held)
+
+
+def is_meant(to: str, subject: str, item: Item) -> bool:
+    """Tell whether a message is to someone (a part of an address will do where it has no @), and about something."""
+    s = item.summary
+    people = [p["Address"].lower() for p in (*s["To"], *s["Cc"], *s["Bcc"])]
+    to = to.lower()
+    named = to in people if "@" in to else any(to in address for address in people)
+    return named and subject.lower() in s["Subject"].lower()
+
+
+def start(**settings: str) -> Relay:
+    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+
+    Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
+    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    SettingsError lists what is wrong with the settings.
+    """
+    unknown = unknown_settings(settings)
+    if unknown:
+        raise SettingsError(unknown)
+    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
+    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    if upstream:
+        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
+    try:
+        relay = Relay(Settings.read({**defaults, **settings}), Log(logging.getLogger("smtprelay.library")), upstream).start()
+    except BaseException:
+        if upstream:
+            upstream.server_close()
+        raise
+    if upstream:
+        upstream.thread.start()
+    return relay
+
+
+# -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
+
+pytest: Any = sys.modules.get("pytest")
+FIXTURES = ("smtp_relay", "smtp_relay_session")
+MAILS_SHOWN = 10
+
+
+def relay_fixture(request: Any) -> Iterator[Relay]:
+    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
+    marker = request.node.get_closest_marker("smtp_relay")
+    report_mail(request.config.pluginmanager)
+    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
+        yield relay
+
+
+def report_mail(plugins: Any) -> None:
+    """Have a failing test's report show the mail that its relay received."""
+    if not plugins.has_plugin("smtprelay-mail"):
+        plugin = types.ModuleType("smtprelay_mail")
+        vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
+        plugins.register(plugin, "smtprelay-mail")
+
+
+def add_mail(item: Any) -> Iterator[None]:
+    """Add a section to the report of a test that failed (pytest_runtest_makereport)."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    relays = [item.funcargs[name] for name in FIXTURES if name in getattr(item, "funcargs", ())]
+    if report.when == "call" and report.failed and relays:
+        mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
+        left_out = [f"and {len(mails) - MAILS_SHOWN} more"] if len(mails) > MAILS_SHOWN else []
+        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN] + left_out) or "none"
+        report.sections.append((f"mail received ({len(mails)})", text))
+
+
+def configure_pytest(config: Any) -> None:
+    config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
+
+
+if pytest:
+    smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
+    smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
+    pytest_configure = configure_pytest
+
+
+# === 20 SENDMAIL =============================================================
 #
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
@@ -8862,9 +9109,11 @@ def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[s
             if not any(o.status is Status.FORWARDED for o in latest.values()):
                 break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
     finally:
-        hop.close()
-        with contextlib.suppress(OSError):
-            sock.recv(1024)  # the answer to QUIT: by then all is done
+        with contextlib.suppress(OSError, Trouble):
+            hop.say("greeting", b"QUIT")
+            while sock.recv(1024):
+                """Wait for the other end to close: a session of ours has more to do after its last reply."""
+        sock.close()
     return outcomes
 
 
@@ -8919,7 +9168,7 @@ def pass_on(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-# === 20 DOCTOR ===============================================================
+# === 21 DOCTOR ===============================================================
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
@@ -9115,7 +9364,7 @@ def diagnose(settings: Settings) -> Iterator[Finding]:
         yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
 
 
-# === 21 COMMAND LINE =========================================================
+# === 22 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes the settings and its arguments, and returns
 # the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help

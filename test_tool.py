@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import http.client
 import logging
 import os
 import re
 import shutil
+import smtplib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -442,6 +446,191 @@ with app.app_context():
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
     assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+# === 19 LIBRARY ==============================================================
+
+MAIL = b"From: me@x.example\r\nTo: bob@b.example\r\nSubject: Your code\r\n\r\nYour code is 482913, or go to https://x.example/in?t=1\r\n"
+
+
+def mail_to(relay: smtprelay.Relay, *recipients: str, content: bytes = MAIL) -> None:
+    with smtplib.SMTP(relay.host, relay.port, timeout=5) as smtp:
+        smtp.sendmail("me@x.example", recipients or ["bob@b.example"], content)
+
+
+def test_a_test_waits_for_its_mail(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail = relay.wait(to="bob@b.example", subject="code", timeout=5)
+    assert (mail.codes, mail.links, mail.reverse_path, mail.recipients) == (["482913"], ["https://x.example/in?t=1"], "me@x.example", ["bob@b.example"])
+    assert (mail.subject, mail.from_, mail.to, mail.html, mail.attachments) == ("Your code", "me@x.example", ["bob@b.example"], "", [])
+    assert mail.headers["subject"] == "Your code" and mail.raw.endswith(MAIL) and "482913" in mail.text
+    assert [m.id for m in relay.messages] == [mail.id]
+    with pytest.raises(TimeoutError, match=r"to='ann'.* what came: <Email 'Your code'"):
+        relay.wait(to="ann", timeout=0.01)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="bob", timeout=0.01, after=mail)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="ob@b.example", timeout=0.01)
+    threading.Timer(0.02, mail_to, (relay,)).start()
+    assert relay.wait(to="bob", after=mail).sequence > mail.sequence
+    relay.clear()
+    assert relay.messages == []
+
+
+def test_bcc_is_waited_for_by_the_envelope(relay: smtprelay.Relay) -> None:
+    mail_to(relay, "bob@b.example", "Blind@c.example")
+    assert relay.wait(to="blind@c.example", timeout=1).recipients == ["bob@b.example", "Blind@c.example"]
+
+
+def test_held_mail_is_released_to_the_simulated_smart_host(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail_to(relay, "ann@b.example")
+    assert relay.upstream.received == []
+    assert relay.release(relay.wait(to="ann")) == 1
+    assert [t.recipients for t in relay.upstream.wait(1)] == [["ann@b.example"]]
+    assert relay.release() == 1
+    taken = relay.upstream.wait(2)[1]
+    assert (taken.reverse_path, taken.recipients) == ("me@x.example", ["bob@b.example"]) and taken.raw.endswith(MAIL)
+
+
+SCRIPTS = [  # steps, how the message ends, attempts, copies taken
+    ([], "forwarded", 1, 1),
+    (["451 busy"] * 3, "forwarded", 4, 1),
+    (["550 no"], "failed", 1, 0),
+    (["rcpt 550 who?"], "failed", 1, 0),
+    (["mail 451 later", "data 421 going"], "forwarded", 3, 1),
+    (["drop", "accept"], "forwarded", 2, 1),
+    (["mail drop", "connect 421 busy", "connect 554 go away", "rcpt 450 grey"], "forwarded", 3, 1),
+]
+
+
+@pytest.mark.parametrize("steps, status, attempts, copies", SCRIPTS)
+def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: str, attempts: int, copies: int) -> None:
+    with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="1000", SMTP_SEED="1") as relay:
+        relay.upstream.script(*steps)
+        mail_to(relay)
+        id = relay.wait().id
+        until(lambda: relay.backstage.status_of(id) == status)
+        assert (relay.upstream.attempts, len(relay.upstream.received)) == (attempts, copies)
+
+
+def test_eight_hours_of_back_off_pass_in_a_second() -> None:
+    waits = []
+    for _ in range(2):
+        with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="50000", SMTP_SEED="7", SMTP_RETRY_JITTER="0.1") as relay:
+            relay.upstream.script(*["451 busy"] * 16)
+            started = time.monotonic()
+            mail_to(relay)
+            relay.upstream.wait(1)
+            assert time.monotonic() - started < 5
+            waits.append(relay.delivering.scheduler.rng.random())
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("step", ["", "reject", "rcpt", "rcpt no", "999 x", "250x"])
+def test_a_step_that_is_none_is_refused(relay: smtprelay.Relay, step: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        relay.upstream.script(step)
+
+
+def test_a_real_smart_host_is_not_simulated() -> None:
+    with smtprelay.start(SMTP_RELAY_HOST=unused_port()) as relay:
+        assert relay.parts.settings.delivery == "relay"
+        with pytest.raises(AttributeError, match="SMTP_RELAY_HOST"):
+            assert relay.upstream
+
+
+def test_relays_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_PORT", "1")
+    monkeypatch.setenv("SMTP_HOSTNAME", "elsewhere.example")
+    with smtprelay.start(SMTP_HOSTNAME="one.example") as one, smtprelay.start() as two:
+        assert len({one.port, two.port, one.http_url, two.http_url}) == 4
+        assert (one.settings.hostname, "elsewhere" in two.settings.hostname) == ("one.example", False)
+        mail_to(one)
+        assert one.wait() and two.messages == []
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_nothing_is_left_behind_and_it_is_quick() -> None:
+    for _ in range(2):  # the first one imports and caches
+        before = (set(threading.enumerate()), open_files())
+        relay = smtprelay.start(SMTP_DELIVERY="relay", SMTP_TLS_SELF_SIGNED="0")
+        keeps = http.client.HTTPConnection(relay.host, int(relay.http_url.rpartition(":")[2]), timeout=5)
+        keeps.request("GET", "/livez")
+        assert keeps.getresponse().read() == b"OK\n"
+        idle = socket.create_connection((relay.host, relay.port))
+        mail_to(relay)
+        relay.upstream.wait(1)
+        relay.stop()
+        keeps.close()
+        idle.close()
+        gc.collect()
+        until(lambda: (set(threading.enumerate()), open_files()) == before, 2)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        smtprelay.start().stop()
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.03
+
+
+def test_a_wrong_setting_leaves_nothing_either() -> None:
+    before = (set(threading.enumerate()), open_files())
+    for wrong in ({"SMTP_MAX_SIZE": "big"}, {"SMTP_MAX_SIZ": "1K"}):
+        with pytest.raises(smtprelay.SettingsError, match="SMTP_MAX_SIZ"):
+            smtprelay.start(**wrong)
+    assert (set(threading.enumerate()), open_files()) == before
+
+
+def run_pytest(tmp_path: Path, test: str, *flags: str, conftest: str = "") -> str:
+    (tmp_path / "test_it.py").write_text(test)
+    (tmp_path / "conftest.py").write_text(conftest)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, str(tmp_path)], capture_output=True, timeout=60,
+                          cwd=tmp_path, env=clean_env(PYTHONPATH=HERE, SMTP_PORT="1", PYTHONDONTWRITEBYTECODE="1"))
+    return done.stdout.decode() + done.stderr.decode()
+
+
+PLUGIN_TEST = """
+import smtplib, pytest
+
+def send(relay):
+    with smtplib.SMTP(relay.host, relay.port) as smtp:
+        smtp.sendmail("me@x.example", ["bob@b.example"], b"Subject: Shown\\r\\n\\r\\nhello\\r\\n")
+
+@pytest.mark.parametrize("n", range(4))
+def test_each_has_its_own(smtp_relay, n):
+    send(smtp_relay)
+    smtp_relay.wait(to="bob@b.example")
+    assert len(smtp_relay.messages) == 1
+
+@pytest.mark.smtp_relay(SMTP_DELIVERY="relay")
+def test_marked(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.upstream.wait()
+
+def test_session(smtp_relay_session):
+    send(smtp_relay_session)
+
+def test_failing(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.messages == []
+"""
+
+
+@pytest.mark.parametrize("flags, conftest", [
+    (["-p", "smtprelay", "--strict-markers"], ""), ([], "from smtprelay import smtp_relay, smtp_relay_session"), (["-p", "smtprelay", "-n", "2"], "")])
+def test_pytests_fixtures(tmp_path: Path, flags: list[str], conftest: str) -> None:
+    if "-n" in flags:
+        pytest.importorskip("xdist")
+    said = run_pytest(tmp_path, PLUGIN_TEST, *flags, conftest=conftest)
+    assert "1 failed, 6 passed" in said, said
+    assert "mail received (1)" in said and "Subject: Shown" in said and "test_failing" in said
+
+
+def test_without_pytest_there_are_no_fixtures() -> None:
+    run(sys.executable, "-c", "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules", env=clean_env())
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
