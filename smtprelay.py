@@ -165,7 +165,6 @@ INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
 SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
 
-TLS_NOT_NOW = Reply(454, "4.7.0", "TLS is not to be had now, try again later")
 ACCOUNTS_NOT_NOW = Reply(454, "4.7.0", "Logins cannot be checked now, try again later")
 
 UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
@@ -444,6 +443,13 @@ def readable(text: str) -> str:
     return text
 
 
+def appendable(text: str) -> str:
+    place = text if os.path.exists(text) else os.path.dirname(text) or "."
+    if text and (os.path.isdir(text) or not os.access(place, os.W_OK)):
+        raise ValueError("a file that can be written")
+    return text
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(w for w in re.split(r"[,\s]+", text) if w)
 
@@ -617,7 +623,7 @@ def hex_key(text: str) -> bytes:
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
-    return field(default=parse(default), metadata={
+    return field(default=parse(default), repr=not secret, metadata={
         "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
 
 
@@ -688,8 +694,8 @@ class Settings:
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
-    log_file: str = setting("", word, "a file for the log", shown="stderr")
-    audit_log: str = setting("", word, "a file for a JSON line for each session, login, refusal and message")
+    log_file: str = setting("", appendable, "a file for the log", shown="stderr")
+    audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
     debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
 
 
@@ -1913,7 +1919,7 @@ class FileSpool:
     def names(self) -> Iterator[tuple[str, Status | None]]:
         """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
         for day in sorted(os.listdir(self.root)):
-            if DATE.fullmatch(day) and os.path.isdir(self.path(day)):
+            if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
             elif day not in KEPT_NAMES:
                 self.set_aside(day, "not a name of ours")
@@ -2166,7 +2172,8 @@ class FileDraft:
         try:
             os.fsync(self.fd)
         except OSError:
-            os.unlink(final)
+            with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                os.unlink(final)
             raise
 
     def abort(self) -> None:
@@ -2284,6 +2291,8 @@ Draft = Union[FileDraft, MemoryDraft]
 # next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
+TURN_PATIENCE = 20.0
+API_KEY = "mp_live_"  # how each begins
 USAGE_DAYS = 35
 USAGE_FILE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json")
 USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
@@ -2476,7 +2485,7 @@ def claim(lock: str) -> str:
 
 def new_api_key() -> str:
     """Make an api_key of 160 random bits."""
-    return "mp_live_" + secrets.token_hex(20)
+    return API_KEY + secrets.token_hex(20)
 
 
 Stamp = Optional[tuple[int, int, int]]
@@ -2518,6 +2527,7 @@ class Known(NamedTuple):
 
     stamp: Stamp
     logins: dict[str, Account]
+    hashed: bool  # whether there is an account that CRAM-MD5 cannot check
     decoy: str  # a hash no password fits, as costly as the first account's own
     proved: set[bytes]  # at most four for each account: two names, two secrets
 
@@ -2555,7 +2565,7 @@ class Accounts:
             self.log.warn("users_file", file=self._path, warning=warning)
         hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
-        return Known(stamp, logins, f"{making}:{secrets.token_hex(32)}", set())
+        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -2596,8 +2606,7 @@ class Accounts:
         choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
-        hashes = any(is_hash(account.password) for account in self.listed())
-        cram = self.settings.auth_any or not hashes
+        cram = self.settings.auth_any or not self._fresh().hashed
         return [
             name
             for name, mechanism in MECHANISMS.items()
@@ -2615,11 +2624,22 @@ class Accounts:
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         good = self.settings.auth_any or ticket in known.proved
         if not good:
-            with self._turns:
-                good = proves(account or Account(""), password, known.decoy)
+            good = self._proved(account or Account(""), password, known.decoy)
             if good:
                 known.proved.add(ticket)
         return self._end(user, account, good)
+
+    def _proved(self, account: Account, password: str, decoy: str) -> bool:
+        """Check a password when it is our turn. Raises SaslEnd when none comes, or no memory is left."""
+        if not self._turns.acquire(timeout=TURN_PATIENCE):
+            raise SaslEnd(ACCOUNTS_NOT_NOW)
+        try:
+            return proves(account, password, decoy)
+        except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
+            self.log.error("login_not_checked", error=error)
+            raise SaslEnd(ACCOUNTS_NOT_NOW) from None
+        finally:
+            self._turns.release()
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
@@ -2633,6 +2653,7 @@ class Accounts:
 
     def _end(self, user: str, account: Account | None, good: bool) -> Login:
         shown = account.name if account else user[:64]
+        shown = shown if account or not shown.startswith(API_KEY) else API_KEY + "***"  # mistyped, or of yesterday
         shown = shown if shown.isprintable() else ascii(shown)
         if good:
             return Login(shown, account or Account(shown), AUTH_OK)
@@ -2761,6 +2782,7 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 # -- how much --
 
 
+@functools.lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
     """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
     try:
@@ -2805,6 +2827,17 @@ class Buckets:
             if key in self._full_at:
                 self._full_at[key] -= 60.0 / per_minute
 
+    def waits(self) -> dict[str, float]:
+        """Return the seconds until each bucket is full, of those that are not."""
+        now = self._clock()
+        with self._lock:
+            return {key: at - now for key, at in self._full_at.items() if at > now}
+
+    def restore(self, waits: Mapping[str, float]) -> None:
+        """Take over what `waits` returned, at the start."""
+        now = self._clock()
+        self._full_at.update((key, now + wait) for key, wait in waits.items())
+
 
 Usage = dict[str, "collections.Counter[str]"]  # by account
 
@@ -2829,9 +2862,12 @@ class Quotas:
         self._days: dict[tuple[str, str], Usage] = {}  # by day and part
         self._unsaved: set[str] = set()
         self._reserved: collections.Counter[str] = collections.Counter()
+        self.minutes = Buckets()  # quota_per_minute, by account
+        self._minutes_file, self._minutes_kept = f"{directory}/minutes.{part}.json", True
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._read(since="")
+            self._read_minutes()
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
@@ -2884,6 +2920,24 @@ class Quotas:
                 self._unsaved.update(changed)
             raise
         self._read(since=self._day())
+        self._save_minutes()
+
+    def _save_minutes(self) -> None:
+        waits = self.minutes.waits()
+        if waits or self._minutes_kept:
+            replace_file(self._minutes_file, json.dumps({"at": self._now(), "waits": waits}).encode())
+        self._minutes_kept = bool(waits)
+
+    def _read_minutes(self) -> None:
+        """Read what each account waited for; no wait is longer than the minute it is about."""
+        try:
+            kept = json.loads(read_whole(self._minutes_file))
+            left = {name: min(wait - self._now() + kept["at"], 60.0) for name, wait in kept["waits"].items()}
+            self.minutes.restore({name: wait for name, wait in left.items() if wait > 0})
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._log.error("counts_lost", file=self._minutes_file, error=error)
 
     def _day(self) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(self._now()))
@@ -2942,6 +2996,8 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    # an end without goodbye is an end all the same: content has its own; and after it we can still say 421
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         for path in (cert, key):  # ssl's own error does not say which one is missing
             open(path, "rb").close()
@@ -3846,13 +3902,10 @@ class Link:
 class Guard:
     """Who may come in and send: accounts, the certificate, limits."""
 
-    def __init__(self, settings: Settings, log: Log, quotas: Quotas, pair: tuple[str, str]) -> None:
-        self.accounts = Accounts(settings, log)
-        self.tls = ServerTls(*pair, log) if pair[0] else None
-        self.quotas = quotas
+    def __init__(self, accounts: Accounts, tls: ServerTls | None, quotas: Quotas) -> None:
+        self.accounts, self.tls, self.quotas = accounts, tls, quotas
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-        self.minutes = Buckets()  # quota_per_minute, by account
 
     def trouble(self) -> str:
         """Return what is wrong with the users file or the certificate as they are now."""
@@ -3897,12 +3950,19 @@ class Reception:
         self.free_checked = (-math.inf, True)
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
-    def refusal(self, client: str) -> bool:
-        """Tell whether a client's address keeps it out."""
+    def lets_in(self, client: str) -> bool:
+        """Tell whether a client's address may connect; where any login is good, none from outside may."""
         if client == "local":
-            return False
+            return True
         address = ipaddress.ip_address(client)
-        return not any(address in network for network in self.settings.allow_networks)
+        if self.settings.auth_any and not address.is_loopback:
+            return False
+        return any(address in network for network in self.settings.allow_networks)
+
+    def turned_away(self, client: str, reply: Reply) -> None:
+        """Note a connection that gets no service."""
+        self.metrics.inc("smtp_connections_refused_total")
+        self.audit.write("blocked", client=client, reason=reply.text)
 
     def is_balancer(self, client: str) -> bool:
         """Tell whether a connection from here opens with a PROXY header."""
@@ -3914,20 +3974,24 @@ class Reception:
         limit = self.settings.max_connections_per_client
         with self.lock:
             self.uncount(session.client)
-            self.clients[client] += 1
+            self.clients[client_key(client)] += 1
             session.client = client
-            return not 0 < limit < self.clients[client]
+            return not 0 < limit < self.clients[client_key(client)]
 
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
+        key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
-                    or 0 < limit <= self.clients[session.client])
+            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+                    or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
-                self.clients[session.client] += 1
-        self.metrics.inc("smtp_connections_refused_total" if full else "smtp_sessions_active")
+                self.clients[key] += 1
+        if full:
+            self.turned_away(session.client, TOO_MANY_SESSIONS)
+        else:
+            self.metrics.inc("smtp_sessions_active")
         return not full
 
     def leave(self, session: Session) -> None:
@@ -3937,9 +4001,10 @@ class Reception:
         self.metrics.inc("smtp_sessions_active", -1)
 
     def uncount(self, client: str) -> None:
-        self.clients[client] -= 1
-        if not self.clients[client]:
-            del self.clients[client]
+        key = client_key(client)
+        self.clients[key] -= 1
+        if not self.clients[key]:
+            del self.clients[key]
 
     def has_room(self, size: int) -> bool:
         """Tell whether the spool can take a message of so many octets."""
@@ -4048,8 +4113,10 @@ class Session:
     def greet(self) -> bool:
         """Send the 220, or why not; tell whether the dialogue goes on."""
         if self.crowded:
+            self.reception.turned_away(self.client, TOO_MANY_SESSIONS)
             self.answer_with(TOO_MANY_SESSIONS)
-        elif self.reception.refusal(self.client):
+        elif not self.reception.lets_in(self.client):
+            self.reception.turned_away(self.client, NOT_ALLOWED)
             self.answer_with(NOT_ALLOWED)
         elif not self.implicit_tls and spoke_early(self.wire.sock):
             self.answer_with(TALKED_EARLY)
@@ -4138,6 +4205,7 @@ class Session:
                 self.errors += 1
             if self.errors > self.settings.max_errors:
                 reply, self.over = TOO_MANY_ERRORS, True
+                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
         self.wire.write(reply.wire())
@@ -4164,11 +4232,11 @@ class Session:
 
     def forget(self) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5)."""
-        if self.draft:
-            self.draft.abort()
         if self.reserved is not None:
             self.guard.quotas.settle(self.reserved, self.accepted)
         self.reserved, self.accepted = None, False
+        if self.draft:
+            self.draft.abort()
         self.envelope = self.draft = self.content = self.disk_error = None
 
     # -- hello, and commands that change nothing --
@@ -4268,26 +4336,30 @@ class Session:
         key, rate = client_key(self.client), self.settings.auth_failures
         if not self.guard.logins.take(key, rate, rate):
             return self.too_many_logins()
-        login = authenticate(accounts, mechanism, initial or None, self.ask)
-        if login.reply is not AUTH_WRONG:
-            self.guard.logins.give(key, rate)
-        return self.logged_in(login, mechanism)
+        reply: Reply | None = None
+        try:
+            login = authenticate(accounts, mechanism, initial or None, self.ask)
+            reply = login.reply
+        finally:
+            if reply is not AUTH_WRONG:
+                self.guard.logins.give(key, rate)
+        return self.logged_in(login, mechanism) if reply in (AUTH_OK, AUTH_WRONG) else reply
 
     def logged_in(self, login: Login, mechanism: str) -> Reply:
-        """Enter how an AUTH ended; failures are answered ever more slowly."""
+        """Enter how a login ended; failures are answered ever more slowly."""
         result = "success" if login.account else "failure"
         self.reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         self.reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
         self.reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism,
                                    result=result, tls=self.tls_version)
         self.account = login.account
-        if login.reply is AUTH_WRONG:
+        if not login.account:
             self.failed_logins += 1
-            time.sleep(min(0.1 * self.failed_logins ** 2, 2.0))
+            time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
         return login.reply
 
     def too_many_logins(self) -> Reply:
-        self.reception.audit.write("blocked", client=self.client, reason="too many failed logins")
+        self.reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
         self.over = True
         return TOO_MANY_LOGINS
 
@@ -4300,31 +4372,33 @@ class Session:
         except LineTooLong:
             raise Refused(LINE_TOO_LONG) from None
 
-    def permission(self, address: str) -> Reply | None:
-        """Return why this client may not send a message from an address now, or None."""
+    def must_log_in(self) -> bool:
+        """Tell whether a login has to come first; an account that is gone from the file counts for nothing."""
+        accounts, needed = self.guard.accounts, self.settings.auth_required
         if self.account:
-            self.account = self.guard.accounts.get(self.account.name)  # it may be gone, or changed
-        needed = self.settings.auth_required
+            self.account = accounts.get(self.account.name)  # its limits may have changed, too
         if needed is None:
-            needed = self.guard.accounts.configured() or not self.is_local
-        if needed and not self.account:
-            return LOGIN_FIRST
-        if self.account and not may_send_as(self.account, address):
-            return WRONG_DOMAIN
-        return self.spent()
+            needed = accounts.configured() or not self.is_local
+        return needed and not self.account
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
         guard, account = self.guard, self.account
         who = f"account {account.name}" if account else client_key(self.client)
+        minute = account.quota_per_minute if account else 0
         if not guard.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
-            return RATE_SPENT
-        if account and not guard.minutes.take(account.name, account.quota_per_minute, account.quota_per_minute):
-            return QUOTA_SPENT
+            return self.put_off("rate", RATE_SPENT)
+        if not guard.quotas.minutes.take(self.user, minute, minute):
+            return self.put_off("quota_per_minute", QUOTA_SPENT)
         if not guard.quotas.reserve(self.user, account.quota_daily if account else 0):
-            return QUOTA_SPENT
+            return self.put_off("quota_daily", QUOTA_SPENT)
         self.reserved = self.user
         return None
+
+    def put_off(self, limit: str, reply: Reply) -> Reply:
+        self.reception.metrics.inc("smtp_rate_limited_total")
+        self.reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
+        return reply
 
     # -- the transaction --
 
@@ -4332,6 +4406,8 @@ class Session:
         """MAIL FROM (RFC 5321 4.1.1.2): parameters are those of RFC 1870, 6152, 6531."""
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
+        if self.must_log_in():
+            return LOGIN_FIRST
         address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
         if address.lower() == "postmaster":
             return BAD_SENDER
@@ -4340,11 +4416,11 @@ class Session:
             return NEED_SMTPUTF8
         if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
             return SPOOL_FULL
-        refused = self.permission(address)
-        if refused:
-            if refused.code == 450:
-                self.reception.metrics.inc("smtp_rate_limited_total")
-            return refused
+        if self.account and not may_send_as(self.account, address):
+            return WRONG_DOMAIN
+        limit = self.spent()
+        if limit:
+            return limit
         if self.settings.delivery == "hold":
             flags.append("HOLD")
         self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
@@ -4527,9 +4603,15 @@ def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[t
 
 
 def shown_command(line: bytes) -> str:
-    """Return a command line for the log, without the secrets that AUTH carries."""
+    """Return a command line for the log. A client that goes on after AUTH failed sends its password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
-    return re.sub(r"(?i)^(AUTH +[^ ]+ ).+", r"\1***", text)
+    name, argument = split_command(line.rstrip())
+    if name not in VERBS:
+        return "***"
+    if name != "AUTH":
+        return text
+    mechanism, _, more = argument.decode("latin-1").upper().partition(" ")
+    return f"AUTH {mechanism if mechanism in MECHANISMS else '***'}{' ***' if more else ''}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -7905,6 +7987,7 @@ class Delivering:
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        self.watch_clock()
         now = time.time()
         times = (unix_time(entry["at"]) for entry in message.history)
         age = now - next((at for at in times if self.clock_set <= at <= now), now)
@@ -8375,7 +8458,7 @@ class Parts:
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
             self.find_pair()
-            self.make_guard()  # to complain before anything is forked
+            self.open_doors()
         except BaseException:
             self.close()
             raise
@@ -8407,16 +8490,27 @@ class Parts:
         self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="smtprelay-")
         return os.path.join(self.temporary.name, name)
 
-    def make_guard(self) -> Guard:
-        """Read accounts and certificate; SettingsError says what is wrong with them."""
+    def open_doors(self) -> None:
+        """Read accounts and certificate; SettingsError says what is wrong with them.
+
+        Once, before anything is forked: a half that is made anew has them whatever became of the files.
+        """
+        problems: list[str] = []
         try:
-            return Guard(self.settings, self.log, self.quotas("r"), self.pair)
+            self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
-            raise SettingsError([f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]) from None
-        except TlsError as e:
-            raise SettingsError([f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}"]) from None
+            problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
         except OSError as e:
-            raise SettingsError([f"SMTP_USERS_FILE: cannot read it: {e}"]) from None
+            problems.append(f"SMTP_USERS_FILE: cannot read it: {e}")
+        try:
+            self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
+        except TlsError as e:
+            problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
+        if problems:
+            raise SettingsError(problems)
+
+    def guard(self, part: str) -> Guard:
+        return Guard(self.accounts, self.tls, self.quotas(part))
 
     def quotas(self, part: str) -> Quotas:
         """Return the counts that one half writes; in memory both halves share them."""
@@ -8427,13 +8521,12 @@ class Parts:
 
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
-        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.make_guard())
+        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
         delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                                guard, self.pair, self.http)
+                                self.guard("d"), self.pair, self.http)
         delivering.port = self.port
         return delivering
 
@@ -9769,6 +9862,11 @@ def first_lines(parts: Parts) -> list[str]:
     lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
     lines.append(f"mail is {where}")
     lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
+    if beyond and s.auth_required is False:
+        lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
+    if beyond and s.auth_required is not False and not parts.accounts.configured():
+        lines.append("warning: clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
     if s.delivery == "relay" and not s.relay_tls_verify:
