@@ -9162,7 +9162,7 @@ def spool_socket(settings: Settings) -> socket.socket:
                                     tls_required=False, rate_limit=0, audit_log="", debug=False)
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
-    guard = Guard(open_door, log, Quotas("", log), ("", ""))
+    guard = Guard(Accounts(open_door, log), None, Quotas("", log))
     reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
     ours, theirs = socket.socketpair()
     threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
@@ -9841,7 +9841,7 @@ def serve(settings: Settings, arguments: Arguments) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves = (parts.delivering(), parts.receiving())
+    halves: tuple[Delivering | Receiving, ...] = (parts.delivering(), parts.receiving())
     for half in halves:
         half.start()
     notify_systemd("READY=1")
