@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import http.client
 import logging
@@ -505,7 +506,7 @@ SCRIPTS = [  # steps, how the message ends, attempts, copies taken
 
 @pytest.mark.parametrize("steps, status, attempts, copies", SCRIPTS)
 def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: str, attempts: int, copies: int) -> None:
-    with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="1000", SMTP_SEED="1") as relay:
+    with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="1000", SMTP_SEED="1", SMTP_BOUNCE="0") as relay:
         relay.upstream.script(*steps)
         mail_to(relay)
         id = relay.wait().id
@@ -553,6 +554,10 @@ def open_files() -> int:
     return len(os.listdir("/dev/fd"))
 
 
+def is_as(before: object) -> bool:
+    return (set(threading.enumerate()), open_files()) == before
+
+
 def test_nothing_is_left_behind_and_it_is_quick() -> None:
     for _ in range(2):  # the first one imports and caches
         before = (set(threading.enumerate()), open_files())
@@ -567,7 +572,7 @@ def test_nothing_is_left_behind_and_it_is_quick() -> None:
         keeps.close()
         idle.close()
         gc.collect()
-        until(lambda: (set(threading.enumerate()), open_files()) == before, 2)
+        until(functools.partial(is_as, before), 2)
     times = []
     for _ in range(5):
         started = time.perf_counter()
