@@ -10685,6 +10685,7 @@ STAGE_ADVICE = {
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
     "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
     "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
 }
 
@@ -10733,7 +10734,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     yield examine_ports(addresses[0])
     reached = next((a for a in addresses if open_at[a]), None)
     if reached:
-        yield from examine_dialogue(settings, target._replace(ip=reached))
+        yield from examine_dialogue(settings, target._replace(ip=reached) if target.ip else target)
 
 
 def port_opens(host: str, port: int) -> bool:
@@ -10846,7 +10847,7 @@ def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
         for host in hosts[:DOMAIN_HOSTS]:
             addresses = resolver.addresses(host.name)
             yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
-            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls), addresses)
+            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0]), addresses)
     except ResolveError as e:
         yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
                       "check the domain's spelling" if e.permanent else "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import http.client
+import json
 import logging
 import os
 import re
@@ -25,6 +27,7 @@ import smtprelay
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "smtprelay.py")
+QUICK = f"import sys; sys.path.insert(0, '{HERE}'); import smtprelay; sys.exit(smtprelay.main())"  # compiled once
 
 
 def settings(**env: str) -> smtprelay.Settings:
@@ -152,7 +155,7 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
         assert relay.receiving.reception.clients["192.0.2.1"] == 1
 
 
-# === 16 SENDMAIL =============================================================
+# === 23 SENDMAIL =============================================================
 
 Mail = tuple[smtprelay.Message, bytes]
 
@@ -183,7 +186,7 @@ def env(relay: smtprelay.Relay, tmp_path: Path) -> dict[str, str]:
     """The environment of a program that sends by sendmail, to the relay of this test."""
     script = tmp_path / "bin" / "sendmail"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} sendmail "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{QUICK}" sendmail "$@"\n')
     script.chmod(0o755)
     return clean_env(SMTP_PORT=f"127.0.0.1:{relay.port}", SMTP_HOSTNAME="box.example", HOME=str(tmp_path),
                      PATH=f"{script.parent}:{os.environ['PATH']}", SENDMAIL=str(script), TZ="UTC", LOGNAME="me", USER="me")
@@ -448,7 +451,7 @@ with app.app_context():
     assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
     assert b"Subject: Hello\r\n" in content and b"blind" not in content
 
-# === 19 LIBRARY ==============================================================
+# === 22 LIBRARY ==============================================================
 
 MAIL = b"From: me@x.example\r\nTo: bob@b.example\r\nSubject: Your code\r\n\r\nYour code is 482913, or go to https://x.example/in?t=1\r\n"
 
@@ -636,6 +639,156 @@ def test_pytests_fixtures(tmp_path: Path, flags: list[str], conftest: str) -> No
 
 def test_without_pytest_there_are_no_fixtures() -> None:
     run(sys.executable, "-c", "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules", env=clean_env())
+
+# === 24 DOCTOR ===============================================================
+
+def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, tuple[str, str, str]], int]:
+    """Run the doctor here, and return its findings by what they are about, with its exit status."""
+    read = settings(**env)
+    status = smtprelay.doctor(read, argparse.Namespace(json=True, domain=None))
+    listed = json.loads(capsys.readouterr().out)
+    return {f["about"]: (f["mark"], f["found"], f["advice"]) for f in listed}, status
+
+
+def test_the_doctor_finds_all_well_and_sends_nothing(relay: smtprelay.Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = {"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path)}
+    found, status = findings(capsys, **env)
+    assert status == 0 and {f[0] for f in found.values()} == {"ok"}, found
+    assert list(found) == ["spool", "name", "IPv4", "egress", "greeting", "clock", "EHLO", "TLS", "size"]
+    assert "ESMTP" in found["greeting"][1] and "SIZE 10485760" in found["EHLO"][1]
+    assert relay.messages == []
+
+
+DIAGNOSES: list[tuple[dict[str, str], dict[str, str], str, str, str]] = [  # the server's settings, ours, what is found: about, mark, in its advice
+    ({"SMTP_MAX_SIZE": "1K"}, {}, "size", "warn", "SMTP_MAX_SIZE=1024"),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {}, "login", "warn", "set it"),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "right"}, "login", "ok", ""),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "wrong"}, "login", "fail", "app password"),
+    ({}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_TLS="),
+    ({"SMTP_TLS_SELF_SIGNED": "1"}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_CA_FILE"),
+    ({"SMTP_TLS_SELF_SIGNED": "1"}, {"SMTP_RELAY_TLS": "starttls", "SMTP_RELAY_TLS_VERIFY": "0"}, "certificate", "warn", "SMTP_RELAY_TLS_VERIFY=1"),
+    ({}, {"SMTP_STORAGE": "memory"}, "spool", "warn", "SMTP_STORAGE=file"),
+    ({}, {"SMTP_SPOOL": "/proc/nowhere"}, "spool", "fail", "SMTP_SPOOL"),
+    ({}, {"SMTP_RELAY_HOST": "unused"}, "IPv4", "fail", "SMTP_RELAY_PORT"),
+    ({}, {"SMTP_RELAY_HOST": "no-such-host.invalid"}, "no-such-host.invalid:587", "fail", "resolv.conf"),
+    ({}, {"SMTP_DELIVERY": "hold"}, "delivery", "warn", "SMTP_RELAY_HOST"),
+    ({}, {"SMTP_DELIVERY": "mx"}, "delivery", "warn", "doctor example.com"),
+]
+
+
+@pytest.mark.parametrize("theirs, ours, about, mark, advice", DIAGNOSES)
+def test_the_doctor_says_what_to_do(theirs: dict[str, str], ours: dict[str, str], about: str, mark: str, advice: str,
+                                    tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with smtprelay.start(**theirs) as relay:
+        ours = {k: unused_port() if v == "unused" else v for k, v in ours.items()}
+        found, status = findings(capsys, **{"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path), **ours})
+    assert found[about][0] == mark and advice in found[about][2], found
+    assert status == (mark == "fail")
+
+
+CLOCKS = [  # a greeting, the time here, what is found
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795230000.0, "ok"),
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795233600.0, "warn"),
+    ("220 a ESMTP", 0.0, "ok"),
+]
+
+
+@pytest.mark.parametrize("greeting, now, mark", CLOCKS)
+def test_the_doctor_compares_clocks(greeting: str, now: float, mark: str) -> None:
+    assert smtprelay.examine_clock(greeting, now).mark == mark
+
+
+# === 25 COMMAND LINE =========================================================
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a relay that runs as a program, with one message held in it."""
+    place = tmp_path_factory.mktemp("served")
+    smtp, http_ = unused_port(), unused_port()
+    env = clean_env(SMTP_PORT=smtp, SMTP_HEALTH_ADDR=http_, SMTP_SPOOL=str(place / "spool"), SMTP_API_TOKEN="t0ken", SMTP_HOSTNAME="box.example")
+    with subprocess.Popen([sys.executable, PROGRAM], env=env, stderr=subprocess.DEVNULL) as program:
+        ask(env, "healthcheck", "--wait")
+        ask(env, "sendmail", "bob", stdin=MAIL.replace(b"\r\n", b"\n"))
+        yield env
+        program.terminate()
+
+
+def ask(env: Mapping[str, str], *words: str, status: int = 0, stdin: bytes = b"") -> str:
+    return run(sys.executable, "-c", QUICK, *words, env=env, status=status, stdin=stdin)
+
+
+def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
+    assert "to bob@box.example" in ask(served, "queue")
+    entry, = json.loads(ask(served, "queue", "--json"))
+    assert "482913" in ask(served, "show", entry["id"])
+    assert json.loads(ask(served, "show", entry["id"], "--json"))["status"] == "held"
+    assert ask(served, "wait", "--to", "bob", "--code") == "482913\n"
+    assert ask(served, "wait", "--subject", "your code", "--link") == "https://x.example/in?t=1\n"
+    ask(served, "wait", "--to", "ann", "--timeout", "10ms", status=1)
+    ask(served, "retry", entry["id"], status=1)  # nowhere to send it
+    ask({**served, "SMTP_API_TOKEN": "wrong"}, "queue", status=1)
+    ask(served, "remove", "0" * 16, status=1)
+    ask(served, "remove", entry["id"])
+    assert ask(served, "queue") == "the queue is empty\n"
+
+
+def test_the_verbs_read_the_spool_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": unused_port(), "SMTP_HEALTH_ADDR": unused_port(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    ask(env, "queue", status=69)
+    ask(env, "wait", status=69)
+    run("sendmail", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
+    entry, = json.loads(ask(env, "queue", "--json"))
+    assert (entry["status"], entry["recipients"]) == ("received", ["bob@box.example"])
+    assert ask(env, "show", entry["id"]).endswith("\n\nhello\n")
+    ask(env, "retry", "all")
+    ask(env, "retry", "nothing", status=1)
+    with smtprelay.start(SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool")):
+        ask(env, "remove", entry["id"], status=75)  # a relay has it, but cannot be spoken to
+    ask(env, "remove", entry["id"])
+    assert ask(env, "queue") == "the queue is empty\n"
+
+
+def test_accounts_are_managed_in_their_file(tmp_path: Path) -> None:
+    env = clean_env(SMTP_USERS_FILE=str(tmp_path / "users.json"))
+    key = ask(env, "user", "add", "app", "--domain", "x.example", "--daily", "5", "--api-key", stdin=b"secret\n").strip()
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert account["api_key"] == key and smtprelay.check_password("secret", account["password"])
+    assert json.loads(ask(env, "user", "list", "--json")) == [{"name": "app", "allowed_domains": ["x.example"], "quota_daily": 5}]
+    ask(env, "user", "add", "app", stdin=b"x\n", status=1)
+    ask(env, "user", "passwd", "app", stdin=b"new\n")
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert smtprelay.check_password("new", account["password"]) and account["quota_daily"] == 5
+    ask(env, "user", "passwd", "app", stdin=b"\n", status=65)
+    ask(env, "user", "remove", "app")
+    assert ask(env, "user", "list") == ""
+    ask(clean_env(), "user", "list", status=78)
+
+
+MISTAKES = [(["--bogus"], 64), (["quue"], 64), (["queue", "--bogus"], 64), (["retry"], 64), (["wait", "--timeout", "x"], 64), (["queue", "--help"], 0), (["--version"], 0)]
+
+
+@pytest.mark.parametrize("words, status", MISTAKES)
+def test_mistakes_of_usage(words: list[str], status: int) -> None:
+    ask(clean_env(), *words, status=status)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_for_the_shell(shell: str) -> None:
+    path, script = needs(shell), smtprelay.completion(shell)
+    assert all(name in script for name in (*smtprelay.COMMANDS, "sendmail", "--subject"))
+    run(path, "-n", env=clean_env(), stdin=script.encode())
+    if shell == "bash":
+        said = run(path, "-c", script + "\nCOMP_WORDS=(smtprelay.py wait --t) COMP_CWORD=2; _smtprelay; echo ${COMPREPLY[@]}", env=clean_env())
+        assert said == "--to --timeout\n"
+
+
+SHOWN = [(smtprelay.size_shown, 999, "999"), (smtprelay.size_shown, 1200, "1.2K"), (smtprelay.size_shown, 35 << 20, "35M"),
+         (smtprelay.time_shown, 45, "45s"), (smtprelay.time_shown, 150, "2m"), (smtprelay.time_shown, 3 * 86400, "3d"), (smtprelay.time_shown, -5, "0s")]
+
+
+@pytest.mark.parametrize("shown, value, text", SHOWN)
+def test_figures_for_people(shown: Callable[[float], str], value: float, text: str) -> None:
+    assert shown(value) == text
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
