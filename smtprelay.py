@@ -11430,7 +11430,7 @@ COMMANDS: dict[str, Command] = {
     "wait": Command(wait, (
         option("--to", metavar="ADDRESS", help="a recipient"),
         option("--subject", metavar="WORDS", help="words of the subject"),
-        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
         option("--code", action="store_true", help="print its verification code alone"),
         option("--link", action="store_true", help="print its first link alone"), JSON)),
     "user": Command(user, (

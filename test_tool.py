@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import http.client
+import io
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
 import pytest
 
@@ -714,7 +717,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 def ask(env: Mapping[str, str], *words: str, status: int = 0, stdin: bytes = b"") -> str:
-    return run(sys.executable, "-c", QUICK, *words, env=env, status=status, stdin=stdin)
+    """Run a verb in this process, as a user would with this environment."""
+    out, given = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.TextIOWrapper(io.BytesIO(stdin))
+    with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(sys, "stdin", given), contextlib.redirect_stdout(out):
+        try:
+            ended: object = smtprelay.main(list(words))
+        except SystemExit as e:
+            ended = e.code
+    assert ended == status
+    out.seek(0)
+    return out.read()
 
 
 def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
