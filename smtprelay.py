@@ -10454,7 +10454,8 @@ class Errand:
     name: str = ""
     dot_ends: bool = True
     from_headers: bool = False
-    flush: bool = False
+    notify: str = ""  # RFC 3461, as are the next
+    ret: str = ""
     recipients: list[str] = field(default_factory=list)
 
 
@@ -10494,6 +10495,10 @@ def heed_flag(errand: Errand, letter: str, value: str) -> None:
         errand.name = value
     elif letter == "t":
         errand.from_headers = True
+    elif letter == "N" and re.fullmatch("(?i)never|(success|failure|delay)(,(success|failure|delay))*", value):
+        errand.notify = value.upper()
+    elif letter == "R" and value.upper() in ("HDRS", "FULL"):
+        errand.ret = value.upper()
     elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
         errand.dot_ends = False
     elif letter == "I":
@@ -10512,13 +10517,15 @@ class Letter(NamedTuple):
     sender: str
     recipients: list[str]
     content: bytes
+    notify: str = ""
+    ret: str = ""
 
     def record(self) -> Message:
         """Return the record that a NextHop sends from."""
         flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
         flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
-        people = [Recipient(address) for address in self.recipients]
-        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+        people = [Recipient(address, notify=self.notify) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags, ret=self.ret)
 
 
 def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
@@ -10562,7 +10569,8 @@ def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
              "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
     kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
              for name, value in added.items() if name.lower().encode() not in names]
-    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    return Letter(sender, recipients, content, errand.notify, errand.ret)
 
 
 def qualified(address: str, hostname: str) -> str:

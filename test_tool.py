@@ -282,6 +282,12 @@ def test_sendmail_hands_over_to_the_relay_by_smtp(relay: smtprelay.Relay, env: d
     assert content.endswith(b"\r\n\r\n.\r\n..\r\n") and b"From: =?utf-8?" in content
 
 
+def test_sendmail_passes_on_what_the_sender_wants_to_be_told(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run("sendmail", "-N", "failure,delay", "-Rhdrs", "bob", env=env, stdin=b"x\n")
+    (record, _), = mails(relay)
+    assert (record.recipients[0].notify, record.ret) == ("FAILURE,DELAY", "HDRS")
+
+
 def test_sendmail_takes_portions(env: dict[str, str]) -> None:
     with smtprelay.start(SMTP_MAX_RECIPIENTS="2") as relay:
         run("sendmail", "a", "b", "c", "d", "e", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n")
