@@ -41,9 +41,10 @@ Contents:
     19 PAGE          the inbox and queue page, one document
     20 HTTP          health, metrics, the mail API, and its guards
     21 RELAY         joins the parts: workers, processes, start and stop
-    22 SENDMAIL      the command of that name
-    23 DOCTOR        what stands between this machine and the next hop
-    24 COMMAND LINE  one function for each verb
+    22 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
+    23 SENDMAIL      the command of that name
+    24 DOCTOR        what stands between this machine and the next hop
+    25 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -9124,7 +9126,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # through their lives. Supervisor runs both halves as processes of their own,
 # made by fork before there are threads, and makes a half that died anew; the
 # lock, the listening sockets, the Link and the counters are the supervisor's, so
-# a half that is remade finds all as it was. Relay runs both as threads.
+# a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
@@ -9953,13 +9955,13 @@ class Parts:
         self.http: list[socket.socket] = []
         self.own: list[int] = []
 
-    def open(self) -> None:
-        """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
+    def open(self, inherit: bool = True) -> None:
+        """Take the spool, then the places to listen, or inherit these. SpoolBusy or OSError says what is taken already."""
         self.spool.open()
         try:
-            self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
-            self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
-            self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.smtps = inherit and inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
+            self.http = inherit and inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
@@ -10060,57 +10062,6 @@ def notify_systemd(state: str) -> None:
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-
-
-class Relay:
-    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.parts = Parts(settings, log)
-
-    def start(self) -> Relay:
-        self.parts.open()
-        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
-        self.delivering.start()
-        self.receiving.start()
-        return self
-
-    def stop(self) -> None:
-        self.receiving.stop()
-        self.parts.link.close()
-        self.delivering.stop()
-        self.parts.close()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    @property
-    def host(self) -> str:
-        return str(self.parts.smtp[0].getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self.parts.smtp[0].getsockname()[1])
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
-
-
-def start(**settings: str) -> Relay:
-    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
-
-    Reads no environment variables. SettingsError lists what is wrong with the settings.
-    """
-    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    unknown = unknown_settings(settings)
-    if unknown:
-        raise SettingsError(unknown)
-    logger = logging.getLogger("smtprelay.library")
-    return Relay(Settings.read({**defaults, **settings}), Log(logger)).start()
 
 
 SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
@@ -10234,7 +10185,303 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 22 SENDMAIL =============================================================
+# === 22 LIBRARY ==============================================================
+#
+# The relay in the hands of a test: `start()`, the Relay that it returns, and two
+# fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
+# own, memory of its own, nothing from the environment, and nothing left of it after
+# stop(). Unless told of a smart host it has one in the same process, an Upstream
+# that answers by script; unless told to deliver it holds what it gets.
+
+UPSTREAM_STAGES = ("connect", "mail", "rcpt", "data", "end")
+
+
+class Taken(NamedTuple):
+    """A message that the simulated smart host took."""
+
+    reverse_path: str
+    recipients: list[str]
+    raw: bytes
+
+
+class Upstream(socketserver.ThreadingTCPServer):
+    """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
+
+    A step is "accept", "drop" (hang up without an answer), or a reply. It holds for the end
+    of a message's content, unless a stage stands before it: connect, mail, rcpt, data. Steps
+    are taken in order, each when its stage comes; after the last one all is accepted.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.changed = threading.Condition()
+        self.steps: collections.deque[tuple[str, str]] = collections.deque()
+        self.received: list[Taken] = []
+        self.attempts = 0  # MAIL commands seen
+        self.open: dict[socket.socket, threading.Thread] = {}
+        self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
+
+    def script(self, *steps: str) -> None:
+        """Add steps; ValueError for one that is none."""
+        for step in steps:
+            stage, _, reply = step.partition(" ")
+            if stage not in UPSTREAM_STAGES:
+                stage, reply = "end", step
+            if reply not in ("accept", "drop") and not re.match("[2-5][0-9][0-9]( |$)", reply):
+                raise ValueError(f"{step!r} is not [{'|'.join(UPSTREAM_STAGES)}] accept|drop|reply")
+            self.steps.append((stage, reply))
+
+    def answer(self, stage: str, usual: str) -> str:
+        """Return what is said at a stage: the usual, or what the next step wants if it is for this stage."""
+        with self.changed:
+            reply = self.steps.popleft()[1] if self.steps and self.steps[0][0] == stage else "accept"
+        if reply == "drop":
+            raise ConnectionAbortedError("by script")
+        return usual if reply == "accept" else reply
+
+    def take(self, message: Taken) -> None:
+        with self.changed:
+            self.received.append(message)
+            self.changed.notify_all()
+
+    def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
+        """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
+                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, in {self.attempts} attempts")
+            return list(self.received)
+
+    def stop(self) -> None:
+        stop_server(self)
+        for sock, thread in list(self.open.items()):
+            shut(sock, socket.SHUT_RDWR)
+            thread.join(1.0)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.open[request] = threading.current_thread()
+        super().process_request_thread(request, client_address)
+        del self.open[request]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that was dropped, by script or by the relay, is no news."""
+
+
+class UpstreamHandler(socketserver.StreamRequestHandler):
+    """One connection to the simulated smart host."""
+
+    server: Upstream
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        sender: str | None = None
+        recipients: list[str] = []
+        going = self.say(self.server.answer("connect", "220 upstream ESMTP")) < 400
+        while going:
+            line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
+            verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
+            if verb == "EHLO":
+                self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
+            elif verb == "MAIL":
+                self.server.attempts += 1
+                taken = self.say(self.server.answer("mail", "250 2.1.0 Ok")) < 300
+                sender, recipients = path if taken else None, []
+            elif verb in ("RCPT", "DATA") and sender is None:
+                self.say("503 5.5.1 Say MAIL first")
+            elif verb == "RCPT":
+                if self.say(self.server.answer("rcpt", "250 2.1.5 Ok")) < 300:
+                    recipients.append(path)
+            elif verb == "DATA":
+                self.data(sender or "", recipients)
+            else:
+                going = verb not in ("QUIT", "")
+                self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
+
+    def say(self, reply: str) -> int:
+        """Send a reply; return its code."""
+        self.wfile.write(reply.encode() + b"\r\n")
+        return int(reply[:3])
+
+    def data(self, sender: str, recipients: list[str]) -> None:
+        if not recipients:
+            self.say("554 5.5.1 No valid recipients")
+        elif self.say(self.server.answer("data", "354 Go ahead")) == 354:
+            lines = list(iter(self.rfile.readline, b".\r\n"))
+            reply = self.server.answer("end", "250 2.0.0 Ok")
+            if reply.startswith("2"):
+                self.server.take(Taken(sender, recipients, b"".join(line[line.startswith(b"."):] for line in lines)))
+            self.say(reply)
+
+
+class Relay:
+    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
+
+    def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
+        self.settings = settings
+        self.parts = Parts(settings, log)
+        self._upstream = upstream
+
+    def start(self) -> Relay:
+        self.parts.open(inherit=False)
+        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.backstage = Backstage(self.delivering)
+        self.delivering.start()
+        self.receiving.start()
+        return self
+
+    def stop(self) -> None:
+        self.receiving.stop()
+        self.parts.link.close()
+        self.delivering.stop()
+        self.parts.close()
+        if self._upstream:
+            self._upstream.stop()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        return str(self.parts.smtp[0].getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self.parts.smtp[0].getsockname()[1])
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
+
+    @property
+    def upstream(self) -> Upstream:
+        """The simulated smart host; AttributeError where SMTP_RELAY_HOST names a real one."""
+        if not self._upstream:
+            raise AttributeError("SMTP_RELAY_HOST names a smart host: there is no simulated one")
+        return self._upstream
+
+    @property
+    def messages(self) -> list[Email]:
+        """All messages there are, in order of arrival."""
+        self.delivering.catch_up()
+        inbox = self.delivering.inbox
+        return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
+
+    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None) -> Email:
+        """Return the newest message to someone, with words in its subject, or else the next to come.
+
+        With `after`, one that arrived after that message. TimeoutError, which tells what did
+        arrive, when there is none within `timeout` seconds.
+        """
+        query = Query(((functools.partial(is_meant, to, subject), True),))
+        item = self.delivering.inbox.wait(query, after.sequence if after else None, timeout)
+        if not item:
+            wanted = " ".join(f"{k}={v!r}" for k, v in (("to", to), ("subject", subject)) if v) or "any"
+            came = "; ".join(map(repr, self.messages)) or "none"
+            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
+        return self.delivering.inbox.email(item)
+
+    def clear(self) -> None:
+        """Remove all messages, those that the simulated smart host took and its script."""
+        self.delivering.catch_up()
+        for message in self.messages:
+            with contextlib.suppress(HttpError):  # one that is being delivered just now
+                self.backstage.delete([message.id])
+        if self._upstream:
+            self._upstream.received.clear()
+            self._upstream.steps.clear()
+
+    def release(self, message: Email | None = None) -> int:
+        """Let a held message go, or all of them; return how many."""
+        held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
+        for each in held:
+            self.backstage.release(each.id, [])
+        return len(held)
+
+
+def is_meant(to: str, subject: str, item: Item) -> bool:
+    """Tell whether a message is to someone (a part of an address will do where it has no @), and about something."""
+    s = item.summary
+    people = [p["Address"].lower() for p in (*s["To"], *s["Cc"], *s["Bcc"])]
+    to = to.lower()
+    named = to in people if "@" in to else any(to in address for address in people)
+    return named and subject.lower() in s["Subject"].lower()
+
+
+def start(**settings: str) -> Relay:
+    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+
+    Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
+    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    SettingsError lists what is wrong with the settings.
+    """
+    unknown = unknown_settings(settings)
+    if unknown:
+        raise SettingsError(unknown)
+    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
+    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    if upstream:
+        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
+    try:
+        relay = Relay(Settings.read({**defaults, **settings}), Log(logging.getLogger("smtprelay.library")), upstream).start()
+    except BaseException:
+        if upstream:
+            upstream.server_close()
+        raise
+    if upstream:
+        upstream.thread.start()
+    return relay
+
+
+# -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
+
+pytest: Any = sys.modules.get("pytest")
+FIXTURES = ("smtp_relay", "smtp_relay_session")
+MAILS_SHOWN = 10
+
+
+def relay_fixture(request: Any) -> Iterator[Relay]:
+    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
+    marker = request.node.get_closest_marker("smtp_relay")
+    report_mail(request.config.pluginmanager)
+    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
+        yield relay
+
+
+def report_mail(plugins: Any) -> None:
+    """Have a failing test's report show the mail that its relay received."""
+    if not plugins.has_plugin("smtprelay-mail"):
+        plugin = types.ModuleType("smtprelay_mail")
+        vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
+        plugins.register(plugin, "smtprelay-mail")
+
+
+def add_mail(item: Any) -> Iterator[None]:
+    """Add a section to the report of a test that failed (pytest_runtest_makereport)."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    relays = [item.funcargs[name] for name in FIXTURES if name in getattr(item, "funcargs", ())]
+    if report.when == "call" and report.failed and relays:
+        mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
+        left_out = [f"and {len(mails) - MAILS_SHOWN} more"] if len(mails) > MAILS_SHOWN else []
+        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN] + left_out) or "none"
+        report.sections.append((f"mail received ({len(mails)})", text))
+
+
+def configure_pytest(config: Any) -> None:
+    config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
+
+
+if pytest:
+    smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
+    smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
+    pytest_configure = configure_pytest
+
+
+# === 23 SENDMAIL =============================================================
 #
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
@@ -10269,7 +10516,8 @@ class Errand:
     name: str = ""
     dot_ends: bool = True
     from_headers: bool = False
-    flush: bool = False
+    notify: str = ""  # RFC 3461, as are the next
+    ret: str = ""
     recipients: list[str] = field(default_factory=list)
 
 
@@ -10309,6 +10557,10 @@ def heed_flag(errand: Errand, letter: str, value: str) -> None:
         errand.name = value
     elif letter == "t":
         errand.from_headers = True
+    elif letter == "N" and re.fullmatch("(?i)never|(success|failure|delay)(,(success|failure|delay))*", value):
+        errand.notify = value.upper()
+    elif letter == "R" and value.upper() in ("HDRS", "FULL"):
+        errand.ret = value.upper()
     elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
         errand.dot_ends = False
     elif letter == "I":
@@ -10327,13 +10579,15 @@ class Letter(NamedTuple):
     sender: str
     recipients: list[str]
     content: bytes
+    notify: str = ""
+    ret: str = ""
 
     def record(self) -> Message:
         """Return the record that a NextHop sends from."""
         flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
         flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
-        people = [Recipient(address) for address in self.recipients]
-        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+        people = [Recipient(address, notify=self.notify) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags, ret=self.ret)
 
 
 def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
@@ -10377,7 +10631,8 @@ def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
              "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
     kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
              for name, value in added.items() if name.lower().encode() not in names]
-    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    return Letter(sender, recipients, content, errand.notify, errand.ret)
 
 
 def qualified(address: str, hostname: str) -> str:
@@ -10467,9 +10722,11 @@ def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[s
             if not any(o.status is Status.FORWARDED for o in latest.values()):
                 break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
     finally:
-        hop.close()
-        with contextlib.suppress(OSError):
-            sock.recv(1024)  # the answer to QUIT: by then all is done
+        with contextlib.suppress(OSError, Trouble):
+            hop.say("greeting", b"QUIT")
+            while sock.recv(1024):
+                """Wait for the other end to close: a session of ours has more to do after its last reply."""
+        sock.close()
     return outcomes
 
 
@@ -10524,7 +10781,7 @@ def pass_on(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-# === 23 DOCTOR ===============================================================
+# === 24 DOCTOR ===============================================================
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
@@ -10532,6 +10789,7 @@ def pass_on(sock: socket.socket) -> None:
 
 DOCTOR_TIMEOUT = 10.0
 PORTS_TRIED = (25, 465, 587)
+DOMAIN_HOSTS = 3  # hosts of a domain that are examined
 
 
 def size_shown(octets: float) -> str:
@@ -10565,6 +10823,7 @@ STAGE_ADVICE = {
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
     "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
     "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
 }
 
@@ -10595,19 +10854,25 @@ def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
     except OSError as e:
         yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
         return
-    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    yield Finding("ok", "name", f"{target.host} is {', '.join(a for _, a in addresses)}")
-    open_at = {address: port_opens(address, target.port) for _, address in addresses}
-    for family, label in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
-        tried = [a for f, a in addresses if f == family]
+    addresses = list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
+    yield Finding("ok", "name", f"{target.host} is {', '.join(addresses)}")
+    yield from examine_addresses(settings, target, addresses)
+
+
+def examine_addresses(settings: Settings, target: Target, addresses: Sequence[str]) -> Iterator[Finding]:
+    """Examine a next hop whose addresses are known."""
+    open_at = {address: port_opens(address, target.port) for address in addresses}
+    for label, six in (("IPv4", False), ("IPv6", True)):
+        tried = [a for a in addresses if (":" in a) == six]
         if tried and not any(open_at[a] for a in tried):
             yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
                           "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
         elif tried:
             yield Finding("ok", label, f"port {target.port} opens")
-    yield examine_ports(target)
-    if any(open_at.values()):
-        yield from examine_dialogue(settings, target)
+    yield examine_ports(addresses[0])
+    reached = next((a for a in addresses if open_at[a]), None)
+    if reached:
+        yield from examine_dialogue(settings, target._replace(ip=reached) if target.ip else target)
 
 
 def port_opens(host: str, port: int) -> bool:
@@ -10618,10 +10883,10 @@ def port_opens(host: str, port: int) -> bool:
     return True
 
 
-def examine_ports(target: Target) -> Finding:
+def examine_ports(address: str) -> Finding:
     """Say which of the usual ports can be reached from here."""
     results: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(target.host, port)})) for port in PORTS_TRIED]
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)})) for port in PORTS_TRIED]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -10711,16 +10976,36 @@ def examine_clock(greeting: str, now: float) -> Finding:
                    "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
 
 
-def diagnose(settings: Settings) -> Iterator[Finding]:
-    """Yield all findings for the smart hosts that are set."""
+def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
+    """Examine the hosts that take mail for a domain."""
+    resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
+    try:
+        hosts = resolver.mx_hosts(domain)
+        yield Finding("ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}")
+        for host in hosts[:DOMAIN_HOSTS]:
+            addresses = resolver.addresses(host.name)
+            yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
+            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0]), addresses)
+    except ResolveError as e:
+        yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
+                      "check the domain's spelling" if e.permanent else "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again")
+
+
+def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
+    """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
     yield from examine_spool(settings)
+    if domain:
+        yield from examine_domain(settings, domain)
+        return
+    if settings.delivery == "mx":
+        yield Finding("warn", "delivery", "straight to the recipients' hosts", "name a domain to examine: doctor example.com")
     if settings.delivery == "hold":
         yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
-    for host, port in settings.smart_hosts:
+    for host, port in settings.smart_hosts if settings.delivery == "relay" else ():
         yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
 
 
-# === 24 COMMAND LINE =========================================================
+# === 25 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes the settings and its arguments, and returns
 # the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
@@ -10892,7 +11177,7 @@ def queue_line(row: Mapping[str, Any]) -> str:
     return f"{line}\n    {why}" if why else line
 
 
-def retry(settings: Settings, arguments: Arguments) -> int:
+def retry_(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released."""
     try:
         done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
@@ -11050,7 +11335,7 @@ def print_users(users: Mapping[str, Any], as_json: bool) -> int:
 def doctor(settings: Settings, arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
     findings = []
-    for finding in diagnose(settings):
+    for finding in diagnose(settings, arguments.domain or ""):
         findings.append(finding)
         if not arguments.json:
             advice = f": {finding.advice}" if finding.advice else ""
@@ -11206,15 +11491,16 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve),
     "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
-    "doctor": Command(doctor, (JSON,)),
+    "doctor": Command(doctor, (
+        option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
     "queue": Command(queue_, (JSON,)),
-    "retry": Command(retry, (ID_OR_ALL,)),
+    "retry": Command(retry_, (ID_OR_ALL,)),
     "remove": Command(remove, (ID,)),
     "show": Command(show, (ID, JSON)),
     "wait": Command(wait, (
         option("--to", metavar="ADDRESS", help="a recipient"),
         option("--subject", metavar="WORDS", help="words of the subject"),
-        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
         option("--code", action="store_true", help="print its verification code alone"),
         option("--link", action="store_true", help="print its first link alone"), JSON)),
     "user": Command(user, (
