@@ -1333,6 +1333,10 @@ def parse_path(text: str) -> tuple[str, str]:
             raise ValueError("source route does not parse")
         for hop in route.split(","):
             parse_domain(hop[1:] if hop.startswith("@") else "")
+        if not inner:
+            raise ValueError("source route without an address")
+    if inner.lower() == "postmaster":  # RFC 5321 4.1.1.3
+        return inner, rest
     return (parse_mailbox(inner) if inner else ""), rest
 
 
@@ -1753,7 +1757,10 @@ class FileSpool:
 
     def open(self) -> None:
         """Make the directories and take the lock; SpoolBusy says who has it."""
-        os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(self.root), exist_ok=True)
+        for path in (self.root, self.path("bad")):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
         self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
@@ -3954,6 +3961,8 @@ class Session:
         verb = VERBS.get(name)
         if verb is None:
             return self.unknown(name)
+        if not argument.isascii() and name not in ("MAIL", "RCPT"):  # RFC 6531 allows it there
+            return BAD_LINE
         if self.settings.tls_required and not verb.before_tls and not isinstance(self.wire.sock, ssl.SSLSocket):
             return TLS_FIRST
         if verb.needs_argument and not argument or verb.needs_argument is False and argument:
@@ -4177,6 +4186,8 @@ class Session:
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
         address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
+        if address.lower() == "postmaster":
+            return BAD_SENDER
         flags = [MAIL_PARAMETERS[name](self, value) for name, value in known(parameters, MAIL_PARAMETERS)]
         if not address.isascii() and "SMTPUTF8" not in flags:
             return NEED_SMTPUTF8
@@ -8277,6 +8288,7 @@ class Parts:
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
         self.shared_quotas: Quotas | None = None
         self.pair = (settings.tls_cert, settings.tls_key)
+        self.port = 0  # the first of SMTP's TCP ports
         self.http: list[socket.socket] = []
 
     def open(self) -> None:
@@ -8286,6 +8298,8 @@ class Parts:
             self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
             self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
             self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            names = [sock.getsockname() for sock in self.smtp]
+            self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
             self.find_pair()
             self.make_guard()  # to complain before anything is forked
         except BaseException:
@@ -8348,12 +8362,6 @@ class Parts:
                                 guard, self.pair, self.http)
         delivering.port = self.port
         return delivering
-
-    @property
-    def port(self) -> int:
-        """The first TCP port of the SMTP listeners; 0 where there is none."""
-        names = [sock.getsockname() for sock in self.smtp]
-        return next((int(name[1]) for name in names if not isinstance(name, str)), 0)
 
 
 def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
