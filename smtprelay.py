@@ -5074,7 +5074,7 @@ SHOWN_INLINE = frozenset(
 CAN_RUN = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
 CID_REFERENCE = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
 DOCTYPE = re.compile(r"(?i)\s*<!doctype[^>]*>")
-OWN_WAYS, UNASKED_WAYS = re.compile(r"(?i)<(?=meta\b|base\b)"), re.compile(r"(?i)<(?=meta\b|base\b|link\b)")
+OWN_WAYS = re.compile(r"(?i)<(?=meta\b|base\b|link\b(?![^>]{0,300}stylesheet))")
 
 
 def safe_filename(name: str) -> str:
@@ -5101,13 +5101,13 @@ def part_headers(part: Part) -> dict[str, str]:
     }
 
 
-def view_html(mail: Mail, remote: bool = False) -> str:
+def view_html(mail: Mail) -> str:
     """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
 
     What no policy stops (a refresh, a DNS lookup ahead) is renamed rather than cut out, since
     cutting could join what stood apart.
     """
-    page = (OWN_WAYS if remote else UNASKED_WAYS).sub("<x-", embed_images(mail))
+    page = OWN_WAYS.sub("<x-", embed_images(mail))
     start = DOCTYPE.match(page)
     at = start.end() if start else 0
     return f"{page[:at]}<base target=_blank>{page[at:]}"
@@ -7174,7 +7174,7 @@ def show_part(request: Request) -> Answer:
 def show_html(request: Request) -> Answer:
     """Show the HTML body in a sandbox that loads nothing from outside unless ?remote=1."""
     remote = request.query.get("remote") == "1"
-    page = view_html(request.relay.inbox.mail(found(request).id), remote)
+    page = view_html(request.relay.inbox.mail(found(request).id))
     return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
         "Content-Security-Policy": VIEW_CSP.format(REMOTE if remote else INSIDE), "X-DNS-Prefetch-Control": "off"})
 
@@ -7432,9 +7432,11 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version = f"smtprelay/{__version__}"
-    sys_version = ""
     timeout = HTTP_TIME
     server: HttpServer
+
+    def version_string(self) -> str:
+        return self.server_version
 
     def setup(self) -> None:
         super().setup()
@@ -7737,6 +7739,8 @@ class Delivering:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
             message.move(Status.HELD)
+        for r in message.pending():
+            r.status = Status.HELD
         self.shelve(self.held, message.stem, time.time(), message.size)
         return self.write_down(message)
 
