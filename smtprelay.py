@@ -38,11 +38,14 @@ Contents:
     16 PAGE          the inbox and queue page, one document
     17 HTTP          health, metrics, the mail API, and its guards
     18 RELAY         joins the parts: workers, processes, start and stop
-    19 COMMAND LINE  one function for each verb
+    19 SENDMAIL      the command of that name
+    20 DOCTOR        what stands between this machine and the next hop
+    21 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import bisect
@@ -61,6 +64,7 @@ import errno
 import fcntl
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -159,7 +163,6 @@ INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
 SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
 
-TLS_NOT_NOW = Reply(454, "4.7.0", "TLS is not to be had now, try again later")
 ACCOUNTS_NOT_NOW = Reply(454, "4.7.0", "Logins cannot be checked now, try again later")
 
 UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
@@ -438,6 +441,13 @@ def readable(text: str) -> str:
     return text
 
 
+def appendable(text: str) -> str:
+    place = text if os.path.exists(text) else os.path.dirname(text) or "."
+    if text and (os.path.isdir(text) or not os.access(place, os.W_OK)):
+        raise ValueError("a file that can be written")
+    return text
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(w for w in re.split(r"[,\s]+", text) if w)
 
@@ -464,6 +474,13 @@ def multiplier(text: str) -> float:
     value = parse_number(text, "a number, 1 or more", {"": 1})
     if value < 1:
         raise ValueError("a number, 1 or more")
+    return value
+
+
+def scale(text: str) -> float:
+    value = parse_number(text, "a number above 0", {"": 1})
+    if value <= 0:
+        raise ValueError("a number above 0")
     return value
 
 
@@ -549,10 +566,45 @@ def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, 
         raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
 
 
+class Preset(NamedTuple):
+    """What a provider's name in SMTP_RELAY_HOST stands for."""
+
+    host: str
+    port: int
+    tls: str
+
+
+PRESETS = {
+    "gmail": Preset("smtp.gmail.com", 587, "starttls"),
+    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls"),  # ses:REGION
+    "m365": Preset("smtp.office365.com", 587, "starttls"),
+    "mailgun": Preset("smtp.mailgun.org", 587, "starttls"),
+    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls"),
+    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls"),
+    "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
+    "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
+}
+APP_PASSWORD = re.compile(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}")  # as Google shows it
+
+
+def preset_of(text: str) -> Preset | None:
+    """Return the provider that a smart host's text names, if it names one."""
+    name, _, region = text.lower().partition(":")
+    preset = PRESETS.get(name)
+    if not preset or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
+        return None
+    return preset._replace(host=preset.host.format(region))
+
+
 def hop_list(text: str) -> tuple[str, ...]:
+    expected = f"host or host:port, a list of them, or {', '.join(PRESETS)} (ses:REGION)"
     for part in words(text):
-        if not split_port(part, "25")[0]:
-            raise ValueError("host or host:port, or a list of them")
+        try:
+            named = preset_of(part) or (part != "ses" and split_port(part, "25")[0])
+        except ValueError as e:
+            raise ValueError(f"{expected} ({e})") from None
+        if not named:
+            raise ValueError(expected)
     return words(text)
 
 
@@ -569,7 +621,7 @@ def hex_key(text: str) -> bytes:
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
-    return field(default=parse(default), metadata={
+    return field(default=parse(default), repr=not secret, metadata={
         "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
 
 
@@ -582,6 +634,7 @@ class Settings:
     hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
     allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
+    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
     max_size: int = setting("10MiB", size, "octets of content in one message")
     max_recipients: int = setting("100", positive, "recipients in one transaction")
     max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
@@ -614,7 +667,7 @@ class Settings:
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
     delivery: str = setting("", choice("", "hold", "relay"), "hold or relay", shown="relay with SMTP_RELAY_HOST, else hold")
-    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host, host or host:port")
+    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, sendgrid, postmark, smtp2go, fastmail")
     relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
@@ -631,14 +684,16 @@ class Settings:
     retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
     retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
+    time_scale: float = setting("1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
     api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
-    log_file: str = setting("", word, "a file for the log", shown="stderr")
-    audit_log: str = setting("", word, "a file for a JSON line for each session, login, refusal and message")
+    log_file: str = setting("", appendable, "a file for the log", shown="stderr")
+    audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
     debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
 
 
@@ -658,10 +713,16 @@ class Settings:
         return settings
 
     def _derived(self) -> Settings:
-        loopback = all(is_loopback(split_port(h, "0")[0]) for h in self.relay_host)
-        tls = self.relay_tls or ("opportunistic" if self.relay_host and loopback else "starttls")
+        presets = [preset_of(h) for h in self.relay_host]
+        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h for h, p in zip(self.relay_host, presets))
+        loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
+        tls = self.relay_tls or next((p.tls for p in presets if p), "")
+        tls = tls or ("opportunistic" if hosts and loopback else "starttls")
+        password = self.relay_password
+        if any(presets) and APP_PASSWORD.fullmatch(password):
+            password = password.replace(" ", "")
         return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=tls,
+            self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
@@ -1230,6 +1291,59 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
         wire.start += len(block)
         octets -= len(block)
         content.feed(block)
+
+
+# -- the PROXY protocol: a balancer says whose connection this is --
+
+PROXY_V1 = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
+
+
+def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
+    """Read a PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
+
+    Returns the client's address, "" when the balancer speaks for itself; ValueError for
+    anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
+    """
+    head = read_exactly(sock, 6, deadline)
+    if head == PROXY_V2[:6]:
+        return proxied_v2(sock, deadline)
+    while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
+        head += read_exactly(sock, 1, deadline)
+    found = PROXY_V1.fullmatch(head)
+    if not found:
+        raise ValueError("not a PROXY header")
+    return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
+
+
+def proxied_v2(sock: socket.socket, deadline: Deadline) -> str:
+    rest_of_signature = read_exactly(sock, 6, deadline)
+    command, family, *length = read_exactly(sock, 4, deadline)
+    octets, length_given = PROXY_OCTETS.get(family, 0), int.from_bytes(length, "big")
+    if rest_of_signature != PROXY_V2[6:] or command not in (0x20, 0x21) or length_given > 4096:
+        raise ValueError("not a PROXY header")
+    rest = read_exactly(sock, length_given, deadline)
+    if command == 0x20 or not octets:
+        return ""
+    return str(ipaddress.ip_address(rest[:octets]))
+
+
+def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
+    """Read so many octets; PeerGone when they do not come."""
+    data = b""
+    while len(data) < octets:
+        sock.settimeout(deadline.left())
+        try:
+            block = sock.recv(octets - len(data))
+        except (TimeoutError, socket.timeout):
+            raise TimeoutError("deadline passed") from None
+        except OSError as e:
+            raise PeerGone(str(e)) from None
+        if not block:
+            raise PeerGone("closed by the peer")
+        data += block
+    return data
 
 
 # === 06 GRAMMAR ==============================================================
@@ -1803,7 +1917,7 @@ class FileSpool:
     def names(self) -> Iterator[tuple[str, Status | None]]:
         """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
         for day in sorted(os.listdir(self.root)):
-            if DATE.fullmatch(day) and os.path.isdir(self.path(day)):
+            if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
             elif day not in KEPT_NAMES:
                 self.set_aside(day, "not a name of ours")
@@ -1828,6 +1942,8 @@ class FileSpool:
 
     def tidy(self, day: str, name: str, match: re.Match[str], has_content: bool) -> None:
         """Deal with a file that no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        if self.lock_file < 0:
+            return  # a reader beside the relay
         if match[2].endswith(".part"):
             if match[2] != f".{self.run}.part":
                 self.set_aside(f"{day}/{name}", "never acknowledged")
@@ -1836,6 +1952,8 @@ class FileSpool:
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move a file into bad/."""
+        if self.lock_file < 0:
+            return  # a reader beside the relay
         target = f"{name.replace('/', '_')}.{secrets.token_hex(4)}"
         try:
             os.rename(self.path(name), self.path(f"bad/{target}"))
@@ -1935,7 +2053,8 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage", KEY_CHECK)
+ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -2051,7 +2170,8 @@ class FileDraft:
         try:
             os.fsync(self.fd)
         except OSError:
-            os.unlink(final)
+            with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                os.unlink(final)
             raise
 
     def abort(self) -> None:
@@ -2169,6 +2289,8 @@ Draft = Union[FileDraft, MemoryDraft]
 # next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
+TURN_PATIENCE = 20.0
+API_KEY = "mp_live_"  # how each begins
 USAGE_DAYS = 35
 USAGE_FILE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json")
 USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
@@ -2361,7 +2483,7 @@ def claim(lock: str) -> str:
 
 def new_api_key() -> str:
     """Make an api_key of 160 random bits."""
-    return "mp_live_" + secrets.token_hex(20)
+    return API_KEY + secrets.token_hex(20)
 
 
 Stamp = Optional[tuple[int, int, int]]
@@ -2403,6 +2525,7 @@ class Known(NamedTuple):
 
     stamp: Stamp
     logins: dict[str, Account]
+    hashed: bool  # whether there is an account that CRAM-MD5 cannot check
     decoy: str  # a hash no password fits, as costly as the first account's own
     proved: set[bytes]  # at most four for each account: two names, two secrets
 
@@ -2440,7 +2563,7 @@ class Accounts:
             self.log.warn("users_file", file=self._path, warning=warning)
         hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
-        return Known(stamp, logins, f"{making}:{secrets.token_hex(32)}", set())
+        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -2481,8 +2604,7 @@ class Accounts:
         choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
-        hashes = any(is_hash(account.password) for account in self.listed())
-        cram = self.settings.auth_any or not hashes
+        cram = self.settings.auth_any or not self._fresh().hashed
         return [
             name
             for name, mechanism in MECHANISMS.items()
@@ -2500,11 +2622,22 @@ class Accounts:
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         good = self.settings.auth_any or ticket in known.proved
         if not good:
-            with self._turns:
-                good = proves(account or Account(""), password, known.decoy)
+            good = self._proved(account or Account(""), password, known.decoy)
             if good:
                 known.proved.add(ticket)
         return self._end(user, account, good)
+
+    def _proved(self, account: Account, password: str, decoy: str) -> bool:
+        """Check a password when it is our turn. Raises SaslEnd when none comes, or no memory is left."""
+        if not self._turns.acquire(timeout=TURN_PATIENCE):
+            raise SaslEnd(ACCOUNTS_NOT_NOW)
+        try:
+            return proves(account, password, decoy)
+        except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
+            self.log.error("login_not_checked", error=error)
+            raise SaslEnd(ACCOUNTS_NOT_NOW) from None
+        finally:
+            self._turns.release()
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
@@ -2518,6 +2651,7 @@ class Accounts:
 
     def _end(self, user: str, account: Account | None, good: bool) -> Login:
         shown = account.name if account else user[:64]
+        shown = shown if account or not shown.startswith(API_KEY) else API_KEY + "***"  # mistyped, or of yesterday
         shown = shown if shown.isprintable() else ascii(shown)
         if good:
             return Login(shown, account or Account(shown), AUTH_OK)
@@ -2646,6 +2780,7 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 # -- how much --
 
 
+@functools.lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
     """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
     try:
@@ -2690,6 +2825,17 @@ class Buckets:
             if key in self._full_at:
                 self._full_at[key] -= 60.0 / per_minute
 
+    def waits(self) -> dict[str, float]:
+        """Return the seconds until each bucket is full, of those that are not."""
+        now = self._clock()
+        with self._lock:
+            return {key: at - now for key, at in self._full_at.items() if at > now}
+
+    def restore(self, waits: Mapping[str, float]) -> None:
+        """Take over what `waits` returned, at the start."""
+        now = self._clock()
+        self._full_at.update((key, now + wait) for key, wait in waits.items())
+
 
 Usage = dict[str, "collections.Counter[str]"]  # by account
 
@@ -2714,9 +2860,12 @@ class Quotas:
         self._days: dict[tuple[str, str], Usage] = {}  # by day and part
         self._unsaved: set[str] = set()
         self._reserved: collections.Counter[str] = collections.Counter()
+        self.minutes = Buckets()  # quota_per_minute, by account
+        self._minutes_file, self._minutes_kept = f"{directory}/minutes.{part}.json", True
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._read(since="")
+            self._read_minutes()
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
@@ -2769,6 +2918,24 @@ class Quotas:
                 self._unsaved.update(changed)
             raise
         self._read(since=self._day())
+        self._save_minutes()
+
+    def _save_minutes(self) -> None:
+        waits = self.minutes.waits()
+        if waits or self._minutes_kept:
+            replace_file(self._minutes_file, json.dumps({"at": self._now(), "waits": waits}).encode())
+        self._minutes_kept = bool(waits)
+
+    def _read_minutes(self) -> None:
+        """Read what each account waited for; no wait is longer than the minute it is about."""
+        try:
+            kept = json.loads(read_whole(self._minutes_file))
+            left = {name: min(wait - self._now() + kept["at"], 60.0) for name, wait in kept["waits"].items()}
+            self.minutes.restore({name: wait for name, wait in left.items() if wait > 0})
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._log.error("counts_lost", file=self._minutes_file, error=error)
 
     def _day(self) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(self._now()))
@@ -2827,6 +2994,8 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    # an end without goodbye is an end all the same: content has its own; and after it we can still say 421
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         for path in (cert, key):  # ssl's own error does not say which one is missing
             open(path, "rb").close()
@@ -2988,7 +3157,7 @@ def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
     longest = math.log(max(settings.retry_max_delay, 1e-9) / max(settings.retry_initial_delay, 1e-9))
     delay = settings.retry_max_delay if steps >= longest else settings.retry_initial_delay * math.exp(steps)
-    return delay * rng.uniform(1 - settings.retry_jitter, 1)
+    return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
 
 class Lane:
@@ -3029,7 +3198,7 @@ class Scheduler:
                  rng: random.Random | None = None) -> None:
         self.settings = settings
         self.clock = clock
-        self.rng = rng or random.Random()
+        self.rng = rng or random.Random(settings.seed or None)
         self.changed = threading.Condition(threading.Lock())
         self.lanes: dict[str, Lane] = {}
         self.order: collections.deque[Lane] = collections.deque()
@@ -3731,13 +3900,10 @@ class Link:
 class Guard:
     """Who may come in and send: accounts, the certificate, limits."""
 
-    def __init__(self, settings: Settings, log: Log, quotas: Quotas, pair: tuple[str, str]) -> None:
-        self.accounts = Accounts(settings, log)
-        self.tls = ServerTls(*pair, log) if pair[0] else None
-        self.quotas = quotas
+    def __init__(self, accounts: Accounts, tls: ServerTls | None, quotas: Quotas) -> None:
+        self.accounts, self.tls, self.quotas = accounts, tls, quotas
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-        self.minutes = Buckets()  # quota_per_minute, by account
 
     def trouble(self) -> str:
         """Return what is wrong with the users file or the certificate as they are now."""
@@ -3782,32 +3948,61 @@ class Reception:
         self.free_checked = (-math.inf, True)
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
-    def refusal(self, client: str) -> bool:
-        """Tell whether a client's address keeps it out."""
+    def lets_in(self, client: str) -> bool:
+        """Tell whether a client's address may connect; where any login is good, none from outside may."""
         if client == "local":
-            return False
+            return True
         address = ipaddress.ip_address(client)
-        return not any(address in network for network in self.settings.allow_networks)
+        if self.settings.auth_any and not address.is_loopback:
+            return False
+        return any(address in network for network in self.settings.allow_networks)
+
+    def turned_away(self, client: str, reply: Reply) -> None:
+        """Note a connection that gets no service."""
+        self.metrics.inc("smtp_connections_refused_total")
+        self.audit.write("blocked", client=client, reason=reply.text)
+
+    def is_balancer(self, client: str) -> bool:
+        """Tell whether a connection from here opens with a PROXY header."""
+        nets = self.settings.proxy_networks
+        return bool(nets) and client != "local" and any(ipaddress.ip_address(client) in net for net in nets)
+
+    def rename(self, session: Session, client: str) -> bool:
+        """Count a session for the client that a balancer named; False when that one has too many."""
+        limit = self.settings.max_connections_per_client
+        with self.lock:
+            self.uncount(session.client)
+            self.clients[client_key(client)] += 1
+            session.client = client
+            return not 0 < limit < self.clients[client_key(client)]
 
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        limit = self.settings.max_connections_per_client
+        key = client_key(session.client)
+        limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
-                    or 0 < limit <= self.clients[session.client])
+            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+                    or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
-                self.clients[session.client] += 1
-        self.metrics.inc("smtp_connections_refused_total" if full else "smtp_sessions_active")
+                self.clients[key] += 1
+        if full:
+            self.turned_away(session.client, TOO_MANY_SESSIONS)
+        else:
+            self.metrics.inc("smtp_sessions_active")
         return not full
 
     def leave(self, session: Session) -> None:
         with self.lock:
             self.sessions.discard(session)
-            self.clients[session.client] -= 1
-            if not self.clients[session.client]:
-                del self.clients[session.client]
+            self.uncount(session.client)
         self.metrics.inc("smtp_sessions_active", -1)
+
+    def uncount(self, client: str) -> None:
+        key = client_key(client)
+        self.clients[key] -= 1
+        if not self.clients[key]:
+            del self.clients[key]
 
     def has_room(self, size: int) -> bool:
         """Tell whether the spool can take a message of so many octets."""
@@ -3862,6 +4057,7 @@ class Session:
         self.reserved: str | None = None  # the account a message was set aside for
         self.accepted = False
         self.failed_logins = 0
+        self.crowded = False
         self.latest = Deadline(self.settings.session_timeout).at
         self.wire = Wire(sock, Deadline(self.settings.command_timeout, self.latest))
         self.helo = ""
@@ -3879,6 +4075,8 @@ class Session:
         """Hold the whole dialogue."""
         self.reception.audit.write("session_start", client=self.client)
         try:
+            if self.reception.is_balancer(self.client):
+                self.meet_balancer()
             if self.implicit_tls:
                 self.handshake()
             if self.greet():
@@ -3912,7 +4110,11 @@ class Session:
 
     def greet(self) -> bool:
         """Send the 220, or why not; tell whether the dialogue goes on."""
-        if self.reception.refusal(self.client):
+        if self.crowded:
+            self.reception.turned_away(self.client, TOO_MANY_SESSIONS)
+            self.answer_with(TOO_MANY_SESSIONS)
+        elif not self.reception.lets_in(self.client):
+            self.reception.turned_away(self.client, NOT_ALLOWED)
             self.answer_with(NOT_ALLOWED)
         elif not self.implicit_tls and spoke_early(self.wire.sock):
             self.answer_with(TALKED_EARLY)
@@ -3920,6 +4122,16 @@ class Session:
             self.wire.write(self.reception.greeting)
             return True
         return False
+
+    def meet_balancer(self) -> None:
+        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
+        try:
+            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+        except ValueError as e:
+            self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
+            raise PeerGone("bad PROXY header") from None
+        self.crowded = not self.reception.rename(self, client)
+        self.is_local = is_loopback(client)
 
     def one_command(self) -> None:
         if self.reception.stopping:
@@ -3991,6 +4203,7 @@ class Session:
                 self.errors += 1
             if self.errors > self.settings.max_errors:
                 reply, self.over = TOO_MANY_ERRORS, True
+                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
         self.wire.write(reply.wire())
@@ -4017,11 +4230,11 @@ class Session:
 
     def forget(self) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5)."""
-        if self.draft:
-            self.draft.abort()
         if self.reserved is not None:
             self.guard.quotas.settle(self.reserved, self.accepted)
         self.reserved, self.accepted = None, False
+        if self.draft:
+            self.draft.abort()
         self.envelope = self.draft = self.content = self.disk_error = None
 
     # -- hello, and commands that change nothing --
@@ -4121,26 +4334,30 @@ class Session:
         key, rate = client_key(self.client), self.settings.auth_failures
         if not self.guard.logins.take(key, rate, rate):
             return self.too_many_logins()
-        login = authenticate(accounts, mechanism, initial or None, self.ask)
-        if login.reply is not AUTH_WRONG:
-            self.guard.logins.give(key, rate)
-        return self.logged_in(login, mechanism)
+        reply: Reply | None = None
+        try:
+            login = authenticate(accounts, mechanism, initial or None, self.ask)
+            reply = login.reply
+        finally:
+            if reply is not AUTH_WRONG:
+                self.guard.logins.give(key, rate)
+        return self.logged_in(login, mechanism) if reply in (AUTH_OK, AUTH_WRONG) else reply
 
     def logged_in(self, login: Login, mechanism: str) -> Reply:
-        """Enter how an AUTH ended; failures are answered ever more slowly."""
+        """Enter how a login ended; failures are answered ever more slowly."""
         result = "success" if login.account else "failure"
         self.reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         self.reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
         self.reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism,
                                    result=result, tls=self.tls_version)
         self.account = login.account
-        if login.reply is AUTH_WRONG:
+        if not login.account:
             self.failed_logins += 1
-            time.sleep(min(0.1 * self.failed_logins ** 2, 2.0))
+            time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
         return login.reply
 
     def too_many_logins(self) -> Reply:
-        self.reception.audit.write("blocked", client=self.client, reason="too many failed logins")
+        self.reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
         self.over = True
         return TOO_MANY_LOGINS
 
@@ -4153,31 +4370,33 @@ class Session:
         except LineTooLong:
             raise Refused(LINE_TOO_LONG) from None
 
-    def permission(self, address: str) -> Reply | None:
-        """Return why this client may not send a message from an address now, or None."""
+    def must_log_in(self) -> bool:
+        """Tell whether a login has to come first; an account that is gone from the file counts for nothing."""
+        accounts, needed = self.guard.accounts, self.settings.auth_required
         if self.account:
-            self.account = self.guard.accounts.get(self.account.name)  # it may be gone, or changed
-        needed = self.settings.auth_required
+            self.account = accounts.get(self.account.name)  # its limits may have changed, too
         if needed is None:
-            needed = self.guard.accounts.configured() or not self.is_local
-        if needed and not self.account:
-            return LOGIN_FIRST
-        if self.account and not may_send_as(self.account, address):
-            return WRONG_DOMAIN
-        return self.spent()
+            needed = accounts.configured() or not self.is_local
+        return needed and not self.account
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
         guard, account = self.guard, self.account
         who = f"account {account.name}" if account else client_key(self.client)
+        minute = account.quota_per_minute if account else 0
         if not guard.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
-            return RATE_SPENT
-        if account and not guard.minutes.take(account.name, account.quota_per_minute, account.quota_per_minute):
-            return QUOTA_SPENT
+            return self.put_off("rate", RATE_SPENT)
+        if not guard.quotas.minutes.take(self.user, minute, minute):
+            return self.put_off("quota_per_minute", QUOTA_SPENT)
         if not guard.quotas.reserve(self.user, account.quota_daily if account else 0):
-            return QUOTA_SPENT
+            return self.put_off("quota_daily", QUOTA_SPENT)
         self.reserved = self.user
         return None
+
+    def put_off(self, limit: str, reply: Reply) -> Reply:
+        self.reception.metrics.inc("smtp_rate_limited_total")
+        self.reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
+        return reply
 
     # -- the transaction --
 
@@ -4185,6 +4404,8 @@ class Session:
         """MAIL FROM (RFC 5321 4.1.1.2): parameters are those of RFC 1870, 6152, 6531."""
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
+        if self.must_log_in():
+            return LOGIN_FIRST
         address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
         if address.lower() == "postmaster":
             return BAD_SENDER
@@ -4193,11 +4414,11 @@ class Session:
             return NEED_SMTPUTF8
         if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
             return SPOOL_FULL
-        refused = self.permission(address)
-        if refused:
-            if refused.code == 450:
-                self.reception.metrics.inc("smtp_rate_limited_total")
-            return refused
+        if self.account and not may_send_as(self.account, address):
+            return WRONG_DOMAIN
+        limit = self.spent()
+        if limit:
+            return limit
         if self.settings.delivery == "hold":
             flags.append("HOLD")
         self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
@@ -4380,9 +4601,15 @@ def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[t
 
 
 def shown_command(line: bytes) -> str:
-    """Return a command line for the log, without the secrets that AUTH carries."""
+    """Return a command line for the log. A client that goes on after AUTH failed sends its password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
-    return re.sub(r"(?i)^(AUTH +[^ ]+ ).+", r"\1***", text)
+    name, argument = split_command(line.rstrip())
+    if name not in VERBS:
+        return "***"
+    if name != "AUTH":
+        return text
+    mechanism, _, more = argument.decode("latin-1").upper().partition(" ")
+    return f"AUTH {mechanism if mechanism in MECHANISMS else '***'}{' ***' if more else ''}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -4393,8 +4620,9 @@ def shut(sock: socket.socket, how: int) -> None:
 
 def spoke_early(sock: socket.socket) -> bool:
     """Tell whether the client has sent something before it was greeted."""
+    sock.setblocking(False)  # with a timeout set, MSG_DONTWAIT would wait
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return bool(sock.recv(1, socket.MSG_PEEK))
     except OSError:
         return False
 
@@ -6613,7 +6841,8 @@ function showDelivery(d) {
   const transcript = flat(d.transcript).join('\n');
   return [h('h2', 'Recipients'),
     table(['Address', 'Status', 'Reply', 'Host'], (d.recipients || []).map(who =>
-      [bdi(who.address), status(who.status), who.reply || soft('not asked yet'), soft(who.host)])),
+      [bdi(who.address), status(who.status), who.reply ? [who.code > 0 && `${who.code} `, who.reply]
+        : soft('not asked yet'), soft(who.host)])),
     h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
     h('ol.history', few(d.history || [], step => h('li', [
       time(step.at, dated(SECONDS, step.at)), status(step.status), h('span', step.detail)]))),
@@ -7614,7 +7843,7 @@ class Delivering:
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
-        self.rescans = 0.0
+        self.rescans = self.beside = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
@@ -7698,7 +7927,7 @@ class Delivering:
     def take_stock(self) -> None:
         """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
         m = self.metrics
-        self.rescans = m.get("rescan")
+        self.rescans, self.beside = m.get("rescan"), self.spooled_beside()
         announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
         m.set("heard", announced - self.link.waiting())
         self.forget_octets()
@@ -7823,7 +8052,8 @@ class Delivering:
     def read_task(self, task: Task) -> Again:
         """Read a message known by name, and say when and where it is due."""
         message = self.spool.load(task.stem)
-        if message.status is Status.HELD:
+        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold"
+        if unsent or message.status is Status.HELD:
             return self.hold(message)
         if message.status in FINISHED:
             return None
@@ -7853,9 +8083,11 @@ class Delivering:
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        self.watch_clock()
         now = time.time()
         times = (unix_time(entry["at"]) for entry in message.history)
-        return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
+        age = now - next((at for at in times if self.clock_set <= at <= now), now)
+        return age * self.settings.time_scale > self.settings.retry_max_age
 
     def expire(self, message: Message) -> Again:
         """Give up a message that is too old; one that was not tried since it became so is tried first."""
@@ -7967,10 +8199,10 @@ class Delivering:
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find the messages that the Link had no room for."""
-        missed = self.metrics.get("rescan") - self.rescans
-        if missed:
-            self.rescans += missed
+        """Find the messages that the Link had no room for, and those that sendmail has spooled itself."""
+        missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
+        if missed or beside != self.beside:
+            self.rescans, self.beside = self.rescans + missed, beside
             self.metrics.inc("heard", missed)
             self.find()
         if self.metrics.get("smtp_queue_depth") <= 0:
@@ -7981,6 +8213,13 @@ class Delivering:
         if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
             self.renew_at = time.monotonic() + 3600
             self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
+
+    def spooled_beside(self) -> float:
+        """Return when sendmail has last put a message into the spool itself."""
+        with contextlib.suppress(OSError):
+            if isinstance(self.spool, FileSpool):
+                return os.stat(self.spool.path(ARRIVED)).st_mtime
+        return 0.0
 
     def flush(self) -> None:
         """Try everything now."""
@@ -8024,6 +8263,13 @@ class Webhook:
                 trouble = e
                 time.sleep(pause)
         self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
+
+
+def queue_entry(m: Message) -> dict[str, Any]:
+    """Return what is shown of a message in the queue."""
+    return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
+            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
 
 class Backstage:
@@ -8120,17 +8366,15 @@ class Backstage:
     def queue(self, limit: int = 200) -> dict[str, Any]:
         """Return the messages owed, oldest first, and the state of each next hop."""
         stems, hops = self.delivering.scheduler.snapshot(limit)
+        held = list(itertools.islice(self.delivering.held.copy(), limit))
         return {"messages": [m for m in map(self.queued, stems) if m], "total": len(self.delivering.scheduler),
-                "next_hops": hops}
+                "held": [m for m in map(self.queued, held) if m], "next_hops": hops}
 
     def queued(self, stem: str) -> dict[str, Any] | None:
         try:
-            m = self.delivering.spool.load(stem)
+            return queue_entry(self.delivering.spool.load(stem))
         except (KeyError, OSError, SpoolError):
             return None
-        return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-                "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
-                "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
     def retry(self, id: str) -> int:
         """Try a message now, or all; a failed one is owed again. Return how many."""
@@ -8305,7 +8549,7 @@ class Parts:
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
             self.find_pair()
-            self.make_guard()  # to complain before anything is forked
+            self.open_doors()
         except BaseException:
             self.close()
             raise
@@ -8337,16 +8581,27 @@ class Parts:
         self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="smtprelay-")
         return os.path.join(self.temporary.name, name)
 
-    def make_guard(self) -> Guard:
-        """Read accounts and certificate; SettingsError says what is wrong with them."""
+    def open_doors(self) -> None:
+        """Read accounts and certificate; SettingsError says what is wrong with them.
+
+        Once, before anything is forked: a half that is made anew has them whatever became of the files.
+        """
+        problems: list[str] = []
         try:
-            return Guard(self.settings, self.log, self.quotas("r"), self.pair)
+            self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
-            raise SettingsError([f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]) from None
-        except TlsError as e:
-            raise SettingsError([f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}"]) from None
+            problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
         except OSError as e:
-            raise SettingsError([f"SMTP_USERS_FILE: cannot read it: {e}"]) from None
+            problems.append(f"SMTP_USERS_FILE: cannot read it: {e}")
+        try:
+            self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
+        except TlsError as e:
+            problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
+        if problems:
+            raise SettingsError(problems)
+
+    def guard(self, part: str) -> Guard:
+        return Guard(self.accounts, self.tls, self.quotas(part))
 
     def quotas(self, part: str) -> Quotas:
         """Return the counts that one half writes; in memory both halves share them."""
@@ -8357,13 +8612,12 @@ class Parts:
 
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
-        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.make_guard())
+        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
         delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                                guard, self.pair, self.http)
+                                self.guard("d"), self.pair, self.http)
         delivering.port = self.port
         return delivering
 
@@ -8561,29 +8815,602 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 19 COMMAND LINE =========================================================
+# === 19 SENDMAIL =============================================================
 #
-# One function for each verb; it returns the exit status, of sysexits.h. Settings
-# come from the environment, so the command line has almost nothing to say.
+# sendmail's command, for programs that know no other way to send: cron, PHP,
+# mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
+# message is completed, then handed over by SMTP: to the relay where it runs, else
+# to a Session of our own over a pair of sockets, which puts it into the spool by
+# the same rules. A relay that starts later finds it; one that runs, but could not
+# be spoken to, is told through the file ARRIVED in the spool's directory.
+#
+# Exit status 75 means that the message was not taken and may be tried again.
 
-def usage() -> str:
-    """Return the help text: every verb, then every setting with its default and meaning."""
-    lines = ["usage: smtprelay.py [serve | check [--print] | healthcheck [--wait]]", "",
-             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
-             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
-             "commands:",
-             *(f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in COMMANDS.items()), "",
-             "settings (environment variables):"]
-    for name, f in FIELDS.items():
-        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
-        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
-        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
-    return "\n".join(lines)
+SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
+# A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
+ALONE, ATTACHED, TAKEN = "alone", "attached", "taken"
+SENDMAIL_FLAGS = {
+    **dict.fromkeys("GIimnstUv", ALONE),
+    **dict.fromkeys("Abdeq", ATTACHED),
+    **dict.fromkeys("BCDFLMNORVXfhopr", TAKEN),
+}
+SENDMAIL_MODES = {
+    "m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", "i": "nothing", "h": "nothing", "H": "nothing",
+    "v": "deliver", "d": "", "D": "", "t": "", "z": "",
+}
+BLIND = (b"bcc", b"resent-bcc")
+
+
+@dataclass
+class Errand:
+    """What sendmail was asked to do."""
+
+    mode: str = "deliver"
+    sender: str | None = None
+    name: str = ""
+    dot_ends: bool = True
+    from_headers: bool = False
+    flush: bool = False
+    recipients: list[str] = field(default_factory=list)
+
+
+def read_errand(words: Sequence[str]) -> Errand:
+    """Read sendmail's command line; ValueError says what is wrong with it."""
+    errand, left = Errand(), collections.deque(words)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            errand.recipients += left
+            break
+        if not word.startswith("-") or word == "-":
+            errand.recipients.append(word)
+            continue
+        letters = word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            kind = SENDMAIL_FLAGS.get(letter)
+            if kind is None:
+                raise ValueError(f"unknown flag -{letter}")
+            value = ""
+            if kind != ALONE:
+                value, letters = letters, ""
+                if kind == TAKEN and not value:
+                    if not left:
+                        raise ValueError(f"-{letter} needs a value")
+                    value = left.popleft()
+            heed_flag(errand, letter, value)
+    return errand
+
+
+def heed_flag(errand: Errand, letter: str, value: str) -> None:
+    """Enter one flag; those that change nothing here are accepted in silence."""
+    if letter in "fr":
+        errand.sender = value.strip("<>")
+    elif letter == "F":
+        errand.name = value
+    elif letter == "t":
+        errand.from_headers = True
+    elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
+        errand.dot_ends = False
+    elif letter == "I":
+        errand.mode = "nothing"
+    elif letter == "q":
+        errand.mode = "flush"
+    elif letter == "b":
+        errand.mode = SENDMAIL_MODES.get(value, "")
+        if not errand.mode:
+            raise ValueError(f"-b{value} is not done here" + ("; see the command serve" if value in ("d", "D") else ""))
+
+
+class Letter(NamedTuple):
+    """A message that is ready to be sent."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes
+
+    def record(self) -> Message:
+        """Return the record that a NextHop sends from."""
+        flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
+        flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
+        people = [Recipient(address) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+
+
+def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
+    """Split what a program wrote into lines, up to a lone dot where that ends it."""
+    lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    if dot_ends and b"." in lines:
+        return lines[:lines.index(b".")]
+    return lines[:-1] if lines[-1] == b"" else lines
+
+
+def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Split lines into header fields, each with its continuation, and the body."""
+    fields: list[bytes] = []
+    for i, line in enumerate(lines):
+        if line[:1] in (b" ", b"\t") and fields and line.strip():
+            fields[-1] += b"\r\n" + line
+        elif _FIELD_NAME.match(line):
+            fields.append(line)
+        elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
+            return fields, lines[i + (not line):]
+    return fields, []
+
+
+def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
+    """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody."""
+    fields, body = split_header(read_lines(raw, errand.dot_ends))
+    names = [field.partition(b":")[0].strip().lower() for field in fields]
+    me = qualified(login_name(), hostname)
+    sender = me if errand.sender is None else qualified(errand.sender, hostname)
+    wanted = list(errand.recipients)
+    if errand.from_headers:
+        resent = any(name in (b"resent-to", b"resent-cc", b"resent-bcc") for name in names)
+        asked = [b"resent-" * resent + name for name in (b"to", b"cc", b"bcc")]
+        wanted += [field.partition(b":")[2].decode("utf-8", "surrogateescape") for field, name in zip(fields, names) if name in asked]
+    found = [a for _, a in email.utils.getaddresses([" ".join(w.split()) for w in wanted]) if a]
+    recipients = list(dict.fromkeys(qualified(a, hostname) for a in found))
+    if not recipients:
+        raise ValueError("nobody is named to send to")
+    kept = [field for field, name in zip(fields, names) if name not in BLIND]
+    added = {"From": email.utils.formataddr((errand.name, sender or me)),
+             "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
+    kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
+             for name, value in added.items() if name.lower().encode() not in names]
+    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+
+
+def qualified(address: str, hostname: str) -> str:
+    """Give an address that is a user's name alone this machine's domain."""
+    return f"{address}@{hostname}" if address and "@" not in address else address
+
+
+def login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as containers have them
+        return f"user{os.getuid()}"
+
+
+def relay_socket(settings: Settings) -> socket.socket:
+    """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
+    address = settings.port[0]
+    if address.path:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(settings.relay_timeout)
+        sock.connect(address.path)
+        return sock
+    return socket.create_connection((reachable(address.host), address.port), settings.relay_timeout)
+
+
+def reachable(host: str) -> str:
+    """Return where to find what listens on every interface."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def spool_socket(settings: Settings) -> socket.socket:
+    """Return a connection to a session of our own, which spools what it is given; OSError when there is no spool.
+
+    Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
+    """
+    path = os.path.abspath(settings.spool)
+    if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
+        raise FileNotFoundError(errno.ENOENT, "no spool", path)
+    os.makedirs(path, 0o700, exist_ok=True)
+    owner = os.stat(path)
+    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read it
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write", path)
+    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
+                                    tls_required=False, rate_limit=0, audit_log="", debug=False)
+    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
+    log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
+    guard = Guard(open_door, log, Quotas("", log), ("", ""))
+    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
+    return ours
+
+
+def hold_session(session: Session) -> None:
+    """Run a session that has no listener; what it took is made known to a relay that may be running."""
+    session.run()
+    with contextlib.suppress(OSError):
+        if session.reception.metrics.get("smtp_messages_received_total"):
+            write_file(os.path.join(session.reception.settings.spool, ARRIVED), b"")
+    session.wire.sock.close()
 
 
 def complain(*lines: str) -> None:
     for line in lines:
         print(f"smtprelay: {line}", file=sys.stderr)
+
+
+def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[str, Outcome]:
+    """Send a message to the relay, or to a session of ours; Trouble when it cannot be spoken to."""
+    target = Target("smtprelay", 0, "none", settings.auth_user, settings.auth_password)
+    hop = NextHop(settings, target, client_context(verify=False), Log(logging.Logger("sendmail", logging.CRITICAL + 1)))
+    message, outcomes = letter.record(), {}
+    hop.attach(sock)
+    try:
+        hop.expect("greeting", hop.reply("greeting"), 220)
+        hop.hello()
+        if target.username and hop.offers("auth"):
+            hop.login()
+        while message.pending():
+            latest = hop.deliver(message, message.pending(), io.BytesIO(letter.content))
+            outcomes.update(latest)
+            for r in message.recipients:
+                r.status = outcomes[r.address].status
+            if not any(o.status is Status.FORWARDED for o in latest.values()):
+                break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
+    finally:
+        hop.close()
+        with contextlib.suppress(OSError):
+            sock.recv(1024)  # the answer to QUIT: by then all is done
+    return outcomes
+
+
+def send(letter: Letter, settings: Settings) -> int:
+    """Hand a message over, to the relay or into the spool, and report; return the exit status."""
+    outcomes: dict[str, Outcome] = {}
+    reasons = []
+    for connect in (relay_socket, spool_socket):
+        try:
+            outcomes = hand_over(letter, connect(settings), settings)
+            shut_out = all(o.scope is Scope.HOST for o in outcomes.values())
+            if not shut_out:
+                break
+            reasons.append(str(next(iter(outcomes.values()))))
+        except (OSError, Trouble) as e:
+            reasons.append(f"{connect.__name__.partition('_')[0]}: {e}")
+            if isinstance(e, Trouble) and e.stage == "content":
+                break  # it may have been taken: the caller tries again, or not
+    else:
+        outcomes = {}
+    refused = {address: o for address, o in outcomes.items() if o.status is not Status.FORWARDED}
+    complain(*(f"{address}: {o.code} {o.reply}" for address, o in refused.items()))
+    if not outcomes:
+        complain(f"cannot take the message now: {'; '.join(reasons)}")
+    later = not outcomes or any(o.status is Status.RETRYING for o in refused.values())
+    return EX_TEMPFAIL if later else EX_UNAVAILABLE if refused else 0
+
+
+def speak_smtp(settings: Settings) -> int:
+    """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
+    try:
+        sock = relay_socket(settings)
+    except OSError:
+        try:
+            sock = spool_socket(settings)
+        except OSError as e:
+            complain(f"no relay answers, and there is no spool to be had: {e}")
+            return EX_TEMPFAIL
+    sock.settimeout(None)
+    os.write(1, sock.recv(4096))  # nothing may be said before the greeting
+    threading.Thread(target=pass_on, args=(sock,), daemon=True).start()
+    for block in iter(lambda: sock.recv(64 * KIB), b""):
+        write_all(1, block)
+    return 0
+
+
+def pass_on(sock: socket.socket) -> None:
+    """Send standard input to a socket, up to its end."""
+    with contextlib.suppress(OSError):
+        for block in iter(lambda: os.read(0, 64 * KIB), b""):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+
+# === 20 DOCTOR ===============================================================
+#
+# What stands between this machine and the next hop, found out by going there as
+# Delivery would, up to but not including MAIL. Each finding is one line: a mark,
+# what was found, and what to do about it. Nothing is changed anywhere.
+
+DOCTOR_TIMEOUT = 10.0
+PORTS_TRIED = (25, 465, 587)
+
+
+def size_shown(octets: float) -> str:
+    """Return a size for people: 999, 1.2K, 34M."""
+    for unit in ("", "K", "M", "G"):
+        if octets < 1000 or unit == "G":
+            break
+        octets /= 1024
+    return f"{octets:.1f}{unit}" if unit and octets < 10 else f"{octets:.0f}{unit}"
+
+
+def time_shown(seconds: float) -> str:
+    """Return a duration for people: 45s, 12m, 3h, 2d."""
+    for unit, length in (("d", DAY), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+class Finding(NamedTuple):
+    """A line of advice: mark is ok, warn or fail."""
+
+    mark: str
+    about: str
+    found: str
+    advice: str = ""
+
+
+STAGE_ADVICE = {
+    "connect": "a firewall or the provider may block this port; try another (587, 465, 2525) with SMTP_RELAY_PORT",
+    "greeting": "the server does not want this machine: ask its operator, or use another smart host",
+    "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
+    "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
+}
+
+
+def examine_spool(settings: Settings) -> Iterator[Finding]:
+    """Say whether mail can be kept here."""
+    if settings.storage == "memory":
+        yield Finding("warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file")
+        return
+    path = os.path.abspath(settings.spool)
+    above = path
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    if not os.access(above, os.W_OK):
+        yield Finding("fail", "spool", f"{above} cannot be written to", "set SMTP_SPOOL, or give this user the right to write there")
+        return
+    at = os.statvfs(above)
+    free = at.f_bavail * at.f_frsize
+    low = free < settings.spool_min_free
+    yield Finding("fail" if low else "ok", "spool", f"{path}, {size_shown(free)} free",
+                  "make room, or lower SMTP_SPOOL_MIN_FREE" if low else "")
+
+
+def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
+    """Examine one next hop: its name, its ports, then a dialogue with it."""
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError as e:
+        yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
+        return
+    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
+    yield Finding("ok", "name", f"{target.host} is {', '.join(a for _, a in addresses)}")
+    open_at = {address: port_opens(address, target.port) for _, address in addresses}
+    for family, label in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
+        tried = [a for f, a in addresses if f == family]
+        if tried and not any(open_at[a] for a in tried):
+            yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
+                          "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
+        elif tried:
+            yield Finding("ok", label, f"port {target.port} opens")
+    yield examine_ports(target)
+    if any(open_at.values()):
+        yield from examine_dialogue(settings, target)
+
+
+def port_opens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), DOCTOR_TIMEOUT / 2).close()
+    except OSError:
+        return False
+    return True
+
+
+def examine_ports(target: Target) -> Finding:
+    """Say which of the usual ports can be reached from here."""
+    results: dict[int, bool] = {}
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(target.host, port)})) for port in PORTS_TRIED]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    opens = ", ".join(str(p) for p in PORTS_TRIED if results[p]) or "none"
+    closed = ", ".join(str(p) for p in PORTS_TRIED if not results[p]) or "none"
+    return Finding("ok", "egress", f"of the usual ports, open: {opens}; closed: {closed}")
+
+
+def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
+    """Connect, say hello, start TLS and log in, and tell what was seen on the way."""
+    patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
+    log = Log(logging.Logger("doctor", logging.CRITICAL + 1))
+    try:
+        hop = NextHop(patient, target, client_context(settings.relay_ca_file, settings.relay_tls_verify), log)
+    except TlsError as e:
+        yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
+        return
+    trouble = None
+    try:
+        hop.open()
+    except Trouble as e:
+        trouble = e
+    said = [line[3:] for line in hop.transcript if line.startswith("S: ")]
+    if said and said[0].startswith("220"):
+        yield Finding("ok", "greeting", said[0])
+        yield examine_clock(said[0], time.time())
+    if hop.smtp.esmtp_features:
+        offers = " ".join(f"{k.upper()} {v}".strip() + ";" for k, v in hop.smtp.esmtp_features.items()).rstrip(";")
+        yield Finding("ok", "EHLO", offers)
+    if trouble:
+        yield trouble_finding(trouble)
+    else:
+        yield from examine_terms(settings, target, hop)
+    hop.close()
+
+
+def trouble_finding(trouble: Trouble) -> Finding:
+    """Return what a failed step means."""
+    advice = STAGE_ADVICE[trouble.stage]
+    if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
+        advice = "if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; else check the host's name and the clock"
+    return Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
+
+
+def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[Finding]:
+    """Say how safe the connection is, who we are on it, and how large a message may be."""
+    sock = hop.wire.sock
+    if isinstance(sock, ssl.SSLSocket):
+        yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
+        yield examine_certificate(sock, settings, time.time())
+    else:
+        local = is_loopback(target.host)
+        yield Finding("ok" if local else "warn", "TLS", "none: mail and password go in clear",
+                      "" if local else "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
+    if target.username:
+        yield Finding("ok", "login", f"as {target.username}")
+    elif hop.offers("auth"):
+        yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set", "set it, if the server refuses mail without")
+    limit = hop.smtp.esmtp_features.get("size", "")
+    theirs = int(limit) if limit.isdigit() else 0
+    if 0 < theirs < settings.max_size:
+        yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}", f"set SMTP_MAX_SIZE={theirs}")
+    else:
+        yield Finding("ok", "size", f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}")
+
+
+def examine_certificate(sock: ssl.SSLSocket, settings: Settings, now: float) -> Finding:
+    """Say whose the certificate is, and for how long it is good."""
+    shown: dict[str, Any] = dict(sock.getpeercert() or {})
+    if not shown:
+        return Finding("warn", "certificate", "not verified", "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+    issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
+    days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - now) / DAY)
+    found = f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left"
+    return Finding("warn" if days < 14 else "ok", "certificate", found, "tell its operator to renew it" if days < 14 else "")
+
+
+def examine_clock(greeting: str, now: float) -> Finding:
+    """Compare the clock with the date in a greeting, where there is one."""
+    written = re.search(r"\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
+    if not written:
+        return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
+    off = now - email.utils.parsedate_to_datetime(written[0]).timestamp()
+    far = abs(off) > 300
+    return Finding("warn" if far else "ok", "clock", f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's",
+                   "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
+
+
+def diagnose(settings: Settings) -> Iterator[Finding]:
+    """Yield all findings for the smart hosts that are set."""
+    yield from examine_spool(settings)
+    if settings.delivery == "hold":
+        yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
+    for host, port in settings.smart_hosts:
+        yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
+
+
+# === 21 COMMAND LINE =========================================================
+#
+# One function for each verb; it takes the settings and its arguments, and returns
+# the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
+# and the completion of shells are made. Settings come from the environment, so the
+# command line has little to say.
+#
+# Verbs that ask about mail speak to the running relay over HTTP; where none answers
+# they read the spool, and those that change it take its lock.
+
+Arguments = argparse.Namespace
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def option(*names: str, **how: Any) -> Option:
+    """Describe an argument of a verb, in argparse's words."""
+    return names, how
+
+
+JSON = option("--json", action="store_true", help="print JSON")
+ID = option("id", metavar="ID", help="a queue id")
+ID_OR_ALL = option("id", metavar="ID|all", help="a queue id, or all")
+
+
+class NoRelay(Exception):
+    """No relay answers over HTTP."""
+
+
+class Complaint(Exception):
+    """Ends a verb: what to say, and the exit status."""
+
+    def __init__(self, text: str, status: int = EX_NO) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Progress:
+    """Says on a terminal what is being waited for, once that has taken a second."""
+
+    def __init__(self, text: str) -> None:
+        self.timer = threading.Timer(1.0, self.show, (f"{text}...",))
+        self.shown = False
+
+    def show(self, text: str) -> None:
+        self.shown = True
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            self.timer.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.timer.cancel()
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+COLOURS = {"ok": "32", "forwarded": "32", "warn": "33", "retrying": "33", "fail": "31", "failed": "31"}
+
+
+def coloured(word: str, width: int = 0) -> str:
+    """Return a word as wide as asked, in its colour on a terminal (no-color.org)."""
+    text = word.ljust(width)
+    if word not in COLOURS or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=vars))
+
+
+class Remote:
+    """The running relay, as it is spoken to over HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def ask(self, method: str, path: str, patience: float = 10.0, **query: object) -> bytes:
+        """Return the body of an answer; NoRelay when none comes, Complaint when it is a refusal."""
+        if not self.settings.health_addr:
+            raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
+        address = self.settings.health_addr[0]
+        connection = http.client.HTTPConnection(reachable(address.host), address.port, timeout=patience)
+        words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
+        token = self.settings.api_token
+        headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+        try:
+            connection.request(method, f"{path}?{words}" if words else path, headers=headers)
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise NoRelay(f"no relay answers at {host_port(reachable(address.host), address.port)}: {e}") from None
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise Complaint(refusal_text(answer.status, body), EX_NO if answer.status < 500 else EX_UNAVAILABLE)
+        return body
+
+    def ask_json(self, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
+        return json.loads(self.ask(method, path, patience, **query) or b"null")
+
+
+def refusal_text(status: int, body: bytes) -> str:
+    """Return why the relay refused, in its own words where it has some."""
+    try:
+        return str(json.loads(body)["Error"])
+    except (ValueError, KeyError, TypeError):
+        text = body[:300].decode("utf-8", "replace").strip()
+        return {401: "the relay wants SMTP_API_TOKEN", 403: "the relay refuses that"}.get(status, text or f"HTTP {status}")
 
 
 def read_environment() -> Settings:
@@ -8592,12 +9419,254 @@ def read_environment() -> Settings:
     return Settings.read(os.environ)
 
 
-def serve(arguments: Sequence[str]) -> int:
+def quiet_spool(settings: Settings) -> FileSpool:
+    """Return the spool to read from, or to open; Complaint when there is none."""
+    if settings.storage == "memory" or not os.path.isdir(settings.spool):
+        raise Complaint(f"no relay answers, and there is no spool at {os.path.abspath(settings.spool)}", EX_UNAVAILABLE)
+    return FileSpool(settings, open_log(dataclasses.replace(settings, log_level="error", log_file="", debug=False)))
+
+
+def records(spool: FileSpool, finished: bool = False) -> Iterator[Message]:
+    """Yield the records in the spool: those owed and held, or all."""
+    for stem, done in spool.names():
+        if finished or done is None:
+            try:
+                yield spool.load(stem)
+            except (KeyError, SpoolError, OSError) as e:
+                complain(f"{stem}: cannot be read: {e!r}")
+
+
+def record_of(spool: FileSpool, id: str) -> Message:
+    """Return the record of a message in the spool; Complaint when it is not there."""
+    for stem, _ in spool.names():
+        if stem.partition("/")[2].startswith(id + "_"):
+            return spool.load(stem)
+    raise Complaint(f"no message {id} here")
+
+
+def queue_(settings: Settings, arguments: Arguments) -> int:
+    """List what is owed and held."""
+    try:
+        listed = Remote(settings).ask_json("GET", "/api/v1/queue")
+        rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
+    except NoRelay:
+        with Progress("reading the spool"):
+            rows = [queue_entry(record) for record in records(quiet_spool(settings))]
+    if arguments.json:
+        print_json(rows)
+        return 0
+    for row in rows:
+        print(queue_line(row))
+    total = sum(row["size"] for row in rows)
+    print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {size_shown(total)}" if rows else "the queue is empty")
+    return 0
+
+
+def queue_line(row: Mapping[str, Any]) -> str:
+    """Return what is shown of a message in the queue: a line, and why it is still there."""
+    age = time_shown(time.time() - unix_time(row["received_at"]))
+    due = unix_time(row.get("next_attempt_at") or "") - time.time()
+    when = f"due in {time_shown(due)}" if row["status"] == "retrying" and due > 0 else ""
+    to = ", ".join(row["recipients"])
+    line = f"{row['id']}  {coloured(Status(row['status']).value, 10)}  {age:>4} {size_shown(row['size']):>5}  <{row['reverse_path']}> to {to}"
+    why = ", ".join(filter(None, (row.get("last_error"), when)))
+    return f"{line}\n    {why}" if why else line
+
+
+def retry(settings: Settings, arguments: Arguments) -> int:
+    """Try a message, or all that is owed, at once; a held one is released."""
+    try:
+        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
+        print(f"{done['retried']} due now", file=sys.stderr)
+        return 0
+    except NoRelay:
+        pass
+    spool = quiet_spool(settings)
+    spool.open()
+    try:
+        chosen = [record_of(spool, arguments.id)] if arguments.id != "all" else [
+            message for message in records(spool) if message.status is not Status.HELD]
+        for message in chosen:
+            make_due(spool, message)
+    finally:
+        spool.close()
+    print(f"no relay runs: {len(chosen)} due as soon as one does", file=sys.stderr)
+    return 0
+
+
+def make_due(spool: FileSpool, message: Message) -> None:
+    """Write down that a message is due: a held one is released, a failed one revived."""
+    if message.status is Status.FORWARDED:
+        raise Complaint(f"message {message.id} is forwarded already")
+    for r in message.recipients:
+        r.status = Status.RETRYING if r.status is Status.FAILED else r.status
+    if message.status is not Status.RECEIVED:
+        message.move(Status.RETRYING, "asked for by hand")
+        message.finished_at = ""
+    message.next_attempt_at = ""
+    spool.reopen(message)
+
+
+def remove(settings: Settings, arguments: Arguments) -> int:
+    """Remove a message for good, whether it is owed, held or finished."""
+    try:
+        remote, id = Remote(settings), urllib.parse.quote(arguments.id, safe="")
+        remote.ask("GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
+        remote.ask("DELETE", f"/api/v1/queue/{id}")
+        return 0
+    except NoRelay:
+        pass
+    spool = quiet_spool(settings)
+    spool.open()
+    try:
+        spool.remove(record_of(spool, arguments.id).stem)
+    finally:
+        spool.close()
+    return 0
+
+
+def show(settings: Settings, arguments: Arguments) -> int:
+    """Print a message: its record, then its content."""
+    path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
+    try:
+        remote = Remote(settings)
+        content = remote.ask("GET", path + "/raw")
+        record = {"id": arguments.id, **remote.ask_json("GET", path)["Delivery"]}
+    except NoRelay:
+        spool = quiet_spool(settings)
+        message = record_of(spool, arguments.id)
+        record = json.loads(message.to_json())
+        with spool.content(message.stem) as file:
+            content = file.read()
+    if arguments.json:
+        print_json(record)
+        return 0
+    for name, value in record.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{name}: {json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line}")
+    print(flush=True)
+    sys.stdout.buffer.write(content.replace(b"\r\n", b"\n"))
+    return 0
+
+
+def wait(settings: Settings, arguments: Arguments) -> int:
+    """Block until a message arrives; print it, or just its code or link."""
+    words = [f'{name}:"{value}"' for name, value in (("recipient", arguments.to), ("subject", arguments.subject)) if value]
+    try:
+        with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
+            found = Remote(settings).ask_json("GET", "/api/v1/wait", arguments.timeout + 10,
+                                              query=" ".join(words), timeout=arguments.timeout)
+    except NoRelay as e:
+        raise Complaint(str(e), EX_UNAVAILABLE) from None
+    wanted = "Codes" if arguments.code else "Links" if arguments.link else ""
+    if wanted:
+        if not found[wanted]:
+            raise Complaint(f"the message has no {wanted[:-1].lower()}")
+        print(found[wanted][0])
+    elif arguments.json:
+        print_json(found)
+    else:
+        to = ", ".join(p["Address"] for p in found["To"])
+        print(f"From: {found['From']['Address']}\nTo: {to}\nSubject: {found['Subject']}\n\n{found['Text']}")
+    return 0
+
+
+def user(settings: Settings, arguments: Arguments) -> int:
+    """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE."""
+    path, name = settings.users_file, arguments.name
+    if not path:
+        raise Complaint("SMTP_USERS_FILE is not set: it names the file of accounts", EX_CONFIG)
+    try:
+        users = read_users(path) if os.path.exists(path) else {}
+        if arguments.action == "list":
+            return print_users(users, arguments.json)
+        if not name:
+            raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
+        if (name in users) == (arguments.action == "add"):
+            raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
+        change_users(path, {name: None if arguments.action == "remove" else account_fields(arguments)})
+    except (AccountsError, OSError) as e:
+        raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
+    return 0
+
+
+def account_fields(arguments: Arguments) -> dict[str, Any]:
+    """Ask for a password, and return what is to be written of an account."""
+    fields: dict[str, Any] = {"password": hash_password(ask_password())}
+    if arguments.action == "add":
+        fields.update(allowed_domains=arguments.domain, quota_daily=arguments.daily, quota_per_minute=arguments.per_minute)
+    if arguments.api_key:
+        fields["api_key"] = new_api_key()
+        print(fields["api_key"])
+    return fields
+
+
+def ask_password() -> str:
+    """Read a password twice from the terminal, or once from the first line of standard input."""
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise Complaint("the passwords differ", EX_DATAERR)
+    if not password:
+        raise Complaint("an empty password is none", EX_DATAERR)
+    return password
+
+
+SHOWN_OF_ACCOUNT = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+
+
+def print_users(users: Mapping[str, Any], as_json: bool) -> int:
+    """Print the accounts without their secrets."""
+    shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}} for name, fields in users.items()]
+    if as_json:
+        print_json(shown)
+        return 0
+    for account in shown:
+        print("  ".join([account.pop("name"), *(f"{k}={setting_text(tuple(v) if isinstance(v, list) else v)}" for k, v in account.items())]))
+    return 0
+
+
+def doctor(settings: Settings, arguments: Arguments) -> int:
+    """Try the next hop and say what stands in the way; sends nothing."""
+    findings = []
+    for finding in diagnose(settings):
+        findings.append(finding)
+        if not arguments.json:
+            advice = f": {finding.advice}" if finding.advice else ""
+            print(f"{coloured(finding.mark, 4)} {finding.about:<11} {finding.found}{advice}", flush=True)
+    if arguments.json:
+        print_json([f._asdict() for f in findings])
+    return EX_NO if any(f.mark == "fail" for f in findings) else 0
+
+
+def usage() -> str:
+    """Return the help text: every verb, then every setting with its default and meaning."""
+    lines = ["usage: smtprelay.py [COMMAND [...]]    (COMMAND --help says more; --version; --completion bash|zsh)", "",
+             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
+             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
+             "commands:",
+             *(f"  {name:<12} {summary_of(command.run)}" for name, command in COMMANDS.items()),
+             f"  {'sendmail':<12} {summary_of(sendmail)}", "",
+             "settings (environment variables):"]
+    for name, f in FIELDS.items():
+        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
+        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
+        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
+    return "\n".join(lines)
+
+
+def summary_of(action: Callable[..., int]) -> str:
+    return (action.__doc__ or "").splitlines()[0]
+
+
+def serve(settings: Settings, arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
-    settings = read_environment()
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()
@@ -8637,6 +9706,11 @@ def first_lines(parts: Parts) -> list[str]:
     lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
     lines.append(f"mail is {where}")
     lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
+    if beyond and s.auth_required is False:
+        lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
+    if beyond and s.auth_required is not False and not parts.accounts.configured():
+        lines.append("warning: clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)")
     if not s.api_token and not all(is_loopback(a.host) for a in s.health_addr):
         lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone")
     if is_open(s) and s.allow_networks == networks("loopback"):
@@ -8648,10 +9722,9 @@ def first_lines(parts: Parts) -> list[str]:
     return [f"smtprelay {__version__}: {line}" for line in lines]
 
 
-def check(arguments: Sequence[str]) -> int:
+def check(settings: Settings, arguments: Arguments) -> int:
     """Read the settings and say all that is wrong; --print shows them."""
-    settings = read_environment()
-    if "--print" in arguments:
+    if arguments.print:
         for name, f in FIELDS.items():
             value = getattr(settings, f.name)
             print(f"{name}={'***' if f.metadata['secret'] and value else setting_text(value)}")
@@ -8667,61 +9740,152 @@ def setting_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def healthcheck(arguments: Sequence[str]) -> int:
+def healthcheck(settings: Settings, arguments: Arguments) -> int:
     """Exit 0 when the relay is ready; --wait waits for it, up to a minute."""
-    settings = read_environment()
     if not settings.health_addr:
-        complain("SMTP_HEALTH_ADDR is off: there is nothing to ask")
-        return EX_CONFIG
-    address = settings.health_addr[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
-    end = time.monotonic() + (60 if "--wait" in arguments else 0)
-    while True:
-        trouble = ask_health(host, address.port)
-        if not trouble or time.monotonic() >= end:
-            break
-        time.sleep(0.1)
-    if trouble:
-        complain(trouble)
-    return EX_NO if trouble else 0
+        raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
+    end = time.monotonic() + (60 if arguments.wait else 0)
+    with Progress("waiting for the relay"):
+        while True:
+            try:
+                Remote(settings).ask("GET", "/readyz", patience=5.0)
+                return 0
+            except (NoRelay, Complaint) as e:
+                if time.monotonic() >= end:
+                    raise Complaint(str(e)) from None
+            time.sleep(0.1)
 
 
-def ask_health(host: str, port: int) -> str:
-    """Return what is wrong with the relay at an HTTP address; "" when nothing is."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+def sendmail(words: Sequence[str]) -> int:
+    """Send a message as the program sendmail does (-t -i -f -F -bs -bp -q ...)."""
+    settings = read_environment()
     try:
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        return "" if answer.status == 200 else answer.read(1000).decode("utf-8", "replace").strip()
-    except (OSError, http.client.HTTPException) as e:
-        return f"no relay answers at {host_port(host, port)}: {e}"
-    finally:
-        connection.close()
+        errand = read_errand(words)
+        if errand.mode == "deliver":
+            return send(write_letter(sys.stdin.buffer.read(), errand, settings.hostname), settings)
+    except ValueError as e:
+        complain(f"sendmail: {e}")
+        return EX_USAGE
+    if errand.mode == "smtp":
+        return speak_smtp(settings)
+    if errand.mode == "queue":
+        return main(["queue"])
+    if errand.mode == "flush":
+        return 0 if main(["retry", "all"]) in (0, EX_NO) else EX_TEMPFAIL
+    return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "check": check, "healthcheck": healthcheck}
+class Command(NamedTuple):
+    """A verb of the command line: what runs it, and its arguments."""
+
+    run: Callable[[Settings, Arguments], int]
+    options: tuple[Option, ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command(serve),
+    "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
+    "doctor": Command(doctor, (JSON,)),
+    "queue": Command(queue_, (JSON,)),
+    "retry": Command(retry, (ID_OR_ALL,)),
+    "remove": Command(remove, (ID,)),
+    "show": Command(show, (ID, JSON)),
+    "wait": Command(wait, (
+        option("--to", metavar="ADDRESS", help="a recipient"),
+        option("--subject", metavar="WORDS", help="words of the subject"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--code", action="store_true", help="print its verification code alone"),
+        option("--link", action="store_true", help="print its first link alone"), JSON)),
+    "user": Command(user, (
+        option("action", choices=("add", "list", "remove", "passwd")),
+        option("name", metavar="NAME", nargs="?"),
+        option("--domain", action="append", default=[], metavar="DOMAIN", help="may send as this domain (again for more)"),
+        option("--daily", type=count, default=0, metavar="N", help="messages a day"),
+        option("--per-minute", type=count, default=0, metavar="N", help="messages a minute"),
+        option("--api-key", action="store_true", help="make an API key, and print it"), JSON)),
+    "healthcheck": Command(healthcheck, (option("--wait", action="store_true", help="wait up to a minute"),)),
+}
+
+
+def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
+    """Parse a verb's arguments; SystemExit with 0 after --help, EX_USAGE after a mistake."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(command.run))
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
+    try:
+        return parser.parse_args(words)
+    except SystemExit as e:
+        raise SystemExit(EX_USAGE if e.code else 0) from None
+
+
+BASH = """\
+_smtprelay() {{
+    local words="{verbs}"
+    [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in
+{cases}
+        *) words="";;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -F _smtprelay smtprelay smtprelay.py"""
+ZSH = """\
+_smtprelay() {{
+    (( CURRENT == 2 )) && {{ compadd -- {verbs}; return }}
+    case $words[2] in
+{cases}
+    esac
+}}
+compdef _smtprelay smtprelay smtprelay.py"""
+
+
+def completion(shell: str) -> str:
+    """Return what makes bash or zsh complete verbs and their options."""
+    template, case = (BASH, '        {})  words="{}";;') if shell == "bash" else (ZSH, "        {}) compadd -- {};;")
+    cases = []
+    for name, command in COMMANDS.items():
+        words = [w for names, how in command.options for w in (how.get("choices") or names) if w[0] == "-" or "choices" in how]
+        cases += [case.format(name, " ".join(words))] if words else []
+    return template.format(verbs=" ".join([*COMMANDS, "sendmail"]), cases="\n".join(cases))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--version" in words:
-        print(f"smtprelay {__version__}")
-        return 0
-    if "--help" in words or "-h" in words:
-        print(usage())
-        return 0
+    called = os.path.basename(sys.argv[0]) if arguments is None else ""
+    if called in SENDMAIL_NAMES:
+        words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
+    try:
+        return run_command(words)
+    except SettingsError as e:
+        complain(*e.problems)
+        return EX_CONFIG
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except (Complaint, SpoolBusy, OSError) as e:
+        complain(str(e))
+        return e.status if isinstance(e, Complaint) else EX_TEMPFAIL
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def run_command(words: list[str]) -> int:
     name = words.pop(0) if words else "serve"
+    if name == "sendmail":
+        return sendmail(words)
+    if name in ("--version", "--help", "-h"):
+        print(f"smtprelay {__version__}" if name == "--version" else usage())
+        return 0
+    if name == "--completion" and words in (["bash"], ["zsh"]):
+        print(completion(words[0]))
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         complain(f"{name!r} is not a command" + (f"; did you mean {near[0]}?" if near else "; see --help"))
         return EX_USAGE
-    try:
-        return COMMANDS[name](words)
-    except SettingsError as e:
-        complain(*e.problems)
-        return EX_CONFIG
+    parsed = parse_arguments(name, words)
+    return COMMANDS[name].run(read_environment(), parsed)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
+import http.client
 import io
 import json
+import logging
 import os
 import random
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import socketserver
+import stat
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +438,708 @@ def test_10_mib_stream_in_little_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert path.stat().st_size == 48 + blocks * FULL
     assert peak < 1 << 20
+
+
+# === BREAKING ================================================================
+#
+# Everything here runs the real thing and hurts it. With BREAKING=long the same
+# tests do many more rounds (.ci/break).
+
+LONG = os.environ.get("BREAKING") == "long"
+ROOT = Path(smtprelay.__file__).parent
+
+
+def eventually(condition: Any, seconds: float = 10.0) -> None:
+    """Wait until a condition holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+class Hop(socketserver.ThreadingTCPServer):
+    """A next hop that keeps a book of what it answered 250, and fails as often as `flaky` says."""
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self, flaky: float = 0.0, seed: int = 1) -> None:
+        super().__init__(("127.0.0.1", 0), HopSession)
+        self.flaky, self.rng = flaky, random.Random(seed)
+        self.taken: collections.Counter[str] = collections.Counter()
+        self.cut: collections.Counter[str] = collections.Counter()
+        self.bodies: list[bytes] = []
+        self.down = False
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def name(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+    def fails(self) -> bool:
+        return self.rng.random() < self.flaky
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that is killed is what this is for."""
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class HopSession(socketserver.StreamRequestHandler):
+    server: Hop
+
+    def handle(self) -> None:
+        self.request.settimeout(20)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.down:
+            return
+        self.say(b"220 hop")
+        for line in iter(self.rfile.readline, b""):
+            verb = line[:4].upper()
+            if verb in (b"MAIL", b"RCPT", b"DATA") and self.server.fails():
+                if self.server.rng.random() < 0.3:
+                    return
+                self.say(b"451 later")
+            elif verb == b"DATA":
+                self.say(b"354 go")
+                if not self.content():
+                    return
+            else:
+                self.say({b"QUIT": b"221 bye", b"EHLO": b"250 hop"}.get(verb, b"250 ok"))
+
+    def content(self) -> bool:
+        lines = []
+        for line in iter(self.rfile.readline, b".\r\n"):
+            if not line:
+                return False
+            lines.append(line)
+        body = b"".join(lines)
+        key = re.findall(rb"^X-Book: (\S+)", body, re.M)[0].decode()
+        self.server.bodies.append(body)
+        if self.server.fails():
+            self.server.cut[key] += 1
+            return False
+        self.server.taken[key] += 1  # before it is said: what is cut off here counts as said
+        self.say(b"250 taken")
+        return True
+
+    def say(self, line: bytes) -> None:
+        self.wfile.write(line + b"\r\n")
+
+
+class Program:
+    """The program as a user runs it, on one spool and one port for its whole life."""
+
+    def __init__(self, folder: Path, prelude: str = "", **settings: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as smtp, socket.create_server(("127.0.0.1", 0)) as http:
+            self.port, self.http = smtp.getsockname()[1], http.getsockname()[1]
+        self.spool, self.log, self.prelude = folder / "spool", folder / "log", prelude
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SMTP_")}
+        self.env = {**clean, "SMTP_SPOOL": str(self.spool), "SMTP_PORT": f"127.0.0.1:{self.port}",
+                    "SMTP_HEALTH_ADDR": f"127.0.0.1:{self.http}", "SMTP_RETRY_INITIAL_DELAY": "20ms",
+                    "SMTP_RETRY_MAX_DELAY": "300ms", "SMTP_SPOOL_MIN_FREE": "0", **settings}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.under: list[str] = []
+
+    def start(self) -> Program:
+        code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport smtprelay\n{self.prelude}\nsys.exit(smtprelay.main(['serve']))"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([*self.under, sys.executable, "-c", code], env=self.env, stderr=log, cwd="/")
+        eventually(self.answers, 20)
+        return self
+
+    def answers(self) -> bool:
+        assert self.process and self.process.poll() is None, self.log.read_text()
+        try:
+            with self.connect(1):
+                return True
+        except (OSError, smtplib.SMTPException):
+            return False
+
+    def connect(self, timeout: float = 10) -> smtplib.SMTP:
+        return smtplib.SMTP("127.0.0.1", self.port, "client.example", timeout)
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def figure(self, name: str) -> float:
+        return float(json.loads(self.get("/debug/vars")[1])[name])
+
+    def children(self) -> list[int]:
+        assert self.process
+        pid = self.process.pid
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process
+        self.process.terminate()
+        return self.process.wait(15)
+
+    def __enter__(self) -> Program:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process and self.process.poll() is None:
+            self.kill()
+
+    def owed(self) -> set[str]:
+        """Return the third book: the recipients' keys of all messages that are not finished."""
+        keys, key = set(), bytes.fromhex(self.env.get("SMTP_SPOOL_KEY", ""))
+        for path in self.spool.glob("*-*-*/*.eml"):
+            with contextlib.suppress(FileNotFoundError):
+                if not path.with_suffix(".forwarded.json").exists():
+                    file = path.open("rb")
+                    with sealer(key).reader(file, f"{path.parent.name}/{path.name}") as text:
+                        keys |= set(re.findall(r"X-Envelope-To: <(\w+)@", text.read(2000).decode("latin-1")))
+        return keys
+
+
+def mail(key: str, size: int = 100) -> bytes:
+    return f"X-Book: {key}\r\nSubject: test\r\n\r\n".encode() + b"line of text\r\n" * (size // 14)
+
+
+def send(client: smtplib.SMTP, key: str, size: int = 100) -> int:
+    """Send one message to key@example.com; return the code of the last reply."""
+    for code, _ in (client.mail("a@example.com"), client.rcpt(f"{key}@example.com")):
+        if code != 250:
+            client.rset()
+            return code
+    return client.data(mail(key, size))[0]
+
+
+class Clients:
+    """Eight clients that send without end, and keep the first book: what was acknowledged."""
+
+    def __init__(self, program: Program, count: int = 8) -> None:
+        self.program, self.acknowledged, self.over = program, set[str](), threading.Event()
+        self.threads = [threading.Thread(target=self.work, args=(n,), daemon=True) for n in range(count)]
+
+    def work(self, number: int) -> None:
+        rng, turn = random.Random(number), 0
+        while not self.over.is_set():
+            with contextlib.suppress(OSError, smtplib.SMTPException), self.program.connect(2) as client:
+                client.ehlo()
+                while not self.over.is_set():
+                    turn += 1
+                    key = f"k{number}x{turn}"
+                    if send(client, key, rng.choice([10, 2000, 2000, 400_000])) == 250:
+                        self.acknowledged.add(key)
+                    self.over.wait(rng.random() * 0.02)
+            self.over.wait(0.01)
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(20)
+
+
+def kill_campaign(folder: Path, rounds: int, alone: bool, **settings: str) -> None:
+    """Kill the program, or one of its halves, at seeded moments; balance the books after each and at the end."""
+    rng, excused = random.Random(rounds), collections.Counter[str]()
+    with Hop(0.15) as hop, Program(folder, SMTP_RELAY_HOST=hop.name, SMTP_FSYNC="0", **settings) as program:
+        with Clients(program) as clients:
+            for _ in range(rounds):
+                time.sleep(rng.random() * 0.25)
+                if alone:
+                    children = program.children()
+                    victim = rng.choice(children)
+                    os.kill(victim, signal.SIGKILL)
+                    eventually(lambda: len(program.children()) == 2 and victim not in program.children())
+                else:
+                    program.kill()
+                    known = set(clients.acknowledged)
+                    eventually(lambda: not in_use(program.spool))
+                owed = program.owed()
+                excused.update(key for key in list(hop.taken) if key in owed)  # said 250, not written down
+                if not alone:
+                    assert known <= owed | set(hop.taken)
+                    program.start()
+        hop.flaky = 0.0
+        eventually(lambda: program.figure("smtp_queue_depth") == 0 and not program.owed(), 60)
+        twice = {k: n for k, n in hop.taken.items() if n > 1 + excused[k] + hop.cut[k]}
+        assert clients.acknowledged - set(hop.taken) == set()
+        assert twice == {}
+        assert program.figure("smtp_queue_depth") == 0
+        assert "_bug" not in program.log.read_text()
+        assert not [p for p in (program.spool / "bad").iterdir() if p.name.endswith(".eml")]
+        print(f"{rounds} kills: {len(clients.acknowledged)} acknowledged, {len(hop.taken)} taken, "
+              f"{sum(hop.taken.values()) - len(hop.taken)} second copies")
+
+
+def in_use(spool: Path) -> bool:
+    with (spool / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_break_by_sigkill(tmp_path: Path, alone: bool) -> None:
+    kill_campaign(tmp_path, (50 if alone else 100) if LONG else 3, alone)
+
+
+def test_break_by_sigkill_when_sealed(tmp_path: Path) -> None:
+    kill_campaign(tmp_path, 20 if LONG else 1, False, SMTP_SPOOL_KEY=KEY.hex())
+
+
+class FaultyOs:
+    """The os module, but for what is in `trouble`: {function: errno, or a function in its place}."""
+
+    def __init__(self) -> None:
+        self.trouble: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        real, wrong = getattr(os, name), self.trouble.get(name)
+        if callable(wrong):
+            return wrong
+        return functools.partial(self.fail, name, real) if wrong else real
+
+    def fail(self, name: str, real: Any, *args: Any, **more: Any) -> Any:
+        reading = name == "open" and not args[1] & os.O_CREAT
+        if reading or name not in self.trouble or name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return real(*args, **more)
+        raise OSError(self.trouble[name], os.strerror(self.trouble[name]))
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
+    faulty = FaultyOs()
+    monkeypatch.setattr(smtprelay, "os", faulty)
+    return faulty
+
+
+class Caught(logging.Handler):
+    """What the library's relays have logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def bugs(self) -> list[str]:
+        return [line for line in self.lines if "_bug" in line]
+
+
+@pytest.fixture
+def log() -> Iterator[Caught]:
+    logger, caught = logging.getLogger("smtprelay.library"), Caught()
+    logger.addHandler(caught)
+    yield caught
+    logger.removeHandler(caught)
+
+
+def start(folder: Path, hop: Hop | None = None, **settings: str) -> smtprelay.Relay:
+    more = {"SMTP_RELAY_HOST": hop.name} if hop else {}
+    return smtprelay.start(**{"SMTP_STORAGE": "file", "SMTP_SPOOL": str(folder / "spool"), "SMTP_RETRY_INITIAL_DELAY": "20ms",
+                              "SMTP_RETRY_MAX_DELAY": "100ms", "SMTP_SPOOL_MIN_FREE": "0", **more, **settings})
+
+
+def submit(relay: smtprelay.Relay, key: str, size: int = 100) -> int:
+    with smtplib.SMTP(relay.host, relay.port, "client.example", 10) as client:
+        client.ehlo()
+        code = send(client, key, size)
+        assert client.noop()[0] == 250  # in step, whatever the disk does
+        return code
+
+
+def ready(relay: smtprelay.Relay) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(relay.http_url + "/readyz", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+FAULTS = [
+    ("open", errno.ENOSPC, 452), ("open", errno.EROFS, 451), ("open", errno.EMFILE, 451), ("write", errno.ENOSPC, 452),
+    ("write", errno.EDQUOT, 452), ("write", errno.EIO, 451), ("fsync", errno.EIO, 451), ("fsync", errno.ENOSPC, 452),
+    ("rename", errno.EIO, 451), ("makedirs", errno.ENOSPC, 452)]
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_break_by_a_failing_disk(tmp_path: Path, faulty: FaultyOs, log: Caught, size: int,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "WRITE_AGAIN", 0.02)
+    with Hop() as hop, start(tmp_path, hop) as relay:
+        for n, (name, error, code) in enumerate(FAULTS):
+            faulty.trouble[name] = error
+            relay.parts.spool.day = ""  # as at midnight
+            assert submit(relay, f"bad{n}", size) == code, (name, errno.errorcode[error])
+            if name in ("open", "write"):
+                assert ready(relay) == (503, f"spool: cannot write: {os.strerror(error)}\n")
+            faulty.trouble["unlink"] = errno.EROFS  # not even tidying up works
+            assert submit(relay, f"worse{n}", size) == code
+            faulty.trouble.clear()
+            assert submit(relay, f"good{n}", size) == 250
+            assert ready(relay) == (200, "OK\n")
+        eventually(lambda: sum(hop.taken.values()) >= len(FAULTS))
+        eventually(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        eventually(lambda: not relay.delivering.unwritten)
+    refused = {f"worse{n}" for n, fault in enumerate(FAULTS) if fault[0] == "fsync"}  # could not be taken back
+    assert {f"good{n}": 1 for n in range(len(FAULTS))} == {k: n for k, n in hop.taken.items() if k not in refused}
+    assert log.bugs() == []
+    spool = smtprelay.FileSpool(settings(tmp_path), relay.parts.log)
+    assert {status for _, status in spool.names()} <= {smtprelay.Status.FORWARDED, None}
+
+
+def test_break_by_a_disk_that_takes_little_at_a_time(tmp_path: Path, faulty: FaultyOs) -> None:
+    faulty.trouble["write"] = lambda fd, data: os.write(fd, data[:1000])
+    with Hop() as hop, start(tmp_path, hop) as relay:
+        assert submit(relay, "big", 50_000) == 250
+        eventually(lambda: hop.taken["big"] == 1)
+        assert hop.bodies[0].endswith(mail("big", 50_000))
+
+
+def test_break_by_a_disk_that_fills_when_mail_was_delivered(tmp_path: Path, faulty: FaultyOs, log: Caught,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "WRITE_AGAIN", 0.02)
+    with Hop() as hop, start(tmp_path, hop) as relay:
+        hop.down = True
+        assert submit(relay, "one") == 250
+        eventually(lambda: list((tmp_path / "spool").glob("*-*/*.json")))
+        faulty.trouble["rename"] = errno.ENOSPC
+        hop.down = False
+        eventually(lambda: hop.taken["one"])
+        eventually(lambda: sum("record_not_written" in line for line in log.lines) > 3)
+        assert relay.delivering.metrics.get("smtp_queue_depth") == 1
+        faulty.trouble.clear()
+        eventually(lambda: list((tmp_path / "spool").glob("*-*/*.forwarded.json")))
+        eventually(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        assert relay.delivering.unwritten == {}
+    assert hop.taken == {"one": 1}
+    assert log.bugs() == []
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small file system at a folder, where that is allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(("options", "size", "least", "code", "reason"), [
+    ("size=16m", 400_000, "0", 452, ""),
+    ("size=16m", 400_000, "1MiB", 452, "less free space than SMTP_SPOOL_MIN_FREE"),
+    ("size=16m,nr_inodes=200", 100, "0", 452, "cannot write: No space left on device")])
+def test_break_by_a_full_disk(tmp_path: Path, options: str, size: int, least: str, code: int, reason: str) -> None:
+    with small_disk(tmp_path / "disk", options) as disk, Hop() as hop:
+        hop.down = True
+        with Program(disk, SMTP_RELAY_HOST=hop.name, SMTP_LOG_FILE=str(tmp_path / "log"),
+                     SMTP_SPOOL_MIN_FREE=least) as program:
+            program.log = tmp_path / "log"
+            answers: list[int] = []
+            for n in range(300):
+                with program.connect() as client:
+                    client.ehlo()
+                    answers.append(send(client, f"k{n}", size))
+                if len(answers) > 30 and 250 not in answers[-5:]:
+                    break
+            kept = {f"k{n}" for n, answer in enumerate(answers) if answer == 250}
+            assert set(answers) == {250, code}
+            assert program.get("/readyz") == ((503, f"spool: {reason}\n") if reason else (200, "OK\n"))  # small mail fits
+            subprocess.run(["mount", "-o", "remount,rw,size=64m,nr_inodes=9999", disk], check=True)
+            hop.down = False
+            assert program.get("/readyz")[0] == 200
+            eventually(lambda: set(hop.taken) == kept, 20)
+            eventually(lambda: program.figure("smtp_queue_depth") == 0)
+            with program.connect() as client:
+                client.ehlo()
+                assert send(client, "after", size) == 250
+            eventually(lambda: hop.taken["after"] == 1)
+            assert program.stop() == 0
+        assert set(hop.taken.values()) == {1}
+        assert "_bug" not in (tmp_path / "log").read_text()
+
+
+def test_break_by_a_read_only_disk_at_start(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        spool_of(disk).close()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        env = {**os.environ, "SMTP_SPOOL": str(disk / "spool"), "SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "off"}
+        ran = subprocess.run([sys.executable, smtprelay.__file__], env=env, capture_output=True, text=True, timeout=20)
+        assert (ran.returncode, ran.stderr.count("\n")) == (69, 1)
+        assert "Read-only file system" in ran.stderr
+
+
+# -- junk, power, clock --
+
+GOOD = "0123456789abcdef_0123456789abcdef"
+BOOM = "0123456789abcde{}_0123456789abcdef"
+
+
+def test_break_by_junk_in_the_spool(tmp_path: Path, log: Caught) -> None:
+    spool = spool_of(tmp_path)
+    good = keep(spool, mail("good"))
+    torn, day = keep(spool, mail("torn")), tmp_path / "spool" / good[:10]
+    spool.close()
+    (tmp_path / "spool" / f"{torn}.eml").write_bytes(b"X-Envelope-Size: 000000000099")
+    stems = [BOOM.format(f"{n:x}") for n in range(8)]
+    for stem, data in zip(stems, (b"", b"\0" * 4096, b"X-Envelope-Size: 1\r\n" * 10_000, MAGIC_ONLY, noise(5000))):
+        (day / f"{stem}.eml").write_bytes(data)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"not ours")
+    (day / f"{stems[5]}.eml").symlink_to(outside / "file")
+    os.mkfifo(day / f"{stems[6]}.eml")
+    (day / f"{stems[7]}.eml").mkdir()
+    (tmp_path / "spool" / f"{good}.json").write_bytes(b'{"id":' + b"[" * 9_000_000)
+    (tmp_path / "spool" / f"{good}.tmp").write_bytes(b"{")
+    for name in ("README", "core.1", ".hidden", "\udcff.eml", GOOD, f"{GOOD}.json.bak", f"{GOOD}.deadbeef.part"):
+        (day / name).write_bytes(b"foreign")
+    (tmp_path / "spool" / "notes.txt").write_bytes(b"foreign")
+    (tmp_path / "spool" / "2026-13-45").symlink_to(outside)
+    os.mkfifo(tmp_path / "spool" / "2026-01-01")
+    (day / f"{GOOD}.json").write_bytes(b"")  # its message is gone
+    with Hop() as hop, start(tmp_path, hop) as relay:
+        eventually(lambda: hop.taken["good"] == 1)
+        eventually(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        eventually(lambda: ready(relay)[0] == 200)
+    left = {path.name for path in day.iterdir()}
+    assert left == {f"{good[11:]}.eml", f"{good[11:]}.forwarded.json"}
+    bad = [path.name for path in (tmp_path / "spool" / "bad").iterdir()]
+    assert len(bad) == 8 + 1 + 7 + 3  # nothing was removed that held anything
+    assert sum("set_aside " in line for line in log.lines) == len(bad)
+    assert (outside / "file").read_bytes() == b"not ours" and len(list(outside.iterdir())) == 1  # links lead nowhere
+    assert log.bugs() == []
+
+
+MAGIC_ONLY = smtprelay.MAGIC + bytes(100)
+
+
+def test_break_by_a_message_of_another_owner(tmp_path: Path, log: Caught, faulty: FaultyOs) -> None:
+    spool = spool_of(tmp_path)
+    keep(spool, mail("theirs"))
+    spool.close()
+
+    def refuse(path: str, flags: int, *mode: int, **more: Any) -> int:
+        if path.endswith(".eml"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return os.open(path, flags, *mode, **more)
+
+    faulty.trouble["open"] = refuse
+    with Hop() as hop, start(tmp_path, hop) as relay:
+        eventually(lambda: sum("spool_error" in line for line in log.lines) > 2)
+        faulty.trouble.clear()
+        eventually(lambda: hop.taken["theirs"] == 1)
+    assert log.bugs() == []
+
+
+class Clock:
+    """The time module with another time of day."""
+
+    def __init__(self, at: float) -> None:
+        self.shift = at - time.time()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return time.time() + self.shift
+
+    def time_ns(self) -> int:
+        return time.time_ns() + int(self.shift * 1e9)
+
+
+NOON = 1795262400.0  # 2026-11-21 12:00 UTC
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (NOON, NOON - 3600), (NOON, NOON + 86400), (NOON, NOON + 365 * 86400), (NOON, NOON - 365 * 86400),
+    (60.0, NOON), (NOON, 60.0), (NOON + 43199.9, NOON + 43200.1)])
+def test_break_by_setting_the_clock(tmp_path: Path, log: Caught, monkeypatch: pytest.MonkeyPatch,
+                                    before: float, after: float) -> None:
+    clock = Clock(before)
+    monkeypatch.setattr(smtprelay, "time", clock)
+    monkeypatch.setattr(smtprelay, "SWEEP_EVERY", 0.02)
+    with Hop() as hop:
+        hop.down = True
+        with start(tmp_path, hop) as relay:
+            assert submit(relay, "one") == submit(relay, "two") == 250
+            eventually(lambda: any("next_hop_throttled" in line for line in log.lines))
+            clock.shift = after - time.time()
+            assert submit(relay, "three", 300_000) == 250
+            tries = sum("next_hop_throttled" in line for line in log.lines)
+            time.sleep(0.3)
+            assert sum("next_hop_throttled" in line for line in log.lines) - tries <= 8  # no storm
+            assert hop.taken == {}
+        hop.down = before < 1e7  # what is too old is tried once more; the age of what came in 1970 is not known
+        with start(tmp_path, hop) as relay:  # what it finds tells it nothing false
+            time.sleep(0.05)
+            hop.down = False
+            eventually(lambda: len(hop.taken) == 3)
+            eventually(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+    assert set(hop.taken.values()) == {1}
+    assert log.bugs() == []
+
+
+# -- power --
+
+
+class RecordingOs:
+    """The os module, noting what is done to files, in order, so that a crash can be played at any point."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.paths: dict[int, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        fd = os.open(path, flags, mode)
+        if flags & (os.O_CREAT | os.O_DIRECTORY):
+            self.paths[fd] = path
+            self.done.append(("open", path, bool(flags & os.O_DIRECTORY)))
+        return fd
+
+    def write(self, fd: int, data: Any) -> int:
+        self.done.append(("write", self.paths.get(fd), -1, bytes(data)))
+        return os.write(fd, data)
+
+    def pwrite(self, fd: int, data: bytes, at: int) -> int:
+        self.done.append(("write", self.paths.get(fd), at, data))
+        return os.pwrite(fd, data, at)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new)
+        self.paths = {fd: new if path == old else path for fd, path in self.paths.items()}
+        self.done.append(("rename", old, new))
+
+    def fsync(self, fd: int) -> None:
+        self.done.append(("fsync", self.paths[fd]))
+
+    def makedirs(self, path: str, *more: Any, **named: Any) -> None:
+        self.done.append(("makedirs", path))
+        os.makedirs(path, *more, **named)
+
+
+Tree = dict[str, bytes]  # path: content; a directory's ends with a slash
+
+
+def after_crash(done: list[tuple[Any, ...]]) -> Iterator[Tree]:
+    """Yield what may be on the disk when the power goes: all that was synced, and any kind of part of the rest."""
+    live: Tree = {}
+    safe: Tree = {}
+    for step in done:
+        path = step[1]
+        if step[0] == "makedirs":
+            live[path + "/"] = b""
+        elif step[0] == "open" and not step[2]:
+            live[path] = b""
+        elif step[0] == "write" and path:
+            data = live.get(path, b"")
+            at = len(data) if step[2] < 0 else step[2]
+            live[path] = data[:at] + step[3] + data[at + len(step[3]):]
+        elif step[0] == "rename":
+            live[step[2]] = live.pop(path)
+            if path in safe:
+                safe[step[2]] = safe.pop(path)
+        elif step[0] == "fsync" and path + "/" in {os.path.dirname(p.rstrip("/")) + "/" for p in live} and path not in live:
+            safe.update({p: b"" for p in live if p.endswith("/") and os.path.dirname(p[:-1]) == path})
+        elif step[0] == "fsync":
+            safe[path] = live[path]
+    yield live
+    yield safe
+    for torn in (lambda data: b"", lambda data: data[:len(data) // 2], lambda data: bytes(len(data)), lambda data: data[:-1]):
+        yield {p: data if p in safe and safe[p] == data else safe[p] if p in safe else torn(data) for p, data in live.items()}
+    yield {p: data for p, data in live.items() if not p.endswith(".json")}  # names that were never written
+    yield {p: data for p, data in live.items() if p in safe or p.endswith(("/", ".json", ".tmp"))}
+
+
+def plant(root: Path, tree: Tree) -> bool:
+    """Make a tree on the disk; a file whose directory was lost is lost with it."""
+    for path in sorted(tree):
+        if path.endswith("/"):
+            Path(path).mkdir(parents=True, exist_ok=True)
+        elif Path(path).parent.is_dir() and Path(path).is_relative_to(root):
+            Path(path).write_bytes(tree[path])
+    return True
+
+
+@pytest.mark.parametrize("key", ["", KEY.hex()])
+def test_break_by_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    disk = RecordingOs()
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+    monkeypatch.setattr(smtprelay, "os", disk)
+    disk.done.append(("makedirs", str(tmp_path / "spool/bad")))
+    disk.done.append(("fsync", str(tmp_path / "spool")))
+    for size in (10, 300_000, 10):
+        stem = keep(spool, b"x" * size)
+        disk.done.append(("said", stem))
+        message = spool.load(stem)
+        for attempts in (1, 2) if size != 300_000 else ():
+            message.attempts = attempts
+            spool.save(message)
+        if size == 300_000:
+            message.move(smtprelay.Status.FORWARDING)
+            message.move(smtprelay.Status.FORWARDED)
+            spool.save(message)
+    monkeypatch.setattr(smtprelay, "os", os)
+    spool.close()
+    mark = {p: p.read_bytes() for p in [tmp_path / "spool/key.check"] if key}
+    states = [tree for n in range(2, len(disk.done) + 1) for tree in after_crash(disk.done[:n])]
+    lengths = [n for n in range(2, len(disk.done) + 1) for _ in after_crash(disk.done[:n])]
+    for tree, n in zip(states, lengths):
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").mkdir()
+        for path, data in mark.items():
+            path.write_bytes(data)
+        plant(tmp_path / "spool", tree)
+        said = {step[1] for step in disk.done[:n] if step[0] == "said"}
+        after = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+        found = {}
+        for stem, _ in after.names():
+            with contextlib.suppress(smtprelay.SpoolError):
+                found[stem] = after.load(stem).size
+        after.close()
+        assert said <= found.keys(), (n, disk.done[n - 1], sorted(tree))
+        assert set(found.values()) <= {10, 300_000}
+    assert len(states) > 100
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("fsync", ["1", "0"])
+def test_break_by_looking_for_the_sync(tmp_path: Path, fsync: str) -> None:
+    trace = tmp_path / "trace"
+    program = Program(tmp_path, SMTP_FSYNC=fsync)
+    calls = "trace=write,pwrite64,rename,renameat,renameat2,fsync,fdatasync,sendto"
+    program.under = ["strace", "-D", "-f", "-s", "60", "-e", calls, "-o", str(trace)]
+    with program, program.connect() as client:
+        client.ehlo()
+        assert [send(client, f"k{n}", size) for n, size in enumerate((10, 300_000, 10, 2000))] == [250] * 4
+    eventually(lambda: trace.read_text(errors="replace").count("+++ ") > 2)
+    lines = trace.read_text(errors="replace").splitlines()
+    said = [n for n, line in enumerate(lines) if "queued as" in line]
+    assert len(said) == 4
+    for start, end in zip([0, *said], said):
+        steps = [word for line in lines[start:end] for word in ("rename", "fsync(") if word in line and ".tmp" not in line]
+        synced = steps[-2:] == ["rename", "fsync("]  # the content and, with it, its last name
+        assert synced == (fsync == "1"), lines[start:end]
+        if fsync == "1":
+            last = max(n for n in range(start, end) if "write" in lines[n] and "X-Env" in lines[n] or "pwrite64" in lines[n])
+            assert last < max(n for n in range(start, end) if "fsync(" in lines[n])
