@@ -7373,7 +7373,7 @@ def show_message(request: Request) -> Answer:
     shown = waited_json(item._replace(read=True), relay.inbox.mail(item.id), record)
     if relay.settings.api_token:
         shown["ViewKey"] = view_key(relay.settings.api_token, item.id)
-    return json_answer({**shown, "Delivery": delivery_json(record)})
+    return json_answer({**shown, "Status": record.status, "Delivery": delivery_json(record)})
 
 
 def delivery_json(record: Message) -> dict[str, Any]:
@@ -7823,6 +7823,8 @@ SWEEP_EVERY = 1.0
 WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
+WEBHOOK_TIME = 10.0
+WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
 Again = Optional[tuple[float, str]]  # seconds until a message is tried again, in which lane ("": its own); or never
 
 
@@ -7857,7 +7859,7 @@ class Delivering:
         self.take_stock()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log).run))
+            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log, self.stopping).run))
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
         self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
@@ -7905,12 +7907,13 @@ class Delivering:
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
-        if self.settings.delivery == "relay":
+        message = self.spool.load(stem) if self.settings.delivery == "hold" else None
+        if message and message.status is Status.HELD:
+            self.hold(message)
+        else:  # where mail is held, a released copy
             self.scheduler.put(stem, self.delivery.lane(), fresh=True)
             self.metrics.inc("heard")
             self.show_depth()
-        else:
-            self.hold(self.spool.load(stem))
         self.tell("received", stem, self.inbox.add(stem))
         self.make_room()
 
@@ -8235,33 +8238,34 @@ class Webhook:
 
     KINDS = ("received", "forwarded", "failed")
 
-    def __init__(self, url: str, feed: Feed, log: Log) -> None:
-        self.url, self.log, self.feed = url, log, feed
+    def __init__(self, url: str, feed: Feed, log: Log, stopping: threading.Event) -> None:
+        self.url, self.log, self.feed, self.stopping = url, log, feed, stopping
         self.events = feed.subscribe(1 << 30)
 
     def run(self) -> None:
-        """Send until the end of events; when more wait than fit, start anew with those to come."""
-        while True:
+        """Send until the relay stops; when more wait than fit, start anew with those to come."""
+        while not self.stopping.is_set():
             event = self.events.get()
-            if event is None and self.events in self.feed.listeners:
-                return
             if event is None:
-                self.log.warn("webhook_behind", url=self.url)
                 self.events = self.feed.subscribe(1 << 30)
+                if not self.stopping.is_set():
+                    self.log.warn("webhook_behind", url=self.url)
             elif event["type"] in self.KINDS:
                 self.send(event)
 
     def send(self, event: dict[str, Any]) -> None:
         """Send one event; RFC 9110 calls 2xx success."""
-        request = urllib.request.Request(
-            self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
-        for pause in (1, 5, 0):
+        trouble: Exception | None = None
+        for pause in (0.0, *WEBHOOK_PAUSES):
+            if self.stopping.wait(pause):
+                return
             try:
-                with urllib.request.urlopen(request, timeout=10):
+                request = urllib.request.Request(
+                    self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
+                with urllib.request.urlopen(request, timeout=WEBHOOK_TIME):
                     return
-            except OSError as e:
+            except (OSError, ValueError, http.client.HTTPException) as e:
                 trouble = e
-                time.sleep(pause)
         self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
 
 
@@ -8323,6 +8327,9 @@ class Backstage:
         if message.status is not Status.HELD or (to and to != own):
             self.keep(message, to or own)
             return
+        for r in message.recipients:
+            if r.status is Status.HELD:
+                r.status = Status.RETRYING
         message.move(Status.RETRYING, "released")
         d.spool.save(message)
         d.unshelve(message.stem)
@@ -8355,7 +8362,10 @@ class Backstage:
         finally:
             draft.abort()
         d.metrics.inc("smtp_messages_received_total")
-        d.metrics.inc("owed_bytes", draft.size)
+        if "HOLD" not in envelope.flags:
+            d.metrics.inc("smtp_messages_queued_total")
+            d.metrics.inc("owed_bytes", draft.size)
+            d.metrics.inc("heard", -1)  # no session has counted it as owed
         d.link.announce(stem)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=draft.size, client=envelope.client, protocol=envelope.protocol)
@@ -8931,7 +8941,7 @@ def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     for i, line in enumerate(lines):
         if line[:1] in (b" ", b"\t") and fields and line.strip():
             fields[-1] += b"\r\n" + line
-        elif _FIELD_NAME.match(line):
+        elif FIELD_NAME.match(line):
             fields.append(line)
         elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
             return fields, lines[i + (not line):]
