@@ -2227,7 +2227,7 @@ class FileSpool:
 
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage", KEY_CHECK)
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -4947,21 +4947,25 @@ class ReportCap:
 # mails. A session asks at each stage; an answer takes the place of the true
 # one. Rules stand one a line, or between semicolons:
 #
-#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N]
+#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N] [share PERCENT]
 #
 #     rcpt to=*@slow.test 450 greylisted first 2    each recipient's first two tries
 #     end from=ci@* drop kept after 3               from the fourth on, the 250 is lost
 #     connect delay 5s; mail 451 4.3.0 busy
 #
-# STAGE is connect, mail, rcpt, data or end (after the final dot; drop kept: the
+# STAGE is connect, auth, mail, rcpt, data or end (after the final dot; drop kept: the
 # message is taken, but its answer is not sent). Rules are tried in order: a delay
 # adds up and goes on to the next, anything else ends the search. first and after
-# count the times a rule was reached, for each recipient if it has to=. The same
-# questions always get the same answers. Any thread may ask: the lock is a leaf.
+# count the times a rule was reached, for each recipient if it has to=; a share of
+# them is spread evenly. The same questions always get the same answers. Rules
+# changed over HTTP reach the receiving process in a file; Mailpit's chaos triggers
+# become rules with a share. Any thread may ask: the lock is a leaf.
 
-FAULT_STAGES = ("connect", "mail", "rcpt", "data", "end")
+FAULT_STAGES = ("connect", "auth", "mail", "rcpt", "data", "end")
 FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
+CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
+CHAOS_RULE = re.compile(r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})")
 
 
 class FaultAnswer(NamedTuple):
@@ -4974,7 +4978,7 @@ class FaultAnswer(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One rule: it answers the times after < n <= after + first."""
+    """One rule: it answers a share of the times after < n <= after + first."""
 
     rule: str
     stage: str
@@ -4982,6 +4986,7 @@ class Fault(NamedTuple):
     answer: FaultAnswer
     first: int = 10**9
     after: int = 0
+    share: int = 100
 
     def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
         """Return what the rule counts by, its recipient or "" without to=; None if it does not match."""
@@ -5015,7 +5020,7 @@ def parse_fault(rule: str) -> Fault:
         if stage not in FAULT_GLOBS[name]:
             raise ValueError(f"{name}= at {', '.join(FAULT_GLOBS[name])} only")
         globs[name] = glob.lower()
-    while len(parts) > 2 and parts[-2] in ("first", "after"):
+    while len(parts) > 2 and parts[-2] in ("first", "after", "share"):
         number, name = parts.pop(), parts.pop()
         when[name] = count(number)
     return Fault(rule, stage, globs, parse_fault_answer(parts, stage), **when)
@@ -5035,17 +5040,60 @@ def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
     return FaultAnswer(delay, Reply(int(match[1] + match[2]), match[3] or f"{match[1]}.0.0", match[4] or "Scripted failure"))
 
 
+def to_chaos(rules: str) -> dict[str, Any]:
+    """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
+    made = {m[1]: m for m in map(CHAOS_RULE.fullmatch, rules.split("\n")) if m}
+    shown = {name: (made.get(stage), usual) for name, (stage, usual) in CHAOS.items()}
+    return {name: {"ErrorCode": int(m[2]) if m else usual, "Probability": int(m[3]) if m else 0}
+            for name, (m, usual) in shown.items()}
+
+
+def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
+    """Return the rules with other chaos triggers; ValueError names one that is wrong."""
+    kept = [rule for rule in rules.split("\n") if not CHAOS_RULE.fullmatch(rule)]
+    for name, (stage, usual) in CHAOS.items():
+        trigger = triggers.get(name) or {}
+        code, share = (trigger.get(key, other) for key, other in (("ErrorCode", usual), ("Probability", 0)))
+        if type(code) is not int or type(share) is not int or not (400 <= code <= 599 and 0 <= share <= 100):
+            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
+        kept += [f"{stage} {code} Chaos share {share}"] if share else []
+    return "\n".join(kept)
+
+
 class Faults:
     """Answers by the rules, with a memory of how often each was reached. SettingsError lists wrong rules."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, path: str = "") -> None:
+        self.lock, self.path, self.stamp = threading.Lock(), path, file_stamp(path)
         try:
-            self.rules = parse_faults(text)
+            self.take(text)
         except ValueError as e:
             raise SettingsError([f"SMTP_FAULTS: {e}"]) from None
-        self.lock = threading.Lock()
-        self.counts: dict[tuple[int, str], int] = {}
-        self.fired = [0] * len(self.rules)
+
+    @property
+    def text(self) -> str:
+        """The rules, one a line."""
+        return "\n".join(fault.rule for fault in self.rules)
+
+    def take(self, text: str) -> None:
+        """Go by these rules from now on; ValueError names those that are wrong."""
+        rules = parse_faults(text)
+        with self.lock:
+            self.rules, self.fired = rules, [0] * len(rules)
+            self.counts: dict[tuple[int, str], int] = {}
+
+    def change(self, text: str) -> None:
+        """Go by these rules, here and, by way of the file, in the other process."""
+        self.take(text)
+        if self.path:
+            replace_file(self.path, self.text.encode())
+
+    def reread(self) -> None:
+        """Take over rules that were changed in the other process."""
+        stamp = file_stamp(self.path)
+        if stamp and stamp != self.stamp:
+            self.stamp = stamp
+            self.take(read_whole(self.path).decode())
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
@@ -5068,7 +5116,8 @@ class Faults:
         reached = self.counts[number, by] = self.counts.pop((number, by), 0) + 1
         if len(self.counts) > FAULT_COUNTS_MOST:
             del self.counts[next(iter(self.counts))]
-        fires = fault.after < reached <= fault.after + fault.first
+        fires = (fault.after < reached <= fault.after + fault.first
+                 and reached * fault.share // 100 > (reached - 1) * fault.share // 100)
         self.fired[number] += fires
         return fires
 
@@ -5372,6 +5421,8 @@ class Session:
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
+        if stage in ("connect", "mail"):
+            self.reception.faults.reread()
         answer = self.reception.faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
         if not answer:
             return None
@@ -5582,6 +5633,9 @@ class Session:
             return UNKNOWN_MECHANISM
         if MECHANISMS[mechanism].clear and not self.is_secure and not self.settings.auth_insecure:
             return MECHANISM_NEEDS_TLS
+        fault = self.fault("auth")
+        if fault:
+            return fault
         key, rate = client_key(self.client), self.settings.auth_failures
         if not self.guard.logins.take(key, rate, rate):
             return self.too_many_logins()
@@ -8671,7 +8725,7 @@ def show_message(request: Request) -> Answer:
 def delivery_json(record: Message) -> dict[str, Any]:
     """Return what became of a message, with what was said."""
     shown = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at", "transcript")
-    return {**{name: getattr(record, name, "") for name in shown}, "recipients": [vars(r) for r in record.recipients]}
+    return {**{name: getattr(record, name) for name in shown}, "recipients": [vars(r) for r in record.recipients]}
 
 
 def show_headers(request: Request) -> Answer:
@@ -8755,7 +8809,7 @@ def mailhog_messages(request: Request) -> Answer:
     return json_answer(mailhog_json(request.relay.inbox, searched(request), start, limit))
 
 
-# -- waiting, events, queue, accounts: ours --
+# -- waiting, events, queue, faults, accounts: ours --
 
 def wait_for_message(request: Request) -> Answer:
     """Block until a message matches; 408 when none came in time."""
@@ -8805,6 +8859,33 @@ def retry_queue(request: Request) -> Answer:
 def remove_queued(request: Request) -> Answer:
     request.relay.delete([request.names["id"]])
     return Answer(b"ok")
+
+
+def show_faults(request: Request) -> Answer:
+    return json_answer({"rules": [rule for rule in request.relay.faults().split("\n") if rule]})
+
+
+def change_faults(request: Request) -> Answer:
+    """Put other rules (SMTP_FAULTS) in the place of those there, until the relay stops."""
+    rules = request.fields.get("rules")
+    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+        raise HttpError(400, "rules: expected a list of rules")
+    request.relay.change_faults("\n".join(rules))
+    return show_faults(request)
+
+
+def show_chaos(request: Request) -> Answer:
+    return json_answer(to_chaos(request.relay.faults()))
+
+
+def change_chaos(request: Request) -> Answer:
+    """Set Mailpit's chaos triggers; one that is not named is off."""
+    try:
+        rules = with_chaos(request.relay.faults(), request.fields)
+    except (ValueError, AttributeError) as e:
+        raise HttpError(400, str(e)) from None
+    request.relay.change_faults(rules)
+    return show_chaos(request)
 
 
 def show_stats(request: Request) -> Answer:
@@ -8887,6 +8968,10 @@ ROUTES = (
     Route("GET", "/api/v1/queue", ADMIN, show_queue),
     Route("POST", "/api/v1/queue/{id}/retry", ADMIN, retry_queue),
     Route("DELETE", "/api/v1/queue/{id}", ADMIN, remove_queued),
+    Route("GET", "/api/v1/chaos", ADMIN, show_chaos),
+    Route("PUT", "/api/v1/chaos", ADMIN, change_chaos),
+    Route("GET", "/api/v1/faults", ADMIN, show_faults),
+    Route("PUT", "/api/v1/faults", ADMIN, change_faults),
     Route("GET", "/api/v1/stats", ADMIN, show_stats),
     Route("GET", "/api/v1/users", ADMIN, list_users),
     Route("POST", "/api/v1/users", ADMIN, save_user),
@@ -9128,7 +9213,7 @@ class Delivering:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
         self.audit = Audit(settings.audit_log, log)
-        self.port = 0
+        self.port, self.faults = 0, Faults(settings.faults)
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log, guard.accounts, own)
         self.inbox = Inbox(spool, log, int(time.time()) * 1000)
@@ -9790,6 +9875,17 @@ class Backstage:
         d.unshelve(message.stem)
         d.metrics.inc("owed_bytes", message.size)
 
+    def faults(self) -> str:
+        """Return the rules of SMTP_FAULTS as they are now, one a line."""
+        self.delivering.faults.reread()
+        return self.delivering.faults.text
+
+    def change_faults(self, rules: str) -> None:
+        try:
+            self.delivering.faults.change(rules)
+        except ValueError as e:
+            raise HttpError(400, str(e)) from None
+
     # -- accounts and figures --
 
     def account_of(self, key: str) -> Account | None:
@@ -9940,6 +10036,13 @@ class Parts:
             raise
         self.link = Link(self.metrics)
 
+    def scripted_faults(self) -> Faults:
+        """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
+        path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return Faults(self.settings.faults, path)
+
     def close(self) -> None:
         close_all([*self.smtp, *self.smtps, *self.http])
         for address in (*self.settings.port, *self.settings.smtps_port):
@@ -9973,9 +10076,9 @@ class Parts:
         """
         problems: list[str] = []
         try:
-            Faults(self.settings.faults)
-        except ValueError as e:
-            problems.append(f"SMTP_FAULTS: {e}")
+            self.faults = self.scripted_faults()
+        except SettingsError as e:
+            problems += e.problems
         try:
             self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
@@ -10002,12 +10105,13 @@ class Parts:
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
         reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
+        reception.faults = self.faults
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
         delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
                                 self.guard("d"), self.pair, self.http, self.own)
-        delivering.port = self.port
+        delivering.port, delivering.faults = self.port, self.faults
         return delivering
 
 
