@@ -1166,3 +1166,412 @@ def ask(relay: Any, method: str, path: str, body: Any = None, token: str = "", *
     connection.close()
     is_json = answer.headers["Content-Type"] == "application/json"
     return answer.status, json.loads(data) if is_json else data.decode("utf-8", "replace")
+
+
+# === HTTP ====================================================================
+
+API = ("/api/v1/messages", "/api/v1/info", "/api/v1/message/latest", "/api/v1/events", "/api/v1/queue", "/api/v1/users", "/api/v1/chaos",
+       "/view/latest.html", "/view/latest.txt", "/api/v2/messages")
+
+
+def mailed(relay: Any, *letters: bytes, to: tuple[str, ...] = ("bob@example.com",)) -> None:
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        for content in letters or (b"From: ann@example.com\r\nSubject: hi\r\n\r\nhi\r\n",):
+            client.sendmail("envelope@example.com", to, content)
+
+
+@pytest.mark.parametrize(("headers", "get", "delete"), [
+    ({}, 200, 200), ({"Host": "localhost:1"}, 200, 200), ({"Host": "[::1]:99"}, 200, 200), ({"Host": "relay.test"}, 200, 200),
+    ({"Host": "evil.test"}, 403, 403), ({"Host": "127.0.0.1.evil.test"}, 403, 403), ({"Host": "["}, 403, 403),
+    ({"Origin": "http://evil.test"}, 200, 403), ({"Origin": "null"}, 200, 403), ({"Origin": "http://127.0.0.1"}, 200, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403, 403), ({"Sec-Fetch-Site": "same-site"}, 403, 403), ({"Sec-Fetch-Site": "same-origin"}, 200, 200),
+])
+def test_other_sites_and_rebound_names_are_kept_out(start: Callable[..., Any], headers: dict[str, str], get: int, delete: int) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    assert (fetch(relay, "/api/v1/messages", **headers)[0], fetch(relay, "/api/v1/messages", "DELETE", **headers)[0]) == (get, delete)
+    assert fetch(relay, "/livez", **headers)[0] == fetch(relay, "/metrics", **headers)[0] == 200
+    own = headers.get("Host", relay.http_url[7:])
+    assert fetch(relay, "/api/v1/messages", "DELETE", **{**headers, "Origin": f"http://{own}"})[0] == (200 if get == 200 else 403)
+
+
+def test_a_link_from_elsewhere_may_open_the_page(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    assert fetch(relay, "/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
+    assert fetch(relay, "/", Host="evil.test")[0] == 403
+
+
+def test_the_token_opens_everything(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret")
+    mailed(relay)
+    bearer, basic = {"Authorization": "Bearer secret"}, {"Authorization": "Basic " + base64.b64encode(b"any:secret").decode()}
+    for path in API:
+        for wrong in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "Basic secret"}, {"Authorization": "Digest secret"}):
+            assert fetch(relay, path, **wrong)[0] == 401, path
+        if path != "/api/v1/events":
+            assert fetch(relay, path, **bearer)[0] == fetch(relay, path, **basic, Host="relay.lan")[0] == 200, path
+    status, kind, page = fetch(relay, "/", Host="relay.lan")
+    assert (status, kind, page) == (401, "text/html; charset=utf-8", smtprelay.PAGE)
+    assert fetch(relay, "/", **bearer)[0] == 200
+    assert fetch(relay, "/api/v1/messages", "DELETE", **bearer, Origin="http://evil.test")[0] == 403
+
+
+def test_the_view_key_opens_one_message(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret")
+    mailed(relay)
+    mailed(relay)
+    _, listed = ask(relay, "GET", "/api/v1/messages", token="secret")
+    one, other = (message["ID"] for message in listed["messages"])
+    key = ask(relay, "GET", f"/api/v1/message/{one}", token="secret")[1]["ViewKey"]
+    assert fetch(relay, f"/view/{one}.html?key={key}")[0] == 200
+    for path in (f"/view/{other}.html?key={key}", f"/view/{one}.html?key=", f"/view/{one}.txt?key={key}", f"/api/v1/message/{one}?key={key}"):
+        assert fetch(relay, path)[0] == 401
+
+
+def test_without_a_token_strangers_are_not_served(program: Callable[..., Program]) -> None:  # noqa: F811
+    relay = program(SMTP_HEALTH_ADDR="0.0.0.0:0 127.0.0.1:0")
+    assert "SMTP_API_TOKEN: the page and /api serve this machine alone" in relay.log()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
+        probe.connect(("192.0.2.1", 9))
+        own = probe.getsockname()[0]
+    if smtprelay.is_loopback(own):
+        pytest.skip("this machine has no address beyond loopback")
+    relay.http_url = f"http://{own}:" + relay.log().partition("http://0.0.0.0:")[2].split()[0]
+    assert [fetch(relay, path)[0] for path in ("/", "/api/v1/messages", "/livez", "/metrics")] == [403, 403, 200, 200]
+
+
+def test_security_headers(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, TREE)
+    policies = {}
+    for path in ("/", "/api/v1/messages", "/view/latest.html", "/view/latest.html?remote=1", "/view/latest.txt", "/nothing",
+                 "/api/v1/message/latest/raw", "/api/v1/message/latest/part/2"):
+        with contextlib.closing(http.client.HTTPConnection(relay.http_url[7:], timeout=8)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert (answer.headers["X-Content-Type-Options"], answer.headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
+            policies[path] = answer.headers["Content-Security-Policy"]
+            body = answer.read()
+        if path.endswith("/part/2"):
+            assert answer.headers["Content-Disposition"].startswith("attachment;")
+        if path == "/":
+            script = body.partition(b"<script>")[2].partition(b"</script>")[0]
+            assert base64.b64encode(hashlib.sha256(script).digest()).decode() in policies["/"]
+            assert "unsafe" not in policies["/"] and b"http://" not in body.replace(b"http://www.w3.org", b"").replace(b"http://${", b"")
+    assert "sandbox" in policies["/view/latest.html"] and "script" not in policies["/view/latest.html?remote=1"]
+    assert "*" not in policies["/view/latest.html"] and "img-src data: cid: *" in policies["/view/latest.html?remote=1"]
+
+
+def talk(relay: Any, *sent: bytes, patience: float = 5.0) -> bytes:
+    """Send octets to the HTTP side; return all that comes until it closes or nothing more does."""
+    host, port = relay.http_url[7:].split(":")
+    heard = b""
+    with socket.create_connection((host, int(port)), patience) as client, contextlib.suppress(OSError):
+        for data in sent:
+            client.sendall(data)
+        while data := client.recv(65536):
+            heard += data
+    return heard
+
+
+@pytest.mark.parametrize(("request_text", "first"), [
+    (b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", b" 403 "), (b"GET http://[/ HTTP/1.1\r\n\r\n", b" 400 "),
+    (b"PATCH /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n\r\n", b" 405 "), (b"BREW /pot HTTP/1.1\r\n\r\n", b" 501 "),
+    (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", b" 413 "),
+    (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b" 411 "),
+    (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", b" 411 "),
+    (b"GET /livez HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b" 431 "),
+    (b"DELETE /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n", b""),  # cut short: not obeyed
+])
+def test_odd_requests(start: Callable[..., Any], request_text: bytes, first: bytes) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay)
+    host, port = relay.http_url[7:].split(":")
+    with socket.create_connection((host, int(port)), 5) as client:
+        client.sendall(request_text)
+        client.shutdown(socket.SHUT_WR)
+        heard = client.makefile("rb").readline()
+    assert first in heard and (first or not heard)
+    assert ask(relay, "GET", "/api/v1/messages")[1]["total"] == 1
+
+
+def test_connections_are_kept_and_heads_have_no_body(start: Callable[..., Any]) -> None:  # noqa: F811
+    heard = talk(start(SMTP_STORAGE="memory"), b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /livez HTTP/1.1\r\n\r\n"
+                 b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert heard.count(b"HTTP/1.1 200") == 3 and b"<html" not in heard and heard.endswith(b"OK\n")
+
+
+def test_continue_is_said_only_to_who_may_go_on(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    head = b"PUT /api/v1/messages HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    assert talk(relay, head % b"localhost", b"{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+    assert talk(relay, head % b"evil.test").startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.parametrize("trickle", [b"GET / HTTP/1.1\r\nX-", b"PUT /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"])
+def test_deadlines_are_for_the_whole_request(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, trickle: bytes) -> None:  # noqa: F811
+    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.3)
+    host, port = start(SMTP_STORAGE="memory").http_url[7:].split(":")
+    begun = time.monotonic()
+    with socket.create_connection((host, int(port)), 5) as client, contextlib.suppress(OSError):
+        client.sendall(trickle)
+        client.settimeout(0.02)
+        while time.monotonic() < begun + 3:
+            client.sendall(b"a")
+            with contextlib.suppress(socket.timeout):
+                if not client.recv(100):
+                    break
+    assert time.monotonic() < begun + 2
+
+
+def test_who_does_not_read_is_cut_off(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.3)
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, b"Subject: big\r\n\r\n" + b"x" * 70 * 1_000 + b"\r\n" + (b"y" * 76 + b"\r\n") * 100_000)
+    host, port = relay.http_url[7:].split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.sendall(b"GET /api/v1/message/latest/raw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        room = relay.delivering.web[0].room
+        wait_until(lambda: room._value < smtprelay.HTTP_CONNECTIONS)
+        wait_until(lambda: room._value == smtprelay.HTTP_CONNECTIONS, 4)
+
+
+def test_event_streams_are_bounded_and_end(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    for _ in range(smtprelay.EVENT_STREAMS + 2):
+        assert fetch(relay, "/api/v1/events", "HEAD")[0] == 200  # leaves none behind
+    streams = [http.client.HTTPConnection(relay.http_url[7:], timeout=8) for _ in range(smtprelay.EVENT_STREAMS)]
+    for stream in streams:
+        stream.request("GET", "/api/v1/events")
+    answers = [stream.getresponse() for stream in streams]
+    assert {answer.status for answer in answers} == {200} and answers[0].readline() == b": hello\n"
+    assert ask(relay, "GET", "/api/v1/events")[0] == 503
+    mailed(relay)
+    lines = [answers[0].readline() for _ in range(3)]
+    assert lines[1] == b"event: received\n" and set(json.loads(lines[2][6:])) == {"type", "id", "seq", "at", "detail"}
+    for answer, stream in zip(answers, streams):
+        answer.close()
+        stream.close()
+
+
+def test_the_life_of_a_message_as_events(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:  # noqa: F811
+    relay = start(**hop(script={"rcpt bob@example.com": ["450 4.2.1 later"]}).settings())
+    events = relay.delivering.feed.subscribe(100)
+    mailed(relay)
+    assert [events.get(timeout=5)["type"] for _ in range(5)] == ["received", "forwarding", "retrying", "forwarding", "forwarded"]
+
+
+class Hook(http.server.ThreadingHTTPServer):
+    """A web server that fails twice before it takes what is POSTed."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HookHandler)
+        self.refusals, self.got = 2, list[Any]()
+
+
+class HookHandler(http.server.BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.refusals -= 1
+        if self.server.refusals < 0:
+            self.server.got.append(body)
+        self.send_response(500 if self.server.refusals >= 0 else 204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_webhook_is_tried_again(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(smtprelay, "WEBHOOK_PAUSES", (0.01, 0.01))
+    with Hook() as hook:
+        threading.Thread(target=hook.serve_forever, args=(0.02,), daemon=True).start()
+        relay = start(SMTP_STORAGE="memory", SMTP_WEBHOOK_URL=f"http://127.0.0.1:{hook.server_port}/hook")
+        mailed(relay)
+        wait_until(lambda: hook.got)
+        hook.shutdown()
+    assert [(event["type"], len(event["id"])) for event in hook.got] == [("received", 16)]
+
+
+def test_changes_over_http_are_audited(start: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory", SMTP_AUDIT_LOG=str(tmp_path / "audit"))
+    ask(relay, "DELETE", "/api/v1/messages?x=\n".strip())
+    ask(relay, "DELETE", "/api/v1/messages", Host="evil.test")
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_text().split("\n") if line]
+    changes = [(line["event"], line["status"], line["path"]) for line in lines if "method" in line]
+    assert changes == [("changed", 200, "/api/v1/messages"), ("change_refused", 403, "/api/v1/messages")]
+
+
+BAD = [  # (method, path, body, status, words)
+    ("PUT", "/api/v1/messages", b"[1]", 400, "expected an object"), ("PUT", "/api/v1/messages", b"{", 400, "expected JSON"),
+    ("PUT", "/api/v1/messages", b"[" * 100_000, 400, "expected JSON"), ("DELETE", "/api/v1/messages", b'{"IDs": "x"}', 400, "list of ids"),
+    ("GET", "/api/v1/messages?limit=-1", None, 400, "limit"), ("GET", "/api/v1/wait?timeout=x", None, 400, "timeout"),
+    ("GET", "/api/v1/wait?timeout=0", None, 408, "no message matched"), ("GET", "/api/v1/message/latest", None, 404, "not found"),
+    ("GET", "/view/nope.html", None, 404, "not found"), ("POST", "/api/v1/message/nope/release", b'{"To": ["a@b.test"]}', 404, "not found"),
+    ("POST", "/api/v1/send", b"{}", 400, "From.Email"), ("PUT", "/api/v1/tags", b'{"Tags": [1]}', 400, "list of tags"),
+    ("POST", "/api/v1/queue/nope/retry", b"", 404, "not found"), ("POST", "/api/v1/users", b'{"name": "a"}', 400, "SMTP_USERS_FILE"),
+    ("PUT", "/api/v1/faults", b'{"rules": ["sometimes"]}', 400, "expected a stage"), ("PUT", "/api/v1/faults", b"{}", 400, "list of rules"),
+    ("PUT", "/api/v1/chaos", b'{"Sender": {"Probability": 101}}', 400, "Sender"), ("PUT", "/api/v1/chaos", b'{"Sender": 1}', 400, ""),
+]
+
+
+def test_errors_are_shaped_as_mailpits(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    for method, path, body, status, words in BAD:
+        got, answer = ask(relay, method, path, body)
+        assert (got, list(answer)) == (status, ["Error"]) and words in answer["Error"], (method, path, answer)
+
+
+def test_waiting_for_a_message_with_its_link_and_code(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    thread = later(mailed, relay, b"From: a@b.test\r\nTo: bob@example.com\r\nSubject: Welcome\r\n\r\nYour code is 123456, or https://x.test/go\r\n")
+    status, found = ask(relay, "GET", "/api/v1/wait?query=to:bob+subject:welcome&since=0&timeout=5")
+    assert (status, found["Codes"], found["Links"], found["ReturnPath"]) == (200, ["123456"], ["https://x.test/go"], "envelope@example.com")
+    assert ask(relay, "GET", f"/api/v1/wait?query=to:bob&since={found['Sequence']}&timeout=0.05")[0] == 408
+    thread.join()
+
+
+def test_scripted_failures_over_http(program: Callable[..., Program]) -> None:  # noqa: F811
+    """The receiving process hears of rules that were changed at the other, and so does a later session."""
+    relay = program(SMTP_FAULTS="rcpt to=kept@* 452 4.3.1 kept")
+    assert ask(relay, "PUT", "/api/v1/chaos", {"Sender": {"ErrorCode": 450, "Probability": 50}})[1]["Sender"] == {"ErrorCode": 450, "Probability": 50}
+    assert ask(relay, "GET", "/api/v1/faults")[1] == {"rules": ["rcpt to=kept@* 452 4.3.1 kept", "mail 450 Chaos share 50"]}
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        client.ehlo()
+        codes = []
+        for _ in range(4):
+            codes.append(client.mail("a@b.test")[0])
+            client.rset()
+    assert codes == [250, 450, 250, 450]
+    assert ask(relay, "PUT", "/api/v1/faults", {"rules": ["rcpt to=*@slow.test 451 4.7.1 slow"]})[0] == 200
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        client.ehlo()
+        client.mail("a@b.test")
+        assert [client.rcpt(to)[0] for to in ("x@slow.test", "kept@b.test")] == [451, 250]
+    assert ask(relay, "GET", "/api/v1/chaos")[1]["Sender"] == {"ErrorCode": 451, "Probability": 0}
+
+
+MAILPIT = """
+import { MailpitClient } from 'mailpit-api';
+const mailpit = new MailpitClient(process.env.RELAY, { auth: { username: 'any', password: 'a token' } });
+const out = {};
+const step = async (name, work) => { out[name] = await work(); };
+await step('sent', () => mailpit.sendMessage({ From: { Email: 'a@b.test', Name: 'Ann' }, To: [{ Email: 'c@d.test' }], Subject: 'Sent',
+  Text: 'text', HTML: '<p>page <img src="cid:i">', Tags: ['one'], Headers: { 'X-Own': 'yes' },
+  Attachments: [{ Content: 'iVBORw==', Filename: 'i.png', ContentID: 'i' }, { Content: 'aGk=', Filename: 'a.txt' }] }));
+await step('found', () => mailpit.waitForMessage({ query: 'subject:sent has:attachment' }, { timeout: 2000, interval: 20 }));
+await step('list', () => mailpit.listMessages(0, 10));
+await step('search', () => mailpit.searchMessages({ query: 'from:ann is:read', start: 0, limit: 5 }));
+await step('headers', () => mailpit.getMessageHeaders());
+await step('source', () => mailpit.getMessageSource());
+await step('html', () => mailpit.renderMessageHTML());
+await step('text', () => mailpit.renderMessageText());
+await step('part', async () => (await mailpit.getMessageAttachment(out.found.ID, out.found.Attachments[0].PartID)).text());
+await step('thumb', async () => (await mailpit.getAttachmentThumbnail(out.found.ID, out.found.Inline[0].PartID)).type);
+await step('unread', () => mailpit.setReadStatus({ IDs: [out.found.ID], Read: false }));
+await step('unreads', async () => (await mailpit.searchMessages({ query: 'is:unread' })).messages_count);
+await step('readAll', () => mailpit.setReadStatus({ Read: true, Search: 'subject:sent' }));
+await step('reads', async () => (await mailpit.searchMessages({ query: 'is:read' })).messages_count);
+await step('tag', () => mailpit.setTags({ IDs: [out.found.ID], Tags: ['two'] }));
+await step('rename', () => mailpit.renameTag('two', 'three'));
+await step('tags', () => mailpit.getTags());
+await step('untag', () => mailpit.deleteTag('three'));
+await step('release', () => mailpit.releaseMessage(out.found.ID, { To: ['z@d.test'] }));
+await step('info', () => mailpit.getInfo());
+await step('webui', () => mailpit.getConfiguration());
+await step('chaos', () => mailpit.setChaosTriggers({ Recipient: { ErrorCode: 451, Probability: 100 } }));
+await step('calm', () => mailpit.setChaosTriggers());
+await step('deleted', () => mailpit.deleteMessagesBySearch({ query: 'to:nobody' }));
+await step('gone', () => mailpit.deleteMessages({ IDs: [out.found.ID] }));
+await step('error', () => mailpit.getMessageSummary('nope').catch(error => error.message));
+console.log(JSON.stringify(out));
+"""
+
+
+def test_mailpits_own_client_works_unchanged(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:  # noqa: F811
+    if not shutil.which("node") or not (MODULES / "mailpit-api").is_dir():
+        pytest.skip("needs node, and mailpit-api in .ci/node_modules (see .ci/install)")
+    next_hop = hop()
+    relay = start(SMTP_STORAGE="memory", SMTP_DELIVERY="hold", SMTP_API_TOKEN="a token", **next_hop.settings())
+    done = subprocess.run(["node", "--input-type=module", "-e", MAILPIT], cwd=MODULES.parent, capture_output=True, text=True, timeout=30,
+                          env={"PATH": os.environ["PATH"], "RELAY": relay.http_url})
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    found, listed = out["found"], out["list"]["messages"][0]
+    assert found["ID"] == out["sent"]["ID"] == listed["ID"] and types(listed) == {**SUMMARY_TYPES, "Status": str}
+    assert MESSAGE_TYPES.items() <= types(found).items()
+    assert (found["From"], found["Tags"], found["Subject"]) == ({"Name": "Ann", "Address": "a@b.test"}, ["one"], "Sent")
+    assert [part["FileName"] for part in found["Attachments"] + found["Inline"]] == ["a.txt", "i.png"]
+    assert out["search"]["messages_count"] == 1 and out["headers"]["X-Own"] == ["yes"] and "Subject: Sent" in out["source"]
+    assert "data:image/png;base64,iVBORw==" in out["html"] and out["text"].strip() == "text"
+    assert (out["part"], out["thumb"]) == ("hi", "image/png")
+    assert (out["unreads"], out["reads"], out["tags"]) == (1, 1, ["three"])
+    assert {out[name] for name in ("unread", "readAll", "tag", "rename", "untag", "release", "deleted", "gone")} == {"ok"}
+    assert out["info"]["Messages"] == 2 and out["webui"]["MessageRelay"]["Enabled"] is True
+    assert out["chaos"]["Recipient"] == {"ErrorCode": 451, "Probability": 100} and out["calm"]["Recipient"]["Probability"] == 0
+    assert "404" in out["error"]
+    wait_until(lambda: next_hop.delivered() == {"z@d.test": 1})
+
+
+def test_mailhogs_addresses(start: Callable[..., Any]) -> None:  # noqa: F811
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, to=("bob@example.com", "carol@example.com"))
+    found = ask(relay, "GET", "/api/v2/messages")[1]
+    assert found["total"] == 1 and found["items"][0]["Raw"]["To"] == ["bob@example.com", "carol@example.com"]
+    assert ask(relay, "DELETE", "/api/v1/messages")[0] == 200 and ask(relay, "GET", "/api/v2/messages")[1]["total"] == 0
+
+
+def test_held_mail_says_so_and_can_be_released(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:  # noqa: F811
+    next_hop = hop()
+    relay = start(SMTP_DELIVERY="hold", **next_hop.settings())
+    mailed(relay)
+    seen = ask(relay, "GET", "/api/v1/message/latest")[1]
+    assert [r["status"] for r in seen["Delivery"]["recipients"]] == ["held"] == [seen["Delivery"]["status"]]
+    path = f"/api/v1/message/{seen['ID']}"
+    assert ask(relay, "POST", path + "/release", {})[0] == 200
+    wait_until(lambda: ask(relay, "GET", path)[1]["Status"] == "forwarded")
+    after = ask(relay, "GET", path)[1]["Delivery"]
+    assert (after["recipients"][0]["status"], after["recipients"][0]["code"]) == ("forwarded", 250) and after["transcript"]
+    assert ask(relay, "POST", path + "/release", {"To": ["eve@example.com"]})[0] == 200
+    wait_until(lambda: next_hop.delivered() == {"bob@example.com": 1, "eve@example.com": 1})
+    wait_until(lambda: smtprelay_depth(relay) == 0)
+
+
+def smtprelay_depth(relay: Any) -> int:
+    return int(json.loads(fetch(relay, "/metrics")[2])["smtp_queue_depth"])
+
+
+def test_the_queue_is_listed_retried_and_emptied(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:  # noqa: F811
+    next_hop = hop(script={f"rcpt {name}@example.com": ["450 4.2.1 busy"] for name in ("a", "b", "c", "d")})
+    relay = start(**next_hop.settings(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h"))
+    for name in ("a", "b", "c", "d"):
+        mailed(relay, to=(name + "@example.com",))
+    wait_until(lambda: len([m for m in ask(relay, "GET", "/api/v1/queue")[1]["messages"] if m["status"] == "retrying"]) == 4)
+    shown = ask(relay, "GET", "/api/v1/queue?limit=3")[1]
+    first, second, third = shown["messages"]
+    assert shown["total"] == 4 and (first["attempts"], first["recipients"]) == (1, ["a@example.com"]) and "450" in first["last_error"]
+    assert ask(relay, "POST", f"/api/v1/queue/{first['id']}/retry")[1] == {"retried": 1}
+    wait_until(lambda: next_hop.delivered()["a@example.com"] == 1)
+    assert ask(relay, "DELETE", f"/api/v1/queue/{second['id']}")[0] == 200 and ask(relay, "GET", f"/api/v1/message/{second['id']}")[0] == 404
+    assert ask(relay, "POST", "/api/v1/queue/all/retry")[1] == {"retried": 2}
+    wait_until(lambda: next_hop.delivered() == {"a@example.com": 1, "c@example.com": 1, "d@example.com": 1})
+    wait_until(lambda: ask(relay, "GET", "/api/v1/queue")[1]["total"] == 0)
+
+
+def test_an_accounts_own_mail_and_figures(start: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    users = tmp_path / "users.json"
+    users.write_text(json.dumps({"app": {"password": "a long one", "api_key": "mp_live_app", "quota_daily": 5}, "other": {"password": "b long one"}}))
+    users.chmod(0o600)
+    relay = start(SMTP_STORAGE="memory", SMTP_USERS_FILE=str(users))
+    for name in ("app", "other"):
+        with smtplib.SMTP(relay.host, relay.port) as client:
+            client.login(name, {"app": "a long one", "other": "b long one"}[name])
+            client.sendmail("a@b.test", ["c@d.test"], f"Subject: by {name}\r\n\r\nx\r\n")
+    status, own = ask(relay, "GET", "/api/emails", token="mp_live_app", Host="relay.lan")
+    assert (status, own["total"], own["emails"][0]["subject"]) == (200, 1, "by app")
+    assert ask(relay, "GET", "/api/stats", token="mp_live_app")[1]["left_today"] == 4
+    assert ask(relay, "GET", "/api/emails", token="wrong")[0] == ask(relay, "GET", "/api/stats")[0] == 401
+    assert ask(relay, "GET", "/api/emails", token="mp_live_app", Sec_Fetch_Site="cross-site")[0] == 403
