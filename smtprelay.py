@@ -90,6 +90,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import smtplib
 import socket
@@ -298,7 +299,7 @@ class Envelope:
     helo: str = ""
     protocol: str = "SMTP"
     user: str = ""
-    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD
+    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD, RELEASED (a copy of one that was held)
     recipients: list[str] = field(default_factory=list)
     ret: str = ""  # RFC 3461, for the message and each address
     envid: str = ""
@@ -898,6 +899,12 @@ def field_text(value: object) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
+def event_line(fields: Mapping[str, object], **first: str) -> str:
+    """Return an event as JSON; a NamedTuple is what it prints as, not all that is in it."""
+    shown = {k: str(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return json.dumps({**first, **shown}, default=str)
+
+
 class Log:
     """Writes one line for each event, in the form that the settings ask for."""
 
@@ -910,7 +917,7 @@ class Log:
             return
         now = iso_time(time.time())
         if self.as_json:
-            line = json.dumps({"time": now, "level": level, "event": event, **fields}, default=str)
+            line = event_line(fields, time=now, level=level, event=event)
         else:
             line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
         self.logger.log(LEVELS[level], "%s", line)
@@ -954,7 +961,7 @@ class Audit:
     def write(self, event: str, **fields: object) -> None:
         if not self.path:
             return
-        line = json.dumps({"time": iso_time(time.time()), "event": event, **fields}, default=str) + "\n"
+        line = event_line(fields, time=iso_time(time.time()), event=event) + "\n"
         try:  # opened anew, so that it may be rotated at any time; one write, so that lines stay whole
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -1182,6 +1189,7 @@ class Wire:
         self.buffer = bytearray(BLOCK_FIRST)
         self.start = self.end = 0
         self.out: list[bytes] = []
+        self.timeout = 0.0  # the one that the socket has; 0.0: not known
 
     def fill(self) -> None:
         """Read what there is, once, after sending what waits."""
@@ -1191,16 +1199,31 @@ class Wire:
             self.make_room()
         elif self.start == self.end:
             self.start = self.end = 0
-        self.sock.settimeout(self.deadline.left())
         try:
-            n = self.sock.recv_into(memoryview(self.buffer)[self.end:])
-        except (TimeoutError, socket.timeout):
-            raise TimeoutError("deadline passed") from None
+            n = self.receive()
+        except TimeoutError:
+            raise
         except OSError as e:
             raise PeerGone(str(e)) from None
         if n == 0:
             raise PeerGone("closed by the peer")
         self.end += n
+
+    def receive(self) -> int:
+        """Wait for octets until the deadline; TimeoutError when it passes."""
+        while True:
+            self.set_timeout()
+            try:
+                return self.sock.recv_into(memoryview(self.buffer)[self.end:])
+            except socket.timeout:
+                self.deadline.left()
+
+    def set_timeout(self) -> None:
+        """Give the socket a timeout somewhat short of the deadline, unless it has one: each costs a system call."""
+        left = self.deadline.left()
+        if not self.timeout <= left <= 1.25 * self.timeout:
+            self.timeout = 0.9 * left
+            self.sock.settimeout(self.timeout)
 
     def make_room(self) -> None:
         """Move what is unread to the front of a larger buffer: this one was filled."""
@@ -1250,10 +1273,10 @@ class Wire:
         data, self.out = b"".join(self.out), []
         if not data:
             return
-        self.sock.settimeout(self.deadline.left())
+        self.set_timeout()
         try:
             self.sock.sendall(data)
-        except (TimeoutError, socket.timeout):
+        except socket.timeout:
             raise TimeoutError("deadline passed") from None
         except OSError as e:
             raise PeerGone(str(e)) from None
@@ -1966,9 +1989,9 @@ def read_asked(text: str) -> tuple[str, dict[str, str]]:
     return text[1:-1], {}
 
 
-def read_recipient(text: str) -> Recipient:
+def read_recipient(text: str, status: Status) -> Recipient:
     address, told = read_asked(text)
-    return Recipient(address, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
+    return Recipient(address, status, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
 
 
 def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
@@ -2022,7 +2045,7 @@ def first_record(file: BinaryIO) -> Message:
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
         return Message(
-            one["id"], status, received, reverse_path, [read_recipient(r) for r in block["to"]], size,
+            one["id"], status, received, reverse_path, [read_recipient(r, status) for r in block["to"]], size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
             ret=told.get("RET", ""), envid=told.get("ENVID", ""), history=[{"at": received, "status": status.value, "detail": ""}])
     except (KeyError, ValueError, OverflowError, OSError) as e:
@@ -2196,6 +2219,12 @@ class FileSpool:
         if end != ".json":
             self.unlink(stem + ".json")
 
+    def save_first(self, message: Message) -> None:
+        """Write the first record of a message, unless it has one."""
+        path = self.path(message.stem + ".json")
+        with contextlib.suppress(FileExistsError):
+            write_file(path, self.sealer.seal(message.to_json(), message.stem + ".json"), os.O_EXCL)
+
     def reopen(self, message: Message) -> None:
         """Make a finished message owed again: its record changes its name."""
         for end in DONE_NAMES.values():
@@ -2245,9 +2274,9 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes, how: int = os.O_TRUNC) -> None:
     """Write a small private file whole."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         write_all(fd, data)
     finally:
@@ -2390,6 +2419,9 @@ class MemorySpool:
     def save(self, message: Message) -> None:
         if message.stem in self.contents:
             self.records[message.stem] = message.to_json()
+
+    def save_first(self, message: Message) -> None:
+        """Do nothing: the record is there."""
 
     def reopen(self, message: Message) -> None:
         self.save(message)
@@ -3016,7 +3048,8 @@ Usage = dict[str, "collections.Counter[str]"]  # by account
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    One small file for each day and process, which `save` rewrites: called each second
+    One small file for each day and process, and one for what the last minute took (quota_per_minute),
+    which `save` rewrites: called each second
     and at the end, so SIGKILL forgets a second at most, a power cut what the kernel had
     not written. `part` names the process. It reads the others' files as often, so that
     several pass a quota by what they accept in a second. A message counts once, at its
@@ -4116,6 +4149,9 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
 
+    def __repr__(self) -> str:
+        return str(self)  # without the password
+
 
 class Outgoing:
     """The content of a message as it leaves: headers of ours, then the file from where it stands."""
@@ -4314,6 +4350,7 @@ class NextHop:
 
     def send(self, stage: str, data: bytes) -> None:
         try:
+            self.wire.timeout = 0.0
             self.wire.sock.settimeout(self.patience().left())
             self.wire.sock.sendall(data)
         except OSError as e:
@@ -5141,6 +5178,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LINK_LINE = len(stem_of("0" * 16, "")) + 1
 
 
+LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
+
+
 class Link:
     """A pipe that carries stems from the receiving half to the delivering half.
 
@@ -5164,10 +5204,18 @@ class Link:
         with contextlib.suppress(OSError):
             os.write(self.writer, b"=" + name.encode() + b"\n")
 
-    def stems(self) -> Iterator[list[str]]:
-        """Yield new stems as they come, until the writing end is closed."""
-        rest = b""
-        for block in iter(lambda: os.read(self.reader, 1000 * LINK_LINE), b""):
+    def stems(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
+        """Yield new stems as they come, until the writing end is closed; none, while it is quiet and
+        the reader has something else to do."""
+        rest, quiet = b"", select.poll()
+        quiet.register(self.reader, select.POLLIN)
+        while True:
+            if has_else() and not quiet.poll(1000 * LINK_QUIET):
+                yield []
+                continue
+            block = os.read(self.reader, 1000 * LINK_LINE)
+            if not block:
+                break
             *lines, rest = (rest + block).split(b"\n")
             yield [line.decode() for line in lines]
         os.close(self.reader)
@@ -5265,7 +5313,7 @@ class Reception:
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
@@ -5412,12 +5460,13 @@ class Session:
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a header that is none ends it without a word."""
         try:
-            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+            named = proxied_client(self.wire.sock, self.wire.deadline)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
+        client = client_name(socket.AF_INET6, (named or self.client,))
         self.crowded = not self.reception.rename(self, client)
-        self.is_local = is_loopback(client)
+        self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
@@ -5612,7 +5661,7 @@ class Session:
         try:
             sock = self.guard.tls.current().wrap_socket(
                 self.wire.sock, server_side=True, do_handshake_on_connect=False)
-            self.wire.sock = sock
+            self.wire.sock, self.wire.timeout = sock, 0.0
             sock.settimeout(self.wire.deadline.left())
             sock.do_handshake()
         except OSError as e:
@@ -5968,8 +6017,8 @@ def client_name(family: int, address: Any) -> str:
     """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
     if family == socket.AF_UNIX:
         return "local"
-    host = str(address[0]).partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") else host
+    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
 
 
 def spoke_early(sock: socket.socket) -> bool:
@@ -5988,73 +6037,78 @@ def discard(block: bytes) -> None:
 # === 17 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
-# a socket that is bound already; it hands connections to threads that wait for
-# them, since waking one costs a fifth of starting one. Receiving is the whole
-# receiving half of the program: one accept thread a listener, one thread a
-# session.
+# a socket that is bound already. Its threads wait in accept themselves, and the
+# one that gets a connection holds the session: no hand-over, which would cost
+# 15 us, and no start of a thread, 80 us, but while the load grows. Receiving is
+# the whole receiving half of the program. The lock of a listener is a leaf.
 
 SESSION_STACK = 256 * KIB
-THREAD_IDLE = 10.0
+SPARE_THREADS = 32  # that wait for a connection; more than that end
+CROWD = 3  # sessions at once from which on their threads keep to one processor
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
 
 
-class SessionThreads:
-    """Threads that wait for the next connection for a while before they end."""
-
-    def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.lock = threading.Lock()
-        self.idle = 0
-
-    def give(self, job: Callable[[], None]) -> None:
-        """Run a job on a waiting thread, or on a new one; RuntimeError when none can be started."""
-        with self.lock:
-            waiting = self.idle > 0
-            self.idle -= waiting
-        if waiting:
-            self.jobs.put(job)
-        else:
-            threading.Thread(target=self.work, args=(job,), name="session", daemon=True).start()
-
-    def work(self, job: Callable[[], None] | None) -> None:
-        while job:
-            job()
-            job = None  # it holds the connection
-            with self.lock:
-                self.idle += 1
-            job = self.next_job()
-
-    def close(self) -> None:
-        """End the threads that wait."""
-        with self.lock:
-            waiting, self.idle = self.idle, 0
-        for _ in range(waiting):
-            self.jobs.put(None)
-
-    def next_job(self) -> Callable[[], None] | None:
-        while True:
-            try:
-                return self.jobs.get(timeout=THREAD_IDLE)
-            except queue.Empty:
-                with self.lock:
-                    if self.idle:
-                        self.idle -= 1
-                        return None  # else one is on its way to us
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Listener(socketserver.ThreadingTCPServer):
-    """Accepts connections on one bound socket."""
+    """Accepts connections on one bound socket; each thread holds the session that it accepted."""
 
     daemon_threads = True
 
-    def __init__(self, sock: socket.socket, reception: Reception, threads: SessionThreads, tls: bool) -> None:
+    def __init__(self, sock: socket.socket, reception: Reception, tls: bool) -> None:
         super().__init__(("", 0), SessionHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
-        self.reception = reception
-        self.threads, self.tls = threads, tls
+        self.reception, self.tls = reception, tls
+        self.lock = threading.Lock()
+        self.waiting = 0  # threads that wait for a connection
+
+    def start_thread(self) -> None:
+        """Start a thread with a small stack; RuntimeError when none can be had."""
+        usual = threading.stack_size(SESSION_STACK)
+        try:
+            threading.Thread(target=self.work, name="session", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+
+    def work(self) -> None:
+        """Accept and hold one session after the other, until enough other threads wait."""
+        while not self.reception.stopping:
+            with self.lock:
+                if self.waiting >= SPARE_THREADS:
+                    return
+                self.waiting += 1
+            try:
+                request, client = self.get_request()
+            except OSError:
+                request = None
+            with self.lock:
+                self.waiting -= 1
+            if request:
+                self.process_request(request, client)
+
+    def relieved(self) -> bool:
+        """Make sure that another thread accepts while this one is busy; False when none can be had."""
+        try:
+            if not self.waiting:
+                self.start_thread()
+        except RuntimeError as e:
+            self.reception.log.error("session_not_started", error=e)
+            return False
+        return True
+
+    def wake(self) -> None:
+        """Send the threads that wait away, with a connection of our own for each."""
+        end = time.monotonic() + 1.0
+        while self.waiting and time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.socket(self.socket.family) as call:
+                call.settimeout(0.2)
+                call.connect(self.socket.getsockname())
+            time.sleep(0.0005)
+        self.server_close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; with no descriptor left, wait a little instead of spinning."""
@@ -6070,20 +6124,13 @@ class Listener(socketserver.ThreadingTCPServer):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, client_name(sock.family, address)
 
-    def service_actions(self) -> None:
-        self.reception.metrics.set("alive", time.monotonic())
-
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Hold a session on the thread of the caller, or turn it away."""
         session = Session(self.reception, request, client_address, self.tls)
-        if self.reception.stopping or not self.reception.enter(session):
+        if self.reception.stopping or not self.relieved() or not self.reception.enter(session):
             self.turn_away(request)
-            return
-        try:
-            self.threads.give(functools.partial(self.hold, session))
-        except RuntimeError as e:  # no thread to be had
-            self.reception.log.error("session_not_started", error=e)
-            self.reception.leave(session)
-            self.turn_away(request)
+        else:
+            self.hold(session)
 
     def turn_away(self, request: socket.socket) -> None:
         """Send 421 to one connection too many, without waiting for it."""
@@ -6093,7 +6140,8 @@ class Listener(socketserver.ThreadingTCPServer):
         self.shutdown_request(request)
 
     def hold(self, session: Session) -> None:
-        """Run a session to its end on the thread of the caller."""
+        """Run a session to its end."""
+        keep_together(len(self.reception.sessions) >= CROWD)
         try:
             self.finish_request(session.wire.sock, session)
         except Exception as e:
@@ -6103,6 +6151,14 @@ class Listener(socketserver.ThreadingTCPServer):
             end_tls(session.wire.sock)
             self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
+
+
+def keep_together(crowded: bool) -> None:
+    """Bind the calling thread to one processor when there is a crowd: threads that pass the interpreter's
+    lock between processors do half the work. Where binding is not to be had, nothing is lost but that."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {min(PROCESSORS)} if crowded else PROCESSORS)
 
 
 def end_tls(sock: socket.socket) -> None:
@@ -6125,42 +6181,42 @@ class Receiving:
 
     def __init__(self, reception: Reception, plain: Iterable[socket.socket], tls: Iterable[socket.socket]) -> None:
         self.reception = reception
-        self.threads = SessionThreads()
         self.stopped = threading.Event()
-        self.listeners = [Listener(sock, reception, self.threads, False) for sock in plain]
-        self.listeners += [Listener(sock, reception, self.threads, True) for sock in tls]
+        self.listeners = [Listener(sock, reception, False) for sock in plain]
+        self.listeners += [Listener(sock, reception, True) for sock in tls]
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
         self.counter.start()
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, name="accept", daemon=True).start()
+            listener.start_thread()
 
     def stop(self, patience: float = STOP_PATIENCE) -> None:
         """Stop accepting, end idle sessions, and give those in the middle of a message some time."""
         self.reception.stopping = True
         for listener in self.listeners:
-            stop_server(listener)
+            listener.wake()
         end = time.monotonic() + patience
         while self.reception.sessions and time.monotonic() < end:
             for session in list(self.reception.sessions):
                 if not session.in_content:
                     session.interrupt()
             time.sleep(0.002)
-        self.threads.close()
         self.stopped.set()
         self.counter.join()
 
     def keep_counts(self) -> None:
-        """Write quotas and figures down each second, and at the end."""
+        """Write quotas and figures down each second, and at the end; say that someone waits for connections."""
         stopped = False
         while not stopped:
+            full = len(self.reception.sessions) >= self.reception.settings.max_connections
+            if full or all(listener.waiting for listener in self.listeners):
+                self.reception.metrics.set("alive", time.monotonic())
             stopped = self.stopped.wait(1.0)
             try:
                 self.reception.guard.quotas.save()
             except OSError as e:
                 self.reception.log.error("counts_not_saved", error=e)
-
 
     def reload(self) -> None:
         """Reread what SIGHUP asks for; the log reopens itself when its file is moved away."""
@@ -9229,6 +9285,8 @@ class Delivering:
         self.held: dict[str, tuple[float, int]] = {}
         self.on_shelf = 0
         self.reports = ReportCap(REPORTS_AN_HOUR)
+        self.sidecars: collections.deque[str] = collections.deque()
+        self.copies: set[str] = set()  # released where mail is held, and not taken in yet
         self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
         self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
@@ -9266,7 +9324,9 @@ class Delivering:
     def read(self) -> None:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
         self.find_all()
-        for stems in self.link.stems():
+        for stems in self.link.stems(lambda: bool(self.sidecars)):
+            if not stems:
+                self.write_sidecar()
             for stem in stems:
                 try:
                     if stem.startswith("="):
@@ -9286,15 +9346,24 @@ class Delivering:
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
-        message = self.spool.load(stem) if self.settings.delivery == "hold" else None
-        if message and message.status is Status.HELD:
-            self.hold(message)
-        else:  # where mail is held, a released copy
+        if self.settings.delivery != "hold" or stem in self.copies:
+            self.copies.discard(stem)
             self.scheduler.put(stem, self.delivery.lane(), fresh=True)
             self.metrics.inc("heard")
             self.show_depth()
+        else:
+            size = self.spool.size(stem) if self.settings.spool_max_size else 0
+            self.shelve(self.held, stem, time.time(), size)
+            self.sidecars.append(stem)
         self.tell("received", stem, self.inbox.add(stem))
         self.make_room()
+
+    def write_sidecar(self) -> None:
+        """Write the first record of a held message, which can wait: it says nothing that the .eml does not."""
+        try:
+            self.spool.save_first(self.spool.load(self.sidecars.popleft()))
+        except (KeyError, OSError, SpoolError) as e:
+            self.log.debug("sidecar_not_written", error=e)
 
     def tell(self, kind: str, stem: str, sequence: int = 0, detail: str = "") -> None:
         """Publish an event in the life of a message."""
@@ -9434,7 +9503,7 @@ class Delivering:
     def read_task(self, task: Task) -> Again:
         """Read a message known by name, and queue it where and when it is due."""
         message = self.spool.load(task.stem)
-        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold"
+        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold" and "RELEASED" not in message.flags
         if unsent or message.status is Status.HELD:
             return self.hold(message)
         if message.status in FINISHED:
@@ -9797,7 +9866,7 @@ class Backstage:
 
     def keep(self, message: Message, to: list[str]) -> None:
         """Put a copy of a message into the spool, for other recipients."""
-        flags = tuple(f for f in message.flags if f != "HOLD")
+        flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
         envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user, flags, to)
         with self.delivering.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
@@ -9824,6 +9893,7 @@ class Backstage:
             d.metrics.inc("smtp_messages_queued_total")
             d.metrics.inc("owed_bytes", draft.size)
             d.metrics.inc("heard", -1)  # no session has counted it as owed
+            d.copies.add(stem)
         d.link.announce(stem)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=draft.size, client=envelope.client, protocol=envelope.protocol)
