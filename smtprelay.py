@@ -31,18 +31,24 @@ Contents:
     09 ACCOUNTS      who may send, as whom, and how much
     10 TLS           contexts for both sides, the self-signed pair
     11 SCHEDULER     what is tried next, and when
-    12 DELIVERY      one attempt at a next hop
-    13 SESSION       the protocol: one method for each verb
-    14 LISTENER      connections and the threads that serve them
-    15 INBOX         reading mail: MIME, search, waiting, links and codes
-    16 PAGE          the inbox and queue page, one document
-    17 HTTP          health, metrics, the mail API, and its guards
-    18 RELAY         joins the parts: workers, processes, start and stop
-    19 COMMAND LINE  one function for each verb
+    12 RESOLVER      which hosts take mail for a domain
+    13 DELIVERY      one attempt at a next hop
+    14 REPORTS       what a sender is told of a message that failed
+    15 FAULTS        failures on order, for tests
+    16 SESSION       the protocol: one method for each verb
+    17 LISTENER      connections and the threads that serve them
+    18 INBOX         reading mail: MIME, search, waiting, links and codes
+    19 PAGE          the inbox and queue page, one document
+    20 HTTP          health, metrics, the mail API, and its guards
+    21 RELAY         joins the parts: workers, processes, start and stop
+    22 SENDMAIL      the command of that name
+    23 DOCTOR        what stands between this machine and the next hop
+    24 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import bisect
@@ -59,8 +65,10 @@ import email.utils
 import enum
 import errno
 import fcntl
+import fnmatch
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -88,10 +96,12 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -159,7 +169,6 @@ INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
 SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
 
-TLS_NOT_NOW = Reply(454, "4.7.0", "TLS is not to be had now, try again later")
 ACCOUNTS_NOT_NOW = Reply(454, "4.7.0", "Logins cannot be checked now, try again later")
 
 UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
@@ -180,6 +189,7 @@ AUTH_WRONG = Reply(535, "5.7.8", "Authentication credentials invalid")
 MECHANISM_NEEDS_TLS = Reply(538, "5.7.11", "This mechanism needs TLS: say STARTTLS first")
 WRONG_DOMAIN = Reply(550, "5.7.1", "This account may not send as that domain")
 TOO_BIG = Reply(552, "5.3.4", "Message is larger than this server takes")
+LOST = Reply(0, "", "")  # not sent: the connection ends in its place
 NEED_SMTPUTF8 = Reply(553, "5.6.7", "This address needs SMTPUTF8")
 NOT_SMTP = Reply(554, "5.5.1", "This is SMTP, not HTTP")
 TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting")
@@ -228,6 +238,11 @@ def stem_of(id: str, recipient: str) -> str:
     return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hashed}"
 
 
+def id_of(stem: str) -> str:
+    """Return the queue id in a stem."""
+    return stem[11:27]
+
+
 def id_micros(id: str) -> int:
     """Return the time of arrival that a queue id holds, in microseconds since 1970."""
     return int(id[:13], 16)
@@ -265,6 +280,13 @@ class Recipient:
     code: int = 0
     reply: str = ""
     host: str = ""
+    ip: str = ""  # where the host was, its TLS version, and whether its certificate was verified
+    tls: str = ""
+    verified: bool = False
+    dsn: bool = False
+    attempts: int = 0
+    notify: str = ""  # as the sender asked, RFC 3461
+    orcpt: str = ""
 
 
 @dataclass
@@ -278,6 +300,10 @@ class Envelope:
     user: str = ""
     flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD
     recipients: list[str] = field(default_factory=list)
+    ret: str = ""  # RFC 3461, for the message and each address
+    envid: str = ""
+    notify: dict[str, str] = field(default_factory=dict)
+    orcpt: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -301,6 +327,9 @@ class Message:
     history: list[dict[str, str]] = field(default_factory=list)
     finished_at: str = ""
     v: int = 1
+    ret: str = ""
+    envid: str = ""
+    transcript: list[str] = field(default_factory=list)  # of the last attempts
 
     def move(self, status: Status, detail: str = "") -> None:
         """Change the status, noting it in the history; ValueError for a move that MOVES lacks."""
@@ -319,8 +348,8 @@ class Message:
         return stem_of(self.id, self.recipients[0].address)
 
     def pending(self) -> list[Recipient]:
-        """Return the recipients that are still owed this message."""
-        return [r for r in self.recipients if r.status not in FINISHED]
+        """Return the recipients that are still owed this message; those held back are not, for now."""
+        return [r for r in self.recipients if r.status not in (*FINISHED, Status.HELD)]
 
     def to_json(self) -> bytes:
         """Return the record as the spool keeps it."""
@@ -358,6 +387,10 @@ class Outcome(NamedTuple):
     code: int
     reply: str
     host: str = ""
+    ip: str = ""
+    tls: str = ""
+    verified: bool = False
+    dsn: bool = False  # the next hop offers DSN: it reports what the sender asked for
 
     def __str__(self) -> str:
         said = f"{self.code} {self.reply}" if self.code else self.reply
@@ -438,6 +471,13 @@ def readable(text: str) -> str:
     return text
 
 
+def appendable(text: str) -> str:
+    place = text if os.path.exists(text) else os.path.dirname(text) or "."
+    if text and (os.path.isdir(text) or not os.access(place, os.W_OK)):
+        raise ValueError("a file that can be written")
+    return text
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(w for w in re.split(r"[,\s]+", text) if w)
 
@@ -464,6 +504,13 @@ def multiplier(text: str) -> float:
     value = parse_number(text, "a number, 1 or more", {"": 1})
     if value < 1:
         raise ValueError("a number, 1 or more")
+    return value
+
+
+def scale(text: str) -> float:
+    value = parse_number(text, "a number above 0", {"": 1})
+    if value <= 0:
+        raise ValueError("a number above 0")
     return value
 
 
@@ -549,11 +596,74 @@ def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, 
         raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
 
 
+class Preset(NamedTuple):
+    """What a provider's name in SMTP_RELAY_HOST stands for."""
+
+    host: str
+    port: int
+    tls: str
+
+
+PRESETS = {
+    "gmail": Preset("smtp.gmail.com", 587, "starttls"),
+    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls"),  # ses:REGION
+    "m365": Preset("smtp.office365.com", 587, "starttls"),
+    "mailgun": Preset("smtp.mailgun.org", 587, "starttls"),
+    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls"),
+    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls"),
+    "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
+    "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
+}
+APP_PASSWORD = re.compile(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}")  # as Google shows it
+
+
+def preset_of(text: str) -> Preset | None:
+    """Return the provider that a smart host's text names, if it names one."""
+    name, _, region = text.lower().partition(":")
+    preset = PRESETS.get(name)
+    if not preset or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
+        return None
+    return preset._replace(host=preset.host.format(region))
+
+
 def hop_list(text: str) -> tuple[str, ...]:
+    expected = f"host or host:port, a list of them, or {', '.join(PRESETS)} (ses:REGION)"
     for part in words(text):
-        if not split_port(part, "25")[0]:
-            raise ValueError("host or host:port, or a list of them")
+        try:
+            named = preset_of(part) or (part != "ses" and split_port(part, "25")[0])
+        except ValueError as e:
+            raise ValueError(f"{expected} ({e})") from None
+        if not named:
+            raise ValueError(expected)
     return words(text)
+
+
+def dns_server(text: str) -> tuple[str, int]:
+    """Read addr, addr:port or [IPv6]:port."""
+    try:
+        host, port = split_port(f"[{text}]" if text.count(":") > 1 and "[" not in text else text, "53")
+        if port and ipaddress.ip_address(host):
+            return host, port
+    except ValueError:
+        pass
+    raise ValueError("an IP address, or address:port")
+
+
+def dns_servers(text: str) -> tuple[Address, ...]:
+    return tuple(Address(*dns_server(part)) for part in words(text))
+
+
+def mailbox(text: str) -> str:
+    if text and not re.fullmatch(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", text):
+        raise ValueError("an address such as bob@example.com")
+    return text
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as e:
+        raise ValueError(f"a regular expression ({e})") from None
 
 
 def maybe_port(text: str) -> int:
@@ -569,7 +679,7 @@ def hex_key(text: str) -> bytes:
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
             shown: str = "") -> Any:
     """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
-    return field(default=parse(default), metadata={
+    return field(default=parse(default), repr=not secret, metadata={
         "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
 
 
@@ -582,6 +692,7 @@ class Settings:
     hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
     allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
+    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
     max_size: int = setting("10MiB", size, "octets of content in one message")
     max_recipients: int = setting("100", positive, "recipients in one transaction")
     max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
@@ -604,6 +715,7 @@ class Settings:
     auth_failures: int = setting("5", positive, "failed logins a minute from one address, then 421")
     rate_limit: int = setting("0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
     rate_burst: int = setting("10", positive, "messages at once before the rate holds")
+    faults: str = setting("", word, "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted by ; (see README)")
     storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
     spool: str = setting("./data/spool", word, "the spool's directory")
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
@@ -613,17 +725,24 @@ class Settings:
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
-    delivery: str = setting("", choice("", "hold", "relay"), "hold or relay", shown="relay with SMTP_RELAY_HOST, else hold")
-    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host, host or host:port")
+    delivery: str = setting("", choice("", "hold", "relay", "mx"), "hold, relay (to a smart host) or mx (straight to the recipients' hosts)", shown="relay with SMTP_RELAY_HOST, else hold")
+    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, sendgrid, postmark, smtp2go, fastmail")
     relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
-    relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host")
+    relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host and for mx")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
     relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
     relay_username: str = setting("", word, "login at the smart host")
-    relay_password: str = setting("", word, "and its password", secret=True)
-    relay_auth: str = setting("auto", choice("auto", "plain", "login", "cram-md5"), "auto, plain, login, cram-md5")
+    relay_password: str = setting("", word, "and its password, or OAuth token", secret=True)
+    relay_password_file: str = setting("", readable, "a file with it, reread for each login")
+    relay_auth: str = setting("auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
+    relay_return_path: str = setting("", mailbox, "replaces the reverse-path (never the null one)")
+    relay_redirect_to: str = setting("", mailbox, "every recipient becomes this one; the original stays in X-Original-To")
+    relay_allowed_recipients: re.Pattern[str] = setting("", pattern, "regular expression, found anywhere in the address; others are held, not sent")
     relay_connections: int = setting("4", positive, "connections to one next hop at once")
     relay_timeout: float = setting("30s", duration, "time for each step of a delivery")
+    mx_port: int = setting("25", port_number, "the port of the recipients' hosts in mx mode")
+    dns_server: tuple[Address, ...] = setting("", dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
+    bounce: bool = setting("1", flag, "a failed message sends its sender a report")
     retry: bool = setting("1", flag, "0: one attempt only")
     retry_max_attempts: int = setting("0", count, "attempts that the next hop answered; 0 is no limit")
     retry_initial_delay: float = setting("5s", duration, "the first delay")
@@ -631,14 +750,16 @@ class Settings:
     retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
     retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
+    time_scale: float = setting("1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
     api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
-    log_file: str = setting("", word, "a file for the log", shown="stderr")
-    audit_log: str = setting("", word, "a file for a JSON line for each session, login, refusal and message")
+    log_file: str = setting("", appendable, "a file for the log", shown="stderr")
+    audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
     debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
 
 
@@ -658,10 +779,17 @@ class Settings:
         return settings
 
     def _derived(self) -> Settings:
-        loopback = all(is_loopback(split_port(h, "0")[0]) for h in self.relay_host)
-        tls = self.relay_tls or ("opportunistic" if self.relay_host and loopback else "starttls")
+        presets = [preset_of(h) for h in self.relay_host]
+        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h for h, p in zip(self.relay_host, presets))
+        loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
+        tls = self.relay_tls or next((p.tls for p in presets if p), "")
+        easy = self.delivery == "mx" or (hosts and loopback)
+        tls = tls or ("opportunistic" if easy else "starttls")
+        password = self.relay_password
+        if any(presets) and APP_PASSWORD.fullmatch(password):
+            password = password.replace(" ", "")
         return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=tls,
+            self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
@@ -692,6 +820,11 @@ def is_open(settings: Settings) -> bool:
 CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
     (lambda s: s.delivery == "relay" and not s.relay_host,
      "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
+    (lambda s: s.delivery != "mx" and any(is_loopback(host) and any(port == a.port for a in (*s.port, *s.smtps_port))
+                                          for host, port in s.smart_hosts),
+     "SMTP_RELAY_HOST: expected another server than this one"),
+    (lambda s: s.delivery == "mx" and s.relay_tls == "tls",
+     "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
     (lambda s: bool(s.relay_username) and not s.relay_password,
      "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
     (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
@@ -1232,6 +1365,59 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
         content.feed(block)
 
 
+# -- the PROXY protocol: a balancer says whose connection this is --
+
+PROXY_V1 = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
+
+
+def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
+    """Read a PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
+
+    Returns the client's address, "" when the balancer speaks for itself; ValueError for
+    anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
+    """
+    head = read_exactly(sock, 6, deadline)
+    if head == PROXY_V2[:6]:
+        return proxied_v2(sock, deadline)
+    while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
+        head += read_exactly(sock, 1, deadline)
+    found = PROXY_V1.fullmatch(head)
+    if not found:
+        raise ValueError("not a PROXY header")
+    return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
+
+
+def proxied_v2(sock: socket.socket, deadline: Deadline) -> str:
+    rest_of_signature = read_exactly(sock, 6, deadline)
+    command, family, *length = read_exactly(sock, 4, deadline)
+    octets, length_given = PROXY_OCTETS.get(family, 0), int.from_bytes(length, "big")
+    if rest_of_signature != PROXY_V2[6:] or command not in (0x20, 0x21) or length_given > 4096:
+        raise ValueError("not a PROXY header")
+    rest = read_exactly(sock, length_given, deadline)
+    if command == 0x20 or not octets:
+        return ""
+    return str(ipaddress.ip_address(rest[:octets]))
+
+
+def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
+    """Read so many octets; PeerGone when they do not come."""
+    data = b""
+    while len(data) < octets:
+        sock.settimeout(deadline.left())
+        try:
+            block = sock.recv(octets - len(data))
+        except (TimeoutError, socket.timeout):
+            raise TimeoutError("deadline passed") from None
+        except OSError as e:
+            raise PeerGone(str(e)) from None
+        if not block:
+            raise PeerGone("closed by the peer")
+        data += block
+    return data
+
+
 # === 06 GRAMMAR ==============================================================
 #
 # Pure functions from octets to values: command lines, paths, parameters,
@@ -1333,6 +1519,10 @@ def parse_path(text: str) -> tuple[str, str]:
             raise ValueError("source route does not parse")
         for hop in route.split(","):
             parse_domain(hop[1:] if hop.startswith("@") else "")
+        if not inner:
+            raise ValueError("source route without an address")
+    if inner.lower() == "postmaster":  # RFC 5321 4.1.1.3
+        return inner, rest
     return (parse_mailbox(inner) if inner else ""), rest
 
 
@@ -1347,6 +1537,87 @@ def parse_parameters(text: str) -> dict[str, str]:
             raise ValueError("parameter does not parse, or stands twice")
         found[match[1].upper()] = match[2] or ""
     return found
+
+
+# -- what MAIL and RCPT say about reports (RFC 3461; RFC 6533 for addresses beyond ASCII) --
+#
+# A value is checked, and kept as it goes on to the next hop. Decoded it is safe in a
+# header, too: an escaped CR LF never gets in.
+
+ENVID_MAX, ORCPT_MAX = 100, 500  # characters, RFC 3461 4.4 and 4.2
+NOTIFY_EVENTS = frozenset(("SUCCESS", "FAILURE", "DELAY"))
+ADDRESS_TYPE = re.compile(r"[A-Za-z0-9-]{1,30}")
+# The alternatives begin with different characters, so neither pattern backtracks.
+UNITEXT = re.compile(r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+")
+UNITEXT_ESCAPE = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
+UNITEXT_SPECIAL = " +=\\"  # RFC 6533 3: neither form has them bare
+UNSAFE_IN_ADDRESS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def decode_xtext(value: str) -> str | None:
+    """Read xtext; None if it is malformed or hides anything but printable ASCII."""
+    if not XTEXT.fullmatch(value):
+        return None
+    text = re.sub(r"\+(..)", lambda escape: chr(int(escape[1], 16)), value)
+    return text if text.isascii() and text.isprintable() else None
+
+
+def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
+    r"""Write as \x{HEX} what is special, unprintable or, unless utf8, not ASCII (RFC 6533 3)."""
+    kept = (c.isprintable() and c not in special and (utf8 or c.isascii()) for c in text)
+    return "".join(c if keep else f"\\x{{{ord(c):02X}}}" for c, keep in zip(text, kept))
+
+
+def decode_unitext(value: str) -> str | None:
+    """Read a utf-8 type address; None if it is malformed or hides a control character."""
+    if not UNITEXT.fullmatch(value):
+        return None
+    try:
+        text = UNITEXT_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), value)
+    except ValueError:  # above U+10FFFF
+        return None
+    return None if UNSAFE_IN_ADDRESS.search(text) else text
+
+
+def is_ret(value: str) -> bool:
+    return value.upper() in ("FULL", "HDRS")
+
+
+def is_envid(value: str) -> bool:
+    return len(value) <= ENVID_MAX and decode_xtext(value) is not None
+
+
+def is_notify(value: str) -> bool:
+    """Tell whether this is NEVER, or a list of SUCCESS, FAILURE, DELAY."""
+    events = value.upper().split(",")
+    return events == ["NEVER"] or (len(events) <= 3 and NOTIFY_EVENTS.issuperset(events))
+
+
+def is_orcpt(value: str, smtputf8: bool = False) -> bool:
+    """Tell whether this is an address type and an address, raw UTF-8 where MAIL said SMTPUTF8."""
+    kind, _, address = value.partition(";")
+    if not ADDRESS_TYPE.fullmatch(kind) or len(value.encode("utf-8", "replace")) > ORCPT_MAX:
+        return False
+    if kind.lower() == "utf-8":
+        return decode_unitext(address) is not None and (smtputf8 or address.isascii())
+    return decode_xtext(address) is not None
+
+
+def original_recipient(orcpt: str, utf8: bool) -> str:
+    """Write ORCPT as a report's Original-Recipient (RFC 3464 2.3.1, RFC 6533 3)."""
+    kind, _, address = orcpt.partition(";")
+    if not is_orcpt(orcpt, smtputf8=True):
+        return ""
+    if kind.lower() == "utf-8":
+        return f"{kind}; {encode_unitext(address, utf8=utf8)}"
+    return f"{kind}; {decode_xtext(address)}"
+
+
+def final_recipient(address: str, utf8: bool) -> str:
+    """Write an address as a report's Final-Recipient (RFC 3464 2.3.2, RFC 6533 3)."""
+    if address.isascii():
+        return f"rfc822; {address}"
+    return f"utf-8; {encode_unitext(address, UNITEXT_SPECIAL, utf8)}"
 
 
 # === 07 SEALING ==============================================================
@@ -1682,11 +1953,30 @@ def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def asked(**parameters: str) -> str:
+    """Return what the sender asked about reports, as it stands behind a path."""
+    return "".join(f" {name}={value}" for name, value in parameters.items() if value)
+
+
+def read_asked(text: str) -> tuple[str, dict[str, str]]:
+    """Undo `<path>` and `asked`."""
+    if not text.endswith(">") or " " in text:
+        path, rest = cut_path(text)
+        return path, parse_parameters(rest)
+    return text[1:-1], {}
+
+
+def read_recipient(text: str) -> Recipient:
+    address, told = read_asked(text)
+    return Recipient(address, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
+
+
 def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
     """Return the headers that an .eml opens with, with room for the size that is not known yet."""
     lines = ["X-Envelope-Size: " + " " * 12, f"X-Envelope-Trace: {trace}", f"X-Envelope-Id: {id}",
-             f"X-Envelope-From: <{envelope.reverse_path}>",
-             *(f"X-Envelope-To: <{r}>" for r in envelope.recipients),
+             f"X-Envelope-From: <{envelope.reverse_path}>" + asked(RET=envelope.ret, ENVID=envelope.envid),
+             *(f"X-Envelope-To: <{r}>" + asked(NOTIFY=envelope.notify.get(r, ""), ORCPT=envelope.orcpt.get(r, ""))
+               for r in envelope.recipients),
              *([f"X-Envelope-Flags: {' '.join(envelope.flags)}"] if envelope.flags else []),
              f"X-Envelope-Client: {envelope.client}", f"X-Envelope-Helo: {envelope.helo}",
              f"X-Envelope-Protocol: {envelope.protocol}", f"X-Envelope-User: {envelope.user}", ""]
@@ -1730,10 +2020,11 @@ def first_record(file: BinaryIO) -> Message:
         flags = tuple(one.get("flags", "").split())
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
         received = iso_time(id_micros(one["id"]) / 1e6)
+        reverse_path, told = read_asked(one["from"])
         return Message(
-            one["id"], status, received, one["from"][1:-1], [Recipient(r[1:-1]) for r in block["to"]], size,
+            one["id"], status, received, reverse_path, [read_recipient(r) for r in block["to"]], size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
-            history=[{"at": received, "status": status.value, "detail": ""}])
+            ret=told.get("RET", ""), envid=told.get("ENVID", ""), history=[{"at": received, "status": status.value, "detail": ""}])
     except (KeyError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
@@ -1753,7 +2044,10 @@ class FileSpool:
 
     def open(self) -> None:
         """Make the directories and take the lock; SpoolBusy says who has it."""
-        os.makedirs(os.path.join(self.root, "bad"), 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(self.root), exist_ok=True)
+        for path in (self.root, self.path("bad")):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
         self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
@@ -1821,6 +2115,8 @@ class FileSpool:
 
     def tidy(self, day: str, name: str, match: re.Match[str], has_content: bool) -> None:
         """Deal with a file that no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        if self.lock_file < 0:
+            return  # a reader beside the relay
         if match[2].endswith(".part"):
             if match[2] != f".{self.run}.part":
                 self.set_aside(f"{day}/{name}", "never acknowledged")
@@ -1829,6 +2125,8 @@ class FileSpool:
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move a file into bad/."""
+        if self.lock_file < 0:
+            return  # a reader beside the relay
         target = f"{name.replace('/', '_')}.{secrets.token_hex(4)}"
         try:
             os.rename(self.path(name), self.path(f"bad/{target}"))
@@ -1928,7 +2226,8 @@ class FileSpool:
         return at.f_bavail * at.f_frsize
 
 
-KEPT_NAMES = (".lock", ".probe", "bad", "tls", "usage", KEY_CHECK)
+ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -2163,6 +2462,8 @@ Draft = Union[FileDraft, MemoryDraft]
 # next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
+TURN_PATIENCE = 20.0
+API_KEY = "mp_live_"  # how each begins
 USAGE_DAYS = 35
 USAGE_FILE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json")
 USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
@@ -2355,7 +2656,7 @@ def claim(lock: str) -> str:
 
 def new_api_key() -> str:
     """Make an api_key of 160 random bits."""
-    return "mp_live_" + secrets.token_hex(20)
+    return API_KEY + secrets.token_hex(20)
 
 
 Stamp = Optional[tuple[int, int, int]]
@@ -2397,6 +2698,7 @@ class Known(NamedTuple):
 
     stamp: Stamp
     logins: dict[str, Account]
+    hashed: bool  # whether there is an account that CRAM-MD5 cannot check
     decoy: str  # a hash no password fits, as costly as the first account's own
     proved: set[bytes]  # at most four for each account: two names, two secrets
 
@@ -2434,7 +2736,7 @@ class Accounts:
             self.log.warn("users_file", file=self._path, warning=warning)
         hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
-        return Known(stamp, logins, f"{making}:{secrets.token_hex(32)}", set())
+        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -2475,8 +2777,7 @@ class Accounts:
         choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
-        hashes = any(is_hash(account.password) for account in self.listed())
-        cram = self.settings.auth_any or not hashes
+        cram = self.settings.auth_any or not self._fresh().hashed
         return [
             name
             for name, mechanism in MECHANISMS.items()
@@ -2494,11 +2795,22 @@ class Accounts:
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         good = self.settings.auth_any or ticket in known.proved
         if not good:
-            with self._turns:
-                good = proves(account or Account(""), password, known.decoy)
+            good = self._proved(account or Account(""), password, known.decoy)
             if good:
                 known.proved.add(ticket)
         return self._end(user, account, good)
+
+    def _proved(self, account: Account, password: str, decoy: str) -> bool:
+        """Check a password when it is our turn. Raises SaslEnd when none comes, or no memory is left."""
+        if not self._turns.acquire(timeout=TURN_PATIENCE):
+            raise SaslEnd(ACCOUNTS_NOT_NOW)
+        try:
+            return proves(account, password, decoy)
+        except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
+            self.log.error("login_not_checked", error=error)
+            raise SaslEnd(ACCOUNTS_NOT_NOW) from None
+        finally:
+            self._turns.release()
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
@@ -2512,6 +2824,7 @@ class Accounts:
 
     def _end(self, user: str, account: Account | None, good: bool) -> Login:
         shown = account.name if account else user[:64]
+        shown = shown if account or not shown.startswith(API_KEY) else API_KEY + "***"  # mistyped, or of yesterday
         shown = shown if shown.isprintable() else ascii(shown)
         if good:
             return Login(shown, account or Account(shown), AUTH_OK)
@@ -2640,6 +2953,7 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 # -- how much --
 
 
+@functools.lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
     """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
     try:
@@ -2684,6 +2998,17 @@ class Buckets:
             if key in self._full_at:
                 self._full_at[key] -= 60.0 / per_minute
 
+    def waits(self) -> dict[str, float]:
+        """Return the seconds until each bucket is full, of those that are not."""
+        now = self._clock()
+        with self._lock:
+            return {key: at - now for key, at in self._full_at.items() if at > now}
+
+    def restore(self, waits: Mapping[str, float]) -> None:
+        """Take over what `waits` returned, at the start."""
+        now = self._clock()
+        self._full_at.update((key, now + wait) for key, wait in waits.items())
+
 
 Usage = dict[str, "collections.Counter[str]"]  # by account
 
@@ -2708,9 +3033,12 @@ class Quotas:
         self._days: dict[tuple[str, str], Usage] = {}  # by day and part
         self._unsaved: set[str] = set()
         self._reserved: collections.Counter[str] = collections.Counter()
+        self.minutes = Buckets()  # quota_per_minute, by account
+        self._minutes_file, self._minutes_kept = f"{directory}/minutes.{part}.json", True
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._read(since="")
+            self._read_minutes()
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
@@ -2763,6 +3091,24 @@ class Quotas:
                 self._unsaved.update(changed)
             raise
         self._read(since=self._day())
+        self._save_minutes()
+
+    def _save_minutes(self) -> None:
+        waits = self.minutes.waits()
+        if waits or self._minutes_kept:
+            replace_file(self._minutes_file, json.dumps({"at": self._now(), "waits": waits}).encode())
+        self._minutes_kept = bool(waits)
+
+    def _read_minutes(self) -> None:
+        """Read what each account waited for; no wait is longer than the minute it is about."""
+        try:
+            kept = json.loads(read_whole(self._minutes_file))
+            left = {name: min(wait - self._now() + kept["at"], 60.0) for name, wait in kept["waits"].items()}
+            self.minutes.restore({name: wait for name, wait in left.items() if wait > 0})
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._log.error("counts_lost", file=self._minutes_file, error=error)
 
     def _day(self) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(self._now()))
@@ -2821,6 +3167,8 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    # an end without goodbye is an end all the same: content has its own; and after it we can still say 421
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         for path in (cert, key):  # ssl's own error does not say which one is missing
             open(path, "rb").close()
@@ -2966,15 +3314,22 @@ def openssl(*arguments: str) -> bytes:
 
 # === 11 SCHEDULER ============================================================
 #
-# Which message is tried next, and when. Each next hop has a Lane: mail that is
-# new, mail that is due again, how many workers are at it, and whether it is
-# throttled. A message that was refused for now waits for itself, in the heap. A
-# next hop that cannot be reached keeps all its mail waiting in its lane and lets
-# one probe through at a time, which costs no message an attempt. take() goes
-# round the lanes, so none holds up another; within one, the oldest goes first,
-# new and due mail in turn. Workers and the receiving half call in; one leaf lock.
+# Which message is tried next, and when. Each next hop has a Lane. A message waits
+# in the lane of each next hop that is owed it, and is in one worker's hands at a
+# time. What was refused for now waits for itself, in the heap. A next hop that
+# cannot be reached keeps its mail in its lane and lets one probe through at a
+# time, which costs no message an attempt. take() goes round the lanes, so none
+# holds up another; within one, the oldest goes first, new and due mail in turn.
+#
+# A pool of workers is eaten up by next hops that answer slowly or not at all. So
+# a lane that has not answered yet gets one worker; lanes that failed get half of
+# all workers at most; and one worker in four, the last ones free, is for lanes
+# whose last task was quick. One leaf lock; workers and the other half call in.
 
-UNREAD = "unread"  # the lane of messages known by name only, found at start
+UNREAD = "(unread)"  # the lane of messages found at start, known by name only
+UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
+LOCAL_LANES = (UNREAD, UNSORTED)
+SLOW = 1.0  # seconds
 
 
 def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
@@ -2982,7 +3337,7 @@ def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
     longest = math.log(max(settings.retry_max_delay, 1e-9) / max(settings.retry_initial_delay, 1e-9))
     delay = settings.retry_max_delay if steps >= longest else settings.retry_initial_delay * math.exp(steps)
-    return delay * rng.uniform(1 - settings.retry_jitter, 1)
+    return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
 
 class Lane:
@@ -2993,7 +3348,10 @@ class Lane:
         self.fresh: collections.deque[str] = collections.deque()
         self.due: list[str] = []
         self.turn = False
-        self.active = 0
+        self.running: dict[str, float] = {}  # stem: since when, oldest first
+        self.proven = self.quick = name in LOCAL_LANES  # has answered; its last task was quick
+        self.listed = False  # in the order, or parked
+        self.parked = 0.0
         self.throttled_until = 0.0
         self.steps = 0
         self.reason = ""
@@ -3001,12 +3359,19 @@ class Lane:
     def __len__(self) -> int:
         return len(self.fresh) + len(self.due)
 
-    def pop(self) -> str:
-        """Return the oldest stem, of new and due mail in turn."""
-        self.turn = not self.turn
+    def pop(self, oldest: bool = False) -> str:
+        """Return the next stem, of new and due mail in turn, or of both the oldest."""
+        self.turn = self.oldest() in itertools.islice(self.fresh, 1) if oldest else not self.turn
         if self.fresh and (self.turn or not self.due):
             return self.fresh.popleft()
         return heapq.heappop(self.due)
+
+    def is_quick(self, now: float) -> bool:
+        """Tell whether its last task was quick and those under way have not become slow."""
+        return self.quick and now - next(iter(self.running.values()), now) < SLOW
+
+    def oldest(self) -> str:
+        return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
 
 
 class Task(NamedTuple):
@@ -3023,38 +3388,46 @@ class Scheduler:
                  rng: random.Random | None = None) -> None:
         self.settings = settings
         self.clock = clock
-        self.rng = rng or random.Random()
+        self.rng = rng or random.Random(settings.seed or None)
         self.changed = threading.Condition(threading.Lock())
         self.lanes: dict[str, Lane] = {}
         self.order: collections.deque[Lane] = collections.deque()
+        self.parked: list[tuple[float, str]] = []  # lanes that nothing may leave before that time
         self.heap: list[tuple[float, str, str]] = []
-        self.waiting: dict[str, float] = {}  # stem -> when due; 0.0 once it is in a lane
-        self.active: set[str] = set()
+        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> when due; 0.0 once it is in it
+        self.active: dict[str, str] = {}  # stem -> lane
+        self.clock_set = 0.0  # Unix time; stems from before prove no age
+        self.blocked: dict[str, list[str]] = {}  # an active stem -> lanes in which its turn had come
         self.stopped = False
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
-        """Queue a message. One that waits already only moves forward; one in a worker's hands stays there."""
+        """Queue a message for a next hop. One that waits there only moves forward; one in a worker's hands stays."""
         with self.changed:
-            if stem not in self.active:
+            known = stem in self.active or stem in self.waiting
+            if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
 
-    def done(self, task: Task, delay: float | None = None, lane: str = "") -> None:
-        """Give a task back; with a delay, its message is queued again, in another lane if one is named."""
+    def done(self, task: Task, delay: float | None = None) -> None:
+        """Give a task back; with a delay, its message is queued there again."""
         with self.changed:
-            self.active.discard(task.stem)
-            came_from = self.lanes[task.lane]
-            came_from.active -= 1
+            del self.active[task.stem]
+            lane = self.lanes[task.lane]
+            took = self.clock() - lane.running.pop(task.stem)
+            lane.quick = took < SLOW or lane.name in LOCAL_LANES
             if delay is not None:
-                self._queue(task.stem, lane or task.lane, delay, False)
-            if not came_from and not came_from.active and not came_from.steps:
+                self._queue(task.stem, task.lane, delay, False)
+            for name in self.blocked.pop(task.stem, ()):
+                self._enter(task.stem, name, False)
+            if not lane.listed and not lane.running and not lane.steps:
                 del self.lanes[task.lane]
             self.changed.notify()
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
-        if self.waiting.get(stem) == 0.0:
-            return
         due = self.clock() + delay if delay > 0 else 0.0
-        self.waiting[stem] = due
+        places = self.waiting.setdefault(stem, {})
+        if places.get(lane, math.inf) <= due:
+            return
+        places[lane] = due
         if due:
             heapq.heappush(self.heap, (due, stem, lane))
         else:
@@ -3065,7 +3438,8 @@ class Scheduler:
         lane = self.lanes.get(name)
         if lane is None:
             lane = self.lanes[name] = Lane(name)
-        if not lane:
+        if not lane.listed:
+            lane.listed = True
             self.order.append(lane)
         if fresh:
             lane.fresh.append(stem)
@@ -3089,44 +3463,94 @@ class Scheduler:
         return None
 
     def _wake(self, now: float) -> None:
-        """Move what has fallen due into its lane."""
+        """Move what has fallen due into its lane, and lanes whose probe is due into the order."""
         while self.heap and self.heap[0][0] <= now:
             due, stem, lane = heapq.heappop(self.heap)
-            if self.waiting.get(stem) == due:
-                self.waiting[stem] = 0.0
+            if self.waiting.get(stem, {}).get(lane) == due:
+                self.waiting[stem][lane] = 0.0
                 self._enter(stem, lane, False)
+        while self.parked and self.parked[0][0] <= now:
+            until, name = heapq.heappop(self.parked)
+            self._unpark(name, until)
+
+    def _unpark(self, name: str, until: float) -> None:
+        lane = self.lanes.get(name)
+        if lane and lane.parked == until:
+            lane.parked = 0.0
+            self.order.append(lane)
 
     def _next(self, now: float) -> Task | None:
         """Return the next message of the first lane, going round, that has one and has room."""
+        busy = [self.lanes[name] for name in self.active.values()]
+        failed = sum(lane.steps > 0 for lane in busy)
+        slow = sum(not lane.is_quick(now) for lane in busy)
         for lane in list(self.order):
-            if lane.active >= self._room(lane, now):
-                continue
-            self.order.remove(lane)
-            while lane:
-                stem = lane.pop()
-                if self.waiting.get(stem) == 0.0:  # else it was removed
-                    return self._hand_out(stem, lane)
+            overdue = lane.steps > 0 and self._is_overdue(lane)
+            if lane.steps and now < lane.throttled_until and not overdue:
+                self._park(lane)
+            elif overdue or self._has_room(lane, now, failed, slow):
+                task = self._pop(lane, now, overdue)
+                if task:
+                    return task
         return None
 
-    def _hand_out(self, stem: str, lane: Lane) -> Task:
-        if lane:
-            self.order.append(lane)
-        del self.waiting[stem]
-        self.active.add(stem)
-        lane.active += 1
-        return Task(stem, lane.name)
+    def _park(self, lane: Lane) -> None:
+        """Put a throttled lane out of the way until its probe is due."""
+        self.order.remove(lane)
+        lane.parked = lane.throttled_until
+        heapq.heappush(self.parked, (lane.parked, lane.name))
 
-    def _room(self, lane: Lane, now: float) -> int:
-        """Return how many workers may be at a lane: a throttled one gets a single probe when its time comes."""
-        if lane.steps:
-            return 1 if now >= lane.throttled_until else 0
-        return self.settings.workers if lane.name == UNREAD else self.settings.relay_connections
+    def _is_overdue(self, lane: Lane) -> bool:
+        """Tell whether a lane's oldest message is too old to be tried: it is let out, only to fail."""
+        came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
+        return self.clock_set <= came < time.time() - self.settings.retry_max_age
+
+    def _has_room(self, lane: Lane, now: float, failed: int, slow: int) -> bool:
+        """Tell whether one more worker may go to a lane, with so many at failed and at slow ones."""
+        workers, quick = self.settings.workers, lane.is_quick(now)
+        share = workers if len(self.lanes) == 1 else max(1, workers // 2)  # of all workers, for one that is slow
+        if not lane.proven:
+            room = 1
+        elif lane.name in LOCAL_LANES:
+            room = workers
+        else:
+            room = self.settings.relay_connections if quick else min(self.settings.relay_connections, share)
+        if len(lane.running) >= room or lane.steps and failed >= share:
+            return False
+        return quick or len(self.lanes) == 1 or slow < max(1, workers - max(1, workers // 4))
+
+    def _pop(self, lane: Lane, now: float, oldest: bool) -> Task | None:
+        """Take the next message from a lane that is in the order; None when all of them have gone."""
+        self.order.remove(lane)
+        lane.listed = False
+        found = None
+        while lane and not found:
+            stem = lane.pop(oldest)
+            if self.waiting.get(stem, {}).get(lane.name) != 0.0:
+                continue  # it was removed
+            if stem in self.active:
+                self.blocked.setdefault(stem, []).append(lane.name)
+                continue
+            found = self._hand_out(stem, lane, now)
+        if lane:
+            lane.listed = True
+            self.order.append(lane)
+        elif not lane.running:
+            del self.lanes[lane.name]
+        return found
+
+    def _hand_out(self, stem: str, lane: Lane, now: float) -> Task:
+        places = self.waiting[stem]
+        del places[lane.name]
+        if not places:
+            del self.waiting[stem]
+        self.active[stem] = lane.name
+        lane.running[stem] = now
+        return Task(stem, lane.name)
 
     def _quiet_for(self, now: float) -> float:
         """Return for how long nothing can fall due."""
-        times = [lane.throttled_until for lane in self.order if lane.steps and not lane.active]
-        if self.heap:
-            times.append(self.heap[0][0])
+        times = [first[0][0] for first in (self.heap, self.parked) if first]
         return max(min(times) - now, 0.0) if times else math.inf
 
     def throttle(self, name: str, reason: str) -> float:
@@ -3137,58 +3561,80 @@ class Scheduler:
             if lane.steps and now < lane.throttled_until:
                 return lane.throttled_until - now  # one that was under way when the first one failed
             lane.steps += 1
-            lane.reason = reason
+            lane.reason, lane.proven = reason, False
             delay = backoff(self.settings, lane.steps, self.rng)
             lane.throttled_until = now + delay
+            if not lane.listed:  # even with no mail, to be forgotten in time
+                lane.listed = True
+                self.order.append(lane)
             return delay
+
+    def postpone(self, stem: str, lane: str, delay: float) -> None:
+        """Let a message that waits for a next hop wait for so many seconds from now, and no less."""
+        with self.changed:
+            due = self.clock() + max(delay, 0.001)
+            self.waiting.setdefault(stem, {})[lane] = due
+            heapq.heappush(self.heap, (due, stem, lane))
 
     def is_throttled(self, name: str) -> bool:
         with self.changed:
             return self.lanes[name].steps > 0
 
-    def release(self, name: str) -> None:
-        """Let everything go: the next hop answered."""
+    def reached(self, name: str) -> None:
+        """Note that a next hop has answered: more workers may follow the first, unless it is throttled."""
         with self.changed:
             lane = self.lanes[name]
-            if lane.steps:
-                lane.steps, lane.reason = 0, ""
+            if not lane.proven and not lane.steps:
+                lane.proven = True
+                self.changed.notify_all()
+
+    def release(self, name: str) -> None:
+        """Let everything go: the next hop answered, and took what it was sent or said why not."""
+        with self.changed:
+            lane = self.lanes[name]
+            if lane.steps or not lane.proven:
+                lane.steps, lane.reason, lane.proven = 0, "", True
+                if lane.parked:
+                    self._unpark(name, lane.parked)
                 self.changed.notify_all()
 
     def flush(self) -> None:
         """Make everything due now, and try throttled next hops at once."""
         with self.changed:
             for _, stem, lane in sorted(self.heap):
-                if self.waiting.get(stem):
-                    self.waiting[stem] = 0.0
+                if self.waiting.get(stem, {}).get(lane):
+                    self.waiting[stem][lane] = 0.0
                     self._enter(stem, lane, False)
             self.heap.clear()
             for entry in self.lanes.values():
                 entry.throttled_until = 0.0
+            for until, name in self.parked:
+                self._unpark(name, until)
+            self.parked.clear()
             self.changed.notify_all()
 
     def hurry(self, stem: str) -> None:
         """Make one message that waits for itself due now."""
         with self.changed:
-            for due, waiting, lane in self.heap:
-                if waiting == stem and self.waiting.get(stem) == due:
-                    self._queue(stem, lane, 0.0, False)
-                    return
+            for lane in self.waiting.get(stem, ()):
+                self._queue(stem, lane, 0.0, False)
 
     def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
         with self.changed:
-            stems = heapq.nsmallest(limit, itertools.chain(self.waiting, self.active))
+            stems = heapq.nsmallest(limit, {*self.waiting, *self.active})
             now, wall = self.clock(), time.time()
-            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": lane.active,
+            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": len(lane.running),
                      "waiting": len(lane), "reason": lane.reason,
                      "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
-                    for lane in self.lanes.values() if lane.name != UNREAD]
+                    for lane in self.lanes.values() if lane.name not in LOCAL_LANES]
         return stems, hops
 
     def drop(self, stem: str) -> bool:
         """Forget a message; False when it is in a worker's hands."""
         with self.changed:
             self.waiting.pop(stem, None)
+            self.blocked.pop(stem, None)
             return stem not in self.active
 
     def stop(self) -> None:
@@ -3197,7 +3643,8 @@ class Scheduler:
             self.changed.notify_all()
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.active)
+        with self.changed:
+            return len(self.waiting) + sum(stem not in self.waiting for stem in self.active)
 
     def oldest(self) -> str | None:
         """Return the stem that has waited longest."""
@@ -3205,7 +3652,392 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
 
-# === 12 DELIVERY =============================================================
+# === 12 RESOLVER =============================================================
+#
+# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035).
+# Delivery calls it in mx mode, on its worker threads. A domain gives hosts in
+# the order to try them, a host gives addresses, and whatever goes wrong is one
+# ResolveError with the reply to record: 5xx fails the mail, 4xx keeps it.
+#
+# Each try has a connected UDP socket of its own, hence a random port, and a
+# random id: a datagram that does not echo both and the question is passed over.
+# A truncated answer is asked for again over TCP. The time of a call is shared
+# out evenly: every server in turn, DNS_ROUNDS times. The readers are pure and take
+# hostile octets: a pointer only ever goes backwards, and the loops have limits.
+# The servers are trusted to recurse; checking DNSSEC is theirs too.
+#
+# One leaf lock guards the cache, which lets go of the oldest answer first. With
+# no servers given, resolv.conf is read for each question that the cache cannot
+# answer, so that a laptop may change networks.
+
+A, CNAME, SOA, MX, AAAA = 1, 5, 6, 15, 28
+FAMILIES = {A: socket.AF_INET, AAAA: socket.AF_INET6}
+DNS_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+NXDOMAIN = 3
+DNS_HEADER_SIZE = 12
+DNS_ROUNDS = 3
+MAX_DNS_RECORDS = 512  # in one answer
+MAX_NAME_STEPS = 256  # labels and pointers in one name
+MAX_ALIASES = 8
+MAX_HOSTS = 16  # of a domain, and addresses of a host: to own more buys no more of our time
+MAX_CACHED_ANSWERS = 1000  # in the cache
+MAX_TTL, NEGATIVE_TTL, FAILURE_TTL = 3600.0, 300.0, 10.0  # seconds in the cache, at most
+
+NULL_MX = Reply(556, "5.1.10", "takes no mail (null MX)")
+NO_DOMAIN = Reply(550, "5.1.2", "no such domain in DNS")
+BAD_DOMAIN = Reply(550, "5.1.2", "neither a domain name nor an address literal")
+BAD_IDN = Reply(550, "5.1.2", "no certain ASCII form of this name; write its xn-- form")
+NO_ADDRESS = Reply(550, "5.4.4", "no mail host with an address")
+LOOPS_BACK = Reply(554, "5.4.6", "mail would loop back to this host")
+DNS_FAILED = Reply(451, "4.4.3", "DNS lookup failed")
+
+HOST_LABEL = re.compile(r"[a-z0-9_-]{1,63}")
+
+
+class ResolveError(Exception):
+    """A name that leads to no address; `reply` says why."""
+
+    def __init__(self, reply: Reply, name: str) -> None:
+        shown = name[:255] if name.isprintable() else ascii(name[:255])
+        self.reply = reply._replace(text=f"{shown}: {reply.text}")
+        self.permanent = reply.code >= 500
+        super().__init__(self.reply.text)
+
+
+class MxHost(NamedTuple):
+    """A host that takes mail for a domain: a name, or a literal in its brackets."""
+
+    preference: int
+    name: str
+
+
+class DnsRecord(NamedTuple):
+    owner: str
+    kind: int
+    ttl: int
+    number: int  # an MX's preference, an SOA's negative TTL
+    value: str  # an address or a name; "" is the root
+
+
+class DnsAnswer(NamedTuple):
+    name: str  # where the aliases in it end
+    records: tuple[DnsRecord, ...]  # of the kind asked for; none is an answer too
+    ttl: float
+    failure: Reply | None = None
+
+
+def is_host_name(name: str) -> bool:
+    """Tell whether a lower-case name can be a host's; `192.0.2.1` cannot."""
+    labels = name.split(".")
+    return len(name) < 254 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+
+
+def ascii_domain(domain: str) -> str:
+    """Return a domain as DNS is asked for it: lower case, A-labels, no last dot."""
+    name = lower = domain[:-1].lower() if domain.endswith(".") else domain.lower()
+    try:
+        if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
+            name = lower.encode("idna").decode("ascii")
+            # IDNA 2003 takes faß.example to fass.example, which is someone else: refuse.
+            name = name if name.encode().decode("idna") == unicodedata.normalize("NFC", lower) else ""
+    except UnicodeError:
+        name = ""
+    if not is_host_name(name):
+        raise ResolveError(BAD_DOMAIN if domain.isascii() else BAD_IDN, domain)
+    return name
+
+
+def literal_address(literal: str) -> str:
+    """Return the address in `[192.0.2.1]` or `[IPv6:2001:db8::1]` (RFC 5321 4.1.3)."""
+    tag, inside, bracket = literal[1:6].lower(), literal[1:-1], literal[-1:]
+    with contextlib.suppress(ValueError):
+        if bracket == "]" and tag != "ipv6:":
+            return str(ipaddress.IPv4Address(inside))
+        if bracket == "]" and "%" not in inside:  # a scope is not for a stranger to name
+            return str(ipaddress.IPv6Address(inside[5:]))
+    raise ResolveError(BAD_DOMAIN, literal)
+
+
+def system_dns_servers(path: str = "/etc/resolv.conf") -> list[tuple[str, int]]:
+    """Return resolv.conf's name servers, this host's where it names none."""
+    servers = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            with contextlib.suppress(ValueError):
+                if words[:1] == ["nameserver"] and len(words) > 1:
+                    servers.append(dns_server(words[1]))
+    return servers[:3] or [("127.0.0.1", 53)]
+
+
+def build_query(ident: int, name: str, kind: int) -> bytes:
+    """Build the message that asks a recursive server one question."""
+    labels = [label.encode("ascii") for label in name.split(".")]
+    octets = b"".join(bytes([len(label)]) + label for label in labels)
+    return struct.pack("!HHHxxxxxx", ident, 0x0100, 1) + octets + struct.pack("!xHH", kind, 1)
+
+
+def is_answer(message: bytes, query: bytes) -> bool:
+    """Tell whether a message answers this query: same id, same single question."""
+    # Of a question, lower() can change only the letters of its name.
+    asked, answered = (text[DNS_HEADER_SIZE : len(query)].lower() for text in (query, message))
+    same = asked == answered and message[:2] == query[:2] and message[4:6] == query[4:6]
+    return same and message[2] & 0xF8 == 0x80  # a response to a standard query
+
+
+def parse_answer(message: bytes) -> DnsAnswer:
+    """Read what a message says about its question. Raises ValueError if that is nothing."""
+    try:
+        flags, count, authority = struct.unpack_from("!xxHxxHH", message)
+        name, at = read_name(message, DNS_HEADER_SIZE)
+        (kind,) = struct.unpack_from("!H", message, at)
+        records = read_records(message, at + 4, count + authority)
+    except (IndexError, struct.error):
+        raise ValueError("malformed answer") from None
+    rcode = flags & 0x000F
+    if rcode not in (0, NXDOMAIN):
+        raise ValueError(DNS_RCODES.get(rcode, f"RCODE {rcode}"))
+    if not flags & 0x0480:  # AA or RA: a mere referral looks like "no such record", which is final
+        raise ValueError("server does not recurse")
+    answer = select_records(records, name, kind)
+    return answer._replace(failure=NO_DOMAIN) if rcode == NXDOMAIN else answer
+
+
+def select_records(records: list[DnsRecord], name: str, kind: int) -> DnsAnswer:
+    """Pick the records of one kind at the end of a name's aliases."""
+    aliases = {record.owner: record.value for record in records if record.kind == CNAME}
+    for _ in range(MAX_ALIASES):
+        name = aliases.get(name, name)
+    if name in aliases:
+        raise ValueError("too many aliases")
+    found = [record for record in records if (record.owner, record.kind) == (name, kind)]
+    found.sort(key=lambda record: record.number)
+    ttl = min((record.ttl for record in records), default=0)
+    return DnsAnswer(name, tuple(found[:MAX_HOSTS]), min(ttl, MAX_TTL if found else NEGATIVE_TTL))
+
+
+def read_records(message: bytes, at: int, count: int) -> list[DnsRecord]:
+    """Read the records of the kinds that we know."""
+    if count > MAX_DNS_RECORDS:
+        raise ValueError("too many records")
+    records = []
+    for _ in range(count):
+        owner, at = read_name(message, at)
+        kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
+        start, at = at + 10, at + 10 + length
+        if kind in (A, AAAA, CNAME, MX, SOA) and family == 1:
+            number, value = read_value(message[:at], start, kind)
+            ttl = min(ttl, number) if kind == SOA else ttl  # RFC 2308 5
+            records.append(DnsRecord(owner, kind, ttl, number, value))
+    if at > len(message):
+        raise ValueError("truncated answer")
+    return records
+
+
+def read_value(message: bytes, at: int, kind: int) -> tuple[int, str]:
+    """Read the number and the value of the record that ends the message (RFC 1035 3.3)."""
+    if kind in FAMILIES:
+        return 0, socket.inet_ntop(FAMILIES[kind], message[at:])
+    number = 0
+    if kind == MX:
+        number, at = int.from_bytes(message[at : at + 2], "big"), at + 2
+    value, at = read_name(message, at)
+    if kind == SOA:
+        _, at = read_name(message, at)
+        number, at = struct.unpack_from("!16xI", message, at)[0], at + 20
+    if at != len(message):
+        raise ValueError("record of the wrong length")
+    return number, value
+
+
+def read_name(message: bytes, at: int) -> tuple[str, int]:
+    """Read a name, lower-cased, with the offset after it (RFC 1035 4.1.4)."""
+    labels: list[str] = []
+    start, end, size = at, 0, 1
+    for _ in range(MAX_NAME_STEPS):
+        length = message[at]
+        if length == 0:
+            return ".".join(labels).lower(), end or at + 1
+        if length >= 0xC0:
+            end = end or at + 2
+            at = (length & 0x3F) << 8 | message[at + 1]
+            if at >= start:
+                raise ValueError("compression pointer not backwards")
+            start = at
+            continue
+        size += length + 1
+        if length > 63 or size > 255:
+            raise ValueError("over-long name")
+        label = message[at + 1 : at + 1 + length]
+        # A dot inside a label must not make two of it; no host has a backslash.
+        labels.append(label.decode("ascii", "replace").replace(".", "\\"))
+        at += 1 + length  # beyond the message after a cut label: message[at] then raises
+    raise ValueError("name of too many parts")
+
+
+def preferred_to(own_name: str, hosts: Sequence[MxHost]) -> list[MxHost]:
+    """Return the hosts that come before our own name among them (RFC 5321 5.1)."""
+    own = [host.preference for host in hosts if host.name == own_name.lower()]
+    left = [host for host in hosts if not own or host.preference < min(own)]
+    if not left:
+        raise ResolveError(LOOPS_BACK, own_name)
+    return left
+
+
+class Resolver:
+    """Answers where mail for a domain goes. Safe for many threads at once.
+
+    `servers` are (address, port), none for resolv.conf's; `timeout` is in seconds
+    for one call. Its methods raise only ResolveError.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[tuple[str, int]] = (),
+        timeout: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._servers = list(servers)
+        self._timeout = timeout
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._lock = threading.Lock()
+        self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
+
+    def mx_hosts(self, domain: str) -> list[MxHost]:
+        """Return a domain's mail hosts, best first, equal ones shuffled (RFC 5321 5.1, 7505)."""
+        if domain.startswith("["):
+            literal_address(domain)
+            return [MxHost(0, domain)]
+        name = ascii_domain(domain)
+        records = self._records(name, MX, self._clock() + self._timeout)
+        if not records:
+            return [MxHost(0, name)]
+        if not any(record.value for record in records):
+            raise ResolveError(NULL_MX, name)
+        best = {record.value: record.number for record in reversed(records)}
+        hosts = [MxHost(best[host], host) for host in best if is_host_name(host)]
+        if not hosts:
+            raise ResolveError(NO_ADDRESS, name)
+        return sorted(hosts, key=lambda host: (host.preference, self._rng.random()))
+
+    def addresses(self, host: str) -> list[str]:
+        """Return a host's addresses, IPv6 first and the families in turn."""
+        if host.startswith("["):
+            return [literal_address(host)]
+        name, deadline = ascii_domain(host), self._clock() + self._timeout
+        failure = ResolveError(NO_ADDRESS, name)
+        found: dict[int, list[str]] = {A: [], AAAA: []}
+        for kind in found:
+            try:
+                found[kind] = [record.value for record in self._records(name, kind, deadline)]
+            except ResolveError as error:
+                failure = error if failure.permanent else failure
+        # Where IPv6 does not work, that costs one connection attempt and not all of them.
+        pairs = itertools.zip_longest(found[AAAA], found[A])
+        addresses = [address for pair in pairs for address in pair if address]
+        if not addresses:
+            raise failure
+        return addresses[:MAX_HOSTS]
+
+    def targets(self, hosts: Sequence[MxHost]) -> Iterator[tuple[MxHost, str]]:
+        """Yield each host with each address, looked up only when its turn comes.
+
+        Raises ResolveError after the last host if none had an address: transient
+        if any lookup was.
+        """
+        failure, found = ResolveError(NO_ADDRESS, hosts[0].name), False
+        for host in hosts:
+            try:
+                addresses = self.addresses(host.name)
+            except ResolveError as error:
+                failure = failure if error.permanent else error
+                continue
+            found = True
+            for address in addresses:
+                yield host, address
+        if not found:
+            raise failure
+
+    def _records(self, name: str, kind: int, deadline: float) -> tuple[DnsRecord, ...]:
+        """Return the records of one kind, following aliases from answer to answer."""
+        for _ in range(MAX_ALIASES):
+            answer = self._answer(name, kind, deadline)
+            if answer.failure:
+                raise ResolveError(answer.failure, name)
+            if answer.records or answer.name == name:
+                return answer.records
+            name = ascii_domain(answer.name)
+        raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
+
+    def _answer(self, name: str, kind: int, deadline: float) -> DnsAnswer:
+        """Answer one question from the cache, or else from the servers."""
+        with self._lock:
+            expires, answer = self._cache.get((name, kind), (0.0, None))
+        if answer and self._clock() < expires:
+            return answer
+        answer = self._ask_each(name, kind, deadline)
+        with self._lock:
+            self._cache.pop((name, kind), None)
+            if len(self._cache) >= MAX_CACHED_ANSWERS:
+                del self._cache[next(iter(self._cache))]
+            self._cache[name, kind] = self._clock() + answer.ttl, answer
+        return answer
+
+    def _ask_each(self, name: str, kind: int, deadline: float) -> DnsAnswer:
+        """Ask one server after the other until one answers."""
+        tries = (self._servers or system_dns_servers()) * DNS_ROUNDS
+        began, text = self._clock(), ""
+        share = (deadline - began) / len(tries)
+        for number, server in enumerate(tries, 1):
+            query = build_query(self._rng.getrandbits(16), name, kind)
+            try:
+                return self._ask(server, query, began + number * share)
+            except (OSError, ValueError) as error:
+                text = f"{DNS_FAILED.text} ({server[0]}: {error})"
+        return DnsAnswer(name, (), FAILURE_TTL, DNS_FAILED._replace(text=text))
+
+    def _ask(self, server: tuple[str, int], query: bytes, until: float) -> DnsAnswer:
+        """Put a query to one server over UDP, then TCP if the answer is truncated."""
+        message = self._exchange(server, socket.SOCK_DGRAM, query, until)
+        if message[2] & 0x02:
+            message = self._exchange(server, socket.SOCK_STREAM, query, until)
+        return parse_answer(message)
+
+    def _exchange(self, server: tuple[str, int], kind: int, query: bytes, until: float) -> bytes:
+        """Return the message with which the server answers a query."""
+        found = socket.getaddrinfo(*server, type=kind, flags=socket.AI_NUMERICHOST)[0]
+        stream = kind == socket.SOCK_STREAM
+        receive = self._receive_framed if stream else self._receive
+        with socket.socket(*found[:3]) as sock:
+            sock.settimeout(max(0.001, until - self._clock()))
+            sock.connect(found[4])
+            sock.sendall(struct.pack("!H", len(query)) + query if stream else query)
+            message = receive(sock, until)
+            while not is_answer(message, query):
+                message = receive(sock, until)
+            return message
+
+    def _receive_framed(self, sock: socket.socket, until: float) -> bytes:
+        """Receive a message that its length precedes (RFC 7766 8)."""
+        octets = bytearray()
+        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+            octets += self._receive(sock, until)
+        return bytes(octets[2:])
+
+    def _receive(self, sock: socket.socket, until: float) -> bytes:
+        """Receive a datagram, or some octets. Raises OSError when there are none in time."""
+        left = until - self._clock()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        sock.settimeout(left)
+        octets = sock.recv(65535)
+        if not octets:
+            raise ConnectionError("connection closed")
+        return octets
+
+
+# === 13 DELIVERY =============================================================
 #
 # One attempt to pass a message on. A NextHop is one client connection: smtplib
 # for what it is good at, under a Wire so that every step has an absolute
@@ -3216,13 +4048,22 @@ class Scheduler:
 # from (stage, answer) to whom it concerns and whether it is for good. An attempt
 # returns an Outcome for each recipient it settled, and the Outcome of the host
 # when the next hop itself is what failed: that costs the message no attempt.
+#
+# A lane is a next hop by name: the smart hosts, an account's own, or a domain,
+# whose hosts DNS gives. Its targets are tried in order until one answers; one
+# that took long to fail is tried last for a while.
 
 REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
 CONTENT_PATIENCE = 4  # RFC 5321 4.5.3.2.6 asks for much more time after the final dot than elsewhere
-CONTENT_TIME = 600.0
+CONNECTION_TIME = 4  # times SMTP_RELAY_TIMEOUT, from the first packet to the login
+MESSAGE_TIME = 900.0
+TARGETS_MOST = 5  # tried in one attempt
+AVOID_TIME = 60.0
+GROUPING_TIME = 5.0  # for looking up who shares hosts with the domain in hand
+SMARTHOST = "smarthost"
 REPLY_LIMIT = 64 * KIB
+TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
 REPLY_KEPT = 1000  # characters of a reply that go into a record
-TRANSCRIPT_LINES = 60
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
 HOST_LATER, MESSAGE_LATER, RECIPIENT_LATER = (Scope.HOST, LATER), (Scope.MESSAGE, LATER), (Scope.RECIPIENT, LATER)
@@ -3238,6 +4079,7 @@ JUDGEMENTS = {
     "rcpt": (MESSAGE_LATER, RECIPIENT_LATER, RECIPIENT_NEVER),
     "data": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
     "content": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
+    "loop": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
 }
 HOST_CODES = (421, 530, 534, 535, 538)  # leaving, or wanting a login: not this message's fault
 
@@ -3269,9 +4111,26 @@ class Target(NamedTuple):
     tls: str  # starttls, tls, opportunistic, none
     username: str = ""
     password: str = ""
+    ip: str = ""  # known in mx mode only
 
     def __str__(self) -> str:
-        return host_port(self.host, self.port)
+        return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
+
+
+class Outgoing:
+    """The content of a message as it leaves: headers of ours, then the file from where it stands."""
+
+    def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
+        self.file, self.head, self.start = file, head, file.tell()
+        self.rewind()
+
+    def rewind(self) -> None:
+        self.file.seek(self.start)
+        self.ahead = self.head
+
+    def read(self, octets: int) -> bytes:
+        block, self.ahead = self.ahead, b""
+        return block or self.file.read(octets)
 
 
 class ReplyReader:
@@ -3309,14 +4168,22 @@ class NextHop:
         self.sent = 0
         self.idle_since = 0.0
         self.clean = True
+        self.latest = math.inf
+        self.ip = self.tls = ""
+
+    def patience(self, times: float = 1.0) -> Deadline:
+        """Return the deadline of the next step, within that of the whole."""
+        return Deadline(self.settings.relay_timeout * times, self.latest)
 
     def open(self) -> None:
         """Connect, say hello, start TLS and log in, as the target asks."""
+        self.latest = self.patience(CONNECTION_TIME).at
         try:
-            sock = socket.create_connection((self.target.host, self.target.port), self.settings.relay_timeout)
+            sock = self.connect()
         except OSError as e:
             raise Trouble("connect", 0, f"cannot connect: {e}") from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.ip = sock.getpeername()[0]
         self.attach(sock)
         if self.target.tls == "tls":
             self.secure("connect")
@@ -3327,16 +4194,31 @@ class NextHop:
         if self.target.username:
             self.login()
 
+    def connect(self) -> socket.socket:
+        """Connect to one of the host's addresses, with an even share of the time for each."""
+        deadline, trouble = self.patience(), OSError("no address")
+        places = socket.getaddrinfo(self.target.ip or self.target.host, self.target.port, type=socket.SOCK_STREAM)
+        for i, place in enumerate(places):
+            try:
+                return socket.create_connection((str(place[4][0]), self.target.port), deadline.left() / (len(places) - i))
+            except OSError as e:
+                trouble = e
+        raise trouble
+
     def attach(self, sock: socket.socket) -> None:
-        self.wire = Wire(sock, Deadline(self.settings.relay_timeout))
+        self.wire = Wire(sock, self.patience())
         self.reader = ReplyReader(self.wire, self.heard)
         self.smtp.sock = sock
         self.smtp.file = self.reader
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""
+        name = self.target.ip if self.target.host.startswith("[") else self.target.host
         try:
-            self.attach(self.context.wrap_socket(self.wire.sock, server_hostname=self.target.host))
+            self.wire.sock.settimeout(self.patience().left())
+            sock = self.context.wrap_socket(self.wire.sock, server_hostname=name)
+            self.tls = sock.version() or ""
+            self.attach(sock)
         except (OSError, ValueError) as e:
             raise Trouble(stage, 0, f"TLS failed: {e}") from None
 
@@ -3345,6 +4227,9 @@ class NextHop:
         self.say("hello", b"EHLO %s" % self.settings.hostname.encode())
         code, text = self.reply("hello")
         self.smtp.esmtp_features = {}
+        own = re.match(r"\S*", text)
+        if self.target.ip and own and own[0].lower() == self.settings.hostname.lower():
+            raise Trouble("loop", LOOPS_BACK.code, f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}")
         if code == 250:
             for line in text.split("\n")[1:]:
                 name, _, argument = line.partition(" ")
@@ -3372,7 +4257,7 @@ class NextHop:
     def login(self) -> None:
         """AUTH with the mechanism that is set, or the best one offered (RFC 4954)."""
         offered = self.smtp.esmtp_features.get("auth", "").upper().split()
-        wanted = [self.settings.relay_auth.upper()] if self.settings.relay_auth != "auto" else CLIENT_AUTH
+        wanted = [self.settings.relay_auth.upper()] if self.settings.relay_auth != "auto" else AUTO_AUTH
         mechanism = next((m for m in wanted if m in offered), None)
         if mechanism is None:
             raise Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
@@ -3384,12 +4269,27 @@ class NextHop:
         self.say("login", line + base64.b64encode(secret), shown=line + b"***" if secret else line)
         return self.reply("login")
 
+    def password(self) -> str:
+        """Return the password; the smart host's is reread from its file, since a token does not last."""
+        path = self.settings.relay_password_file
+        if not path or self.target.password != self.settings.relay_password:
+            return self.target.password
+        try:
+            return read_secret({"PASSWORD_FILE": path}, "PASSWORD")
+        except ValueError as e:
+            raise Trouble("login", 0, f"expected {e}") from None
+
     def plain(self) -> tuple[int, str]:
-        return self.ask_secret(b"AUTH PLAIN ", f"\0{self.target.username}\0{self.target.password}".encode())
+        return self.ask_secret(b"AUTH PLAIN ", f"\0{self.target.username}\0{self.password()}".encode())
+
+    def xoauth2(self) -> tuple[int, str]:
+        """XOAUTH2: after a token that is refused comes a challenge that says why, then the reply."""
+        answer = self.ask_secret(b"AUTH XOAUTH2 ", f"user={self.target.username}\1auth=Bearer {self.password()}\1\1".encode())
+        return self.ask_secret(b"") if answer[0] == 334 else answer
 
     def auth_login(self) -> tuple[int, str]:
         answer = self.ask_secret(b"AUTH LOGIN")
-        for secret in (self.target.username, self.target.password):
+        for secret in (self.target.username, self.password()):
             if answer[0] != 334:
                 break
             answer = self.ask_secret(b"", secret.encode())
@@ -3403,18 +4303,18 @@ class NextHop:
             challenge = base64.b64decode(text)
         except binascii.Error:
             raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
-        digest = hmac.new(self.target.password.encode(), challenge, "md5").hexdigest()
+        digest = hmac.new(self.password().encode(), challenge, "md5").hexdigest()
         return self.ask_secret(b"", f"{self.target.username} {digest}".encode())
 
     def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
         """Send command lines in one segment."""
         for line in lines:
             self.note("C: ", shown or line)
-        self.send(stage, b"".join(line + b"\r\n" for line in lines), Deadline(self.settings.relay_timeout))
+        self.send(stage, b"".join(line + b"\r\n" for line in lines))
 
-    def send(self, stage: str, data: bytes, deadline: Deadline) -> None:
+    def send(self, stage: str, data: bytes) -> None:
         try:
-            self.wire.sock.settimeout(deadline.left())
+            self.wire.sock.settimeout(self.patience().left())
             self.wire.sock.sendall(data)
         except OSError as e:
             raise Trouble(stage, 0, f"connection lost: {e}") from None
@@ -3433,7 +4333,7 @@ class NextHop:
 
     def reply(self, stage: str, patience: float = 1.0) -> tuple[int, str]:
         """Return the code and text of the next reply; Trouble when there is none that parses."""
-        self.wire.deadline = Deadline(self.settings.relay_timeout * patience)
+        self.wire.deadline = self.patience(patience)
         self.reader.left = REPLY_LIMIT
         try:
             code, text = self.smtp.getreply()
@@ -3465,7 +4365,11 @@ class NextHop:
             line += " BODY=8BITMIME"
         if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
             line += " SMTPUTF8"
-        lines = [("mail", line), *(("rcpt", f"RCPT TO:<{r.address}>") for r in recipients), ("data", "DATA")]
+        dsn = self.offers("dsn")  # RFC 3461 5.2.1
+        line += asked(RET=message.ret, ENVID=message.envid) if dsn else ""
+        lines = [("mail", line),
+                 *(("rcpt", f"RCPT TO:<{r.address}>" + (asked(NOTIFY=r.notify, ORCPT=r.orcpt) if dsn else "")) for r in recipients),
+                 ("data", "DATA")]
         return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
 
     def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
@@ -3478,8 +4382,9 @@ class NextHop:
                 self.say(stage, command)
             yield self.reply(stage)
 
-    def deliver(self, message: Message, recipients: Sequence[Recipient], content: BinaryIO) -> dict[str, Outcome]:
+    def deliver(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
         """Send one message; return an outcome for each recipient. Trouble: the connection is of no more use."""
+        self.latest = Deadline(MESSAGE_TIME).at
         refused = self.refusal(message, recipients)
         if refused:
             return {r.address: refused for r in recipients}
@@ -3491,7 +4396,7 @@ class NextHop:
         return self.transaction(self.converse(self.commands(message, recipients)), recipients, content)
 
     def transaction(self, replies: Iterator[tuple[int, str]], recipients: Sequence[Recipient],
-                    content: BinaryIO) -> dict[str, Outcome]:
+                    content: Outgoing) -> dict[str, Outcome]:
         """Read the replies to a transaction, sending the content if anyone is to have it."""
         host, outcomes = self.target.host, {}
         code, text = next(replies)
@@ -3508,7 +4413,7 @@ class NextHop:
             outcomes.update({r.address: final for r in taken})
         return {r.address: refused for r in recipients} if refused else outcomes
 
-    def content_outcome(self, answer: tuple[int, str], content: BinaryIO | None) -> Outcome:
+    def content_outcome(self, answer: tuple[int, str], content: Outgoing | None) -> Outcome:
         """Send the content after 354 (none when nobody is left to have it, RFC 2920 3.1), and return what it meant."""
         code, text = answer
         if code != 354:
@@ -3516,16 +4421,16 @@ class NextHop:
         if content:
             self.send_content(content)
         else:
-            self.send("data", b".\r\n", Deadline(self.settings.relay_timeout))
+            self.send("data", b".\r\n")
         code, text = self.reply("content", CONTENT_PATIENCE)
         if code == 250:
             self.clean = True
             return Outcome(Status.FORWARDED, Scope.MESSAGE, code, text, self.target.host)
         return classify("content", code, text, self.target.host)
 
-    def send_content(self, content: BinaryIO) -> None:
+    def send_content(self, content: Outgoing) -> None:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
-        latest, last = Deadline(CONTENT_TIME).at, b"\r\n"
+        last = b"\r\n"
         block = content.read(64 * KIB)
         while block:
             following = content.read(64 * KIB)
@@ -3533,7 +4438,7 @@ class NextHop:
             last = (last + block)[-2:]
             if not following:
                 data += b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"
-            self.send("data", data, Deadline(self.settings.relay_timeout, latest))
+            self.send("data", data)
             block = following
 
     def close(self) -> None:
@@ -3550,7 +4455,18 @@ class NextHop:
 
 
 CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
-    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login}
+    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login, "XOAUTH2": NextHop.xoauth2}
+AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
+
+
+def is_own_address(ip: str) -> bool:
+    """Tell whether an address is one of this machine's."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+            probe.bind((ip, 0))
+        return True
+    except OSError:
+        return False
 
 
 class Attempt(NamedTuple):
@@ -3562,62 +4478,184 @@ class Attempt(NamedTuple):
 
 
 class Delivery:
-    """Makes attempts, keeping connections for reuse. Workers share it; its lock is a leaf."""
+    """Makes attempts, keeping connections for reuse. Workers share it; its lock is a leaf.
 
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.settings, self.log = settings, log
+    `own` are the ports where this relay itself listens.
+    """
+
+    def __init__(self, settings: Settings, log: Log, accounts: Accounts, own: Sequence[int] = ()) -> None:
+        self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
+        self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
         self.lock = threading.Lock()
         self.idle: dict[Target, list[NextHop]] = {}
+        self.avoided: dict[Target, float] = {}
         self.stopped = False
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
         return client_context(self.settings.relay_ca_file, self.settings.relay_tls_verify)
 
+    # -- where to --
+
     def lane(self) -> str:
-        """Return the name of the next hop that mail waits for."""
-        return "smarthost"
+        """Return the lane of a message of which no more than the name is known."""
+        many = self.settings.delivery == "mx" or self.accounts.configured()
+        return UNSORTED if many else SMARTHOST
 
-    def targets(self) -> list[Target]:
+    def routes(self, message: Message) -> dict[str, list[Recipient]]:
+        """Return the recipients that are still owed a message, by lane."""
+        pending = message.pending()
+        account = self.accounts.get(message.user) if message.user else None
+        if account and account.relay_host:
+            return {f"{account.relay_host} ({account.name})": pending}
+        if self.settings.delivery != "mx":
+            return {SMARTHOST: pending}
+        found: dict[str, list[Recipient]] = {}
+        for r in pending:
+            found.setdefault(self.final_address(r).rpartition("@")[2].lower().rstrip("."), []).append(r)
+        return found
+
+    def final_address(self, recipient: Recipient) -> str:
+        return self.settings.relay_redirect_to or recipient.address
+
+    def is_allowed(self, recipient: Recipient) -> bool:
+        return bool(self.settings.relay_allowed_recipients.search(self.final_address(recipient)))
+
+    def smart_hosts(self, message: Message) -> list[Target]:
+        """Return where a message goes that is not sent by MX: an account's own host, or the settings'."""
         s = self.settings
-        return [Target(host, port, s.relay_tls, s.relay_username, s.relay_password) for host, port in s.smart_hosts]
+        account = self.accounts.get(message.user) if message.user else None
+        if not account or not account.relay_host:
+            return [Target(host, port, s.relay_tls, s.relay_username, s.relay_password) for host, port in s.smart_hosts]
+        host, port = split_port(account.relay_host, "587")
+        tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
+        return [Target(host, port, tls, account.relay_username, account.relay_password)]
 
-    def attempt(self, message: Message, content: BinaryIO) -> Attempt:
-        """Try to pass a message on to the recipients that are still owed it."""
+    def mail_hosts(self, domain: str) -> list[MxHost]:
+        """Return the hosts that take mail for a domain and are nearer to it than we are."""
+        return preferred_to(self.settings.hostname, self.resolver.mx_hosts(domain))
+
+    def mx_targets(self, hosts: Sequence[MxHost]) -> Iterator[Target]:
+        """Yield each address of each host, up to our own (RFC 5321 5.1)."""
+        port, found = self.settings.mx_port, False
+        for host, ip in self.resolver.targets(hosts):
+            if port in self.own and is_own_address(ip):
+                if not found:
+                    raise ResolveError(LOOPS_BACK, host.name)
+                return
+            found = True
+            yield Target(host.name, port, self.settings.relay_tls, ip=ip)
+
+    def sharers(self, lane: str, hosts: Sequence[MxHost], routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
+        """Return a domain's recipients and those of others with the very same hosts."""
+        latest, found = Deadline(GROUPING_TIME).at, list(routes[lane])
+        for other in (name for name in routes if name != lane):
+            with contextlib.suppress(ResolveError):
+                if time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
+                    found += routes[other]
+        return found
+
+    # -- an attempt --
+
+    def attempt(self, message: Message, lane: str, file: BinaryIO,
+                reached: Callable[[], None] = lambda: None) -> Attempt:
+        """Try to pass a message on to the recipients that wait in a lane; call `reached` once connected."""
+        routes = self.routes(message)
+        recipients = routes[lane]
+        try:
+            if self.settings.delivery == "mx" and not lane.endswith(")"):
+                hosts = self.mail_hosts(lane)
+                recipients = self.sharers(lane, hosts, routes)
+                return self.send(self.mx_targets(hosts), message, recipients, file, reached)
+            return self.send(self.smart_hosts(message), message, recipients, file, reached)
+        except ResolveError as e:
+            said = f"{e.reply.enhanced} {e.reply.text}"
+            if e.permanent:
+                outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
+                return Attempt({r.address: outcome for r in recipients}, None, [])
+            return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
+
+    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient], file: BinaryIO,
+             reached: Callable[[], None]) -> Attempt:
+        """Send a message as the settings rewrite it."""
+        s = self.settings
+        path = message.reverse_path and (s.relay_return_path or message.reverse_path)
+        if not s.relay_redirect_to:
+            message = dataclasses.replace(message, reverse_path=path)
+            return self.try_each(targets, message, recipients, Outgoing(file), reached)
+        head = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients).encode("utf-8", "surrogateescape")
+        message = dataclasses.replace(message, reverse_path=path, size=message.size + len(head))
+        attempt = self.try_each(targets, message, [Recipient(s.relay_redirect_to)], Outgoing(file, head), reached)
+        return attempt._replace(outcomes={r.address: o for r in recipients for o in attempt.outcomes.values()})
+
+    def try_each(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
+                 content: Outgoing, reached: Callable[[], None]) -> Attempt:
+        """Try one target after the other until one is not to blame for what went wrong."""
         attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
-        start = content.tell()
-        for target in self.targets():
-            content.seek(start)  # the one before may have refused after it had all the content
-            attempt = self.attempt_at(target, message, message.pending(), content)
+        lines: list[str] = []
+        for target in itertools.islice(self.by_health(targets), TARGETS_MOST):
+            started = time.monotonic()
+            attempt = self.attempt_at(target, message, recipients, content, reached)
+            lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
+            slow = time.monotonic() - started > SLOW
             if not attempt.trouble:
                 break
-        return attempt
+            if slow:
+                with self.lock:
+                    self.avoided[target] = time.monotonic() + AVOID_TIME
+        return attempt._replace(transcript=lines)
 
-    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient], content: BinaryIO) -> Attempt:
+    def by_health(self, targets: Iterable[Target]) -> Iterator[Target]:
+        """Yield targets in order, those that lately took long to fail at the end."""
+        last = []
+        for target in targets:
+            if self.is_avoided(target):
+                last.append(target)
+            else:
+                yield target
+        yield from last
+
+    def is_avoided(self, target: Target) -> bool:
+        """Tell whether a target is passed over; when its time is up, one caller tries it, not all."""
+        now = time.monotonic()
+        with self.lock:
+            until = self.avoided.get(target)
+            if until is not None and until <= now:
+                self.avoided[target] = now + AVOID_TIME
+            return until is not None and until > now
+
+    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient], content: Outgoing,
+                   reached: Callable[[], None]) -> Attempt:
         """Try one target; a kept connection that has gone stale is replaced without blame."""
         hop = self.take(target)
         reused = hop.sent > 0
-        start = content.tell()
+        content.rewind()
         try:
             if not reused:
                 hop.open()
+            reached()
             outcomes = hop.deliver(message, recipients, content)
         except Trouble as trouble:
             hop.close()
             if reused and trouble.stage == "mail" and trouble.code in (0, 421):
                 self.drop_idle(target)
-                content.seek(start)
-                return self.attempt_at(target, message, recipients, content)
+                return self.attempt_at(target, message, recipients, content, reached)
             return self.judge(trouble, hop, recipients)
         except BaseException:  # content that cannot be read: it must not end in a final dot
             hop.drop()
             raise
         self.give(hop)
+        outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
         return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
 
+    def seal(self, outcome: Outcome, hop: NextHop) -> Outcome:
+        """Say in an outcome how it was come by."""
+        return outcome._replace(ip=hop.ip, tls=hop.tls, verified=bool(hop.tls) and self.settings.relay_tls_verify,
+                                dsn=bool(hop.smtp.esmtp_features) and hop.offers("dsn"))
+
     def judge(self, trouble: Trouble, hop: NextHop, recipients: list[Recipient]) -> Attempt:
-        outcome = classify(trouble.stage, trouble.code, trouble.reply, hop.target.host)
+        outcome = self.seal(classify(trouble.stage, trouble.code, trouble.reply, hop.target.host), hop)
         if trouble.stage == "content":
             self.log.warn("possible_duplicate", host=hop.target, reason="no answer after the content was sent")
         if outcome.scope is Scope.HOST:
@@ -3640,6 +4678,7 @@ class Delivery:
         """Keep a connection for the next message, unless it has done its share."""
         hop.idle_since = time.monotonic()
         with self.lock:
+            self.avoided.pop(hop.target, None)
             keep = hop.sent < REUSE_MESSAGES and not self.stopped
             if keep:
                 self.idle.setdefault(hop.target, []).append(hop)
@@ -3664,7 +4703,377 @@ class Delivery:
         self.drop_idle()
 
 
-# === 13 SESSION ==============================================================
+# === 14 REPORTS ==============================================================
+#
+# A message that failed for good tells its sender so, once: a multipart/report
+# (RFC 3464, 6522) of words for people, fields for programs, and the original's
+# headers. Called by the delivery thread that finished the message; pure but
+# for ReportCap, whose lock is a leaf.
+#
+# Addresses, replies and headers come from strangers, so header_line writes every
+# field: nothing unprintable, at most 900 octets, folded at spaces alone.
+# email.message is no help here: it decodes the encoded words in a reply, folds
+# a long address into one, and has let line ends through (CVE-2024-6923).
+#
+# A report is as international as its way back: only if the reverse-path needs
+# SMTPUTF8 does the report, as message/global-delivery-status (RFC 6533).
+# Otherwise all its fields are ASCII.
+
+REPORTED = "report sent"  # the detail in a record's history: never a second report
+REPORT_RECIPIENTS_MAX, REPORTS_AN_HOUR = 500, 100
+REPORT_HEAD_MAX = 64 * KIB
+REPORT_FULL_MAX = MIB  # RET=FULL beyond it gets the headers alone
+FIELD_MAX, REPLY_MAX = 900, 600  # octets; a line has 998 at most (RFC 5322 2.1.1)
+ENHANCED = re.compile(r"(?:[0-9]{3}[ -])?([45]\.[0-9]{1,3}\.[0-9]{1,3})(?![0-9])")
+
+# What to do, by RFC 3463 status, else subject.detail, else subject, else reply code.
+ADVICE = {
+    "5.4.1": "Mostly that means: no such address. Check it for a typing mistake.",  # Microsoft 365
+    "1": "Their server does not know this address. Check it for a typing mistake.",
+    "1.2": "There is no such mail domain. Check what stands after the @.",
+    "1.8": "They do not accept your own address. Check the address you send from.",
+    "1.10": "That domain takes no mail at all. Check what stands after the @.",
+    "2": "The mailbox cannot take mail now. Reach its owner another way.",
+    "2.2": "The mailbox is full. Send it again once its owner has made room.",
+    "3.4": "The message is too big for them. Send a smaller one, or a link to the files.",
+    "4": "Their server was not to be reached. Check what stands after the @, or send it later.",
+    "4.6": "The message went round in a circle. Tell whoever runs your mail server.",
+    "6": "Something in it was refused. Send it in a plainer form, or without attachments.",
+    "6.7": "Their server cannot take addresses with such letters. Use another address.",
+    "7": "Their rules refuse it: often as suspected spam, or because your mail server may not "
+    "send for your domain. Show the reply above to whoever runs your mail server.",
+    "550": "Mostly that means: no such address. Check it for a typing mistake.",
+    "552": "The mailbox is full, or the message is too big.",
+    "": "No more is known than that. Show it to whoever runs your mail server.",
+}
+
+
+def wants_report(message: Message) -> list[Recipient]:
+    """Return the recipients that the sender is to hear of; none while mail is owed.
+
+    Those are the ones that failed, and those that asked for NOTIFY=SUCCESS of a next hop
+    that knows no DSN (RFC 3461 5.2.2). RFC 5321 6.1: the null sender is told nothing.
+    """
+    told = any(step.get("detail") == REPORTED for step in message.history)
+    if not message.reverse_path or told or message.pending():
+        return []
+    return [r for r in message.recipients if is_told(r)]
+
+
+def is_told(recipient: Recipient) -> bool:
+    """Tell whether what became of a recipient is reported."""
+    asked = (recipient.notify or "FAILURE").split(",")
+    if recipient.status is Status.FORWARDED:
+        return "SUCCESS" in asked and not recipient.dsn
+    return recipient.status is Status.FAILED and "FAILURE" in asked
+
+
+def failed(recipients: Iterable[Recipient]) -> list[Recipient]:
+    return [r for r in recipients if r.status is Status.FAILED]
+
+
+def build_report(message: Message, original: bytes, hostname: str, now: datetime.datetime) -> bytes:
+    """Build the report to message.reverse_path, to be sent from the null sender.
+
+    original is the message as it came, as far as REPORT_FULL_MAX and an octet; now is aware.
+    It goes back whole if RET=FULL asked for it and it is no longer. RFC 3464, 6522, 6533.
+    """
+    told = wants_report(message)
+    utf8 = not message.reverse_path.isascii()
+    kind = "global-delivery-status" if utf8 else "delivery-status"
+    parts = (
+        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname)),
+        mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
+        returned_part(message, original),
+    )
+    # No part can hold its own hash, so no original can end the report early.
+    boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+    head = (
+        ("From", f"Mail Delivery System <MAILER-DAEMON@{hostname}>"),
+        ("To", f"<{message.reverse_path}>"),
+        ("Subject", "Your message could not be delivered" if failed(told) else "Your message was passed on"),
+        ("Date", email.utils.format_datetime(now)),
+        ("Message-ID", f"<report.{message.id}@{hostname}>"),
+        ("Auto-Submitted", "auto-replied"),
+        ("MIME-Version", "1.0"),
+        ("Content-Type", f'multipart/report; report-type={kind}; boundary="{boundary}"'),
+    )
+    opening, closing = f"\r\n--{boundary}\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
+    return header_lines(head, utf8) + b"".join(opening + part for part in parts) + closing
+
+
+def report_text(message: Message, told: Sequence[Recipient], hostname: str) -> bytes:
+    """Tell a person who did not get the message, why, what to do."""
+    lines = [f"This is the mail server {hostname}.", "",
+             f"It is about your message of {mail_time(message.received_at)} ({message.size} octets)."]
+    lost, passed = failed(told), [r for r in told if r.status is Status.FORWARDED]
+    if lost:
+        lines += ["It did not reach these recipients, and will not be tried again:"]
+    for recipient in lost[:REPORT_RECIPIENTS_MAX]:
+        said = f"The mail server {recipient.host} said:" if recipient.host and recipient.code else "What went wrong:"
+        lines += ["", recipient.address, f"    {said}"]
+        lines += [f"        {line}" for line in wrapped(words_said(recipient))]
+        lines += [f"    {line}" for line in wrapped(f"What to do: {advice_on(recipient)}")]
+    if len(lost) > REPORT_RECIPIENTS_MAX:
+        lines += ["", f"and {len(lost) - REPORT_RECIPIENTS_MAX} more."]
+    if passed:
+        lines += ["", "For these it was passed on to a mail server that sends no reports of delivery:", ""]
+        lines += [f"{r.address} ({r.host})" for r in passed[:REPORT_RECIPIENTS_MAX]]
+    lines += ["", f"The original follows. Its queue id here was {message.id}."]
+    return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
+
+
+def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: bool) -> bytes:
+    """Write the fields for programs: a group on the message, one on each recipient."""
+    groups = [
+        (
+            ("Reporting-MTA", f"dns; {host}"),
+            ("Original-Envelope-Id", decode_xtext(message.envid) or ""),
+            ("Arrival-Date", mail_time(message.received_at)),
+        ),
+        *(recipient_fields(recipient, utf8) for recipient in told[:REPORT_RECIPIENTS_MAX]),
+    ]
+    return b"\r\n".join(header_lines(group, utf8) for group in groups)
+
+
+def recipient_fields(recipient: Recipient, utf8: bool) -> tuple[tuple[str, str], ...]:
+    """List the fields on one recipient (RFC 3464 2.3)."""
+    return (
+        ("Original-Recipient", original_recipient(recipient.orcpt, utf8)),
+        ("Final-Recipient", final_recipient(recipient.address, utf8)),
+        ("Action", "failed" if recipient.status is Status.FAILED else "relayed"),
+        ("Status", enhanced_status(recipient)),
+        ("Remote-MTA", recipient.host and f"dns; {recipient.host}"),
+        ("Diagnostic-Code", ("smtp; " if recipient.host and recipient.code else "x-smtprelay; ") + words_said(recipient)),
+    )
+
+
+def returned_part(message: Message, original: bytes) -> bytes:
+    """Write the part that gives the original back: whole if asked for, else its headers."""
+    head = original.partition(b"\r\n\r\n")[0] + b"\r\n"
+    text = head[:REPORT_HEAD_MAX].rpartition(b"\r\n")[0].decode("utf-8", "replace")
+    if message.ret == "FULL" and fits_8bit(original):
+        plain = text.isascii() or "\ufffd" in text
+        return mime_part("message/rfc822" if plain else "message/global", original)
+    kind = "text/rfc822-headers" if text.isascii() else "message/global-headers"
+    return mime_part(kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode())
+
+
+def fits_8bit(full: bytes) -> bool:
+    """Tell whether it is small, and 8bit can carry it (RFC 2045 2.8)."""
+    if len(full) > REPORT_FULL_MAX or b"\0" in full:
+        return False
+    ends = {full.count(end) for end in (b"\r", b"\n", b"\r\n")}
+    return len(ends) == 1 and max(map(len, full.split(b"\r\n"))) <= 998
+
+
+def mime_part(media_type: str, body: bytes) -> bytes:
+    encoding = "7bit" if body.isascii() else "8bit"
+    head = f"Content-Type: {media_type}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    return head.encode() + body
+
+
+def header_lines(fields: Sequence[tuple[str, str]], utf8: bool) -> bytes:
+    return b"".join(header_line(name, value, utf8) for name, value in fields if value)
+
+
+def header_line(name: str, value: str, utf8: bool) -> bytes:
+    """Write one header field of whatever value: the guard against injection."""
+    text = value if utf8 else value.encode("ascii", "backslashreplace").decode()
+    return "\r\n ".join(wrapped(one_line(f"{name}: {text}"))).encode() + b"\r\n"
+
+
+def one_line(text: str, octets: int = FIELD_MAX) -> str:
+    """Make text one line of at most so many octets, a space for each unprintable character."""
+    printable = "".join(c if c.isprintable() else " " for c in text[:octets])
+    return printable.encode()[:octets].decode("utf-8", "ignore")
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
+
+
+def words_said(recipient: Recipient) -> str:
+    """Return the reply word for word, its code in front."""
+    bare = not recipient.code or recipient.reply.startswith(str(recipient.code))
+    said = recipient.reply if bare else f"{recipient.code} {recipient.reply}"
+    return one_line(said or "no answer", REPLY_MAX)
+
+
+def enhanced_status(recipient: Recipient) -> str:
+    """Return the reply's enhanced code, or one that says no more than its code (RFC 3463)."""
+    found = ENHANCED.match(recipient.reply)
+    if found and recipient.code // 100 in (0, int(found[1][0])):
+        return found[1]
+    return {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(recipient.code // 100, "5.0.0")
+
+
+def advice_on(recipient: Recipient) -> str:
+    status = enhanced_status(recipient)
+    keys = (status, status[2:], status[2:].partition(".")[0], str(recipient.code), "")
+    return next(ADVICE[key] for key in keys if key in ADVICE)
+
+
+def mail_time(received_at: str) -> str:
+    """Write a record's time as headers have it (RFC 5322 3.3); empty if it is none."""
+    try:
+        return email.utils.format_datetime(datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00")))
+    except ValueError:
+        return ""
+
+
+class ReportCap:
+    """Allows at most so many reports in any hour, on any thread; its lock is a leaf."""
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock, self._clock, self._limit = threading.Lock(), clock, limit
+        self._sent: collections.deque[float] = collections.deque()
+
+    def take(self) -> bool:
+        """Count one more report; false if it is one too many and must not be sent."""
+        with self._lock:
+            now = self._clock()
+            while self._sent and now - self._sent[0] >= 3600:
+                self._sent.popleft()
+            allowed = len(self._sent) < self._limit
+            if allowed:
+                self._sent.append(now)
+            return allowed
+
+
+# === 15 FAULTS ===============================================================
+#
+# Failures on order (SMTP_FAULTS), for people who test how their application
+# mails. A session asks at each stage; an answer takes the place of the true
+# one. Rules stand one a line, or between semicolons:
+#
+#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N]
+#
+#     rcpt to=*@slow.test 450 greylisted first 2    each recipient's first two tries
+#     end from=ci@* drop kept after 3               from the fourth on, the 250 is lost
+#     connect delay 5s; mail 451 4.3.0 busy
+#
+# STAGE is connect, mail, rcpt, data or end (after the final dot; drop kept: the
+# message is taken, but its answer is not sent). Rules are tried in order: a delay
+# adds up and goes on to the next, anything else ends the search. first and after
+# count the times a rule was reached, for each recipient if it has to=. The same
+# questions always get the same answers. Any thread may ask: the lock is a leaf.
+
+FAULT_STAGES = ("connect", "mail", "rcpt", "data", "end")
+FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
+FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
+
+
+class FaultAnswer(NamedTuple):
+    """What a session does in place of the true answer, after `delay` seconds."""
+
+    delay: float = 0.0
+    reply: Reply | None = None
+    drop: bool = False  # close the connection without a word
+    kept: bool = False  # at the end: the message counts as received
+
+
+class Fault(NamedTuple):
+    """One rule: it answers the times after < n <= after + first."""
+
+    rule: str
+    stage: str
+    globs: dict[str, str]
+    answer: FaultAnswer
+    first: int = 10**9
+    after: int = 0
+
+    def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
+        """Return what the rule counts by, its recipient or "" without to=; None if it does not match."""
+        if not fnmatch.fnmatchcase(sender.lower(), self.globs.get("from", "*")):
+            return None
+        if "to" not in self.globs:
+            return ""
+        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, self.globs["to"])), None)
+
+
+def parse_faults(text: str) -> list[Fault]:
+    """Read the rules; ValueError names each wrong one, its number, what was expected."""
+    found, wrong = [], []
+    for number, rule in enumerate(filter(None, map(str.strip, re.split(r"[;\n]", text))), 1):
+        try:
+            found.append(parse_fault(rule))
+        except ValueError as e:
+            wrong.append(f"rule {number} ({rule[:80]!r}): expected {e}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return found
+
+
+def parse_fault(rule: str) -> Fault:
+    stage, *parts = rule.split()
+    if stage not in FAULT_STAGES:
+        raise ValueError(f"a stage ({', '.join(FAULT_STAGES)})")
+    globs, when = {}, {}
+    while parts and parts[0].startswith(("to=", "from=")):
+        name, _, glob = parts.pop(0).partition("=")
+        if stage not in FAULT_GLOBS[name]:
+            raise ValueError(f"{name}= at {', '.join(FAULT_GLOBS[name])} only")
+        globs[name] = glob.lower()
+    while len(parts) > 2 and parts[-2] in ("first", "after"):
+        number, name = parts.pop(), parts.pop()
+        when[name] = count(number)
+    return Fault(rule, stage, globs, parse_fault_answer(parts, stage), **when)
+
+
+def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
+    delay = 0.0
+    if parts[:1] == ["delay"]:
+        delay, parts = duration("".join(parts[1:2])), parts[2:]
+        if not parts:
+            return FaultAnswer(delay)
+    if parts == ["drop"] or (parts == ["drop", "kept"] and stage == "end"):
+        return FaultAnswer(delay, drop=True, kept=len(parts) == 2)
+    match = re.fullmatch(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?", " ".join(parts))
+    if not match:
+        raise ValueError('a code from 400 to 599 with printable ASCII after it, "delay 5s" or "drop"')
+    return FaultAnswer(delay, Reply(int(match[1] + match[2]), match[3] or f"{match[1]}.0.0", match[4] or "Scripted failure"))
+
+
+class Faults:
+    """Answers by the rules, with a memory of how often each was reached. SettingsError lists wrong rules."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.rules = parse_faults(text)
+        except ValueError as e:
+            raise SettingsError([f"SMTP_FAULTS: {e}"]) from None
+        self.lock = threading.Lock()
+        self.counts: dict[tuple[int, str], int] = {}
+        self.fired = [0] * len(self.rules)
+
+    def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
+        """Return the answer at a stage, None for the true one; data and end give all recipients."""
+        if not self.rules:
+            return None
+        delay = 0.0
+        with self.lock:
+            for number, fault in enumerate(self.rules):
+                if fault.stage == stage and self.fires(number, fault, sender, recipients):
+                    delay += fault.answer.delay
+                    if fault.answer.reply or fault.answer.drop:
+                        return fault.answer._replace(delay=delay)
+        return FaultAnswer(delay) if delay else None
+
+    def fires(self, number: int, fault: Fault, sender: str, recipients: Sequence[str]) -> bool:
+        """Count a matching rule as reached once more; tell whether it answers."""
+        by = fault.counts_by(sender, recipients)
+        if by is None:
+            return False
+        reached = self.counts[number, by] = self.counts.pop((number, by), 0) + 1
+        if len(self.counts) > FAULT_COUNTS_MOST:
+            del self.counts[next(iter(self.counts))]
+        fires = fault.after < reached <= fault.after + fault.first
+        self.fired[number] += fires
+        return fires
+
+
+# === 16 SESSION ==============================================================
 #
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
@@ -3725,13 +5134,10 @@ class Link:
 class Guard:
     """Who may come in and send: accounts, the certificate, limits."""
 
-    def __init__(self, settings: Settings, log: Log, quotas: Quotas, pair: tuple[str, str]) -> None:
-        self.accounts = Accounts(settings, log)
-        self.tls = ServerTls(*pair, log) if pair[0] else None
-        self.quotas = quotas
+    def __init__(self, accounts: Accounts, tls: ServerTls | None, quotas: Quotas) -> None:
+        self.accounts, self.tls, self.quotas = accounts, tls, quotas
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-        self.minutes = Buckets()  # quota_per_minute, by account
 
     def trouble(self) -> str:
         """Return what is wrong with the users file or the certificate as they are now."""
@@ -3768,6 +5174,7 @@ class Reception:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard = guard
         self.audit = Audit(settings.audit_log, log)
+        self.faults = Faults(settings.faults)
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}").wire()
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
@@ -3776,32 +5183,61 @@ class Reception:
         self.free_checked = (-math.inf, True)
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
-    def refusal(self, client: str) -> bool:
-        """Tell whether a client's address keeps it out."""
+    def lets_in(self, client: str) -> bool:
+        """Tell whether a client's address may connect; where any login is good, none from outside may."""
         if client == "local":
-            return False
+            return True
         address = ipaddress.ip_address(client)
-        return not any(address in network for network in self.settings.allow_networks)
+        if self.settings.auth_any and not address.is_loopback:
+            return False
+        return any(address in network for network in self.settings.allow_networks)
+
+    def turned_away(self, client: str, reply: Reply) -> None:
+        """Note a connection that gets no service."""
+        self.metrics.inc("smtp_connections_refused_total")
+        self.audit.write("blocked", client=client, reason=reply.text)
+
+    def is_balancer(self, client: str) -> bool:
+        """Tell whether a connection from here opens with a PROXY header."""
+        nets = self.settings.proxy_networks
+        return bool(nets) and client != "local" and any(ipaddress.ip_address(client) in net for net in nets)
+
+    def rename(self, session: Session, client: str) -> bool:
+        """Count a session for the client that a balancer named; False when that one has too many."""
+        limit = self.settings.max_connections_per_client
+        with self.lock:
+            self.uncount(session.client)
+            self.clients[client_key(client)] += 1
+            session.client = client
+            return not 0 < limit < self.clients[client_key(client)]
 
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        limit = self.settings.max_connections_per_client
+        key = client_key(session.client)
+        limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
-                    or 0 < limit <= self.clients[session.client])
+            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+                    or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
-                self.clients[session.client] += 1
-        self.metrics.inc("smtp_connections_refused_total" if full else "smtp_sessions_active")
+                self.clients[key] += 1
+        if full:
+            self.turned_away(session.client, TOO_MANY_SESSIONS)
+        else:
+            self.metrics.inc("smtp_sessions_active")
         return not full
 
     def leave(self, session: Session) -> None:
         with self.lock:
             self.sessions.discard(session)
-            self.clients[session.client] -= 1
-            if not self.clients[session.client]:
-                del self.clients[session.client]
+            self.uncount(session.client)
         self.metrics.inc("smtp_sessions_active", -1)
+
+    def uncount(self, client: str) -> None:
+        key = client_key(client)
+        self.clients[key] -= 1
+        if not self.clients[key]:
+            del self.clients[key]
 
     def has_room(self, size: int) -> bool:
         """Tell whether the spool can take a message of so many octets."""
@@ -3856,6 +5292,7 @@ class Session:
         self.reserved: str | None = None  # the account a message was set aside for
         self.accepted = False
         self.failed_logins = 0
+        self.crowded = False
         self.latest = Deadline(self.settings.session_timeout).at
         self.wire = Wire(sock, Deadline(self.settings.command_timeout, self.latest))
         self.helo = ""
@@ -3873,6 +5310,8 @@ class Session:
         """Hold the whole dialogue."""
         self.reception.audit.write("session_start", client=self.client)
         try:
+            if self.reception.is_balancer(self.client):
+                self.meet_balancer()
             if self.implicit_tls:
                 self.handshake()
             if self.greet():
@@ -3906,14 +5345,44 @@ class Session:
 
     def greet(self) -> bool:
         """Send the 220, or why not; tell whether the dialogue goes on."""
-        if self.reception.refusal(self.client):
+        if self.crowded:
+            self.reception.turned_away(self.client, TOO_MANY_SESSIONS)
+            self.answer_with(TOO_MANY_SESSIONS)
+        elif not self.reception.lets_in(self.client):
+            self.reception.turned_away(self.client, NOT_ALLOWED)
             self.answer_with(NOT_ALLOWED)
         elif not self.implicit_tls and spoke_early(self.wire.sock):
             self.answer_with(TALKED_EARLY)
         else:
-            self.wire.write(self.reception.greeting)
+            fault = self.fault("connect")
+            self.over = fault is not None
+            self.wire.write(fault.wire() if fault else self.reception.greeting)
             return True
         return False
+
+    def meet_balancer(self) -> None:
+        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
+        try:
+            client = client_name(socket.AF_INET6, (proxied_client(self.wire.sock, self.wire.deadline) or self.client,))
+        except ValueError as e:
+            self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
+            raise PeerGone("bad PROXY header") from None
+        self.crowded = not self.reception.rename(self, client)
+        self.is_local = is_loopback(client)
+
+    def fault(self, stage: str, *recipients: str) -> Reply | None:
+        """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
+        answer = self.reception.faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
+        if not answer:
+            return None
+        end = time.monotonic() + answer.delay
+        while time.monotonic() < end and not self.reception.stopping:
+            time.sleep(min(0.05, max(0.0, end - time.monotonic())))
+        if answer.kept:
+            return LOST
+        if answer.drop:
+            raise PeerGone("dropped by SMTP_FAULTS")
+        return answer.reply
 
     def one_command(self) -> None:
         if self.reception.stopping:
@@ -3955,6 +5424,8 @@ class Session:
         verb = VERBS.get(name)
         if verb is None:
             return self.unknown(name)
+        if not argument.isascii() and name not in ("MAIL", "RCPT"):  # RFC 6531 allows it there
+            return BAD_LINE
         if self.settings.tls_required and not verb.before_tls and not isinstance(self.wire.sock, ssl.SSLSocket):
             return TLS_FIRST
         if verb.needs_argument and not argument or verb.needs_argument is False and argument:
@@ -3983,6 +5454,7 @@ class Session:
                 self.errors += 1
             if self.errors > self.settings.max_errors:
                 reply, self.over = TOO_MANY_ERRORS, True
+                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
         self.wire.write(reply.wire())
@@ -4009,11 +5481,11 @@ class Session:
 
     def forget(self) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5)."""
-        if self.draft:
-            self.draft.abort()
         if self.reserved is not None:
             self.guard.quotas.settle(self.reserved, self.accepted)
         self.reserved, self.accepted = None, False
+        if self.draft:
+            self.draft.abort()
         self.envelope = self.draft = self.content = self.disk_error = None
 
     # -- hello, and commands that change nothing --
@@ -4035,7 +5507,7 @@ class Session:
 
     def extensions(self) -> list[str]:
         lines = [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
-                 "ENHANCEDSTATUSCODES", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
+                 "ENHANCEDSTATUSCODES", "DSN", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
         tls = isinstance(self.wire.sock, ssl.SSLSocket)
         if self.guard.tls and not tls:
             lines.append("STARTTLS")
@@ -4113,26 +5585,30 @@ class Session:
         key, rate = client_key(self.client), self.settings.auth_failures
         if not self.guard.logins.take(key, rate, rate):
             return self.too_many_logins()
-        login = authenticate(accounts, mechanism, initial or None, self.ask)
-        if login.reply is not AUTH_WRONG:
-            self.guard.logins.give(key, rate)
-        return self.logged_in(login, mechanism)
+        reply: Reply | None = None
+        try:
+            login = authenticate(accounts, mechanism, initial or None, self.ask)
+            reply = login.reply
+        finally:
+            if reply is not AUTH_WRONG:
+                self.guard.logins.give(key, rate)
+        return self.logged_in(login, mechanism) if reply in (AUTH_OK, AUTH_WRONG) else reply
 
     def logged_in(self, login: Login, mechanism: str) -> Reply:
-        """Enter how an AUTH ended; failures are answered ever more slowly."""
+        """Enter how a login ended; failures are answered ever more slowly."""
         result = "success" if login.account else "failure"
         self.reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         self.reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
         self.reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism,
                                    result=result, tls=self.tls_version)
         self.account = login.account
-        if login.reply is AUTH_WRONG:
+        if not login.account:
             self.failed_logins += 1
-            time.sleep(min(0.1 * self.failed_logins ** 2, 2.0))
+            time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
         return login.reply
 
     def too_many_logins(self) -> Reply:
-        self.reception.audit.write("blocked", client=self.client, reason="too many failed logins")
+        self.reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
         self.over = True
         return TOO_MANY_LOGINS
 
@@ -4145,31 +5621,33 @@ class Session:
         except LineTooLong:
             raise Refused(LINE_TOO_LONG) from None
 
-    def permission(self, address: str) -> Reply | None:
-        """Return why this client may not send a message from an address now, or None."""
+    def must_log_in(self) -> bool:
+        """Tell whether a login has to come first; an account that is gone from the file counts for nothing."""
+        accounts, needed = self.guard.accounts, self.settings.auth_required
         if self.account:
-            self.account = self.guard.accounts.get(self.account.name)  # it may be gone, or changed
-        needed = self.settings.auth_required
+            self.account = accounts.get(self.account.name)  # its limits may have changed, too
         if needed is None:
-            needed = self.guard.accounts.configured() or not self.is_local
-        if needed and not self.account:
-            return LOGIN_FIRST
-        if self.account and not may_send_as(self.account, address):
-            return WRONG_DOMAIN
-        return self.spent()
+            needed = accounts.configured() or not self.is_local
+        return needed and not self.account
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
         guard, account = self.guard, self.account
         who = f"account {account.name}" if account else client_key(self.client)
+        minute = account.quota_per_minute if account else 0
         if not guard.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
-            return RATE_SPENT
-        if account and not guard.minutes.take(account.name, account.quota_per_minute, account.quota_per_minute):
-            return QUOTA_SPENT
+            return self.put_off("rate", RATE_SPENT)
+        if not guard.quotas.minutes.take(self.user, minute, minute):
+            return self.put_off("quota_per_minute", QUOTA_SPENT)
         if not guard.quotas.reserve(self.user, account.quota_daily if account else 0):
-            return QUOTA_SPENT
+            return self.put_off("quota_daily", QUOTA_SPENT)
         self.reserved = self.user
         return None
+
+    def put_off(self, limit: str, reply: Reply) -> Reply:
+        self.reception.metrics.inc("smtp_rate_limited_total")
+        self.reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
+        return reply
 
     # -- the transaction --
 
@@ -4177,22 +5655,30 @@ class Session:
         """MAIL FROM (RFC 5321 4.1.1.2): parameters are those of RFC 1870, 6152, 6531."""
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
+        if self.must_log_in():
+            return LOGIN_FIRST
         address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
+        if address.lower() == "postmaster":
+            return BAD_SENDER
         flags = [MAIL_PARAMETERS[name](self, value) for name, value in known(parameters, MAIL_PARAMETERS)]
         if not address.isascii() and "SMTPUTF8" not in flags:
             return NEED_SMTPUTF8
         if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
             return SPOOL_FULL
-        refused = self.permission(address)
-        if refused:
-            if refused.code == 450:
-                self.reception.metrics.inc("smtp_rate_limited_total")
-            return refused
+        if self.account and not may_send_as(self.account, address):
+            return WRONG_DOMAIN
+        limit = self.spent()
+        if limit:
+            return limit
         if self.settings.delivery == "hold":
             flags.append("HOLD")
         self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
-                                 self.user, tuple(f for f in flags if f))
-        return SENDER_OK
+                                 self.user, tuple(f for f in flags if f),
+                                 ret=parameters.get("RET", "").upper(), envid=parameters.get("ENVID", ""))
+        fault = self.fault("mail")
+        if fault:
+            self.forget()
+        return fault or SENDER_OK
 
     def protocol_name(self, utf8: bool) -> str:
         """Return what Received calls the protocol (RFC 3848, 6531)."""
@@ -4233,6 +5719,26 @@ class Session:
             raise Refused(BAD_ARGUMENT._replace(text="AUTH takes <> or an address as xtext"))
         return ""
 
+    def ret_parameter(self, value: str) -> str:
+        if not is_ret(value):
+            raise Refused(BAD_ARGUMENT._replace(text="RET is FULL or HDRS"))
+        return ""
+
+    def envid_parameter(self, value: str) -> str:
+        if not is_envid(value):
+            raise Refused(BAD_ARGUMENT._replace(text="ENVID is at most 100 characters of printable ASCII as xtext"))
+        return ""
+
+    def notify_parameter(self, value: str) -> str:
+        if not is_notify(value):
+            raise Refused(BAD_ARGUMENT._replace(text="NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"))
+        return value.upper()
+
+    def orcpt_parameter(self, value: str) -> str:
+        if not self.envelope or not is_orcpt(value, "SMTPUTF8" in self.envelope.flags):
+            raise Refused(BAD_ARGUMENT._replace(text="ORCPT is an address type, a semicolon, an address as xtext"))
+        return value
+
     def utf8_parameter(self, value: str) -> str:
         if value:
             raise Refused(BAD_ARGUMENT._replace(text="SMTPUTF8 takes no value"))
@@ -4243,22 +5749,29 @@ class Session:
         envelope = self.envelope
         assert envelope is not None
         address, parameters = self.read_path(argument, b"TO:", BAD_RECIPIENT)
-        if parameters:
-            return BAD_PARAMETER._replace(text=f"Unknown parameter {next(iter(parameters))}")
+        told = {name: RCPT_PARAMETERS[name](self, value) for name, value in known(parameters, RCPT_PARAMETERS)}
         if not address:
             return BAD_RECIPIENT
         if not address.isascii() and "SMTPUTF8" not in envelope.flags:
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
+        fault = self.fault("rcpt", address)
+        if fault:
+            return fault
         if address not in envelope.recipients:
             envelope.recipients.append(address)
+            envelope.notify[address], envelope.orcpt[address] = told.get("NOTIFY", ""), told.get("ORCPT", "")
         return RECIPIENT_OK
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4)."""
         if self.envelope is None or not self.envelope.recipients:
             return NO_RECIPIENTS
+        fault = self.fault("data", *self.envelope.recipients)
+        if fault:
+            self.forget()
+            return fault
         content = self.begin_content(self.envelope)
         self.wire.write(GO_AHEAD.wire())
         self.read(read_data, content)
@@ -4281,7 +5794,9 @@ class Session:
     def bdat_refusal(self) -> Reply | None:
         if self.envelope is None:
             return SEQUENCE._replace(text="Say MAIL first")
-        return None if self.envelope.recipients else NO_RECIPIENTS
+        if not self.envelope.recipients:
+            return NO_RECIPIENTS
+        return self.fault("data", *self.envelope.recipients) if self.content is None else None
 
     def begin_content(self, envelope: Envelope) -> Content:
         self.draft = self.reception.spool.draft(envelope)
@@ -4318,6 +5833,10 @@ class Session:
         content.finish()
         fault = self.content_fault(content)
         draft, envelope = self.draft, self.envelope
+        scripted = None
+        if not fault and draft and envelope:
+            scripted = self.fault("end", *envelope.recipients)
+            fault = scripted if scripted is not LOST else None
         if not fault and draft and envelope:
             try:
                 self.reception.take_in(draft, envelope, content.size)
@@ -4326,6 +5845,8 @@ class Session:
                 self.disk_error = e
                 fault = self.content_fault(content)
         self.forget()
+        if scripted is LOST and not fault:
+            raise PeerGone("dropped by SMTP_FAULTS")
         return fault or OK._replace(text=f"Ok: queued as {draft.id if draft else ''}")
 
 
@@ -4344,7 +5865,7 @@ VERBS: dict[str, Verb] = {
     "HELO": Verb(Session.helo_, "", True, "HELO domain"),
     "EHLO": Verb(Session.ehlo, "", True, "EHLO domain", True),
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
-    "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address>"),
+    "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
     "DATA": Verb(Session.data, "mail", False, "DATA"),
     "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]"),
     "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
@@ -4358,7 +5879,9 @@ VERBS: dict[str, Verb] = {
 }
 MAIL_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
     "SIZE": Session.size_parameter, "BODY": Session.body_parameter, "SMTPUTF8": Session.utf8_parameter,
-    "AUTH": Session.auth_parameter}
+    "AUTH": Session.auth_parameter, "RET": Session.ret_parameter, "ENVID": Session.envid_parameter}
+RCPT_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
+    "NOTIFY": Session.notify_parameter, "ORCPT": Session.orcpt_parameter}
 
 
 def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -4370,9 +5893,15 @@ def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[t
 
 
 def shown_command(line: bytes) -> str:
-    """Return a command line for the log, without the secrets that AUTH carries."""
+    """Return a command line for the log. A client that goes on after AUTH failed sends its password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
-    return re.sub(r"(?i)^(AUTH +[^ ]+ ).+", r"\1***", text)
+    name, argument = split_command(line.rstrip())
+    if name not in VERBS:
+        return "***"
+    if name != "AUTH":
+        return text
+    mechanism, _, more = argument.decode("latin-1").upper().partition(" ")
+    return f"AUTH {mechanism if mechanism in MECHANISMS else '***'}{' ***' if more else ''}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -4381,10 +5910,19 @@ def shut(sock: socket.socket, how: int) -> None:
         socket.socket.shutdown(sock, how)
 
 
+def client_name(family: int, address: Any) -> str:
+    """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
+    if family == socket.AF_UNIX:
+        return "local"
+    host = str(address[0]).partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") else host
+
+
 def spoke_early(sock: socket.socket) -> bool:
     """Tell whether the client has sent something before it was greeted."""
+    sock.setblocking(False)  # with a timeout set, MSG_DONTWAIT would wait
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return bool(sock.recv(1, socket.MSG_PEEK))
     except OSError:
         return False
 
@@ -4393,7 +5931,7 @@ def discard(block: bytes) -> None:
     """Take a block of content that nobody wants."""
 
 
-# === 14 LISTENER =============================================================
+# === 17 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over
 # a socket that is bound already; it hands connections to threads that wait for
@@ -4589,14 +6127,6 @@ def stop_server(server: socketserver.TCPServer) -> None:
     server.server_close()
 
 
-def client_name(family: int, address: Any) -> str:
-    """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
-    if family == socket.AF_UNIX:
-        return "local"
-    host = str(address[0]).partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") else host
-
-
 def bind(address: Address) -> socket.socket:
     """Return a listening socket; OSError names the address."""
     family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
@@ -4658,7 +6188,7 @@ def socket_text(sock: socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else host_port(name[0], name[1])
 
 
-# === 15 INBOX ================================================================
+# === 18 INBOX ================================================================
 #
 # Purpose: reading mail. It is listed, searched, waited for, and put into the JSON
 # of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
@@ -5775,7 +7305,7 @@ def _content(value: str, path: str) -> bytes:
         raise BadRequest(f"{path}: not base64") from None
 
 
-# === 16 PAGE =================================================================
+# === 19 PAGE =================================================================
 #
 # The inbox and queue page: one HTML document that loads nothing from elsewhere.
 # It talks to the API of HTTP and nothing else; whatever a mail says goes in as text,
@@ -6867,7 +8397,7 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
             "frame-ancestors 'none'")
 
 
-# === 17 HTTP =================================================================
+# === 20 HTTP =================================================================
 #
 # The web side over http.server: health and metrics, the mail API, the page. A
 # route is a method, a path with {names}, who may call it, and a function from
@@ -7474,7 +9004,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.relay.log.bug("http_bug", error)
 
 
-# === 18 RELAY ================================================================
+# === 21 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -7489,34 +9019,36 @@ SWEEP_EVERY = 1.0
 WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
-Again = Optional[tuple[float, str]]  # seconds until a message is tried again, in which lane ("": its own); or never
+Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
 class Delivering:
     """The delivering half: scheduler, workers, records."""
 
     def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link, guard: Guard,
-                 pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = ()) -> None:
+                 pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (), own: Sequence[int] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
         self.audit = Audit(settings.audit_log, log)
         self.port = 0
         self.scheduler = Scheduler(settings)
-        self.delivery = Delivery(settings, log)
+        self.delivery = Delivery(settings, log, guard.accounts, own)
         self.inbox = Inbox(spool, log, int(time.time()) * 1000)
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
-        self.rescans = 0.0
+        self.rescans = self.beside = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
         self.on_shelf = 0
+        self.reports = ReportCap(REPORTS_AN_HOUR)
         self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
-        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
+        self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
+        self.skew = time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
@@ -7571,7 +9103,7 @@ class Delivering:
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
-        if self.settings.delivery == "relay":
+        if self.settings.delivery != "hold":
             self.scheduler.put(stem, self.delivery.lane(), fresh=True)
             self.metrics.inc("heard")
             self.show_depth()
@@ -7593,7 +9125,7 @@ class Delivering:
     def take_stock(self) -> None:
         """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
         m = self.metrics
-        self.rescans = m.get("rescan")
+        self.rescans, self.beside = m.get("rescan"), self.spooled_beside()
         announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
         m.set("heard", announced - self.link.waiting())
         self.forget_octets()
@@ -7696,9 +9228,9 @@ class Delivering:
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: a message that makes us stumble waits and is tried again."""
-        again: Again = (self.settings.retry_max_delay, "")
+        again: Again = self.settings.retry_max_delay
         try:
-            again = self.read_task(task) if task.lane == UNREAD else self.deliver(task)
+            again = self.read_task(task) if task.lane in LOCAL_LANES else self.deliver(task)
         except KeyError:
             again = None  # removed while it waited
             self.unwritten.pop(task.stem, None)
@@ -7710,88 +9242,125 @@ class Delivering:
         except Exception as e:
             self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
-            self.scheduler.done(task, *(again or ()))
+            self.scheduler.done(task, again)
             self.show_depth()
 
     def read_task(self, task: Task) -> Again:
-        """Read a message known by name, and say when and where it is due."""
+        """Read a message known by name, and queue it where and when it is due."""
         message = self.spool.load(task.stem)
-        if message.status is Status.HELD:
+        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold"
+        if unsent or message.status is Status.HELD:
             return self.hold(message)
         if message.status in FINISHED:
             return None
-        self.metrics.inc("owed_bytes", message.size)
+        if task.lane == UNREAD:
+            self.metrics.inc("owed_bytes", message.size)
         wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
-        return min(max(wait, 0.0), self.settings.retry_max_delay), self.delivery.lane()
+        for lane in self.delivery.routes(message):
+            self.scheduler.put(task.stem, lane, min(max(wait, 0.0), self.settings.retry_max_delay), fresh=task.lane == UNSORTED)
+        return None
 
     def deliver(self, task: Task) -> Again:
-        """Make one attempt; return when to try again, or None when the message is finished."""
+        """Make one attempt; return when to try again, or None when no more is owed in this lane."""
         unwritten = self.unwritten.get(task.stem)
         message = unwritten or self.spool.load(task.stem)
-        if message.status in FINISHED:
+        if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
-            return self.expire(message)
-        message.move(Status.FORWARDING)
+            return self.expire(message, self.delivery.routes(message).get(task.lane, ()))
+        self.hold_back(message)
+        if not message.pending():
+            return self.finish(message)
+        if task.lane not in self.delivery.routes(message):
+            return self.write_down(message) if unwritten else self.reroute(message)
+        if message.status is not Status.FORWARDING:
+            message.move(Status.FORWARDING)
         self.tell("forwarding", task.stem)
         started = time.monotonic()
         with self.spool.content(task.stem) as content:
-            attempt = self.delivery.attempt(message, content)
+            attempt = self.delivery.attempt(message, task.lane, content, functools.partial(self.scheduler.reached, task.lane))
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
+        message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
         if attempt.trouble:
             return self.host_trouble(message, task, attempt.trouble)
         self.scheduler.release(task.lane)
-        message.attempts += 1
-        return self.settle(message, attempt)
+        return self.settle(message, task, attempt)
+
+    def hold_back(self, message: Message) -> None:
+        """Hold recipients that SMTP_RELAY_ALLOWED_RECIPIENTS does not name, unless someone has released them."""
+        for r in message.pending():
+            if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
+                r.status, r.reply = Status.HELD, "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
+
+    def reroute(self, message: Message) -> Again:
+        """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
+        for lane in self.delivery.routes(message):
+            self.scheduler.put(message.stem, lane, self.settings.retry_max_delay)
+        return None
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
         self.watch_clock()
         now = time.time()
         times = (unix_time(entry["at"]) for entry in message.history)
-        return now - next((at for at in times if self.clock_set <= at <= now), now) > self.settings.retry_max_age
+        age = now - next((at for at in times if self.clock_set <= at <= now), now)
+        return age * self.settings.time_scale > self.settings.retry_max_age
 
-    def expire(self, message: Message) -> Again:
-        """Give up a message that is too old; one that was not tried since it became so is tried first."""
+    def expire(self, message: Message, recipients: Iterable[Recipient]) -> Again:
+        """Give up on recipients of a message that is too old; one not tried since it became so is tried first."""
         self.metrics.inc("smtp_messages_expired_total")
-        return self.give_up(message, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
+        self.fail(message, recipients, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
+        return self.wrap_up(message)
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
+        owed = self.delivery.routes(message)[task.lane]
+        for r in owed:
+            r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
         if not self.settings.retry:
-            return self.give_up(message, str(trouble))
+            self.fail(message, owed, str(trouble))
+            return self.wrap_up(message)
         if self.is_too_old(message):
             message.last_error = str(trouble)
-            return self.expire(message)
+            return self.expire(message, owed)
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
-        return 0.0, ""
+        return 0.0
 
-    def settle(self, message: Message, attempt: Attempt) -> Again:
+    def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
         """Enter an attempt's outcomes into the record."""
-        for r in message.pending():
-            outcome = attempt.outcomes.get(r.address)
-            if outcome:
-                r.status, r.code, r.reply, r.host = outcome.status, outcome.code, outcome.reply, outcome.host
-        pending = message.pending()
+        tried = [r for r in message.pending() if r.address in attempt.outcomes]
+        for r in tried:
+            o = attempt.outcomes[r.address]
+            r.status, r.code, r.reply, r.host = o.status, o.code, o.reply, o.host
+            r.ip, r.tls, r.verified, r.dsn = o.ip, o.tls, o.verified, o.dsn
+            r.attempts += 1
+        message.attempts = max(r.attempts for r in message.recipients)
         worst = next((o for o in attempt.outcomes.values() if o.status is not Status.FORWARDED), None)
         if worst:
             self.metrics.inc("smtp_delivery_failures_total")
             message.last_error = str(worst)
-        if not pending:
-            return self.finish(message)
-        limit = self.settings.retry_max_attempts
-        if not self.settings.retry or 0 < limit <= message.attempts:
-            return self.give_up(message, f"{message.last_error} (attempt {message.attempts} was the last)")
-        if self.is_too_old(message):
-            return self.expire(message)
-        took_some = any(o.status is Status.FORWARDED for o in attempt.outcomes.values())
-        hurry = took_some and any(r.code in (452, 552) for r in pending)  # RFC 5321 4.5.3.1.10: in portions
-        delay = 0.0 if hurry else backoff(self.settings, message.attempts, self.scheduler.rng)
+        owed = [r for r in tried if r.status is Status.RETRYING]
+        if owed and (not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts):
+            self.fail(message, owed, f"{message.last_error} (attempt {message.attempts} was the last)")
+            owed = []
+        if owed and self.is_too_old(message):
+            return self.expire(message, owed)
+        return self.put_off(message, task, owed, len(owed) < len(tried)) if owed else self.wrap_up(message)
+
+    def put_off(self, message: Message, task: Task, owed: Sequence[Recipient], took_some: bool) -> Again:
+        """Let a message wait for those who refused it for now, in each of their lanes."""
+        hurry = took_some and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10: in portions
+        delay = 0.0 if hurry else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
         self.postpone(message, message.last_error, delay)
-        return delay, ""
+        refused = {r.address for r in owed}
+        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused & {r.address for r in rs}]
+        for lane in lanes:
+            if lane != task.lane:
+                self.scheduler.postpone(message.stem, lane, delay)
+        return delay if task.lane in lanes else None
 
     def postpone(self, message: Message, reason: str, delay: float) -> None:
         """Write down that a message is to be tried again after so many seconds."""
@@ -7803,20 +9372,30 @@ class Delivering:
         self.tell("retrying", message.stem, 0, reason)
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
 
-    def give_up(self, message: Message, reason: str) -> Again:
-        """Fail whoever is still owed the message; like finish, it leaves nothing to be queued."""
-        for r in message.pending():
+    def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> None:
+        """Give up on recipients."""
+        for r in recipients:
             r.status, r.reply = Status.FAILED, r.reply or reason
         message.last_error = reason
-        return self.finish(message)
+
+    def wrap_up(self, message: Message) -> Again:
+        """Write down what was done in this lane; finish the message when no other owes it."""
+        if not message.pending():
+            return self.finish(message)
+        return self.write_down(message)
 
     def finish(self, message: Message) -> Again:
-        """Write down that nobody is owed a message any more."""
+        """Write down that nobody is owed a message any more, or only those held back."""
+        self.scheduler.drop(message.stem)
+        self.metrics.inc("owed_bytes", -message.size)
+        if any(r.status is Status.HELD for r in message.recipients):
+            self.log.info("held", id=message.id, reason="recipients not among SMTP_RELAY_ALLOWED_RECIPIENTS")
+            return self.hold(message)
         failed = any(r.status is Status.FAILED for r in message.recipients)
         status = Status.FAILED if failed else Status.FORWARDED
         message.move(status, message.last_error if failed else "")
+        self.report(message)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
-        self.metrics.inc("owed_bytes", -message.size)
         self.shelve(self.finished, message.stem, time.time(), message.size)
         self.tell(status.value, message.stem, 0, message.last_error if failed else "")
         self.guard.quotas.count(message.user, "failed" if failed else "sent")
@@ -7833,9 +9412,43 @@ class Delivering:
         except OSError as e:
             self.unwritten[message.stem] = message
             self.log.error("record_not_written", id=message.id, error=e)
-            return WRITE_AGAIN, ""
+            return WRITE_AGAIN
         self.unwritten.pop(message.stem, None)
         return None
+
+    def report(self, message: Message) -> None:
+        """Send a message's sender a report on those it failed to reach (RFC 3464), once."""
+        if not self.settings.bounce or not wants_report(message):
+            return
+        if not self.reports.take():
+            self.log.warn("report_not_sent", id=message.id, reason=f"{REPORTS_AN_HOUR} reports went out within the hour")
+            return
+        try:
+            stem, octets = self.draft_report(message)
+        except (OSError, KeyError) as e:
+            self.log.error("report_failed", id=message.id, error=e)
+            return
+        message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
+        self.log.info("reported", id=message.id, report=id_of(stem))
+        if self.settings.delivery != "hold":
+            self.metrics.inc("smtp_messages_queued_total")
+            self.metrics.inc("owed_bytes", octets)
+            self.metrics.inc("heard", -1)  # it comes through no Link
+        self.take_in(stem)
+
+    def draft_report(self, message: Message) -> tuple[str, int]:
+        """Put a report into the spool; return its stem and size."""
+        with self.spool.content(message.stem) as file:
+            original = file.read(REPORT_FULL_MAX + 1)
+        data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc))
+        flags = [*(["SMTPUTF8"] if not message.reverse_path.isascii() else []), *(["8BITMIME"] if not data.isascii() else []),
+                 *(["HOLD"] if self.settings.delivery == "hold" else [])]
+        draft = self.spool.draft(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(flags), [message.reverse_path]))
+        try:
+            draft.write(data)
+            return draft.commit(), len(data)
+        finally:
+            draft.abort()
 
     # -- what goes on beside --
 
@@ -7856,15 +9469,15 @@ class Delivering:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""
         skew = time.time() - time.monotonic()
         if skew - self.skew > CLOCK_JUMP:
-            self.clock_set = time.time()
+            self.clock_set = self.scheduler.clock_set = time.time()
             self.log.warn("clock_was_set", seconds=round(skew - self.skew))
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find the messages that the Link had no room for."""
-        missed = self.metrics.get("rescan") - self.rescans
-        if missed:
-            self.rescans += missed
+        """Find the messages that the Link had no room for, and those that sendmail has spooled itself."""
+        missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
+        if missed or beside != self.beside:
+            self.rescans, self.beside = self.rescans + missed, beside
             self.metrics.inc("heard", missed)
             self.find()
         if self.metrics.get("smtp_queue_depth") <= 0:
@@ -7875,6 +9488,13 @@ class Delivering:
         if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
             self.renew_at = time.monotonic() + 3600
             self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
+
+    def spooled_beside(self) -> float:
+        """Return when sendmail has last put a message into the spool itself."""
+        with contextlib.suppress(OSError):
+            if isinstance(self.spool, FileSpool):
+                return os.stat(self.spool.path(ARRIVED)).st_mtime
+        return 0.0
 
     def flush(self) -> None:
         """Try everything now."""
@@ -7920,6 +9540,13 @@ class Webhook:
         self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
 
 
+def queue_entry(m: Message) -> dict[str, Any]:
+    """Return what is shown of a message in the queue."""
+    return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
+            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
+
+
 class Backstage:
     """What HTTP may ask of a relay."""
 
@@ -7961,7 +9588,7 @@ class Backstage:
 
     @property
     def can_release(self) -> bool:
-        return bool(self.settings.relay_host)
+        return bool(self.settings.relay_host or self.settings.delivery == "mx")
 
     @property
     def smart_host(self) -> str:
@@ -7976,6 +9603,9 @@ class Backstage:
         if message.status is not Status.HELD or (to and to != own):
             self.keep(message, to or own)
             return
+        for r in message.recipients:
+            if r.status is Status.HELD:
+                r.status = Status.RETRYING
         message.move(Status.RETRYING, "released")
         d.spool.save(message)
         d.unshelve(message.stem)
@@ -8019,17 +9649,15 @@ class Backstage:
     def queue(self, limit: int = 200) -> dict[str, Any]:
         """Return the messages owed, oldest first, and the state of each next hop."""
         stems, hops = self.delivering.scheduler.snapshot(limit)
+        held = list(itertools.islice(self.delivering.held.copy(), limit))
         return {"messages": [m for m in map(self.queued, stems) if m], "total": len(self.delivering.scheduler),
-                "next_hops": hops}
+                "held": [m for m in map(self.queued, held) if m], "next_hops": hops}
 
     def queued(self, stem: str) -> dict[str, Any] | None:
         try:
-            m = self.delivering.spool.load(stem)
+            return queue_entry(self.delivering.spool.load(stem))
         except (KeyError, OSError, SpoolError):
             return None
-        return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-                "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
-                "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
     def retry(self, id: str) -> int:
         """Try a message now, or all; a failed one is owed again. Return how many."""
@@ -8191,7 +9819,9 @@ class Parts:
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
         self.shared_quotas: Quotas | None = None
         self.pair = (settings.tls_cert, settings.tls_key)
+        self.port = 0  # the first of SMTP's TCP ports
         self.http: list[socket.socket] = []
+        self.own: list[int] = []
 
     def open(self) -> None:
         """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
@@ -8200,8 +9830,11 @@ class Parts:
             self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
             self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
             self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
+            names = [sock.getsockname() for sock in self.smtp]
+            self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
             self.find_pair()
-            self.make_guard()  # to complain before anything is forked
+            self.open_doors()
         except BaseException:
             self.close()
             raise
@@ -8233,16 +9866,31 @@ class Parts:
         self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="smtprelay-")
         return os.path.join(self.temporary.name, name)
 
-    def make_guard(self) -> Guard:
-        """Read accounts and certificate; SettingsError says what is wrong with them."""
+    def open_doors(self) -> None:
+        """Read accounts and certificate; SettingsError says what is wrong with them.
+
+        Once, before anything is forked: a half that is made anew has them whatever became of the files.
+        """
+        problems: list[str] = []
         try:
-            return Guard(self.settings, self.log, self.quotas("r"), self.pair)
+            Faults(self.settings.faults)
+        except ValueError as e:
+            problems.append(f"SMTP_FAULTS: {e}")
+        try:
+            self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
-            raise SettingsError([f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]) from None
-        except TlsError as e:
-            raise SettingsError([f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}"]) from None
+            problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
         except OSError as e:
-            raise SettingsError([f"SMTP_USERS_FILE: cannot read it: {e}"]) from None
+            problems.append(f"SMTP_USERS_FILE: cannot read it: {e}")
+        try:
+            self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
+        except TlsError as e:
+            problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
+        if problems:
+            raise SettingsError(problems)
+
+    def guard(self, part: str) -> Guard:
+        return Guard(self.accounts, self.tls, self.quotas(part))
 
     def quotas(self, part: str) -> Quotas:
         """Return the counts that one half writes; in memory both halves share them."""
@@ -8253,21 +9901,14 @@ class Parts:
 
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
-        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.make_guard())
+        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        guard = Guard(self.settings, self.log, self.quotas("d"), self.pair)
         delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                                guard, self.pair, self.http)
+                                self.guard("d"), self.pair, self.http, self.own)
         delivering.port = self.port
         return delivering
-
-    @property
-    def port(self) -> int:
-        """The first TCP port of the SMTP listeners; 0 where there is none."""
-        names = [sock.getsockname() for sock in self.smtp]
-        return next((int(name[1]) for name in names if not isinstance(name, str)), 0)
 
 
 def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
@@ -8463,29 +10104,602 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 19 COMMAND LINE =========================================================
+# === 22 SENDMAIL =============================================================
 #
-# One function for each verb; it returns the exit status, of sysexits.h. Settings
-# come from the environment, so the command line has almost nothing to say.
+# sendmail's command, for programs that know no other way to send: cron, PHP,
+# mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
+# message is completed, then handed over by SMTP: to the relay where it runs, else
+# to a Session of our own over a pair of sockets, which puts it into the spool by
+# the same rules. A relay that starts later finds it; one that runs, but could not
+# be spoken to, is told through the file ARRIVED in the spool's directory.
+#
+# Exit status 75 means that the message was not taken and may be tried again.
 
-def usage() -> str:
-    """Return the help text: every verb, then every setting with its default and meaning."""
-    lines = ["usage: smtprelay.py [serve | check [--print] | healthcheck [--wait]]", "",
-             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
-             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
-             "commands:",
-             *(f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in COMMANDS.items()), "",
-             "settings (environment variables):"]
-    for name, f in FIELDS.items():
-        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
-        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
-        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
-    return "\n".join(lines)
+SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
+# A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
+ALONE, ATTACHED, TAKEN = "alone", "attached", "taken"
+SENDMAIL_FLAGS = {
+    **dict.fromkeys("GIimnstUv", ALONE),
+    **dict.fromkeys("Abdeq", ATTACHED),
+    **dict.fromkeys("BCDFLMNORVXfhopr", TAKEN),
+}
+SENDMAIL_MODES = {
+    "m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", "i": "nothing", "h": "nothing", "H": "nothing",
+    "v": "deliver", "d": "", "D": "", "t": "", "z": "",
+}
+BLIND = (b"bcc", b"resent-bcc")
+
+
+@dataclass
+class Errand:
+    """What sendmail was asked to do."""
+
+    mode: str = "deliver"
+    sender: str | None = None
+    name: str = ""
+    dot_ends: bool = True
+    from_headers: bool = False
+    flush: bool = False
+    recipients: list[str] = field(default_factory=list)
+
+
+def read_errand(words: Sequence[str]) -> Errand:
+    """Read sendmail's command line; ValueError says what is wrong with it."""
+    errand, left = Errand(), collections.deque(words)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            errand.recipients += left
+            break
+        if not word.startswith("-") or word == "-":
+            errand.recipients.append(word)
+            continue
+        letters = word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            kind = SENDMAIL_FLAGS.get(letter)
+            if kind is None:
+                raise ValueError(f"unknown flag -{letter}")
+            value = ""
+            if kind != ALONE:
+                value, letters = letters, ""
+                if kind == TAKEN and not value:
+                    if not left:
+                        raise ValueError(f"-{letter} needs a value")
+                    value = left.popleft()
+            heed_flag(errand, letter, value)
+    return errand
+
+
+def heed_flag(errand: Errand, letter: str, value: str) -> None:
+    """Enter one flag; those that change nothing here are accepted in silence."""
+    if letter in "fr":
+        errand.sender = value.strip("<>")
+    elif letter == "F":
+        errand.name = value
+    elif letter == "t":
+        errand.from_headers = True
+    elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
+        errand.dot_ends = False
+    elif letter == "I":
+        errand.mode = "nothing"
+    elif letter == "q":
+        errand.mode = "flush"
+    elif letter == "b":
+        errand.mode = SENDMAIL_MODES.get(value, "")
+        if not errand.mode:
+            raise ValueError(f"-b{value} is not done here" + ("; see the command serve" if value in ("d", "D") else ""))
+
+
+class Letter(NamedTuple):
+    """A message that is ready to be sent."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes
+
+    def record(self) -> Message:
+        """Return the record that a NextHop sends from."""
+        flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
+        flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
+        people = [Recipient(address) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+
+
+def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
+    """Split what a program wrote into lines, up to a lone dot where that ends it."""
+    lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    if dot_ends and b"." in lines:
+        return lines[:lines.index(b".")]
+    return lines[:-1] if lines[-1] == b"" else lines
+
+
+def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Split lines into header fields, each with its continuation, and the body."""
+    fields: list[bytes] = []
+    for i, line in enumerate(lines):
+        if line[:1] in (b" ", b"\t") and fields and line.strip():
+            fields[-1] += b"\r\n" + line
+        elif _FIELD_NAME.match(line):
+            fields.append(line)
+        elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
+            return fields, lines[i + (not line):]
+    return fields, []
+
+
+def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
+    """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody."""
+    fields, body = split_header(read_lines(raw, errand.dot_ends))
+    names = [field.partition(b":")[0].strip().lower() for field in fields]
+    me = qualified(login_name(), hostname)
+    sender = me if errand.sender is None else qualified(errand.sender, hostname)
+    wanted = list(errand.recipients)
+    if errand.from_headers:
+        resent = any(name in (b"resent-to", b"resent-cc", b"resent-bcc") for name in names)
+        asked = [b"resent-" * resent + name for name in (b"to", b"cc", b"bcc")]
+        wanted += [field.partition(b":")[2].decode("utf-8", "surrogateescape") for field, name in zip(fields, names) if name in asked]
+    found = [a for _, a in email.utils.getaddresses([" ".join(w.split()) for w in wanted]) if a]
+    recipients = list(dict.fromkeys(qualified(a, hostname) for a in found))
+    if not recipients:
+        raise ValueError("nobody is named to send to")
+    kept = [field for field, name in zip(fields, names) if name not in BLIND]
+    added = {"From": email.utils.formataddr((errand.name, sender or me)),
+             "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
+    kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
+             for name, value in added.items() if name.lower().encode() not in names]
+    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+
+
+def qualified(address: str, hostname: str) -> str:
+    """Give an address that is a user's name alone this machine's domain."""
+    return f"{address}@{hostname}" if address and "@" not in address else address
+
+
+def login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as containers have them
+        return f"user{os.getuid()}"
+
+
+def relay_socket(settings: Settings) -> socket.socket:
+    """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
+    address = settings.port[0]
+    if address.path:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(settings.relay_timeout)
+        sock.connect(address.path)
+        return sock
+    return socket.create_connection((reachable(address.host), address.port), settings.relay_timeout)
+
+
+def reachable(host: str) -> str:
+    """Return where to find what listens on every interface."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def spool_socket(settings: Settings) -> socket.socket:
+    """Return a connection to a session of our own, which spools what it is given; OSError when there is no spool.
+
+    Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
+    """
+    path = os.path.abspath(settings.spool)
+    if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
+        raise FileNotFoundError(errno.ENOENT, "no spool", path)
+    os.makedirs(path, 0o700, exist_ok=True)
+    owner = os.stat(path)
+    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read it
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write", path)
+    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
+                                    tls_required=False, rate_limit=0, audit_log="", debug=False)
+    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
+    log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
+    guard = Guard(Accounts(open_door, log), None, Quotas("", log))
+    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
+    return ours
+
+
+def hold_session(session: Session) -> None:
+    """Run a session that has no listener; what it took is made known to a relay that may be running."""
+    session.run()
+    with contextlib.suppress(OSError):
+        if session.reception.metrics.get("smtp_messages_received_total"):
+            write_file(os.path.join(session.reception.settings.spool, ARRIVED), b"")
+    session.wire.sock.close()
 
 
 def complain(*lines: str) -> None:
     for line in lines:
         print(f"smtprelay: {line}", file=sys.stderr)
+
+
+def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[str, Outcome]:
+    """Send a message to the relay, or to a session of ours; Trouble when it cannot be spoken to."""
+    target = Target("smtprelay", 0, "none", settings.auth_user, settings.auth_password)
+    hop = NextHop(settings, target, client_context(verify=False), Log(logging.Logger("sendmail", logging.CRITICAL + 1)))
+    message, outcomes = letter.record(), {}
+    hop.attach(sock)
+    try:
+        hop.expect("greeting", hop.reply("greeting"), 220)
+        hop.hello()
+        if target.username and hop.offers("auth"):
+            hop.login()
+        while message.pending():
+            latest = hop.deliver(message, message.pending(), Outgoing(io.BytesIO(letter.content)))
+            outcomes.update(latest)
+            for r in message.recipients:
+                r.status = outcomes[r.address].status
+            if not any(o.status is Status.FORWARDED for o in latest.values()):
+                break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
+    finally:
+        hop.close()
+        with contextlib.suppress(OSError):
+            sock.recv(1024)  # the answer to QUIT: by then all is done
+    return outcomes
+
+
+def send(letter: Letter, settings: Settings) -> int:
+    """Hand a message over, to the relay or into the spool, and report; return the exit status."""
+    outcomes: dict[str, Outcome] = {}
+    reasons = []
+    for connect in (relay_socket, spool_socket):
+        try:
+            outcomes = hand_over(letter, connect(settings), settings)
+            shut_out = all(o.scope is Scope.HOST for o in outcomes.values())
+            if not shut_out:
+                break
+            reasons.append(str(next(iter(outcomes.values()))))
+        except (OSError, Trouble) as e:
+            reasons.append(f"{connect.__name__.partition('_')[0]}: {e}")
+            if isinstance(e, Trouble) and e.stage == "content":
+                break  # it may have been taken: the caller tries again, or not
+    else:
+        outcomes = {}
+    refused = {address: o for address, o in outcomes.items() if o.status is not Status.FORWARDED}
+    complain(*(f"{address}: {o.code} {o.reply}" for address, o in refused.items()))
+    if not outcomes:
+        complain(f"cannot take the message now: {'; '.join(reasons)}")
+    later = not outcomes or any(o.status is Status.RETRYING for o in refused.values())
+    return EX_TEMPFAIL if later else EX_UNAVAILABLE if refused else 0
+
+
+def speak_smtp(settings: Settings) -> int:
+    """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
+    try:
+        sock = relay_socket(settings)
+    except OSError:
+        try:
+            sock = spool_socket(settings)
+        except OSError as e:
+            complain(f"no relay answers, and there is no spool to be had: {e}")
+            return EX_TEMPFAIL
+    sock.settimeout(None)
+    os.write(1, sock.recv(4096))  # nothing may be said before the greeting
+    threading.Thread(target=pass_on, args=(sock,), daemon=True).start()
+    for block in iter(lambda: sock.recv(64 * KIB), b""):
+        write_all(1, block)
+    return 0
+
+
+def pass_on(sock: socket.socket) -> None:
+    """Send standard input to a socket, up to its end."""
+    with contextlib.suppress(OSError):
+        for block in iter(lambda: os.read(0, 64 * KIB), b""):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+
+# === 23 DOCTOR ===============================================================
+#
+# What stands between this machine and the next hop, found out by going there as
+# Delivery would, up to but not including MAIL. Each finding is one line: a mark,
+# what was found, and what to do about it. Nothing is changed anywhere.
+
+DOCTOR_TIMEOUT = 10.0
+PORTS_TRIED = (25, 465, 587)
+
+
+def size_shown(octets: float) -> str:
+    """Return a size for people: 999, 1.2K, 34M."""
+    for unit in ("", "K", "M", "G"):
+        if octets < 1000 or unit == "G":
+            break
+        octets /= 1024
+    return f"{octets:.1f}{unit}" if unit and octets < 10 else f"{octets:.0f}{unit}"
+
+
+def time_shown(seconds: float) -> str:
+    """Return a duration for people: 45s, 12m, 3h, 2d."""
+    for unit, length in (("d", DAY), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+class Finding(NamedTuple):
+    """A line of advice: mark is ok, warn or fail."""
+
+    mark: str
+    about: str
+    found: str
+    advice: str = ""
+
+
+STAGE_ADVICE = {
+    "connect": "a firewall or the provider may block this port; try another (587, 465, 2525) with SMTP_RELAY_PORT",
+    "greeting": "the server does not want this machine: ask its operator, or use another smart host",
+    "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
+    "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
+}
+
+
+def examine_spool(settings: Settings) -> Iterator[Finding]:
+    """Say whether mail can be kept here."""
+    if settings.storage == "memory":
+        yield Finding("warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file")
+        return
+    path = os.path.abspath(settings.spool)
+    above = path
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    if not os.access(above, os.W_OK):
+        yield Finding("fail", "spool", f"{above} cannot be written to", "set SMTP_SPOOL, or give this user the right to write there")
+        return
+    at = os.statvfs(above)
+    free = at.f_bavail * at.f_frsize
+    low = free < settings.spool_min_free
+    yield Finding("fail" if low else "ok", "spool", f"{path}, {size_shown(free)} free",
+                  "make room, or lower SMTP_SPOOL_MIN_FREE" if low else "")
+
+
+def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
+    """Examine one next hop: its name, its ports, then a dialogue with it."""
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError as e:
+        yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
+        return
+    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
+    yield Finding("ok", "name", f"{target.host} is {', '.join(a for _, a in addresses)}")
+    open_at = {address: port_opens(address, target.port) for _, address in addresses}
+    for family, label in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
+        tried = [a for f, a in addresses if f == family]
+        if tried and not any(open_at[a] for a in tried):
+            yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
+                          "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
+        elif tried:
+            yield Finding("ok", label, f"port {target.port} opens")
+    yield examine_ports(target)
+    if any(open_at.values()):
+        yield from examine_dialogue(settings, target)
+
+
+def port_opens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), DOCTOR_TIMEOUT / 2).close()
+    except OSError:
+        return False
+    return True
+
+
+def examine_ports(target: Target) -> Finding:
+    """Say which of the usual ports can be reached from here."""
+    results: dict[int, bool] = {}
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(target.host, port)})) for port in PORTS_TRIED]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    opens = ", ".join(str(p) for p in PORTS_TRIED if results[p]) or "none"
+    closed = ", ".join(str(p) for p in PORTS_TRIED if not results[p]) or "none"
+    return Finding("ok", "egress", f"of the usual ports, open: {opens}; closed: {closed}")
+
+
+def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
+    """Connect, say hello, start TLS and log in, and tell what was seen on the way."""
+    patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
+    log = Log(logging.Logger("doctor", logging.CRITICAL + 1))
+    try:
+        hop = NextHop(patient, target, client_context(settings.relay_ca_file, settings.relay_tls_verify), log)
+    except TlsError as e:
+        yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
+        return
+    trouble = None
+    try:
+        hop.open()
+    except Trouble as e:
+        trouble = e
+    said = [line[3:] for line in hop.transcript if line.startswith("S: ")]
+    if said and said[0].startswith("220"):
+        yield Finding("ok", "greeting", said[0])
+        yield examine_clock(said[0], time.time())
+    if hop.smtp.esmtp_features:
+        offers = " ".join(f"{k.upper()} {v}".strip() + ";" for k, v in hop.smtp.esmtp_features.items()).rstrip(";")
+        yield Finding("ok", "EHLO", offers)
+    if trouble:
+        yield trouble_finding(trouble)
+    else:
+        yield from examine_terms(settings, target, hop)
+    hop.close()
+
+
+def trouble_finding(trouble: Trouble) -> Finding:
+    """Return what a failed step means."""
+    advice = STAGE_ADVICE[trouble.stage]
+    if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
+        advice = "if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; else check the host's name and the clock"
+    return Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
+
+
+def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[Finding]:
+    """Say how safe the connection is, who we are on it, and how large a message may be."""
+    sock = hop.wire.sock
+    if isinstance(sock, ssl.SSLSocket):
+        yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
+        yield examine_certificate(sock, settings, time.time())
+    else:
+        local = is_loopback(target.host)
+        yield Finding("ok" if local else "warn", "TLS", "none: mail and password go in clear",
+                      "" if local else "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
+    if target.username:
+        yield Finding("ok", "login", f"as {target.username}")
+    elif hop.offers("auth"):
+        yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set", "set it, if the server refuses mail without")
+    limit = hop.smtp.esmtp_features.get("size", "")
+    theirs = int(limit) if limit.isdigit() else 0
+    if 0 < theirs < settings.max_size:
+        yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}", f"set SMTP_MAX_SIZE={theirs}")
+    else:
+        yield Finding("ok", "size", f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}")
+
+
+def examine_certificate(sock: ssl.SSLSocket, settings: Settings, now: float) -> Finding:
+    """Say whose the certificate is, and for how long it is good."""
+    shown: dict[str, Any] = dict(sock.getpeercert() or {})
+    if not shown:
+        return Finding("warn", "certificate", "not verified", "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+    issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
+    days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - now) / DAY)
+    found = f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left"
+    return Finding("warn" if days < 14 else "ok", "certificate", found, "tell its operator to renew it" if days < 14 else "")
+
+
+def examine_clock(greeting: str, now: float) -> Finding:
+    """Compare the clock with the date in a greeting, where there is one."""
+    written = re.search(r"\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
+    if not written:
+        return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
+    off = now - email.utils.parsedate_to_datetime(written[0]).timestamp()
+    far = abs(off) > 300
+    return Finding("warn" if far else "ok", "clock", f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's",
+                   "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
+
+
+def diagnose(settings: Settings) -> Iterator[Finding]:
+    """Yield all findings for the smart hosts that are set."""
+    yield from examine_spool(settings)
+    if settings.delivery == "hold":
+        yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
+    for host, port in settings.smart_hosts:
+        yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
+
+
+# === 24 COMMAND LINE =========================================================
+#
+# One function for each verb; it takes the settings and its arguments, and returns
+# the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
+# and the completion of shells are made. Settings come from the environment, so the
+# command line has little to say.
+#
+# Verbs that ask about mail speak to the running relay over HTTP; where none answers
+# they read the spool, and those that change it take its lock.
+
+Arguments = argparse.Namespace
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def option(*names: str, **how: Any) -> Option:
+    """Describe an argument of a verb, in argparse's words."""
+    return names, how
+
+
+JSON = option("--json", action="store_true", help="print JSON")
+ID = option("id", metavar="ID", help="a queue id")
+ID_OR_ALL = option("id", metavar="ID|all", help="a queue id, or all")
+
+
+class NoRelay(Exception):
+    """No relay answers over HTTP."""
+
+
+class Complaint(Exception):
+    """Ends a verb: what to say, and the exit status."""
+
+    def __init__(self, text: str, status: int = EX_NO) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Progress:
+    """Says on a terminal what is being waited for, once that has taken a second."""
+
+    def __init__(self, text: str) -> None:
+        self.timer = threading.Timer(1.0, self.show, (f"{text}...",))
+        self.shown = False
+
+    def show(self, text: str) -> None:
+        self.shown = True
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            self.timer.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.timer.cancel()
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+COLOURS = {"ok": "32", "forwarded": "32", "warn": "33", "retrying": "33", "fail": "31", "failed": "31"}
+
+
+def coloured(word: str, width: int = 0) -> str:
+    """Return a word as wide as asked, in its colour on a terminal (no-color.org)."""
+    text = word.ljust(width)
+    if word not in COLOURS or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=vars))
+
+
+class Remote:
+    """The running relay, as it is spoken to over HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def ask(self, method: str, path: str, patience: float = 10.0, **query: object) -> bytes:
+        """Return the body of an answer; NoRelay when none comes, Complaint when it is a refusal."""
+        if not self.settings.health_addr:
+            raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
+        address = self.settings.health_addr[0]
+        connection = http.client.HTTPConnection(reachable(address.host), address.port, timeout=patience)
+        words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
+        token = self.settings.api_token
+        headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+        try:
+            connection.request(method, f"{path}?{words}" if words else path, headers=headers)
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise NoRelay(f"no relay answers at {host_port(reachable(address.host), address.port)}: {e}") from None
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise Complaint(refusal_text(answer.status, body), EX_NO if answer.status < 500 else EX_UNAVAILABLE)
+        return body
+
+    def ask_json(self, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
+        return json.loads(self.ask(method, path, patience, **query) or b"null")
+
+
+def refusal_text(status: int, body: bytes) -> str:
+    """Return why the relay refused, in its own words where it has some."""
+    try:
+        return str(json.loads(body)["Error"])
+    except (ValueError, KeyError, TypeError):
+        text = body[:300].decode("utf-8", "replace").strip()
+        return {401: "the relay wants SMTP_API_TOKEN", 403: "the relay refuses that"}.get(status, text or f"HTTP {status}")
 
 
 def read_environment() -> Settings:
@@ -8494,12 +10708,254 @@ def read_environment() -> Settings:
     return Settings.read(os.environ)
 
 
-def serve(arguments: Sequence[str]) -> int:
+def quiet_spool(settings: Settings) -> FileSpool:
+    """Return the spool to read from, or to open; Complaint when there is none."""
+    if settings.storage == "memory" or not os.path.isdir(settings.spool):
+        raise Complaint(f"no relay answers, and there is no spool at {os.path.abspath(settings.spool)}", EX_UNAVAILABLE)
+    return FileSpool(settings, open_log(dataclasses.replace(settings, log_level="error", log_file="", debug=False)))
+
+
+def records(spool: FileSpool, finished: bool = False) -> Iterator[Message]:
+    """Yield the records in the spool: those owed and held, or all."""
+    for stem, done in spool.names():
+        if finished or done is None:
+            try:
+                yield spool.load(stem)
+            except (KeyError, SpoolError, OSError) as e:
+                complain(f"{stem}: cannot be read: {e!r}")
+
+
+def record_of(spool: FileSpool, id: str) -> Message:
+    """Return the record of a message in the spool; Complaint when it is not there."""
+    for stem, _ in spool.names():
+        if stem.partition("/")[2].startswith(id + "_"):
+            return spool.load(stem)
+    raise Complaint(f"no message {id} here")
+
+
+def queue_(settings: Settings, arguments: Arguments) -> int:
+    """List what is owed and held."""
+    try:
+        listed = Remote(settings).ask_json("GET", "/api/v1/queue")
+        rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
+    except NoRelay:
+        with Progress("reading the spool"):
+            rows = [queue_entry(record) for record in records(quiet_spool(settings))]
+    if arguments.json:
+        print_json(rows)
+        return 0
+    for row in rows:
+        print(queue_line(row))
+    total = sum(row["size"] for row in rows)
+    print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {size_shown(total)}" if rows else "the queue is empty")
+    return 0
+
+
+def queue_line(row: Mapping[str, Any]) -> str:
+    """Return what is shown of a message in the queue: a line, and why it is still there."""
+    age = time_shown(time.time() - unix_time(row["received_at"]))
+    due = unix_time(row.get("next_attempt_at") or "") - time.time()
+    when = f"due in {time_shown(due)}" if row["status"] == "retrying" and due > 0 else ""
+    to = ", ".join(row["recipients"])
+    line = f"{row['id']}  {coloured(Status(row['status']).value, 10)}  {age:>4} {size_shown(row['size']):>5}  <{row['reverse_path']}> to {to}"
+    why = ", ".join(filter(None, (row.get("last_error"), when)))
+    return f"{line}\n    {why}" if why else line
+
+
+def retry(settings: Settings, arguments: Arguments) -> int:
+    """Try a message, or all that is owed, at once; a held one is released."""
+    try:
+        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
+        print(f"{done['retried']} due now", file=sys.stderr)
+        return 0
+    except NoRelay:
+        pass
+    spool = quiet_spool(settings)
+    spool.open()
+    try:
+        chosen = [record_of(spool, arguments.id)] if arguments.id != "all" else [
+            message for message in records(spool) if message.status is not Status.HELD]
+        for message in chosen:
+            make_due(spool, message)
+    finally:
+        spool.close()
+    print(f"no relay runs: {len(chosen)} due as soon as one does", file=sys.stderr)
+    return 0
+
+
+def make_due(spool: FileSpool, message: Message) -> None:
+    """Write down that a message is due: a held one is released, a failed one revived."""
+    if message.status is Status.FORWARDED:
+        raise Complaint(f"message {message.id} is forwarded already")
+    for r in message.recipients:
+        r.status = Status.RETRYING if r.status is Status.FAILED else r.status
+    if message.status is not Status.RECEIVED:
+        message.move(Status.RETRYING, "asked for by hand")
+        message.finished_at = ""
+    message.next_attempt_at = ""
+    spool.reopen(message)
+
+
+def remove(settings: Settings, arguments: Arguments) -> int:
+    """Remove a message for good, whether it is owed, held or finished."""
+    try:
+        remote, id = Remote(settings), urllib.parse.quote(arguments.id, safe="")
+        remote.ask("GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
+        remote.ask("DELETE", f"/api/v1/queue/{id}")
+        return 0
+    except NoRelay:
+        pass
+    spool = quiet_spool(settings)
+    spool.open()
+    try:
+        spool.remove(record_of(spool, arguments.id).stem)
+    finally:
+        spool.close()
+    return 0
+
+
+def show(settings: Settings, arguments: Arguments) -> int:
+    """Print a message: its record, then its content."""
+    path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
+    try:
+        remote = Remote(settings)
+        content = remote.ask("GET", path + "/raw")
+        record = {"id": arguments.id, **remote.ask_json("GET", path)["Delivery"]}
+    except NoRelay:
+        spool = quiet_spool(settings)
+        message = record_of(spool, arguments.id)
+        record = json.loads(message.to_json())
+        with spool.content(message.stem) as file:
+            content = file.read()
+    if arguments.json:
+        print_json(record)
+        return 0
+    for name, value in record.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{name}: {json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line}")
+    print(flush=True)
+    sys.stdout.buffer.write(content.replace(b"\r\n", b"\n"))
+    return 0
+
+
+def wait(settings: Settings, arguments: Arguments) -> int:
+    """Block until a message arrives; print it, or just its code or link."""
+    words = [f'{name}:"{value}"' for name, value in (("recipient", arguments.to), ("subject", arguments.subject)) if value]
+    try:
+        with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
+            found = Remote(settings).ask_json("GET", "/api/v1/wait", arguments.timeout + 10,
+                                              query=" ".join(words), timeout=arguments.timeout)
+    except NoRelay as e:
+        raise Complaint(str(e), EX_UNAVAILABLE) from None
+    wanted = "Codes" if arguments.code else "Links" if arguments.link else ""
+    if wanted:
+        if not found[wanted]:
+            raise Complaint(f"the message has no {wanted[:-1].lower()}")
+        print(found[wanted][0])
+    elif arguments.json:
+        print_json(found)
+    else:
+        to = ", ".join(p["Address"] for p in found["To"])
+        print(f"From: {found['From']['Address']}\nTo: {to}\nSubject: {found['Subject']}\n\n{found['Text']}")
+    return 0
+
+
+def user(settings: Settings, arguments: Arguments) -> int:
+    """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE."""
+    path, name = settings.users_file, arguments.name
+    if not path:
+        raise Complaint("SMTP_USERS_FILE is not set: it names the file of accounts", EX_CONFIG)
+    try:
+        users = read_users(path) if os.path.exists(path) else {}
+        if arguments.action == "list":
+            return print_users(users, arguments.json)
+        if not name:
+            raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
+        if (name in users) == (arguments.action == "add"):
+            raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
+        change_users(path, {name: None if arguments.action == "remove" else account_fields(arguments)})
+    except (AccountsError, OSError) as e:
+        raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
+    return 0
+
+
+def account_fields(arguments: Arguments) -> dict[str, Any]:
+    """Ask for a password, and return what is to be written of an account."""
+    fields: dict[str, Any] = {"password": hash_password(ask_password())}
+    if arguments.action == "add":
+        fields.update(allowed_domains=arguments.domain, quota_daily=arguments.daily, quota_per_minute=arguments.per_minute)
+    if arguments.api_key:
+        fields["api_key"] = new_api_key()
+        print(fields["api_key"])
+    return fields
+
+
+def ask_password() -> str:
+    """Read a password twice from the terminal, or once from the first line of standard input."""
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise Complaint("the passwords differ", EX_DATAERR)
+    if not password:
+        raise Complaint("an empty password is none", EX_DATAERR)
+    return password
+
+
+SHOWN_OF_ACCOUNT = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+
+
+def print_users(users: Mapping[str, Any], as_json: bool) -> int:
+    """Print the accounts without their secrets."""
+    shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}} for name, fields in users.items()]
+    if as_json:
+        print_json(shown)
+        return 0
+    for account in shown:
+        print("  ".join([account.pop("name"), *(f"{k}={setting_text(tuple(v) if isinstance(v, list) else v)}" for k, v in account.items())]))
+    return 0
+
+
+def doctor(settings: Settings, arguments: Arguments) -> int:
+    """Try the next hop and say what stands in the way; sends nothing."""
+    findings = []
+    for finding in diagnose(settings):
+        findings.append(finding)
+        if not arguments.json:
+            advice = f": {finding.advice}" if finding.advice else ""
+            print(f"{coloured(finding.mark, 4)} {finding.about:<11} {finding.found}{advice}", flush=True)
+    if arguments.json:
+        print_json([f._asdict() for f in findings])
+    return EX_NO if any(f.mark == "fail" for f in findings) else 0
+
+
+def usage() -> str:
+    """Return the help text: every verb, then every setting with its default and meaning."""
+    lines = ["usage: smtprelay.py [COMMAND [...]]    (COMMAND --help says more; --version; --completion bash|zsh)", "",
+             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
+             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
+             "commands:",
+             *(f"  {name:<12} {summary_of(command.run)}" for name, command in COMMANDS.items()),
+             f"  {'sendmail':<12} {summary_of(sendmail)}", "",
+             "settings (environment variables):"]
+    for name, f in FIELDS.items():
+        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
+        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
+        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
+    return "\n".join(lines)
+
+
+def summary_of(action: Callable[..., int]) -> str:
+    return (action.__doc__ or "").splitlines()[0]
+
+
+def serve(settings: Settings, arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
-    settings = read_environment()
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
+    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()
@@ -8518,7 +10974,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves = (parts.delivering(), parts.receiving())
+    halves: tuple[Delivering | Receiving, ...] = (parts.delivering(), parts.receiving())
     for half in halves:
         half.start()
     notify_systemd("READY=1")
@@ -8533,25 +10989,31 @@ def first_lines(parts: Parts) -> list[str]:
     """Return the lines that say what was bound, where mail goes and where it is kept."""
     s = parts.settings
     where = {"hold": "held here until someone releases it",
-             "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})"}[s.delivery]
+             "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})",
+             "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
     lines = [f"listening on smtp://{socket_text(sock)}" for sock in parts.smtp]
     lines += [f"listening on smtps://{socket_text(sock)}" for sock in parts.smtps]
     lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
     lines.append(f"mail is {where}")
     lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
+    if beyond and s.auth_required is False:
+        lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
+    if beyond and s.auth_required is not False and not parts.accounts.configured():
+        lines.append("warning: clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
-    if s.delivery == "relay" and not s.relay_tls_verify:
-        lines.append("warning: SMTP_RELAY_TLS_VERIFY=0: the smart host's certificate is not verified")
+    if s.delivery != "hold" and not s.relay_tls_verify:
+        lines.append("warning: SMTP_RELAY_TLS_VERIFY=0: certificates of next hops are not verified")
     if not s.fsync:
         lines.append("warning: SMTP_FSYNC=0: mail acknowledged just before a power failure is lost")
     return [f"smtprelay {__version__}: {line}" for line in lines]
 
 
-def check(arguments: Sequence[str]) -> int:
+def check(settings: Settings, arguments: Arguments) -> int:
     """Read the settings and say all that is wrong; --print shows them."""
-    settings = read_environment()
-    if "--print" in arguments:
+    Faults(settings.faults)
+    if arguments.print:
         for name, f in FIELDS.items():
             value = getattr(settings, f.name)
             print(f"{name}={'***' if f.metadata['secret'] and value else setting_text(value)}")
@@ -8564,64 +11026,157 @@ def setting_text(value: Any) -> str:
     """Return a setting's value as a user would write it."""
     if isinstance(value, tuple):
         return ",".join(str(v) for v in value)
+    if isinstance(value, re.Pattern):
+        return str(value.pattern)
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def healthcheck(arguments: Sequence[str]) -> int:
+def healthcheck(settings: Settings, arguments: Arguments) -> int:
     """Exit 0 when the relay is ready; --wait waits for it, up to a minute."""
-    settings = read_environment()
     if not settings.health_addr:
-        complain("SMTP_HEALTH_ADDR is off: there is nothing to ask")
-        return EX_CONFIG
-    address = settings.health_addr[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
-    end = time.monotonic() + (60 if "--wait" in arguments else 0)
-    while True:
-        trouble = ask_health(host, address.port)
-        if not trouble or time.monotonic() >= end:
-            break
-        time.sleep(0.1)
-    if trouble:
-        complain(trouble)
-    return EX_NO if trouble else 0
+        raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
+    end = time.monotonic() + (60 if arguments.wait else 0)
+    with Progress("waiting for the relay"):
+        while True:
+            try:
+                Remote(settings).ask("GET", "/readyz", patience=5.0)
+                return 0
+            except (NoRelay, Complaint) as e:
+                if time.monotonic() >= end:
+                    raise Complaint(str(e)) from None
+            time.sleep(0.1)
 
 
-def ask_health(host: str, port: int) -> str:
-    """Return what is wrong with the relay at an HTTP address; "" when nothing is."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+def sendmail(words: Sequence[str]) -> int:
+    """Send a message as the program sendmail does (-t -i -f -F -bs -bp -q ...)."""
+    settings = read_environment()
     try:
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        return "" if answer.status == 200 else answer.read(1000).decode("utf-8", "replace").strip()
-    except (OSError, http.client.HTTPException) as e:
-        return f"no relay answers at {host_port(host, port)}: {e}"
-    finally:
-        connection.close()
+        errand = read_errand(words)
+        if errand.mode == "deliver":
+            return send(write_letter(sys.stdin.buffer.read(), errand, settings.hostname), settings)
+    except ValueError as e:
+        complain(f"sendmail: {e}")
+        return EX_USAGE
+    if errand.mode == "smtp":
+        return speak_smtp(settings)
+    if errand.mode == "queue":
+        return main(["queue"])
+    if errand.mode == "flush":
+        return 0 if main(["retry", "all"]) in (0, EX_NO) else EX_TEMPFAIL
+    return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve, "check": check, "healthcheck": healthcheck}
+class Command(NamedTuple):
+    """A verb of the command line: what runs it, and its arguments."""
+
+    run: Callable[[Settings, Arguments], int]
+    options: tuple[Option, ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command(serve),
+    "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
+    "doctor": Command(doctor, (JSON,)),
+    "queue": Command(queue_, (JSON,)),
+    "retry": Command(retry, (ID_OR_ALL,)),
+    "remove": Command(remove, (ID,)),
+    "show": Command(show, (ID, JSON)),
+    "wait": Command(wait, (
+        option("--to", metavar="ADDRESS", help="a recipient"),
+        option("--subject", metavar="WORDS", help="words of the subject"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--code", action="store_true", help="print its verification code alone"),
+        option("--link", action="store_true", help="print its first link alone"), JSON)),
+    "user": Command(user, (
+        option("action", choices=("add", "list", "remove", "passwd")),
+        option("name", metavar="NAME", nargs="?"),
+        option("--domain", action="append", default=[], metavar="DOMAIN", help="may send as this domain (again for more)"),
+        option("--daily", type=count, default=0, metavar="N", help="messages a day"),
+        option("--per-minute", type=count, default=0, metavar="N", help="messages a minute"),
+        option("--api-key", action="store_true", help="make an API key, and print it"), JSON)),
+    "healthcheck": Command(healthcheck, (option("--wait", action="store_true", help="wait up to a minute"),)),
+}
+
+
+def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
+    """Parse a verb's arguments; SystemExit with 0 after --help, EX_USAGE after a mistake."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(command.run))
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
+    try:
+        return parser.parse_args(words)
+    except SystemExit as e:
+        raise SystemExit(EX_USAGE if e.code else 0) from None
+
+
+BASH = """\
+_smtprelay() {{
+    local words="{verbs}"
+    [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in
+{cases}
+        *) words="";;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -F _smtprelay smtprelay smtprelay.py"""
+ZSH = """\
+_smtprelay() {{
+    (( CURRENT == 2 )) && {{ compadd -- {verbs}; return }}
+    case $words[2] in
+{cases}
+    esac
+}}
+compdef _smtprelay smtprelay smtprelay.py"""
+
+
+def completion(shell: str) -> str:
+    """Return what makes bash or zsh complete verbs and their options."""
+    template, case = (BASH, '        {})  words="{}";;') if shell == "bash" else (ZSH, "        {}) compadd -- {};;")
+    cases = []
+    for name, command in COMMANDS.items():
+        words = [w for names, how in command.options for w in (how.get("choices") or names) if w[0] == "-" or "choices" in how]
+        cases += [case.format(name, " ".join(words))] if words else []
+    return template.format(verbs=" ".join([*COMMANDS, "sendmail"]), cases="\n".join(cases))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--version" in words:
-        print(f"smtprelay {__version__}")
-        return 0
-    if "--help" in words or "-h" in words:
-        print(usage())
-        return 0
+    called = os.path.basename(sys.argv[0]) if arguments is None else ""
+    if called in SENDMAIL_NAMES:
+        words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
+    try:
+        return run_command(words)
+    except SettingsError as e:
+        complain(*e.problems)
+        return EX_CONFIG
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except (Complaint, SpoolBusy, OSError) as e:
+        complain(str(e))
+        return e.status if isinstance(e, Complaint) else EX_TEMPFAIL
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def run_command(words: list[str]) -> int:
     name = words.pop(0) if words else "serve"
+    if name == "sendmail":
+        return sendmail(words)
+    if name in ("--version", "--help", "-h"):
+        print(f"smtprelay {__version__}" if name == "--version" else usage())
+        return 0
+    if name == "--completion" and words in (["bash"], ["zsh"]):
+        print(completion(words[0]))
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         complain(f"{name!r} is not a command" + (f"; did you mean {near[0]}?" if near else "; see --help"))
         return EX_USAGE
-    try:
-        return COMMANDS[name](words)
-    except SettingsError as e:
-        complain(*e.problems)
-        return EX_CONFIG
+    parsed = parse_arguments(name, words)
+    return COMMANDS[name].run(read_environment(), parsed)
 
 
 if __name__ == "__main__":
