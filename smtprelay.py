@@ -5216,7 +5216,7 @@ class Reception:
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.settings.max_connections
+            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
                     or 0 < limit <= self.clients[key])
             if not full:
                 self.sessions.add(session)
@@ -5809,6 +5809,9 @@ class Session:
         self.in_content = True
         try:
             reader(self.wire, content, *more)
+        except Exception:
+            self.over = True  # what is left of the content must not be taken for commands
+            raise
         finally:
             self.in_content = False
             self.wire.shrink()
@@ -10955,7 +10958,6 @@ def serve(settings: Settings, arguments: Arguments) -> int:
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
-    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()
