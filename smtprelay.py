@@ -11589,10 +11589,21 @@ def serve(settings: Settings, arguments: Arguments) -> int:
         complain(str(e))
         return EX_UNAVAILABLE
     print("\n".join(first_lines(parts)), file=sys.stderr, flush=True)
+    give_memory_back()
     try:
         return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
     finally:
         parts.close()
+
+
+def give_memory_back() -> None:
+    """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
+    gc.collect()
+    gc.freeze()  # what stands now stays: the halves share its pages
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve_here(parts: Parts) -> int:
@@ -11805,5 +11816,22 @@ def run_command(words: list[str]) -> int:
     return COMMANDS[name].run(read_environment(), parsed)
 
 
+COMPILED = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; sys.argv[:3] = sys.argv[2:3]; sys.exit({0}.main())"
+
+
+def run_compiled() -> None:
+    """Start the server anew from this file as a module.
+
+    While a script runs, Python holds on to the syntax tree of its whole file, 20 MB in each
+    process; a module is free of it, and its bytecode is kept for the next start.
+    """
+    path = os.path.abspath(__file__)
+    name, end = os.path.splitext(os.path.basename(path))
+    if sys.argv[1:] in ([], ["serve"]) and end == ".py" and name.isidentifier() and os.access(path, os.R_OK):
+        command = [sys.executable, "-c", COMPILED.format(name), os.path.dirname(path), path, *sys.argv[1:]]
+        os.execv(sys.executable, command)
+
+
 if __name__ == "__main__":
+    run_compiled()
     sys.exit(main())
