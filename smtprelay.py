@@ -2028,6 +2028,18 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
+def skip_block(file: BinaryIO) -> None:
+    """Leave a file behind its envelope headers, without reading what they say."""
+    head, at = file.read(4 * KIB), 0
+    while head.startswith(b"X-Envelope-", at) and head.find(b"\n", at) >= 0:
+        at = head.index(b"\n", at) + 1
+    if at + 11 < len(head):
+        file.seek(at)
+    else:  # they go on
+        file.seek(0)
+        read_block(file)
+
+
 def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
     length = file.seek(0, os.SEEK_END)
@@ -2183,7 +2195,7 @@ class FileSpool:
             file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str) -> Message:
@@ -2410,7 +2422,7 @@ class MemorySpool:
 
     def content(self, stem: str) -> BinaryIO:
         file = io.BytesIO(self.contents[stem])
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str) -> Message:
@@ -3439,6 +3451,13 @@ class Scheduler:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
+
+    def put_all(self, stems: Iterable[str], lane: str) -> None:
+        """Queue messages that are not known yet, all at once, before the first of them is taken."""
+        with self.changed:
+            for stem in stems:
+                if stem not in self.active and stem not in self.waiting:
+                    self._queue(stem, lane, 0.0, False)
 
     def done(self, task: Task, delay: float | None = None) -> None:
         """Give a task back; with a delay, its message is queued there again."""
@@ -9399,19 +9418,19 @@ class Delivering:
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
-        found = 0
+        owed = []
         for stem, done in self.spool.names():
             self.inbox.add(stem)
             self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None:
-                self.scheduler.put(stem, UNREAD)
-                found += 1
+                owed.append(stem)
             else:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(self.finished, stem, *self.spool.finished(stem, done))
+        self.scheduler.put_all(owed, UNREAD)
         self.show_depth()
-        if found:
-            self.log.info("queue_found", messages=found)
+        if owed:
+            self.log.info("queue_found", messages=len(owed))
 
     # -- what is kept --
 
