@@ -41,9 +41,10 @@ Contents:
     19 PAGE          the inbox and queue page, one document
     20 HTTP          health, metrics, the mail API, and its guards
     21 RELAY         joins the parts: workers, processes, start and stop
-    22 SENDMAIL      the command of that name
-    23 DOCTOR        what stands between this machine and the next hop
-    24 COMMAND LINE  one function for each verb
+    22 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
+    23 SENDMAIL      the command of that name
+    24 DOCTOR        what stands between this machine and the next hop
+    25 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -233,6 +235,7 @@ def unix_time(text: str) -> float:
         return 0.0
 
 
+@functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -794,7 +797,7 @@ class Settings:
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
-    @property
+    @functools.cached_property
     def smart_hosts(self) -> tuple[tuple[str, int], ...]:
         """The smart hosts, in the order in which they are tried."""
         return tuple(split_port(h, str(self.relay_port)) for h in self.relay_host)
@@ -1933,6 +1936,7 @@ def open_sealer(settings: Settings) -> Sealer:
 
 NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+SIDECARS = ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED))
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
@@ -2198,18 +2202,21 @@ class FileSpool:
         skip_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
-        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+    def load(self, stem: str, *, owed: bool = False) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged.
+
+        Of one that is owed, no finished record is looked for.
+        """
         try:
             with self.open_text(stem + ".eml", stem + ".eml") as file:
                 message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
-        return self.progress(stem, message)
+        return self.progress(stem, message, SIDECARS[:1] if owed else SIDECARS)
 
-    def progress(self, stem: str, first: Message) -> Message:
+    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
         """Return the latest readable sidecar, or the first record where there is none."""
-        for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
+        for end, status in sidecars:
             try:
                 with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
@@ -2225,11 +2232,13 @@ class FileSpool:
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
-        name = stem + ".tmp"
-        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
-        os.rename(self.path(name), self.path(stem + end))
-        if end != ".json":
+        data = self.sealer.seal(message.to_json(), stem + ".json")
+        if end != ".json":  # torn or not, its name says all that counts
+            write_file(self.path(stem + end), data)
             self.unlink(stem + ".json")
+            return
+        write_file(self.path(stem + ".tmp"), data)
+        os.rename(self.path(stem + ".tmp"), self.path(stem + end))
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
@@ -2425,7 +2434,7 @@ class MemorySpool:
         skip_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
+    def load(self, stem: str, *, owed: bool = False) -> Message:
         return Message.from_json(self.records[stem])
 
     def save(self, message: Message) -> None:
@@ -3439,14 +3448,15 @@ class Scheduler:
         self.order: collections.deque[Lane] = collections.deque()
         self.parked: list[tuple[float, str]] = []  # lanes that nothing may leave before that time
         self.heap: list[tuple[float, str, str]] = []
-        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> when due; 0.0 once it is in it
+        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it
         self.active: dict[str, str] = {}  # stem -> lane
         self.clock_set = 0.0  # Unix time; stems from before prove no age
-        self.blocked: dict[str, list[str]] = {}  # an active stem -> lanes in which its turn had come
+        self.blocked: dict[str, list[str]] = {}  # active stem -> lanes in which its turn had come
+        self.alarm = math.inf  # when the first of the workers that wait will look again
         self.stopped = False
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
-        """Queue a message for a next hop. One that waits there only moves forward; one in a worker's hands stays."""
+        """Queue a message for a next hop: if it waits there, or a worker has it, it can only gain."""
         with self.changed:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
@@ -3471,8 +3481,7 @@ class Scheduler:
             for name in self.blocked.pop(task.stem, ()):
                 self._enter(task.stem, name, False)
             if not lane.listed and not lane.running and not lane.steps:
-                del self.lanes[task.lane]
-            self.changed.notify()
+                del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
         due = self.clock() + delay if delay > 0 else 0.0
@@ -3484,7 +3493,7 @@ class Scheduler:
             heapq.heappush(self.heap, (due, stem, lane))
         else:
             self._enter(stem, lane, fresh)
-        self.changed.notify()
+        self._stir()
 
     def _enter(self, stem: str, name: str, fresh: bool) -> None:
         lane = self.lanes.get(name)
@@ -3507,12 +3516,21 @@ class Scheduler:
                 self._wake(now)
                 task = self._next(now)
                 if task:
+                    self._stir()
                     return task
                 left = min(give_up - time.monotonic(), self._quiet_for(now))
                 if give_up <= time.monotonic():
                     return None
+                self.alarm = min(self.alarm, now + left)
                 self.changed.wait(max(left, 0.001))
+                self.alarm = math.inf  # nobody is known to look in time
         return None
+
+    def _stir(self) -> None:
+        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
+        now = self.clock()
+        if self._quiet_for(now) < self.alarm - now or any(self._may_start(lane, now) for lane in self.order):
+            self.changed.notify()
 
     def _wake(self, now: float) -> None:
         """Move what has fallen due into its lane, and lanes whose probe is due into the order."""
@@ -3533,18 +3551,18 @@ class Scheduler:
 
     def _next(self, now: float) -> Task | None:
         """Return the next message of the first lane, going round, that has one and has room."""
-        busy = [self.lanes[name] for name in self.active.values()]
-        failed = sum(lane.steps > 0 for lane in busy)
-        slow = sum(not lane.is_quick(now) for lane in busy)
         for lane in list(self.order):
             overdue = lane.steps > 0 and self._is_overdue(lane)
             if lane.steps and now < lane.throttled_until and not overdue:
                 self._park(lane)
-            elif overdue or self._has_room(lane, now, failed, slow):
+            elif overdue or self._has_room(lane, now):
                 task = self._pop(lane, now, overdue)
                 if task:
                     return task
         return None
+
+    def _may_start(self, lane: Lane, now: float) -> bool:
+        return not (lane.steps and now < lane.throttled_until) and self._has_room(lane, now)
 
     def _park(self, lane: Lane) -> None:
         """Put a throttled lane out of the way until its probe is due."""
@@ -3553,26 +3571,32 @@ class Scheduler:
         heapq.heappush(self.parked, (lane.parked, lane.name))
 
     def _is_overdue(self, lane: Lane) -> bool:
-        """Tell whether a lane's oldest message is too old to be tried: it is let out, only to fail."""
+        """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
         came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
         return self.clock_set <= came < time.time() - self.settings.retry_max_age
 
-    def _has_room(self, lane: Lane, now: float, failed: int, slow: int) -> bool:
-        """Tell whether one more worker may go to a lane, with so many at failed and at slow ones."""
-        workers, quick = self.settings.workers, lane.is_quick(now)
-        share = workers if len(self.lanes) == 1 else max(1, workers // 2)  # of all workers, for one that is slow
+    def _has_room(self, lane: Lane, now: float) -> bool:
+        """Tell whether a lane may have one more worker."""
+        workers, room, quick = self.settings.workers, self.settings.relay_connections, lane.is_quick(now)
+        alone = len(self.lanes) == 1  # then there is nobody to keep workers for
+        half = workers if alone else max(1, workers // 2)
         if not lane.proven:
             room = 1
         elif lane.name in LOCAL_LANES:
             room = workers
-        else:
-            room = self.settings.relay_connections if quick else min(self.settings.relay_connections, share)
-        if len(lane.running) >= room or lane.steps and failed >= share:
+        elif not quick:
+            room = min(room, half)
+        if len(lane.running) >= room:
             return False
-        return quick or len(self.lanes) == 1 or slow < max(1, workers - max(1, workers // 4))
+        if not lane.steps and (quick or alone):
+            return True
+        busy = [self.lanes[name] for name in self.active.values()]
+        if lane.steps and sum(other.steps > 0 for other in busy) >= half:
+            return False
+        return quick or alone or sum(not o.is_quick(now) for o in busy) < max(1, workers - max(1, workers // 4))
 
     def _pop(self, lane: Lane, now: float, oldest: bool) -> Task | None:
-        """Take the next message from a lane that is in the order; None when all of them have gone."""
+        """Take the next message from a lane in the order; None when all of them have gone."""
         self.order.remove(lane)
         lane.listed = False
         found = None
@@ -3622,7 +3646,7 @@ class Scheduler:
             return delay
 
     def postpone(self, stem: str, lane: str, delay: float) -> None:
-        """Let a message that waits for a next hop wait for so many seconds from now, and no less."""
+        """Let a message wait for a next hop for so many seconds from now, and no less."""
         with self.changed:
             due = self.clock() + max(delay, 0.001)
             self.waiting.setdefault(stem, {})[lane] = due
@@ -3633,7 +3657,7 @@ class Scheduler:
             return self.lanes[name].steps > 0
 
     def reached(self, name: str) -> None:
-        """Note that a next hop has answered: more workers may follow the first, unless it is throttled."""
+        """Note that a next hop has answered: unless it is throttled, more workers may follow."""
         with self.changed:
             lane = self.lanes[name]
             if not lane.proven and not lane.steps:
@@ -4173,7 +4197,7 @@ class Target(NamedTuple):
 
 
 class Outgoing:
-    """The content of a message as it leaves: headers of ours, then the file from where it stands."""
+    """Content as it leaves: headers of ours, then the file from where it stands."""
 
     def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self.file, self.head, self.start = file, head, file.tell()
@@ -4252,10 +4276,11 @@ class NextHop:
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
         deadline, trouble = self.patience(), OSError("no address")
-        places = socket.getaddrinfo(self.target.ip or self.target.host, self.target.port, type=socket.SOCK_STREAM)
+        port = self.target.port
+        places = socket.getaddrinfo(self.target.ip or self.target.host, port, type=socket.SOCK_STREAM)
         for i, place in enumerate(places):
             try:
-                return socket.create_connection((str(place[4][0]), self.target.port), deadline.left() / (len(places) - i))
+                return socket.create_connection((str(place[4][0]), port), deadline.left() / (len(places) - i))
             except OSError as e:
                 trouble = e
         raise trouble
@@ -4284,7 +4309,8 @@ class NextHop:
         self.smtp.esmtp_features = {}
         own = re.match(r"\S*", text)
         if self.target.ip and own and own[0].lower() == self.settings.hostname.lower():
-            raise Trouble("loop", LOOPS_BACK.code, f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}")
+            code, status, words = LOOPS_BACK
+            raise Trouble("loop", code, f"{status} {self.target}: {words}")
         if code == 250:
             for line in text.split("\n")[1:]:
                 name, _, argument = line.partition(" ")
@@ -4325,7 +4351,7 @@ class NextHop:
         return self.reply("login")
 
     def password(self) -> str:
-        """Return the password; the smart host's is reread from its file, since a token does not last."""
+        """Return the password; the smart host's is reread from its file: a token does not last."""
         path = self.settings.relay_password_file
         if not path or self.target.password != self.settings.relay_password:
             return self.target.password
@@ -4335,11 +4361,13 @@ class NextHop:
             raise Trouble("login", 0, f"expected {e}") from None
 
     def plain(self) -> tuple[int, str]:
-        return self.ask_secret(b"AUTH PLAIN ", f"\0{self.target.username}\0{self.password()}".encode())
+        secret = f"\0{self.target.username}\0{self.password()}"
+        return self.ask_secret(b"AUTH PLAIN ", secret.encode())
 
     def xoauth2(self) -> tuple[int, str]:
-        """XOAUTH2: after a token that is refused comes a challenge that says why, then the reply."""
-        answer = self.ask_secret(b"AUTH XOAUTH2 ", f"user={self.target.username}\1auth=Bearer {self.password()}\1\1".encode())
+        """XOAUTH2: for a token that is refused, a challenge says why before the reply."""
+        secret = f"user={self.target.username}\1auth=Bearer {self.password()}\1\1"
+        answer = self.ask_secret(b"AUTH XOAUTH2 ", secret.encode())
         return self.ask_secret(b"") if answer[0] == 334 else answer
 
     def auth_login(self) -> tuple[int, str]:
@@ -4421,12 +4449,20 @@ class NextHop:
             line += " BODY=8BITMIME"
         if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
             line += " SMTPUTF8"
-        dsn = self.offers("dsn")  # RFC 3461 5.2.1
-        line += asked(RET=message.ret, ENVID=message.envid) if dsn else ""
+        if self.offers("dsn"):  # RFC 3461 5.2.1
+            line += asked(RET=message.ret, ENVID=message.envid)
         lines = [("mail", line),
-                 *(("rcpt", f"RCPT TO:<{r.address}>" + (asked(NOTIFY=r.notify, ORCPT=r.orcpt) if dsn else "")) for r in recipients),
+                 *(("rcpt", f"RCPT TO:<{r.address}>{self.asked_for(r)}") for r in recipients),
                  ("data", "DATA")]
         return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
+
+    def asked_for(self, recipient: Recipient) -> str:
+        """Return what the sender asked to be told of a recipient, for a next hop that offers DSN."""
+        if not self.offers("dsn"):
+            return ""
+        orcpt = encode_unitext(recipient.orcpt, utf8=self.offers("smtputf8"))
+        # An address that grows past the limit in ASCII is left out: better than a 501.
+        return asked(NOTIFY=recipient.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
 
     def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
         """Yield the reply to each command; with PIPELINING all are sent before the first is read."""
@@ -4511,7 +4547,8 @@ class NextHop:
 
 
 CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
-    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login, "XOAUTH2": NextHop.xoauth2}
+    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login,
+    "XOAUTH2": NextHop.xoauth2}
 AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
@@ -4539,7 +4576,8 @@ class Delivery:
     `own` are the ports where this relay itself listens.
     """
 
-    def __init__(self, settings: Settings, log: Log, accounts: Accounts, own: Sequence[int] = ()) -> None:
+    def __init__(self, settings: Settings, log: Log, accounts: Accounts,
+                 own: Sequence[int] = ()) -> None:
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
         self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
         self.lock = threading.Lock()
@@ -4568,7 +4606,8 @@ class Delivery:
             return {SMARTHOST: pending}
         found: dict[str, list[Recipient]] = {}
         for r in pending:
-            found.setdefault(self.final_address(r).rpartition("@")[2].lower().rstrip("."), []).append(r)
+            domain = self.final_address(r).rpartition("@")[2].lower().rstrip(".")
+            found.setdefault(domain, []).append(r)
         return found
 
     def final_address(self, recipient: Recipient) -> str:
@@ -4578,11 +4617,12 @@ class Delivery:
         return bool(self.settings.relay_allowed_recipients.search(self.final_address(recipient)))
 
     def smart_hosts(self, message: Message) -> list[Target]:
-        """Return where a message goes that is not sent by MX: an account's own host, or the settings'."""
+        """Return where a message goes that is not sent by MX: an account's host, or ours."""
         s = self.settings
         account = self.accounts.get(message.user) if message.user else None
         if not account or not account.relay_host:
-            return [Target(host, port, s.relay_tls, s.relay_username, s.relay_password) for host, port in s.smart_hosts]
+            login = (s.relay_tls, s.relay_username, s.relay_password)
+            return [Target(host, port, *login) for host, port in s.smart_hosts]
         host, port = split_port(account.relay_host, "587")
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
         return [Target(host, port, tls, account.relay_username, account.relay_password)]
@@ -4602,7 +4642,8 @@ class Delivery:
             found = True
             yield Target(host.name, port, self.settings.relay_tls, ip=ip)
 
-    def sharers(self, lane: str, hosts: Sequence[MxHost], routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
+    def sharers(self, lane: str, hosts: Sequence[MxHost],
+                routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
         """Return a domain's recipients and those of others with the very same hosts."""
         latest, found = Deadline(GROUPING_TIME).at, list(routes[lane])
         for other in (name for name in routes if name != lane):
@@ -4615,7 +4656,7 @@ class Delivery:
 
     def attempt(self, message: Message, lane: str, file: BinaryIO,
                 reached: Callable[[], None] = lambda: None) -> Attempt:
-        """Try to pass a message on to the recipients that wait in a lane; call `reached` once connected."""
+        """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
         routes = self.routes(message)
         recipients = routes[lane]
         try:
@@ -4631,18 +4672,21 @@ class Delivery:
                 return Attempt({r.address: outcome for r in recipients}, None, [])
             return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
 
-    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient], file: BinaryIO,
-             reached: Callable[[], None]) -> Attempt:
+    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
+             file: BinaryIO, reached: Callable[[], None]) -> Attempt:
         """Send a message as the settings rewrite it."""
         s = self.settings
-        path = message.reverse_path and (s.relay_return_path or message.reverse_path)
+        if s.relay_return_path and message.reverse_path:
+            message = dataclasses.replace(message, reverse_path=s.relay_return_path)
         if not s.relay_redirect_to:
-            message = dataclasses.replace(message, reverse_path=path)
             return self.try_each(targets, message, recipients, Outgoing(file), reached)
-        head = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients).encode("utf-8", "surrogateescape")
-        message = dataclasses.replace(message, reverse_path=path, size=message.size + len(head))
-        attempt = self.try_each(targets, message, [Recipient(s.relay_redirect_to)], Outgoing(file, head), reached)
-        return attempt._replace(outcomes={r.address: o for r in recipients for o in attempt.outcomes.values()})
+        lines = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients)
+        head = lines.encode("utf-8", "surrogateescape")
+        message = dataclasses.replace(message, size=message.size + len(head))
+        one = [Recipient(s.relay_redirect_to)]
+        attempt = self.try_each(targets, message, one, Outgoing(file, head), reached)
+        shared = {r.address: o for r in recipients for o in attempt.outcomes.values()}
+        return attempt._replace(outcomes=shared)
 
     def try_each(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
                  content: Outgoing, reached: Callable[[], None]) -> Attempt:
@@ -4672,7 +4716,7 @@ class Delivery:
         yield from last
 
     def is_avoided(self, target: Target) -> bool:
-        """Tell whether a target is passed over; when its time is up, one caller tries it, not all."""
+        """Tell whether a target is passed over; when its time is up, one caller tries it."""
         now = time.monotonic()
         with self.lock:
             until = self.avoided.get(target)
@@ -4680,8 +4724,8 @@ class Delivery:
                 self.avoided[target] = now + AVOID_TIME
             return until is not None and until > now
 
-    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient], content: Outgoing,
-                   reached: Callable[[], None]) -> Attempt:
+    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient],
+                   content: Outgoing, reached: Callable[[], None]) -> Attempt:
         """Try one target; a kept connection that has gone stale is replaced without blame."""
         hop = self.take(target)
         reused = hop.sent > 0
@@ -4703,12 +4747,14 @@ class Delivery:
         self.give(hop)
         outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
-        return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
+        if not host or any(o.status is Status.FORWARDED for o in outcomes.values()):
+            return Attempt(outcomes, None, hop.transcript)  # whom it served must not be served again
+        return Attempt({}, host[0], hop.transcript)
 
     def seal(self, outcome: Outcome, hop: NextHop) -> Outcome:
         """Say in an outcome how it was come by."""
-        return outcome._replace(ip=hop.ip, tls=hop.tls, verified=bool(hop.tls) and self.settings.relay_tls_verify,
-                                dsn=bool(hop.smtp.esmtp_features) and hop.offers("dsn"))
+        return outcome._replace(ip=hop.ip, tls=hop.tls, dsn=hop.offers("dsn"),
+                                verified=bool(hop.tls) and self.settings.relay_tls_verify)
 
     def judge(self, trouble: Trouble, hop: NextHop, recipients: list[Recipient]) -> Attempt:
         outcome = self.seal(classify(trouble.stage, trouble.code, trouble.reply, hop.target.host), hop)
@@ -4847,7 +4893,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     head = (
         ("From", f"Mail Delivery System <MAILER-DAEMON@{hostname}>"),
         ("To", f"<{message.reverse_path}>"),
-        ("Subject", "Your message could not be delivered" if failed(told) else "Your message was passed on"),
+        ("Subject", "Your message could not be delivered" if failed(told) else "Your message has left"),
         ("Date", email.utils.format_datetime(now)),
         ("Message-ID", f"<report.{message.id}@{hostname}>"),
         ("Auto-Submitted", "auto-replied"),
@@ -4866,14 +4912,15 @@ def report_text(message: Message, told: Sequence[Recipient], hostname: str) -> b
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
     for recipient in lost[:REPORT_RECIPIENTS_MAX]:
-        said = f"The mail server {recipient.host} said:" if recipient.host and recipient.code else "What went wrong:"
+        spoke = recipient.host and recipient.code
+        said = f"The mail server {recipient.host} said:" if spoke else "What went wrong:"
         lines += ["", recipient.address, f"    {said}"]
         lines += [f"        {line}" for line in wrapped(words_said(recipient))]
         lines += [f"    {line}" for line in wrapped(f"What to do: {advice_on(recipient)}")]
     if len(lost) > REPORT_RECIPIENTS_MAX:
         lines += ["", f"and {len(lost) - REPORT_RECIPIENTS_MAX} more."]
     if passed:
-        lines += ["", "For these it was passed on to a mail server that sends no reports of delivery:", ""]
+        lines += ["", "For these it was passed on to a mail server that reports no delivery:", ""]
         lines += [f"{r.address} ({r.host})" for r in passed[:REPORT_RECIPIENTS_MAX]]
     lines += ["", f"The original follows. Its queue id here was {message.id}."]
     return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
@@ -4900,8 +4947,13 @@ def recipient_fields(recipient: Recipient, utf8: bool) -> tuple[tuple[str, str],
         ("Action", "failed" if recipient.status is Status.FAILED else "relayed"),
         ("Status", enhanced_status(recipient)),
         ("Remote-MTA", recipient.host and f"dns; {recipient.host}"),
-        ("Diagnostic-Code", ("smtp; " if recipient.host and recipient.code else "x-smtprelay; ") + words_said(recipient)),
+        ("Diagnostic-Code", diagnosis(recipient)),
     )
+
+
+def diagnosis(recipient: Recipient) -> str:
+    kind = "smtp" if recipient.host and recipient.code else "x-smtprelay"
+    return f"{kind}; {words_said(recipient)}"
 
 
 def returned_part(message: Message, original: bytes) -> bytes:
@@ -4973,7 +5025,8 @@ def advice_on(recipient: Recipient) -> str:
 def mail_time(received_at: str) -> str:
     """Write a record's time as headers have it (RFC 5322 3.3); empty if it is none."""
     try:
-        return email.utils.format_datetime(datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00")))
+        at = datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00"))
+        return email.utils.format_datetime(at)
     except ValueError:
         return ""
 
@@ -5019,6 +5072,7 @@ class ReportCap:
 
 FAULT_STAGES = ("connect", "auth", "mail", "rcpt", "data", "end")
 FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
+FAULT_REPLY = re.compile(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?")
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
 CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
 CHAOS_RULE = re.compile(r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})")
@@ -5045,12 +5099,13 @@ class Fault(NamedTuple):
     share: int = 100
 
     def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
-        """Return what the rule counts by, its recipient or "" without to=; None if it does not match."""
+        """Return what to count by, the recipient or "" without to=; None if it does not match."""
         if not fnmatch.fnmatchcase(sender.lower(), self.globs.get("from", "*")):
             return None
         if "to" not in self.globs:
             return ""
-        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, self.globs["to"])), None)
+        glob = self.globs["to"]
+        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, glob)), None)
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -5090,10 +5145,11 @@ def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
             return FaultAnswer(delay)
     if parts == ["drop"] or (parts == ["drop", "kept"] and stage == "end"):
         return FaultAnswer(delay, drop=True, kept=len(parts) == 2)
-    match = re.fullmatch(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?", " ".join(parts))
+    match = FAULT_REPLY.fullmatch(" ".join(parts))
     if not match:
-        raise ValueError('a code from 400 to 599 with printable ASCII after it, "delay 5s" or "drop"')
-    return FaultAnswer(delay, Reply(int(match[1] + match[2]), match[3] or f"{match[1]}.0.0", match[4] or "Scripted failure"))
+        raise ValueError('a code from 400 to 599, then printable ASCII, "delay 5s" or "drop"')
+    code, status, text = match[1] + match[2], match[3] or f"{match[1]}.0.0", match[4]
+    return FaultAnswer(delay, Reply(int(code), status, text or "Scripted failure"))
 
 
 def to_chaos(rules: str) -> dict[str, Any]:
@@ -5117,7 +5173,7 @@ def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
 
 
 class Faults:
-    """Answers by the rules, with a memory of how often each was reached. SettingsError lists wrong rules."""
+    """Answers by the rules, remembering how often each was reached. SettingsError lists wrong ones."""
 
     def __init__(self, text: str, path: str = "") -> None:
         self.lock, self.path, self.stamp = threading.Lock(), path, file_stamp(path)
@@ -5198,6 +5254,21 @@ LINK_LINE = len(stem_of("0" * 16, "")) + 1
 
 
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
+
+
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+CROWD = 3  # threads at work from which on they keep to one processor
+
+
+def keep_together(crowded: bool, pick: Callable[[set[int]], int]) -> None:
+    """Bind the calling thread to one processor when there is a crowd.
+
+    Threads that pass the interpreter's lock between processors do half the work. Each half of
+    the program picks another processor; where binding is not to be had, only speed is lost.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {pick(PROCESSORS)} if crowded else PROCESSORS)
 
 
 class Link:
@@ -6063,13 +6134,9 @@ def discard(block: bytes) -> None:
 
 SESSION_STACK = 256 * KIB
 SPARE_THREADS = 32  # that wait for a connection; more than that end
-CROWD = 3  # sessions at once from which on their threads keep to one processor
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
-
-
-PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -6160,7 +6227,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def hold(self, session: Session) -> None:
         """Run a session to its end."""
-        keep_together(len(self.reception.sessions) >= CROWD)
+        keep_together(len(self.reception.sessions) >= CROWD, min)
         try:
             self.finish_request(session.wire.sock, session)
         except Exception as e:
@@ -6170,14 +6237,6 @@ class Listener(socketserver.ThreadingTCPServer):
             end_tls(session.wire.sock)
             self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
-
-
-def keep_together(crowded: bool) -> None:
-    """Bind the calling thread to one processor when there is a crowd: threads that pass the interpreter's
-    lock between processors do half the work. Where binding is not to be had, nothing is lost but that."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {min(PROCESSORS)} if crowded else PROCESSORS)
 
 
 def end_tls(sock: socket.socket) -> None:
@@ -6534,9 +6593,10 @@ def read_mail(raw: bytes) -> Mail:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw))]
+    top = read_headers(raw, 0, len(raw))
     for _ in range(PART_LIMIT):
         number, start, end = todo.pop()
-        headers, body = read_headers(raw, start, end)
+        headers, body = read_headers(raw, start, end) if number else top
         part = describe_part(number.rstrip(".") or "0", headers)
         nested = part.boundary and number.count(".") < DEPTH_LIMIT
         pieces = find_pieces(raw, body, end, part.boundary) if nested else []
@@ -6547,7 +6607,7 @@ def read_mail(raw: bytes) -> Mail:
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return Mail(read_headers(raw, 0, len(raw))[0], parts, len(raw))
+    return Mail(top[0], parts, len(raw))
 
 
 @dataclass(frozen=True)
@@ -9267,7 +9327,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # through their lives. Supervisor runs both halves as processes of their own,
 # made by fork before there are threads, and makes a half that died anew; the
 # lock, the listening sockets, the Link and the counters are the supervisor's, so
-# a half that is remade finds all as it was. Relay runs both as threads.
+# a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
@@ -9495,8 +9555,13 @@ class Delivering:
     # -- workers --
 
     def work(self) -> None:
+        bound = False
         while not self.stopping.is_set():
             task = self.scheduler.take(5.0)
+            crowded = len(self.scheduler.active) >= CROWD
+            if crowded != bound:
+                keep_together(crowded, max)
+                bound = crowded
             if task:
                 self.work_at(task)
 
@@ -9537,7 +9602,7 @@ class Delivering:
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when no more is owed in this lane."""
         unwritten = self.unwritten.get(task.stem)
-        message = unwritten or self.spool.load(task.stem)
+        message = unwritten or self.spool.load(task.stem, owed=True)
         if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
@@ -10108,13 +10173,13 @@ class Parts:
         self.http: list[socket.socket] = []
         self.own: list[int] = []
 
-    def open(self) -> None:
-        """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
+    def open(self, inherit: bool = True) -> None:
+        """Take the spool, then the places to listen, or inherit these. SpoolBusy or OSError says what is taken already."""
         self.spool.open()
         try:
-            self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
-            self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
-            self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.smtps = inherit and inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
+            self.http = inherit and inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
@@ -10223,57 +10288,6 @@ def notify_systemd(state: str) -> None:
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-
-
-class Relay:
-    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.parts = Parts(settings, log)
-
-    def start(self) -> Relay:
-        self.parts.open()
-        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
-        self.delivering.start()
-        self.receiving.start()
-        return self
-
-    def stop(self) -> None:
-        self.receiving.stop()
-        self.parts.link.close()
-        self.delivering.stop()
-        self.parts.close()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    @property
-    def host(self) -> str:
-        return str(self.parts.smtp[0].getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self.parts.smtp[0].getsockname()[1])
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
-
-
-def start(**settings: str) -> Relay:
-    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
-
-    Reads no environment variables. SettingsError lists what is wrong with the settings.
-    """
-    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    unknown = unknown_settings(settings)
-    if unknown:
-        raise SettingsError(unknown)
-    logger = logging.getLogger("smtprelay.library")
-    return Relay(Settings.read({**defaults, **settings}), Log(logger)).start()
 
 
 SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
@@ -10397,7 +10411,303 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 22 SENDMAIL =============================================================
+# === 22 LIBRARY ==============================================================
+#
+# The relay in the hands of a test: `start()`, the Relay that it returns, and two
+# fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
+# own, memory of its own, nothing from the environment, and nothing left of it after
+# stop(). Unless told of a smart host it has one in the same process, an Upstream
+# that answers by script; unless told to deliver it holds what it gets.
+
+UPSTREAM_STAGES = ("connect", "mail", "rcpt", "data", "end")
+
+
+class Taken(NamedTuple):
+    """A message that the simulated smart host took."""
+
+    reverse_path: str
+    recipients: list[str]
+    raw: bytes
+
+
+class Upstream(socketserver.ThreadingTCPServer):
+    """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
+
+    A step is "accept", "drop" (hang up without an answer), or a reply. It holds for the end
+    of a message's content, unless a stage stands before it: connect, mail, rcpt, data. Steps
+    are taken in order, each when its stage comes; after the last one all is accepted.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.changed = threading.Condition()
+        self.steps: collections.deque[tuple[str, str]] = collections.deque()
+        self.received: list[Taken] = []
+        self.attempts = 0  # MAIL commands seen
+        self.open: dict[socket.socket, threading.Thread] = {}
+        self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
+
+    def script(self, *steps: str) -> None:
+        """Add steps; ValueError for one that is none."""
+        for step in steps:
+            stage, _, reply = step.partition(" ")
+            if stage not in UPSTREAM_STAGES:
+                stage, reply = "end", step
+            if reply not in ("accept", "drop") and not re.match("[2-5][0-9][0-9]( |$)", reply):
+                raise ValueError(f"{step!r} is not [{'|'.join(UPSTREAM_STAGES)}] accept|drop|reply")
+            self.steps.append((stage, reply))
+
+    def answer(self, stage: str, usual: str) -> str:
+        """Return what is said at a stage: the usual, or what the next step wants if it is for this stage."""
+        with self.changed:
+            reply = self.steps.popleft()[1] if self.steps and self.steps[0][0] == stage else "accept"
+        if reply == "drop":
+            raise ConnectionAbortedError("by script")
+        return usual if reply == "accept" else reply
+
+    def take(self, message: Taken) -> None:
+        with self.changed:
+            self.received.append(message)
+            self.changed.notify_all()
+
+    def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
+        """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
+                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, in {self.attempts} attempts")
+            return list(self.received)
+
+    def stop(self) -> None:
+        stop_server(self)
+        for sock, thread in list(self.open.items()):
+            shut(sock, socket.SHUT_RDWR)
+            thread.join(1.0)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.open[request] = threading.current_thread()
+        super().process_request_thread(request, client_address)
+        del self.open[request]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that was dropped, by script or by the relay, is no news."""
+
+
+class UpstreamHandler(socketserver.StreamRequestHandler):
+    """One connection to the simulated smart host."""
+
+    server: Upstream
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        sender: str | None = None
+        recipients: list[str] = []
+        going = self.say(self.server.answer("connect", "220 upstream ESMTP")) < 400
+        while going:
+            line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
+            verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
+            if verb == "EHLO":
+                self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
+            elif verb == "MAIL":
+                self.server.attempts += 1
+                taken = self.say(self.server.answer("mail", "250 2.1.0 Ok")) < 300
+                sender, recipients = path if taken else None, []
+            elif verb in ("RCPT", "DATA") and sender is None:
+                self.say("503 5.5.1 Say MAIL first")
+            elif verb == "RCPT":
+                if self.say(self.server.answer("rcpt", "250 2.1.5 Ok")) < 300:
+                    recipients.append(path)
+            elif verb == "DATA":
+                self.data(sender or "", recipients)
+            else:
+                going = verb not in ("QUIT", "")
+                self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
+
+    def say(self, reply: str) -> int:
+        """Send a reply; return its code."""
+        self.wfile.write(reply.encode() + b"\r\n")
+        return int(reply[:3])
+
+    def data(self, sender: str, recipients: list[str]) -> None:
+        if not recipients:
+            self.say("554 5.5.1 No valid recipients")
+        elif self.say(self.server.answer("data", "354 Go ahead")) == 354:
+            lines = list(iter(self.rfile.readline, b".\r\n"))
+            reply = self.server.answer("end", "250 2.0.0 Ok")
+            if reply.startswith("2"):
+                self.server.take(Taken(sender, recipients, b"".join(line[line.startswith(b"."):] for line in lines)))
+            self.say(reply)
+
+
+class Relay:
+    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
+
+    def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
+        self.settings = settings
+        self.parts = Parts(settings, log)
+        self._upstream = upstream
+
+    def start(self) -> Relay:
+        self.parts.open(inherit=False)
+        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.backstage = Backstage(self.delivering)
+        self.delivering.start()
+        self.receiving.start()
+        return self
+
+    def stop(self) -> None:
+        self.receiving.stop()
+        self.parts.link.close()
+        self.delivering.stop()
+        self.parts.close()
+        if self._upstream:
+            self._upstream.stop()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        return str(self.parts.smtp[0].getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self.parts.smtp[0].getsockname()[1])
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
+
+    @property
+    def upstream(self) -> Upstream:
+        """The simulated smart host; AttributeError where SMTP_RELAY_HOST names a real one."""
+        if not self._upstream:
+            raise AttributeError("SMTP_RELAY_HOST names a smart host: there is no simulated one")
+        return self._upstream
+
+    @property
+    def messages(self) -> list[Email]:
+        """All messages there are, in order of arrival."""
+        self.delivering.catch_up()
+        inbox = self.delivering.inbox
+        return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
+
+    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None) -> Email:
+        """Return the newest message to someone, with words in its subject, or else the next to come.
+
+        With `after`, one that arrived after that message. TimeoutError, which tells what did
+        arrive, when there is none within `timeout` seconds.
+        """
+        query = Query(((functools.partial(is_meant, to, subject), True),))
+        item = self.delivering.inbox.wait(query, after.sequence if after else None, timeout)
+        if not item:
+            wanted = " ".join(f"{k}={v!r}" for k, v in (("to", to), ("subject", subject)) if v) or "any"
+            came = "; ".join(map(repr, self.messages)) or "none"
+            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
+        return self.delivering.inbox.email(item)
+
+    def clear(self) -> None:
+        """Remove all messages, those that the simulated smart host took and its script."""
+        self.delivering.catch_up()
+        for message in self.messages:
+            with contextlib.suppress(HttpError):  # one that is being delivered just now
+                self.backstage.delete([message.id])
+        if self._upstream:
+            self._upstream.received.clear()
+            self._upstream.steps.clear()
+
+    def release(self, message: Email | None = None) -> int:
+        """Let a held message go, or all of them; return how many."""
+        held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
+        for each in held:
+            self.backstage.release(each.id, [])
+        return len(held)
+
+
+def is_meant(to: str, subject: str, item: Item) -> bool:
+    """Tell whether a message is to someone (a part of an address will do where it has no @), and about something."""
+    s = item.summary
+    people = [p["Address"].lower() for p in (*s["To"], *s["Cc"], *s["Bcc"])]
+    to = to.lower()
+    named = to in people if "@" in to else any(to in address for address in people)
+    return named and subject.lower() in s["Subject"].lower()
+
+
+def start(**settings: str) -> Relay:
+    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+
+    Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
+    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    SettingsError lists what is wrong with the settings.
+    """
+    unknown = unknown_settings(settings)
+    if unknown:
+        raise SettingsError(unknown)
+    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
+    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    if upstream:
+        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
+    try:
+        relay = Relay(Settings.read({**defaults, **settings}), Log(logging.getLogger("smtprelay.library")), upstream).start()
+    except BaseException:
+        if upstream:
+            upstream.server_close()
+        raise
+    if upstream:
+        upstream.thread.start()
+    return relay
+
+
+# -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
+
+pytest: Any = sys.modules.get("pytest")
+FIXTURES = ("smtp_relay", "smtp_relay_session")
+MAILS_SHOWN = 10
+
+
+def relay_fixture(request: Any) -> Iterator[Relay]:
+    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
+    marker = request.node.get_closest_marker("smtp_relay")
+    report_mail(request.config.pluginmanager)
+    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
+        yield relay
+
+
+def report_mail(plugins: Any) -> None:
+    """Have a failing test's report show the mail that its relay received."""
+    if not plugins.has_plugin("smtprelay-mail"):
+        plugin = types.ModuleType("smtprelay_mail")
+        vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
+        plugins.register(plugin, "smtprelay-mail")
+
+
+def add_mail(item: Any) -> Iterator[None]:
+    """Add a section to the report of a test that failed (pytest_runtest_makereport)."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    relays = [item.funcargs[name] for name in FIXTURES if name in getattr(item, "funcargs", ())]
+    if report.when == "call" and report.failed and relays:
+        mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
+        left_out = [f"and {len(mails) - MAILS_SHOWN} more"] if len(mails) > MAILS_SHOWN else []
+        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN] + left_out) or "none"
+        report.sections.append((f"mail received ({len(mails)})", text))
+
+
+def configure_pytest(config: Any) -> None:
+    config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
+
+
+if pytest:
+    smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
+    smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
+    pytest_configure = configure_pytest
+
+
+# === 23 SENDMAIL =============================================================
 #
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
@@ -10432,7 +10742,8 @@ class Errand:
     name: str = ""
     dot_ends: bool = True
     from_headers: bool = False
-    flush: bool = False
+    notify: str = ""  # RFC 3461, as are the next
+    ret: str = ""
     recipients: list[str] = field(default_factory=list)
 
 
@@ -10472,6 +10783,10 @@ def heed_flag(errand: Errand, letter: str, value: str) -> None:
         errand.name = value
     elif letter == "t":
         errand.from_headers = True
+    elif letter == "N" and re.fullmatch("(?i)never|(success|failure|delay)(,(success|failure|delay))*", value):
+        errand.notify = value.upper()
+    elif letter == "R" and value.upper() in ("HDRS", "FULL"):
+        errand.ret = value.upper()
     elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
         errand.dot_ends = False
     elif letter == "I":
@@ -10490,13 +10805,15 @@ class Letter(NamedTuple):
     sender: str
     recipients: list[str]
     content: bytes
+    notify: str = ""
+    ret: str = ""
 
     def record(self) -> Message:
         """Return the record that a NextHop sends from."""
         flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
         flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
-        people = [Recipient(address) for address in self.recipients]
-        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+        people = [Recipient(address, notify=self.notify) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags, ret=self.ret)
 
 
 def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
@@ -10540,7 +10857,8 @@ def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
              "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
     kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
              for name, value in added.items() if name.lower().encode() not in names]
-    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    return Letter(sender, recipients, content, errand.notify, errand.ret)
 
 
 def qualified(address: str, hostname: str) -> str:
@@ -10587,7 +10905,7 @@ def spool_socket(settings: Settings) -> socket.socket:
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
     open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
-                                    tls_required=False, rate_limit=0, audit_log="", debug=False)
+                                    tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
     guard = Guard(Accounts(open_door, log), None, Quotas("", log))
@@ -10630,9 +10948,11 @@ def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[s
             if not any(o.status is Status.FORWARDED for o in latest.values()):
                 break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
     finally:
-        hop.close()
-        with contextlib.suppress(OSError):
-            sock.recv(1024)  # the answer to QUIT: by then all is done
+        with contextlib.suppress(OSError, Trouble):
+            hop.say("greeting", b"QUIT")
+            while sock.recv(1024):
+                """Wait for the other end to close: a session of ours has more to do after its last reply."""
+        sock.close()
     return outcomes
 
 
@@ -10687,7 +11007,7 @@ def pass_on(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-# === 23 DOCTOR ===============================================================
+# === 24 DOCTOR ===============================================================
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
@@ -10695,6 +11015,7 @@ def pass_on(sock: socket.socket) -> None:
 
 DOCTOR_TIMEOUT = 10.0
 PORTS_TRIED = (25, 465, 587)
+DOMAIN_HOSTS = 3  # hosts of a domain that are examined
 
 
 def size_shown(octets: float) -> str:
@@ -10728,6 +11049,7 @@ STAGE_ADVICE = {
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
     "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
     "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
 }
 
@@ -10758,19 +11080,25 @@ def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
     except OSError as e:
         yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
         return
-    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    yield Finding("ok", "name", f"{target.host} is {', '.join(a for _, a in addresses)}")
-    open_at = {address: port_opens(address, target.port) for _, address in addresses}
-    for family, label in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
-        tried = [a for f, a in addresses if f == family]
+    addresses = list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
+    yield Finding("ok", "name", f"{target.host} is {', '.join(addresses)}")
+    yield from examine_addresses(settings, target, addresses)
+
+
+def examine_addresses(settings: Settings, target: Target, addresses: Sequence[str]) -> Iterator[Finding]:
+    """Examine a next hop whose addresses are known."""
+    open_at = {address: port_opens(address, target.port) for address in addresses}
+    for label, six in (("IPv4", False), ("IPv6", True)):
+        tried = [a for a in addresses if (":" in a) == six]
         if tried and not any(open_at[a] for a in tried):
             yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
                           "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
         elif tried:
             yield Finding("ok", label, f"port {target.port} opens")
-    yield examine_ports(target)
-    if any(open_at.values()):
-        yield from examine_dialogue(settings, target)
+    yield examine_ports(addresses[0])
+    reached = next((a for a in addresses if open_at[a]), None)
+    if reached:
+        yield from examine_dialogue(settings, target._replace(ip=reached) if target.ip else target)
 
 
 def port_opens(host: str, port: int) -> bool:
@@ -10781,10 +11109,10 @@ def port_opens(host: str, port: int) -> bool:
     return True
 
 
-def examine_ports(target: Target) -> Finding:
+def examine_ports(address: str) -> Finding:
     """Say which of the usual ports can be reached from here."""
     results: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(target.host, port)})) for port in PORTS_TRIED]
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)})) for port in PORTS_TRIED]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -10874,16 +11202,36 @@ def examine_clock(greeting: str, now: float) -> Finding:
                    "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
 
 
-def diagnose(settings: Settings) -> Iterator[Finding]:
-    """Yield all findings for the smart hosts that are set."""
+def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
+    """Examine the hosts that take mail for a domain."""
+    resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
+    try:
+        hosts = resolver.mx_hosts(domain)
+        yield Finding("ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}")
+        for host in hosts[:DOMAIN_HOSTS]:
+            addresses = resolver.addresses(host.name)
+            yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
+            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0]), addresses)
+    except ResolveError as e:
+        yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
+                      "check the domain's spelling" if e.permanent else "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again")
+
+
+def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
+    """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
     yield from examine_spool(settings)
+    if domain:
+        yield from examine_domain(settings, domain)
+        return
+    if settings.delivery == "mx":
+        yield Finding("warn", "delivery", "straight to the recipients' hosts", "name a domain to examine: doctor example.com")
     if settings.delivery == "hold":
         yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
-    for host, port in settings.smart_hosts:
+    for host, port in settings.smart_hosts if settings.delivery == "relay" else ():
         yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
 
 
-# === 24 COMMAND LINE =========================================================
+# === 25 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes the settings and its arguments, and returns
 # the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
@@ -11055,7 +11403,7 @@ def queue_line(row: Mapping[str, Any]) -> str:
     return f"{line}\n    {why}" if why else line
 
 
-def retry(settings: Settings, arguments: Arguments) -> int:
+def retry_(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released."""
     try:
         done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
@@ -11213,7 +11561,7 @@ def print_users(users: Mapping[str, Any], as_json: bool) -> int:
 def doctor(settings: Settings, arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
     findings = []
-    for finding in diagnose(settings):
+    for finding in diagnose(settings, arguments.domain or ""):
         findings.append(finding)
         if not arguments.json:
             advice = f": {finding.advice}" if finding.advice else ""
@@ -11371,15 +11719,16 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve),
     "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
-    "doctor": Command(doctor, (JSON,)),
+    "doctor": Command(doctor, (
+        option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
     "queue": Command(queue_, (JSON,)),
-    "retry": Command(retry, (ID_OR_ALL,)),
+    "retry": Command(retry_, (ID_OR_ALL,)),
     "remove": Command(remove, (ID,)),
     "show": Command(show, (ID, JSON)),
     "wait": Command(wait, (
         option("--to", metavar="ADDRESS", help="a recipient"),
         option("--subject", metavar="WORDS", help="words of the subject"),
-        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
         option("--code", action="store_true", help="print its verification code alone"),
         option("--link", action="store_true", help="print its first link alone"), JSON)),
     "user": Command(user, (
