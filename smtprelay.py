@@ -6002,6 +6002,9 @@ class Session:
         self.in_content = True
         try:
             reader(self.wire, content, *more)
+        except Exception:
+            self.over = True  # what is left of the content must not be taken for commands
+            raise
         finally:
             self.in_content = False
             self.wire.shrink()
@@ -11596,7 +11599,6 @@ def serve(settings: Settings, arguments: Arguments) -> int:
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
-    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()
