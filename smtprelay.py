@@ -9201,7 +9201,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses in the form of all our errors."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version
         self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
 
     def respond(self) -> None:
