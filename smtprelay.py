@@ -9886,7 +9886,7 @@ class Webhook:
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue."""
     return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
             "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
 
