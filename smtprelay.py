@@ -2032,6 +2032,18 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
+def skip_block(file: BinaryIO) -> None:
+    """Leave a file behind its envelope headers, without reading what they say."""
+    head, at = file.read(4 * KIB), 0
+    while head.startswith(b"X-Envelope-", at) and head.find(b"\n", at) >= 0:
+        at = head.index(b"\n", at) + 1
+    if at + 11 < len(head):
+        file.seek(at)
+    else:  # they go on
+        file.seek(0)
+        read_block(file)
+
+
 def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
     length = file.seek(0, os.SEEK_END)
@@ -2187,7 +2199,7 @@ class FileSpool:
             file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str, *, owed: bool = False) -> Message:
@@ -2419,7 +2431,7 @@ class MemorySpool:
 
     def content(self, stem: str) -> BinaryIO:
         file = io.BytesIO(self.contents[stem])
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str, *, owed: bool = False) -> Message:
@@ -3449,6 +3461,13 @@ class Scheduler:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
+
+    def put_all(self, stems: Iterable[str], lane: str) -> None:
+        """Queue messages that are not known yet, all at once, before the first of them is taken."""
+        with self.changed:
+            for stem in stems:
+                if stem not in self.active and stem not in self.waiting:
+                    self._queue(stem, lane, 0.0, False)
 
     def done(self, task: Task, delay: float | None = None) -> None:
         """Give a task back; with a delay, its message is queued there again."""
@@ -6577,9 +6596,10 @@ def read_mail(raw: bytes) -> Mail:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw))]
+    top = read_headers(raw, 0, len(raw))
     for _ in range(PART_LIMIT):
         number, start, end = todo.pop()
-        headers, body = read_headers(raw, start, end)
+        headers, body = read_headers(raw, start, end) if number else top
         part = describe_part(number.rstrip(".") or "0", headers)
         nested = part.boundary and number.count(".") < DEPTH_LIMIT
         pieces = find_pieces(raw, body, end, part.boundary) if nested else []
@@ -6590,7 +6610,7 @@ def read_mail(raw: bytes) -> Mail:
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return Mail(read_headers(raw, 0, len(raw))[0], parts, len(raw))
+    return Mail(top[0], parts, len(raw))
 
 
 @dataclass(frozen=True)
@@ -9181,7 +9201,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses in the form of all our errors."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version
         self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
 
     def respond(self) -> None:
@@ -9461,19 +9481,19 @@ class Delivering:
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
-        found = 0
+        owed = []
         for stem, done in self.spool.names():
             self.inbox.add(stem)
             self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None:
-                self.scheduler.put(stem, UNREAD)
-                found += 1
+                owed.append(stem)
             else:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(self.finished, stem, *self.spool.finished(stem, done))
+        self.scheduler.put_all(owed, UNREAD)
         self.show_depth()
-        if found:
-            self.log.info("queue_found", messages=found)
+        if owed:
+            self.log.info("queue_found", messages=len(owed))
 
     # -- what is kept --
 
@@ -9866,7 +9886,7 @@ class Webhook:
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue."""
     return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
             "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
 
