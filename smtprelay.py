@@ -3427,14 +3427,15 @@ class Scheduler:
         self.order: collections.deque[Lane] = collections.deque()
         self.parked: list[tuple[float, str]] = []  # lanes that nothing may leave before that time
         self.heap: list[tuple[float, str, str]] = []
-        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> when due; 0.0 once it is in it
+        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it
         self.active: dict[str, str] = {}  # stem -> lane
         self.clock_set = 0.0  # Unix time; stems from before prove no age
-        self.blocked: dict[str, list[str]] = {}  # an active stem -> lanes in which its turn had come
+        self.blocked: dict[str, list[str]] = {}  # active stem -> lanes in which its turn had come
+        self.alarm = math.inf  # when the first of the workers that wait will look again
         self.stopped = False
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
-        """Queue a message for a next hop. One that waits there only moves forward; one in a worker's hands stays."""
+        """Queue a message for a next hop: if it waits there, or a worker has it, it can only gain."""
         with self.changed:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
@@ -3452,8 +3453,7 @@ class Scheduler:
             for name in self.blocked.pop(task.stem, ()):
                 self._enter(task.stem, name, False)
             if not lane.listed and not lane.running and not lane.steps:
-                del self.lanes[task.lane]
-            self.changed.notify()
+                del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
         due = self.clock() + delay if delay > 0 else 0.0
@@ -3465,7 +3465,7 @@ class Scheduler:
             heapq.heappush(self.heap, (due, stem, lane))
         else:
             self._enter(stem, lane, fresh)
-        self.changed.notify()
+        self._stir()
 
     def _enter(self, stem: str, name: str, fresh: bool) -> None:
         lane = self.lanes.get(name)
@@ -3488,12 +3488,21 @@ class Scheduler:
                 self._wake(now)
                 task = self._next(now)
                 if task:
+                    self._stir()
                     return task
                 left = min(give_up - time.monotonic(), self._quiet_for(now))
                 if give_up <= time.monotonic():
                     return None
+                self.alarm = min(self.alarm, now + left)
                 self.changed.wait(max(left, 0.001))
+                self.alarm = math.inf  # nobody is known to look in time
         return None
+
+    def _stir(self) -> None:
+        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
+        now = self.clock()
+        if self._quiet_for(now) < self.alarm - now or any(self._may_start(lane, now) for lane in self.order):
+            self.changed.notify()
 
     def _wake(self, now: float) -> None:
         """Move what has fallen due into its lane, and lanes whose probe is due into the order."""
@@ -3514,18 +3523,18 @@ class Scheduler:
 
     def _next(self, now: float) -> Task | None:
         """Return the next message of the first lane, going round, that has one and has room."""
-        busy = [self.lanes[name] for name in self.active.values()]
-        failed = sum(lane.steps > 0 for lane in busy)
-        slow = sum(not lane.is_quick(now) for lane in busy)
         for lane in list(self.order):
             overdue = lane.steps > 0 and self._is_overdue(lane)
             if lane.steps and now < lane.throttled_until and not overdue:
                 self._park(lane)
-            elif overdue or self._has_room(lane, now, failed, slow):
+            elif overdue or self._has_room(lane, now):
                 task = self._pop(lane, now, overdue)
                 if task:
                     return task
         return None
+
+    def _may_start(self, lane: Lane, now: float) -> bool:
+        return not (lane.steps and now < lane.throttled_until) and self._has_room(lane, now)
 
     def _park(self, lane: Lane) -> None:
         """Put a throttled lane out of the way until its probe is due."""
@@ -3534,26 +3543,32 @@ class Scheduler:
         heapq.heappush(self.parked, (lane.parked, lane.name))
 
     def _is_overdue(self, lane: Lane) -> bool:
-        """Tell whether a lane's oldest message is too old to be tried: it is let out, only to fail."""
+        """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
         came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
         return self.clock_set <= came < time.time() - self.settings.retry_max_age
 
-    def _has_room(self, lane: Lane, now: float, failed: int, slow: int) -> bool:
-        """Tell whether one more worker may go to a lane, with so many at failed and at slow ones."""
-        workers, quick = self.settings.workers, lane.is_quick(now)
-        share = workers if len(self.lanes) == 1 else max(1, workers // 2)  # of all workers, for one that is slow
+    def _has_room(self, lane: Lane, now: float) -> bool:
+        """Tell whether a lane may have one more worker."""
+        workers, room, quick = self.settings.workers, self.settings.relay_connections, lane.is_quick(now)
+        alone = len(self.lanes) == 1  # then there is nobody to keep workers for
+        half = workers if alone else max(1, workers // 2)
         if not lane.proven:
             room = 1
         elif lane.name in LOCAL_LANES:
             room = workers
-        else:
-            room = self.settings.relay_connections if quick else min(self.settings.relay_connections, share)
-        if len(lane.running) >= room or lane.steps and failed >= share:
+        elif not quick:
+            room = min(room, half)
+        if len(lane.running) >= room:
             return False
-        return quick or len(self.lanes) == 1 or slow < max(1, workers - max(1, workers // 4))
+        if not lane.steps and (quick or alone):
+            return True
+        busy = [self.lanes[name] for name in self.active.values()]
+        if lane.steps and sum(other.steps > 0 for other in busy) >= half:
+            return False
+        return quick or alone or sum(not o.is_quick(now) for o in busy) < max(1, workers - max(1, workers // 4))
 
     def _pop(self, lane: Lane, now: float, oldest: bool) -> Task | None:
-        """Take the next message from a lane that is in the order; None when all of them have gone."""
+        """Take the next message from a lane in the order; None when all of them have gone."""
         self.order.remove(lane)
         lane.listed = False
         found = None
@@ -3603,7 +3618,7 @@ class Scheduler:
             return delay
 
     def postpone(self, stem: str, lane: str, delay: float) -> None:
-        """Let a message that waits for a next hop wait for so many seconds from now, and no less."""
+        """Let a message wait for a next hop for so many seconds from now, and no less."""
         with self.changed:
             due = self.clock() + max(delay, 0.001)
             self.waiting.setdefault(stem, {})[lane] = due
@@ -3614,7 +3629,7 @@ class Scheduler:
             return self.lanes[name].steps > 0
 
     def reached(self, name: str) -> None:
-        """Note that a next hop has answered: more workers may follow the first, unless it is throttled."""
+        """Note that a next hop has answered: unless it is throttled, more workers may follow."""
         with self.changed:
             lane = self.lanes[name]
             if not lane.proven and not lane.steps:
@@ -4154,7 +4169,7 @@ class Target(NamedTuple):
 
 
 class Outgoing:
-    """The content of a message as it leaves: headers of ours, then the file from where it stands."""
+    """Content as it leaves: headers of ours, then the file from where it stands."""
 
     def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self.file, self.head, self.start = file, head, file.tell()
@@ -4233,10 +4248,11 @@ class NextHop:
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
         deadline, trouble = self.patience(), OSError("no address")
-        places = socket.getaddrinfo(self.target.ip or self.target.host, self.target.port, type=socket.SOCK_STREAM)
+        port = self.target.port
+        places = socket.getaddrinfo(self.target.ip or self.target.host, port, type=socket.SOCK_STREAM)
         for i, place in enumerate(places):
             try:
-                return socket.create_connection((str(place[4][0]), self.target.port), deadline.left() / (len(places) - i))
+                return socket.create_connection((str(place[4][0]), port), deadline.left() / (len(places) - i))
             except OSError as e:
                 trouble = e
         raise trouble
@@ -4265,7 +4281,8 @@ class NextHop:
         self.smtp.esmtp_features = {}
         own = re.match(r"\S*", text)
         if self.target.ip and own and own[0].lower() == self.settings.hostname.lower():
-            raise Trouble("loop", LOOPS_BACK.code, f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}")
+            code, status, words = LOOPS_BACK
+            raise Trouble("loop", code, f"{status} {self.target}: {words}")
         if code == 250:
             for line in text.split("\n")[1:]:
                 name, _, argument = line.partition(" ")
@@ -4306,7 +4323,7 @@ class NextHop:
         return self.reply("login")
 
     def password(self) -> str:
-        """Return the password; the smart host's is reread from its file, since a token does not last."""
+        """Return the password; the smart host's is reread from its file: a token does not last."""
         path = self.settings.relay_password_file
         if not path or self.target.password != self.settings.relay_password:
             return self.target.password
@@ -4316,11 +4333,13 @@ class NextHop:
             raise Trouble("login", 0, f"expected {e}") from None
 
     def plain(self) -> tuple[int, str]:
-        return self.ask_secret(b"AUTH PLAIN ", f"\0{self.target.username}\0{self.password()}".encode())
+        secret = f"\0{self.target.username}\0{self.password()}"
+        return self.ask_secret(b"AUTH PLAIN ", secret.encode())
 
     def xoauth2(self) -> tuple[int, str]:
-        """XOAUTH2: after a token that is refused comes a challenge that says why, then the reply."""
-        answer = self.ask_secret(b"AUTH XOAUTH2 ", f"user={self.target.username}\1auth=Bearer {self.password()}\1\1".encode())
+        """XOAUTH2: for a token that is refused, a challenge says why before the reply."""
+        secret = f"user={self.target.username}\1auth=Bearer {self.password()}\1\1"
+        answer = self.ask_secret(b"AUTH XOAUTH2 ", secret.encode())
         return self.ask_secret(b"") if answer[0] == 334 else answer
 
     def auth_login(self) -> tuple[int, str]:
@@ -4402,12 +4421,20 @@ class NextHop:
             line += " BODY=8BITMIME"
         if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
             line += " SMTPUTF8"
-        dsn = self.offers("dsn")  # RFC 3461 5.2.1
-        line += asked(RET=message.ret, ENVID=message.envid) if dsn else ""
+        if self.offers("dsn"):  # RFC 3461 5.2.1
+            line += asked(RET=message.ret, ENVID=message.envid)
         lines = [("mail", line),
-                 *(("rcpt", f"RCPT TO:<{r.address}>" + (asked(NOTIFY=r.notify, ORCPT=r.orcpt) if dsn else "")) for r in recipients),
+                 *(("rcpt", f"RCPT TO:<{r.address}>{self.asked_for(r)}") for r in recipients),
                  ("data", "DATA")]
         return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
+
+    def asked_for(self, recipient: Recipient) -> str:
+        """Return what the sender asked to be told of a recipient, for a next hop that offers DSN."""
+        if not self.offers("dsn"):
+            return ""
+        orcpt = encode_unitext(recipient.orcpt, utf8=self.offers("smtputf8"))
+        # An address that grows past the limit in ASCII is left out: better than a 501.
+        return asked(NOTIFY=recipient.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
 
     def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
         """Yield the reply to each command; with PIPELINING all are sent before the first is read."""
@@ -4492,7 +4519,8 @@ class NextHop:
 
 
 CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
-    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login, "XOAUTH2": NextHop.xoauth2}
+    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login,
+    "XOAUTH2": NextHop.xoauth2}
 AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
@@ -4520,7 +4548,8 @@ class Delivery:
     `own` are the ports where this relay itself listens.
     """
 
-    def __init__(self, settings: Settings, log: Log, accounts: Accounts, own: Sequence[int] = ()) -> None:
+    def __init__(self, settings: Settings, log: Log, accounts: Accounts,
+                 own: Sequence[int] = ()) -> None:
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
         self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
         self.lock = threading.Lock()
@@ -4549,7 +4578,8 @@ class Delivery:
             return {SMARTHOST: pending}
         found: dict[str, list[Recipient]] = {}
         for r in pending:
-            found.setdefault(self.final_address(r).rpartition("@")[2].lower().rstrip("."), []).append(r)
+            domain = self.final_address(r).rpartition("@")[2].lower().rstrip(".")
+            found.setdefault(domain, []).append(r)
         return found
 
     def final_address(self, recipient: Recipient) -> str:
@@ -4559,11 +4589,12 @@ class Delivery:
         return bool(self.settings.relay_allowed_recipients.search(self.final_address(recipient)))
 
     def smart_hosts(self, message: Message) -> list[Target]:
-        """Return where a message goes that is not sent by MX: an account's own host, or the settings'."""
+        """Return where a message goes that is not sent by MX: an account's host, or ours."""
         s = self.settings
         account = self.accounts.get(message.user) if message.user else None
         if not account or not account.relay_host:
-            return [Target(host, port, s.relay_tls, s.relay_username, s.relay_password) for host, port in s.smart_hosts]
+            login = (s.relay_tls, s.relay_username, s.relay_password)
+            return [Target(host, port, *login) for host, port in s.smart_hosts]
         host, port = split_port(account.relay_host, "587")
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
         return [Target(host, port, tls, account.relay_username, account.relay_password)]
@@ -4583,7 +4614,8 @@ class Delivery:
             found = True
             yield Target(host.name, port, self.settings.relay_tls, ip=ip)
 
-    def sharers(self, lane: str, hosts: Sequence[MxHost], routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
+    def sharers(self, lane: str, hosts: Sequence[MxHost],
+                routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
         """Return a domain's recipients and those of others with the very same hosts."""
         latest, found = Deadline(GROUPING_TIME).at, list(routes[lane])
         for other in (name for name in routes if name != lane):
@@ -4596,7 +4628,7 @@ class Delivery:
 
     def attempt(self, message: Message, lane: str, file: BinaryIO,
                 reached: Callable[[], None] = lambda: None) -> Attempt:
-        """Try to pass a message on to the recipients that wait in a lane; call `reached` once connected."""
+        """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
         routes = self.routes(message)
         recipients = routes[lane]
         try:
@@ -4612,18 +4644,21 @@ class Delivery:
                 return Attempt({r.address: outcome for r in recipients}, None, [])
             return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
 
-    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient], file: BinaryIO,
-             reached: Callable[[], None]) -> Attempt:
+    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
+             file: BinaryIO, reached: Callable[[], None]) -> Attempt:
         """Send a message as the settings rewrite it."""
         s = self.settings
-        path = message.reverse_path and (s.relay_return_path or message.reverse_path)
+        if s.relay_return_path and message.reverse_path:
+            message = dataclasses.replace(message, reverse_path=s.relay_return_path)
         if not s.relay_redirect_to:
-            message = dataclasses.replace(message, reverse_path=path)
             return self.try_each(targets, message, recipients, Outgoing(file), reached)
-        head = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients).encode("utf-8", "surrogateescape")
-        message = dataclasses.replace(message, reverse_path=path, size=message.size + len(head))
-        attempt = self.try_each(targets, message, [Recipient(s.relay_redirect_to)], Outgoing(file, head), reached)
-        return attempt._replace(outcomes={r.address: o for r in recipients for o in attempt.outcomes.values()})
+        lines = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients)
+        head = lines.encode("utf-8", "surrogateescape")
+        message = dataclasses.replace(message, size=message.size + len(head))
+        one = [Recipient(s.relay_redirect_to)]
+        attempt = self.try_each(targets, message, one, Outgoing(file, head), reached)
+        shared = {r.address: o for r in recipients for o in attempt.outcomes.values()}
+        return attempt._replace(outcomes=shared)
 
     def try_each(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
                  content: Outgoing, reached: Callable[[], None]) -> Attempt:
@@ -4653,7 +4688,7 @@ class Delivery:
         yield from last
 
     def is_avoided(self, target: Target) -> bool:
-        """Tell whether a target is passed over; when its time is up, one caller tries it, not all."""
+        """Tell whether a target is passed over; when its time is up, one caller tries it."""
         now = time.monotonic()
         with self.lock:
             until = self.avoided.get(target)
@@ -4661,8 +4696,8 @@ class Delivery:
                 self.avoided[target] = now + AVOID_TIME
             return until is not None and until > now
 
-    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient], content: Outgoing,
-                   reached: Callable[[], None]) -> Attempt:
+    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient],
+                   content: Outgoing, reached: Callable[[], None]) -> Attempt:
         """Try one target; a kept connection that has gone stale is replaced without blame."""
         hop = self.take(target)
         reused = hop.sent > 0
@@ -4684,12 +4719,14 @@ class Delivery:
         self.give(hop)
         outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
         host = [o for o in outcomes.values() if o.scope is Scope.HOST]
-        return Attempt({a: o for a, o in outcomes.items() if o.scope is not Scope.HOST}, host[0] if host else None, hop.transcript)
+        if not host or any(o.status is Status.FORWARDED for o in outcomes.values()):
+            return Attempt(outcomes, None, hop.transcript)  # whom it served must not be served again
+        return Attempt({}, host[0], hop.transcript)
 
     def seal(self, outcome: Outcome, hop: NextHop) -> Outcome:
         """Say in an outcome how it was come by."""
-        return outcome._replace(ip=hop.ip, tls=hop.tls, verified=bool(hop.tls) and self.settings.relay_tls_verify,
-                                dsn=bool(hop.smtp.esmtp_features) and hop.offers("dsn"))
+        return outcome._replace(ip=hop.ip, tls=hop.tls, dsn=hop.offers("dsn"),
+                                verified=bool(hop.tls) and self.settings.relay_tls_verify)
 
     def judge(self, trouble: Trouble, hop: NextHop, recipients: list[Recipient]) -> Attempt:
         outcome = self.seal(classify(trouble.stage, trouble.code, trouble.reply, hop.target.host), hop)
@@ -4828,7 +4865,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     head = (
         ("From", f"Mail Delivery System <MAILER-DAEMON@{hostname}>"),
         ("To", f"<{message.reverse_path}>"),
-        ("Subject", "Your message could not be delivered" if failed(told) else "Your message was passed on"),
+        ("Subject", "Your message could not be delivered" if failed(told) else "Your message has left"),
         ("Date", email.utils.format_datetime(now)),
         ("Message-ID", f"<report.{message.id}@{hostname}>"),
         ("Auto-Submitted", "auto-replied"),
@@ -4847,14 +4884,15 @@ def report_text(message: Message, told: Sequence[Recipient], hostname: str) -> b
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
     for recipient in lost[:REPORT_RECIPIENTS_MAX]:
-        said = f"The mail server {recipient.host} said:" if recipient.host and recipient.code else "What went wrong:"
+        spoke = recipient.host and recipient.code
+        said = f"The mail server {recipient.host} said:" if spoke else "What went wrong:"
         lines += ["", recipient.address, f"    {said}"]
         lines += [f"        {line}" for line in wrapped(words_said(recipient))]
         lines += [f"    {line}" for line in wrapped(f"What to do: {advice_on(recipient)}")]
     if len(lost) > REPORT_RECIPIENTS_MAX:
         lines += ["", f"and {len(lost) - REPORT_RECIPIENTS_MAX} more."]
     if passed:
-        lines += ["", "For these it was passed on to a mail server that sends no reports of delivery:", ""]
+        lines += ["", "For these it was passed on to a mail server that reports no delivery:", ""]
         lines += [f"{r.address} ({r.host})" for r in passed[:REPORT_RECIPIENTS_MAX]]
     lines += ["", f"The original follows. Its queue id here was {message.id}."]
     return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
@@ -4881,8 +4919,13 @@ def recipient_fields(recipient: Recipient, utf8: bool) -> tuple[tuple[str, str],
         ("Action", "failed" if recipient.status is Status.FAILED else "relayed"),
         ("Status", enhanced_status(recipient)),
         ("Remote-MTA", recipient.host and f"dns; {recipient.host}"),
-        ("Diagnostic-Code", ("smtp; " if recipient.host and recipient.code else "x-smtprelay; ") + words_said(recipient)),
+        ("Diagnostic-Code", diagnosis(recipient)),
     )
+
+
+def diagnosis(recipient: Recipient) -> str:
+    kind = "smtp" if recipient.host and recipient.code else "x-smtprelay"
+    return f"{kind}; {words_said(recipient)}"
 
 
 def returned_part(message: Message, original: bytes) -> bytes:
@@ -4954,7 +4997,8 @@ def advice_on(recipient: Recipient) -> str:
 def mail_time(received_at: str) -> str:
     """Write a record's time as headers have it (RFC 5322 3.3); empty if it is none."""
     try:
-        return email.utils.format_datetime(datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00")))
+        at = datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00"))
+        return email.utils.format_datetime(at)
     except ValueError:
         return ""
 
@@ -4998,6 +5042,7 @@ class ReportCap:
 
 FAULT_STAGES = ("connect", "mail", "rcpt", "data", "end")
 FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
+FAULT_REPLY = re.compile(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?")
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
 
 
@@ -5021,12 +5066,13 @@ class Fault(NamedTuple):
     after: int = 0
 
     def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
-        """Return what the rule counts by, its recipient or "" without to=; None if it does not match."""
+        """Return what to count by, the recipient or "" without to=; None if it does not match."""
         if not fnmatch.fnmatchcase(sender.lower(), self.globs.get("from", "*")):
             return None
         if "to" not in self.globs:
             return ""
-        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, self.globs["to"])), None)
+        glob = self.globs["to"]
+        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, glob)), None)
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -5066,14 +5112,15 @@ def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
             return FaultAnswer(delay)
     if parts == ["drop"] or (parts == ["drop", "kept"] and stage == "end"):
         return FaultAnswer(delay, drop=True, kept=len(parts) == 2)
-    match = re.fullmatch(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?", " ".join(parts))
+    match = FAULT_REPLY.fullmatch(" ".join(parts))
     if not match:
-        raise ValueError('a code from 400 to 599 with printable ASCII after it, "delay 5s" or "drop"')
-    return FaultAnswer(delay, Reply(int(match[1] + match[2]), match[3] or f"{match[1]}.0.0", match[4] or "Scripted failure"))
+        raise ValueError('a code from 400 to 599, then printable ASCII, "delay 5s" or "drop"')
+    code, status, text = match[1] + match[2], match[3] or f"{match[1]}.0.0", match[4]
+    return FaultAnswer(delay, Reply(int(code), status, text or "Scripted failure"))
 
 
 class Faults:
-    """Answers by the rules, with a memory of how often each was reached. SettingsError lists wrong rules."""
+    """Answers by the rules, remembering how often each was reached. SettingsError lists wrong ones."""
 
     def __init__(self, text: str) -> None:
         try:
@@ -9941,10 +9988,6 @@ class Parts:
         """
         problems: list[str] = []
         try:
-            Faults(self.settings.faults)
-        except ValueError as e:
-            problems.append(f"SMTP_FAULTS: {e}")
-        try:
             self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
             problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
@@ -9954,6 +9997,10 @@ class Parts:
             self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
         except TlsError as e:
             problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
+        try:
+            Faults(self.settings.faults)
+        except SettingsError as e:
+            problems += e.problems
         if problems:
             raise SettingsError(problems)
 
@@ -10362,7 +10409,7 @@ def spool_socket(settings: Settings) -> socket.socket:
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
     open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
-                                    tls_required=False, rate_limit=0, audit_log="", debug=False)
+                                    tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
     guard = Guard(Accounts(open_door, log), None, Quotas("", log))

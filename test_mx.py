@@ -24,20 +24,20 @@ from typing import Any, Callable
 import pytest
 
 import smtprelay
-from smtprelay import Message, Recipient, Scheduler, Settings, Status
+from smtprelay import Message, Scheduler, Settings, Status
 from test_resolver import FakeDns, dns_answer, dns_question, dns_record
 
 QUICK = {"SMTP_RETRY_INITIAL_DELAY": "30ms", "SMTP_RETRY_MAX_DELAY": "100ms", "SMTP_RETRY_JITTER": "0", "SMTP_HOSTNAME": "relay.test"}
 
 
-def until(truth: Callable[[], Any], seconds: float = 5.0) -> Any:
+def until(truth: Callable[[], Any], seconds: float = 5.0, shown: Callable[[], Any] = str) -> Any:
     """Wait until something is true; return it."""
     end = time.monotonic() + seconds
     while True:
         value = truth()
         if value:
             return value
-        assert time.monotonic() < end, "did not come true in time"
+        assert time.monotonic() < end, f"did not come true in time: {shown()}"
         time.sleep(0.005)
 
 
@@ -159,7 +159,7 @@ def statuses(relay: smtprelay.Relay, stem: str) -> dict[str, str]:
 
 
 def finished(relay: smtprelay.Relay, stem: str) -> Message:
-    until(lambda: record(relay, stem).status in (Status.FORWARDED, Status.FAILED))
+    until(lambda: record(relay, stem).status in (Status.FORWARDED, Status.FAILED), shown=lambda: record(relay, stem))
     return record(relay, stem)
 
 
@@ -234,7 +234,7 @@ def test_a_dead_host_costs_one_connection_a_step() -> None:
         until(lambda: relay.delivering.scheduler.lanes["smarthost"].steps == 2)
         until(lambda: len(hop.mails) == 100)
         assert hop.connections <= 3 + 4
-        assert {relay.parts.spool.load(stem).attempts for stem, _ in relay.parts.spool.names()} == {1}
+        until(lambda: {relay.parts.spool.load(stem).attempts for stem, _ in relay.parts.spool.names()} == {1})
 
 
 def test_failover_and_back() -> None:
@@ -446,7 +446,7 @@ def test_dead_next_hops_leave_workers_to_others() -> None:
     s = scheduler(clock, SMTP_DELIVERY="mx")
     for i in range(200):
         s.put(stem_at(i), f"dead{i % 20}.test")
-    failed = [t for t in iter(lambda: s.take(0), None)]
+    failed = list(iter(lambda: s.take(0), None))
     assert len(failed) == 6  # of 8, before any has answered: two are kept back
     s.put(stem_at(999), "good.test")
     assert s.take(0) is None
@@ -454,7 +454,7 @@ def test_dead_next_hops_leave_workers_to_others() -> None:
         s.throttle(t.lane, "dead")
         s.done(t, 0.0)
     for _ in range(4):  # each dead lane has its turn, none a second one before good.test
-        tasks = [t for t in iter(lambda: s.take(0), None)]
+        tasks = list(iter(lambda: s.take(0), None))
         assert sum(s.lanes[t.lane].steps > 0 for t in tasks) <= 4
         if "good.test" in [t.lane for t in tasks]:
             return
@@ -644,6 +644,13 @@ def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
         assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
 
 
+def knows(port: int, domain: str) -> bool:
+    """Tell whether a DNS server is up."""
+    with contextlib.suppress(smtprelay.ResolveError):
+        return bool(smtprelay.Resolver([("127.0.0.1", port)], 0.3).mx_hosts(domain))
+    return False
+
+
 def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     host, port, top = postfix
     dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
@@ -657,6 +664,7 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     server = subprocess.Popen([dnsmasq, "-k", "-C", "/dev/null", "--no-hosts", "--no-resolv", "--listen-address=127.0.0.1", "--bind-interfaces", "--user=root",
                                "--pid-file=", f"--port={dns}", *records], stderr=subprocess.DEVNULL)
     try:
+        until(lambda: knows(dns, "x.test"))
         with smtprelay.start(SMTP_DELIVERY="mx", SMTP_MX_PORT=str(port), SMTP_DNS_SERVER=f"127.0.0.1:{dns}", SMTP_RELAY_CA_FILE=f"{top}/cert.pem",
                              SMTP_BOUNCE="0", **QUICK) as relay:
             before = len(delivered(top))
@@ -671,3 +679,50 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+# -- many next hops at once --
+
+def test_two_hanging_hosts_hold_up_nobody() -> None:
+    script = zone(a_slow1_test="127.0.0.5", a_slow2_test="127.0.0.6", a_good_test="127.0.0.7")
+    with FakeHop({"greeting": "hang"}, host="127.0.0.5") as slow, \
+            FakeHop({"rcpt": "hang"}, "8BITMIME", host="127.0.0.6", port=slow.server_address[1]), \
+            FakeHop(host="127.0.0.7", port=slow.server_address[1]) as good, \
+            by_mx(slow.server_address[1], script, SMTP_RELAY_TIMEOUT="3s") as relay:
+        for i in range(10):
+            send(relay, f"u{i}@slow1.test")
+            send(relay, f"u{i}@slow2.test")
+        began = time.monotonic()
+        for i in range(10):
+            finished(relay, send(relay, f"u{i}@good.test"))
+        assert time.monotonic() - began < 2 and len(good.mails) == 10
+        assert slow.connections == 1
+
+
+def test_what_was_delivered_stays_so_after_a_restart(tmp_path: Path) -> None:
+    script = zone(a_grey_test="127.0.0.5", a_good_test="127.0.0.5")
+    with FakeHop({"rcpt:a@grey.test": ["450 later"]}, host="127.0.0.5") as hop:
+        settings = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(tmp_path), "SMTP_FSYNC": "0"}
+        with by_mx(hop.server_address[1], script, SMTP_RETRY_INITIAL_DELAY="300ms", SMTP_RETRY_MAX_DELAY="1s",
+                   SMTP_MAX_SIZE="1MiB", **settings) as relay:
+            stem = send(relay, "a@grey.test", "b@good.test")
+            until(lambda: statuses(relay, stem) == {"a": LATER, "b": DONE})
+        with by_mx(hop.server_address[1], script, **settings) as relay:
+            message = finished(relay, stem)
+        assert statuses(relay, stem) == {"a": DONE, "b": DONE} and message.recipients[0].attempts == 2
+        assert sorted(rs for rs, _ in hop.mails) == [["a@grey.test"], ["b@good.test"]]
+
+
+def test_an_account_may_have_a_host_of_its_own(tmp_path: Path) -> None:
+    with FakeHop() as common, FakeHop({}, "AUTH PLAIN") as own:
+        users = tmp_path / "users.json"
+        users.write_text(smtprelay.json.dumps({"app": {"password": "p", "relay_host": own.place, "relay_username": "u", "relay_password": "w"}, "b": {"password": "p"}}))
+        users.chmod(0o600)
+        with relaying(common, SMTP_USERS_FILE=str(users), SMTP_AUTH_INSECURE="1") as relay:
+            for name in ("app", "b"):
+                with smtplib.SMTP(relay.host, relay.port) as client:
+                    client.login(name, "p")
+                    client.sendmail("me@here.test", ["bob@x.test"], b"\r\nhello\r\n")
+                finished(relay, newest(relay))
+        assert (len(common.mails), len(own.mails)) == (1, 1)
+        assert any(c.startswith("AUTH PLAIN ") for c in own.commands)

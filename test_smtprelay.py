@@ -1327,7 +1327,7 @@ def test_record_has_the_fields_of_the_contract(start: Callable[..., Any], tmp_pa
 def test_the_name_of_the_record_says_how_it_stands(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop],
                                                    script: Script, status: str, suffix: str) -> None:  # fmt: skip
     spool, next_hop = Spool(tmp_path / "spool"), hop(script=script)
-    said(start(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings()))
+    said(start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_BOUNCE="0", **next_hop.settings()))
     record = spool.await_status(status)
     names = [path.name.partition(".")[2] for path in [*spool.files("*.json"), *spool.files("*.eml")]]
     assert sorted(names) == sorted([suffix[1:], "eml"])
@@ -1496,7 +1496,7 @@ def test_memory_leaves_nothing_on_disk(start: Callable[..., Any], tmp_path: Path
 
 def test_attempts_are_counted_and_end(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
     next_hop = hop(script={"mail": "450 4.2.0 never"})
-    said(start(SMTP_RETRY_MAX_ATTEMPTS="3", **next_hop.settings()))
+    said(start(SMTP_RETRY_MAX_ATTEMPTS="3", SMTP_BOUNCE="0", **next_hop.settings()))
     record = Spool(tmp_path / "spool").await_status("failed")
     assert (record["attempts"], sum(line.startswith("MAIL") for line in next_hop.commands)) == (3, 3)
     assert record["recipients"][0]["code"] == 450
@@ -1628,7 +1628,7 @@ def test_parameters_only_where_offered(start: Callable[..., Any], hop: Callable[
 
 def test_utf8_addresses_need_smtputf8_at_the_next_hop(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
     next_hop = hop(offers="8BITMIME")
-    with hello(start(**next_hop.settings())) as client:
+    with hello(start(SMTP_BOUNCE="0", **next_hop.settings())) as client:
         client.ask("MAIL FROM:<ann@client.test> SMTPUTF8", "250")
         client.ask("RCPT TO:<böb@hop.test>", "250")
         client.content(b".\r\n")
@@ -2135,6 +2135,7 @@ virtual_mailbox_maps = static:box/
 virtual_uid_maps = static:65534
 virtual_gid_maps = static:65534
 smtpd_recipient_restrictions = permit_mynetworks, reject
+local_header_rewrite_clients =
 """
 POSTFIX_MASTER = """
 127.0.0.1:{port} inet n - n - - smtpd
