@@ -41,9 +41,10 @@ Contents:
     19 PAGE          the inbox and queue page, one document
     20 HTTP          health, metrics, the mail API, and its guards
     21 RELAY         joins the parts: workers, processes, start and stop
-    22 SENDMAIL      the command of that name
-    23 DOCTOR        what stands between this machine and the next hop
-    24 COMMAND LINE  one function for each verb
+    22 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
+    23 SENDMAIL      the command of that name
+    24 DOCTOR        what stands between this machine and the next hop
+    25 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
 import urllib.request
 import zoneinfo
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
 
@@ -233,6 +235,7 @@ def unix_time(text: str) -> float:
         return 0.0
 
 
+@functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -299,7 +302,7 @@ class Envelope:
     helo: str = ""
     protocol: str = "SMTP"
     user: str = ""
-    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD
+    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD, RELEASED (a copy of one that was held)
     recipients: list[str] = field(default_factory=list)
     ret: str = ""  # RFC 3461, for the message and each address
     envid: str = ""
@@ -794,7 +797,7 @@ class Settings:
             delivery=self.delivery or ("relay" if self.relay_host else "hold"),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
 
-    @property
+    @functools.cached_property
     def smart_hosts(self) -> tuple[tuple[str, int], ...]:
         """The smart hosts, in the order in which they are tried."""
         return tuple(split_port(h, str(self.relay_port)) for h in self.relay_host)
@@ -1933,6 +1936,7 @@ def open_sealer(settings: Settings) -> Sealer:
 
 NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+SIDECARS = ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED))
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
@@ -1989,9 +1993,9 @@ def read_asked(text: str) -> tuple[str, dict[str, str]]:
     return text[1:-1], {}
 
 
-def read_recipient(text: str) -> Recipient:
+def read_recipient(text: str, status: Status) -> Recipient:
     address, told = read_asked(text)
-    return Recipient(address, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
+    return Recipient(address, status, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
 
 
 def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
@@ -2045,7 +2049,7 @@ def first_record(file: BinaryIO) -> Message:
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
         return Message(
-            one["id"], status, received, reverse_path, [read_recipient(r) for r in block["to"]], size,
+            one["id"], status, received, reverse_path, [read_recipient(r, status) for r in block["to"]], size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
             ret=told.get("RET", ""), envid=told.get("ENVID", ""), history=[{"at": received, "status": status.value, "detail": ""}])
     except (KeyError, ValueError, OverflowError, OSError) as e:
@@ -2186,18 +2190,21 @@ class FileSpool:
         read_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
-        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+    def load(self, stem: str, *, owed: bool = False) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged.
+
+        Of one that is owed, no finished record is looked for.
+        """
         try:
             with self.open_text(stem + ".eml", stem + ".eml") as file:
                 message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
-        return self.progress(stem, message)
+        return self.progress(stem, message, SIDECARS[:1] if owed else SIDECARS)
 
-    def progress(self, stem: str, first: Message) -> Message:
+    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
         """Return the latest readable sidecar, or the first record where there is none."""
-        for end, status in ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED)):
+        for end, status in sidecars:
             try:
                 with self.open_text(stem + end, stem + ".json") as file:
                     message = Message.from_json(file.read(RECORD_LIMIT))
@@ -2213,11 +2220,13 @@ class FileSpool:
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
-        name = stem + ".tmp"
-        write_file(self.path(name), self.sealer.seal(message.to_json(), stem + ".json"))
-        os.rename(self.path(name), self.path(stem + end))
-        if end != ".json":
+        data = self.sealer.seal(message.to_json(), stem + ".json")
+        if end != ".json":  # torn or not, its name says all that counts
+            write_file(self.path(stem + end), data)
             self.unlink(stem + ".json")
+            return
+        write_file(self.path(stem + ".tmp"), data)
+        os.rename(self.path(stem + ".tmp"), self.path(stem + end))
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
@@ -2256,7 +2265,7 @@ class FileSpool:
 
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "tls", "usage", KEY_CHECK)
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -2413,7 +2422,7 @@ class MemorySpool:
         read_block(file)
         return file
 
-    def load(self, stem: str) -> Message:
+    def load(self, stem: str, *, owed: bool = False) -> Message:
         return Message.from_json(self.records[stem])
 
     def save(self, message: Message) -> None:
@@ -5028,22 +5037,26 @@ class ReportCap:
 # mails. A session asks at each stage; an answer takes the place of the true
 # one. Rules stand one a line, or between semicolons:
 #
-#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N]
+#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N] [share PERCENT]
 #
 #     rcpt to=*@slow.test 450 greylisted first 2    each recipient's first two tries
 #     end from=ci@* drop kept after 3               from the fourth on, the 250 is lost
 #     connect delay 5s; mail 451 4.3.0 busy
 #
-# STAGE is connect, mail, rcpt, data or end (after the final dot; drop kept: the
+# STAGE is connect, auth, mail, rcpt, data or end (after the final dot; drop kept: the
 # message is taken, but its answer is not sent). Rules are tried in order: a delay
 # adds up and goes on to the next, anything else ends the search. first and after
-# count the times a rule was reached, for each recipient if it has to=. The same
-# questions always get the same answers. Any thread may ask: the lock is a leaf.
+# count the times a rule was reached, for each recipient if it has to=; a share of
+# them is spread evenly. The same questions always get the same answers. Rules
+# changed over HTTP reach the receiving process in a file; Mailpit's chaos triggers
+# become rules with a share. Any thread may ask: the lock is a leaf.
 
-FAULT_STAGES = ("connect", "mail", "rcpt", "data", "end")
+FAULT_STAGES = ("connect", "auth", "mail", "rcpt", "data", "end")
 FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
 FAULT_REPLY = re.compile(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?")
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
+CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
+CHAOS_RULE = re.compile(r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})")
 
 
 class FaultAnswer(NamedTuple):
@@ -5056,7 +5069,7 @@ class FaultAnswer(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One rule: it answers the times after < n <= after + first."""
+    """One rule: it answers a share of the times after < n <= after + first."""
 
     rule: str
     stage: str
@@ -5064,6 +5077,7 @@ class Fault(NamedTuple):
     answer: FaultAnswer
     first: int = 10**9
     after: int = 0
+    share: int = 100
 
     def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
         """Return what to count by, the recipient or "" without to=; None if it does not match."""
@@ -5098,7 +5112,7 @@ def parse_fault(rule: str) -> Fault:
         if stage not in FAULT_GLOBS[name]:
             raise ValueError(f"{name}= at {', '.join(FAULT_GLOBS[name])} only")
         globs[name] = glob.lower()
-    while len(parts) > 2 and parts[-2] in ("first", "after"):
+    while len(parts) > 2 and parts[-2] in ("first", "after", "share"):
         number, name = parts.pop(), parts.pop()
         when[name] = count(number)
     return Fault(rule, stage, globs, parse_fault_answer(parts, stage), **when)
@@ -5119,17 +5133,60 @@ def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
     return FaultAnswer(delay, Reply(int(code), status, text or "Scripted failure"))
 
 
+def to_chaos(rules: str) -> dict[str, Any]:
+    """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
+    made = {m[1]: m for m in map(CHAOS_RULE.fullmatch, rules.split("\n")) if m}
+    shown = {name: (made.get(stage), usual) for name, (stage, usual) in CHAOS.items()}
+    return {name: {"ErrorCode": int(m[2]) if m else usual, "Probability": int(m[3]) if m else 0}
+            for name, (m, usual) in shown.items()}
+
+
+def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
+    """Return the rules with other chaos triggers; ValueError names one that is wrong."""
+    kept = [rule for rule in rules.split("\n") if not CHAOS_RULE.fullmatch(rule)]
+    for name, (stage, usual) in CHAOS.items():
+        trigger = triggers.get(name) or {}
+        code, share = (trigger.get(key, other) for key, other in (("ErrorCode", usual), ("Probability", 0)))
+        if type(code) is not int or type(share) is not int or not (400 <= code <= 599 and 0 <= share <= 100):
+            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
+        kept += [f"{stage} {code} Chaos share {share}"] if share else []
+    return "\n".join(kept)
+
+
 class Faults:
     """Answers by the rules, remembering how often each was reached. SettingsError lists wrong ones."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, path: str = "") -> None:
+        self.lock, self.path, self.stamp = threading.Lock(), path, file_stamp(path)
         try:
-            self.rules = parse_faults(text)
+            self.take(text)
         except ValueError as e:
             raise SettingsError([f"SMTP_FAULTS: {e}"]) from None
-        self.lock = threading.Lock()
-        self.counts: dict[tuple[int, str], int] = {}
-        self.fired = [0] * len(self.rules)
+
+    @property
+    def text(self) -> str:
+        """The rules, one a line."""
+        return "\n".join(fault.rule for fault in self.rules)
+
+    def take(self, text: str) -> None:
+        """Go by these rules from now on; ValueError names those that are wrong."""
+        rules = parse_faults(text)
+        with self.lock:
+            self.rules, self.fired = rules, [0] * len(rules)
+            self.counts: dict[tuple[int, str], int] = {}
+
+    def change(self, text: str) -> None:
+        """Go by these rules, here and, by way of the file, in the other process."""
+        self.take(text)
+        if self.path:
+            replace_file(self.path, self.text.encode())
+
+    def reread(self) -> None:
+        """Take over rules that were changed in the other process."""
+        stamp = file_stamp(self.path)
+        if stamp and stamp != self.stamp:
+            self.stamp = stamp
+            self.take(read_whole(self.path).decode())
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
@@ -5152,7 +5209,8 @@ class Faults:
         reached = self.counts[number, by] = self.counts.pop((number, by), 0) + 1
         if len(self.counts) > FAULT_COUNTS_MOST:
             del self.counts[next(iter(self.counts))]
-        fires = fault.after < reached <= fault.after + fault.first
+        fires = (fault.after < reached <= fault.after + fault.first
+                 and reached * fault.share // 100 > (reached - 1) * fault.share // 100)
         self.fired[number] += fires
         return fires
 
@@ -5177,6 +5235,21 @@ LINK_LINE = len(stem_of("0" * 16, "")) + 1
 
 
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
+
+
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+CROWD = 3  # threads at work from which on they keep to one processor
+
+
+def keep_together(crowded: bool, pick: Callable[[set[int]], int]) -> None:
+    """Bind the calling thread to one processor when there is a crowd.
+
+    Threads that pass the interpreter's lock between processors do half the work. Each half of
+    the program picks another processor; where binding is not to be had, only speed is lost.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {pick(PROCESSORS)} if crowded else PROCESSORS)
 
 
 class Link:
@@ -5468,6 +5541,8 @@ class Session:
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
+        if stage in ("connect", "mail"):
+            self.reception.faults.reread()
         answer = self.reception.faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
         if not answer:
             return None
@@ -5678,6 +5753,9 @@ class Session:
             return UNKNOWN_MECHANISM
         if MECHANISMS[mechanism].clear and not self.is_secure and not self.settings.auth_insecure:
             return MECHANISM_NEEDS_TLS
+        fault = self.fault("auth")
+        if fault:
+            return fault
         key, rate = client_key(self.client), self.settings.auth_failures
         if not self.guard.logins.take(key, rate, rate):
             return self.too_many_logins()
@@ -5905,6 +5983,9 @@ class Session:
         self.in_content = True
         try:
             reader(self.wire, content, *more)
+        except Exception:
+            self.over = True  # what is left of the content must not be taken for commands
+            raise
         finally:
             self.in_content = False
             self.wire.shrink()
@@ -6037,13 +6118,9 @@ def discard(block: bytes) -> None:
 
 SESSION_STACK = 256 * KIB
 SPARE_THREADS = 32  # that wait for a connection; more than that end
-CROWD = 3  # sessions at once from which on their threads keep to one processor
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
-
-
-PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -6134,7 +6211,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def hold(self, session: Session) -> None:
         """Run a session to its end."""
-        keep_together(len(self.reception.sessions) >= CROWD)
+        keep_together(len(self.reception.sessions) >= CROWD, min)
         try:
             self.finish_request(session.wire.sock, session)
         except Exception as e:
@@ -6144,14 +6221,6 @@ class Listener(socketserver.ThreadingTCPServer):
             end_tls(session.wire.sock)
             self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
-
-
-def keep_together(crowded: bool) -> None:
-    """Bind the calling thread to one processor when there is a crowd: threads that pass the interpreter's
-    lock between processors do half the work. Where binding is not to be had, nothing is lost but that."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {min(PROCESSORS)} if crowded else PROCESSORS)
 
 
 def end_tls(sock: socket.socket) -> None:
@@ -6305,11 +6374,12 @@ def socket_text(sock: socket.socket) -> str:
 # when somebody first reads. A waiter sleeps on the Condition and tries only the
 # sequence numbers it has not seen; none is ever given twice.
 #
-# Mail is hostile. The walk along boundaries is ours, because the email package
-# recurses for each nesting; parameters, encoded words and addresses are left to
-# it, on input of bounded length, and what it raises is caught. Nothing that reads
-# mail raises for what the mail says; time is linear in its size; depth, parts
-# and header octets have limits.
+# Mail is hostile. The walk along boundaries is ours: the email package's parser
+# tries every open boundary on every line, so that 1 MiB can take it 17 s, and 10 MiB
+# of empty lines 9 s. Parameters, encoded words and addresses are left to it, on
+# input of bounded length, and what it raises is caught. Nothing that reads mail
+# raises for what the mail says; time is linear in its size; depth, parts and
+# header octets have limits.
 
 MAIL_HEAD_LIMIT = 128 * 1024  # octets of one header block
 VALUE_LIMIT = 16 * 1024  # characters of a header value that are interpreted
@@ -6318,6 +6388,7 @@ SEARCH_LIMIT = 1024 * 1024  # octets in which words are looked for; of HTML made
 PART_LIMIT = 1000
 DEPTH_LIMIT = 16
 SNIPPET = 250
+EMBEDDED_LIMIT = 16 * MIB  # octets of images, encoded, put into one page
 
 EMAIL_RAISES = (
     email.errors.MessageError, ValueError, LookupError, TypeError, AttributeError,
@@ -6326,15 +6397,15 @@ EMAIL_RAISES = (
 
 # Charsets decoded in linear time, as punycode and idna are not; besides, the codec registry
 # remembers every unknown name for ever.
-_CHARSET = re.compile(
+CHARSET = re.compile(
     r"(?i:utf[-_]?(?:8|16|32)(?:[-_]?[bl]e)?|iso[-_]?8859[-_]\d{1,2}|latin[-_]?\d|windows[-_]125\d"
     r"|cp\d{3,4}|koi8[-_][rtu]|gb2312|gbk|gb18030|big5|euc[-_](?:jp|kr)|shift[-_]?jis"
     r"|iso[-_]2022[-_](?:jp|kr)|tis[-_]620)"
 )
-_CONTENT_TYPE = re.compile(r"[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", re.ASCII)
-_FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
-_COMMON_ADDRESS = re.compile(r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)")
-_NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
+CONTENT_TYPE = re.compile(r"[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", re.ASCII)
+FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+COMMON_ADDRESS = re.compile(r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)")
+NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
 
 Headers = list[tuple[str, str]]  # in order, unfolded, encoded words left as they are
 Person = dict[str, str]  # {"Name", "Address"} as in Mailpit's JSON; either may be ""
@@ -6348,7 +6419,7 @@ def header(headers: Headers, name: str) -> str:
 def decode_text(octets: bytes, charset: str = "") -> str:
     """Decode octets leniently: what the charset cannot say becomes U+FFFD."""
     try:
-        return octets.decode(charset if _CHARSET.fullmatch(charset) else "utf-8", "replace")
+        return octets.decode(charset if CHARSET.fullmatch(charset) else "utf-8", "replace")
     except (LookupError, ValueError):
         return octets.decode("utf-8", "replace")
 
@@ -6360,30 +6431,30 @@ def decode_words(value: str) -> str:
     try:
         words: list[tuple[Any, str | None]] = email.header.decode_header(value)
         texts = (w if isinstance(w, str) else decode_text(w, charset or "") for w, charset in words)
-        return "".join(texts).translate(_NO_BREAKS)
+        return "".join(texts).translate(NO_BREAKS)
     except EMAIL_RAISES:
         return value
 
 
 def addresses(value: str) -> list[Person]:
     """Parse an address list (RFC 5322, 3.4), leaving out what is no address."""
-    common = _COMMON_ADDRESS.fullmatch(value)
+    common = COMMON_ADDRESS.fullmatch(value)
     if common:  # ten times as fast
-        return [_person_json((common[1] or "").strip(), common[2] or common[3])]
+        return [person_json((common[1] or "").strip(), common[2] or common[3])]
     if max(value.count("("), value.count(":")) > 50:  # getaddresses recurses for each
         value = value.translate({40: " ", 58: " "})
     try:
         pairs = email.utils.getaddresses([value])
     except EMAIL_RAISES:
         return []
-    return [_person_json(decode_words(name), address) for name, address in pairs if address]
+    return [person_json(decode_words(name), address) for name, address in pairs if address]
 
 
-def _person_json(name: str, address: str) -> Person:
+def person_json(name: str, address: str) -> Person:
     return {"Name": name, "Address": address}
 
 
-def _headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
+def read_headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
     """Read a header block; give its fields with the offset of the body."""
     fields: list[list[bytes]] = []
     end = min(end, start + MAIL_HEAD_LIMIT)
@@ -6392,23 +6463,23 @@ def _headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
         line = raw[start:stop]
         if line[:1] in b" \t" and fields:
             fields[-1].append(line)
-        elif _FIELD_NAME.match(line):
+        elif FIELD_NAME.match(line):
             fields.append([line])
         else:  # the empty line, or a body that begins without one
             start = stop if not line.strip() else start
             break
         start = stop
-    return [_header_field(b"".join(lines)) for lines in fields], start
+    return [header_field(b"".join(lines)) for lines in fields], start
 
 
-def _header_field(octets: bytes) -> tuple[str, str]:
+def header_field(octets: bytes) -> tuple[str, str]:
     try:
         text = octets.decode()
     except UnicodeDecodeError:
         text = octets.decode("latin-1")
     name, _, value = text.replace("\r\n", "").partition(":")
     value = value.strip()
-    return name.rstrip(), value if value.isprintable() else value.translate(_NO_BREAKS).strip()
+    return name.rstrip(), value if value.isprintable() else value.translate(NO_BREAKS).strip()
 
 
 class Part(NamedTuple):
@@ -6429,7 +6500,7 @@ class Part(NamedTuple):
         """The body without its transfer encoding."""
         encoding = header(self.headers, "content-transfer-encoding").lower()
         if encoding == "base64":
-            return _unbase64(self.raw)
+            return unbase64(self.raw)
         return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
 
     @property
@@ -6438,7 +6509,7 @@ class Part(NamedTuple):
         return decode_text(self.content, self.charset).replace("\r\n", "\n")
 
 
-def _unbase64(octets: bytes) -> bytes:
+def unbase64(octets: bytes) -> bytes:
     try:
         return binascii.a2b_base64(octets)
     except binascii.Error:  # cut short
@@ -6447,7 +6518,7 @@ def _unbase64(octets: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(value: str) -> tuple[str, dict[str, str]]:
+def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header value into its first word and its parameters (RFC 2045, 2231)."""
     word, semicolon, _ = value.partition(";")
     if not semicolon:
@@ -6462,13 +6533,13 @@ def _parameters(value: str) -> tuple[str, dict[str, str]]:
         return word.strip().lower(), {}
 
 
-def _part(number: str, headers: Headers) -> Part:
+def describe_part(number: str, headers: Headers) -> Part:
     """Describe a part by its header fields."""
-    kind, more = _parameters(header(headers, "content-type") or "text/plain")
-    disposition, named = _parameters(header(headers, "content-disposition"))
+    kind, more = header_parameters(header(headers, "content-type") or "text/plain")
+    disposition, named = header_parameters(header(headers, "content-disposition"))
     cid = header(headers, "content-id").strip("<> ")[:250]
     filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
-    if not _CONTENT_TYPE.fullmatch(kind):
+    if not CONTENT_TYPE.fullmatch(kind):
         kind = "application/octet-stream" if "/" in kind else "text/plain"  # RFC 2045, 5.2
     attached = disposition == "attachment"
     role = "inline" if (cid or disposition == "inline") and not attached else "attachment"
@@ -6478,7 +6549,7 @@ def _part(number: str, headers: Headers) -> Part:
     return Part(number, headers, kind, more.get("charset", ""), boundary, role, filename, cid)
 
 
-def _pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
+def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
     """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
     mark = b"--" + boundary.encode("utf-8", "replace")
     pieces: list[tuple[int, int]] = []
@@ -6508,10 +6579,10 @@ def read_mail(raw: bytes) -> Mail:
     todo = [("", 0, len(raw))]
     for _ in range(PART_LIMIT):
         number, start, end = todo.pop()
-        headers, body = _headers(raw, start, end)
-        part = _part(number.rstrip(".") or "0", headers)
+        headers, body = read_headers(raw, start, end)
+        part = describe_part(number.rstrip(".") or "0", headers)
         nested = part.boundary and number.count(".") < DEPTH_LIMIT
-        pieces = _pieces(raw, body, end, part.boundary) if nested else []
+        pieces = find_pieces(raw, body, end, part.boundary) if nested else []
         todo += [(f"{number}{n}.", *piece) for n, piece in enumerate(pieces, 1)][::-1]
         if not pieces:
             broken = part.content_type.startswith("multipart/")  # shown as text, not lost
@@ -6519,7 +6590,7 @@ def read_mail(raw: bytes) -> Mail:
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return Mail(_headers(raw, 0, len(raw))[0], parts, len(raw))
+    return Mail(read_headers(raw, 0, len(raw))[0], parts, len(raw))
 
 
 @dataclass(frozen=True)
@@ -6534,7 +6605,7 @@ class Mail:
         """The addresses in a header field; From has one, if only in name."""
         value = header(self.headers, name)
         found = addresses(value) if value else []
-        return found or ([_person_json(decode_words(value)[:1000], "")] if name == "from" else [])
+        return found or ([person_json(decode_words(value)[:1000], "")] if name == "from" else [])
 
     @functools.cached_property
     def subject(self) -> str:
@@ -6555,13 +6626,13 @@ class Mail:
 
     @functools.cached_property
     def html(self) -> str:
-        return self._bodies("text/html")
+        return self.bodies("text/html")
 
     @functools.cached_property
     def plain(self) -> str:
-        return self._bodies("text/plain")
+        return self.bodies("text/plain")
 
-    def _bodies(self, kind: str) -> str:
+    def bodies(self, kind: str) -> str:
         return "\n".join(p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
 
     @functools.cached_property
@@ -6574,13 +6645,13 @@ class Mail:
         return [p for p in self.parts if p.role == role]
 
 
-_HIDDEN = ("style", "script", "title", "template")
-_BLOCK = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
-_HREF = re.compile(r"""(?i)\bhref\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
-_URL = re.compile(r"(?i)https?://[^\s<>\"\x00-\x1f]{1,4000}")
+HIDDEN_ELEMENTS = ("style", "script", "title", "template")
+BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
+HREF = re.compile(r"""(?i)\bhref\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
+URL = re.compile(r"(?i)https?://[^\s<>\"\x00-\x1f]{1,4000}")
 
 
-def _elements(page: str) -> Iterator[tuple[str, str, str]]:
+def html_elements(page: str) -> Iterator[tuple[str, str, str]]:
     """Cut HTML at its tags into (name, tag, text after it), without scripts and comments."""
     until = ""
     for piece in ("span>" + page).split("<"):
@@ -6594,7 +6665,7 @@ def _elements(page: str) -> Iterator[tuple[str, str, str]]:
         comment = piece.startswith("!--")
         tag, end, text = piece.partition("-->" if comment else ">")
         name = (tag.split(None, 1) or [""])[0].rstrip("/").lower()
-        until = "/" + name if name in _HIDDEN else "-->" if comment and not end else ""
+        until = "/" + name if name in HIDDEN_ELEMENTS else "-->" if comment and not end else ""
         if not until:
             yield name, tag, text
 
@@ -6602,8 +6673,8 @@ def _elements(page: str) -> Iterator[tuple[str, str, str]]:
 def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
     chunks = []
-    for name, _, text in _elements(page) if page else ():
-        chunks += ["\n" if _BLOCK.fullmatch(name) else " " if name in ("td", "th") else ""]
+    for name, _, text in html_elements(page) if page else ():
+        chunks += ["\n" if BLOCK_ELEMENT.fullmatch(name) else " " if name in ("td", "th") else ""]
         chunks += [text.replace("\n", " ")]
     lines = html.unescape("".join(chunks)).split("\n")
     return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
@@ -6611,39 +6682,39 @@ def strip_html(page: str) -> str:
 
 def links(text: str, page: str) -> list[str]:
     """Collect the http(s) links of a message: those of the HTML's anchors, then the text's."""
-    tags = (tag for name, tag, _ in _elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
-    found = (html.unescape("".join(m.groups(""))).strip() for m in map(_HREF.search, tags) if m)
-    anchors = (url for url in found if _URL.fullmatch(url))
-    written = (_trim_url(m.group()) for m in _URL.finditer(text[:TEXT_LIMIT]))
+    tags = (tag for name, tag, _ in html_elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
+    found = (html.unescape("".join(m.groups(""))).strip() for m in map(HREF.search, tags) if m)
+    anchors = (url for url in found if URL.fullmatch(url))
+    written = (trim_url(m.group()) for m in URL.finditer(text[:TEXT_LIMIT]))
     return list(dict.fromkeys([*anchors, *written]))
 
 
-def _trim_url(url: str) -> str:
+def trim_url(url: str) -> str:
     """Take off the punctuation that ends the sentence, not the link."""
     url = url.rstrip(".,;:!?'*_]}|\\")
     return url[:-1] if url.endswith(")") and url.count("(") < url.count(")") else url
 
 
-_WORD = (
+CODE_WORDS = (
     r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|c[oó]digo|codice|kode?)\b"
     r"|\wcode\b|код|验证码|コード|인증)"
 )
-_CODE_WORD = re.compile(r"(?i)" + _WORD)
-_CODE = re.compile(
+SAID_NEAR = re.compile(r"(?i)" + CODE_WORDS)
+CODE_TOKEN = re.compile(
     r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
     r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
 )
-_SAID_BEFORE = re.compile(
-    rf"(?i){_WORD}[^\w\n]{{0,4}}"
+SAID_BEFORE = re.compile(
+    rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
     r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$"
 )
-_SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{_WORD}")
-_OTHER_BEFORE = re.compile(
+SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}")
+OTHER_BEFORE = re.compile(
     r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
     r"|fax|mobile|error|status|ext|room|suite|box|version)(?: ?(?:code|number|no|nr|id|is))?"
     r"|[$€£¥#]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
 )
-_OTHER_AFTER = re.compile(
+OTHER_AFTER = re.compile(
     r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?)\b"
 )
 
@@ -6654,19 +6725,19 @@ def codes(text: str, page: str = "", subject: str = "") -> list[str]:
     A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
     phone and order numbers, postal codes and colours are none.
     """
-    return _codes(f"{subject}\n{text}") or _codes(strip_html(page[:TEXT_LIMIT]))
+    return codes_in(f"{subject}\n{text}") or codes_in(strip_html(page[:TEXT_LIMIT]))
 
 
-def _codes(text: str) -> list[str]:
-    lines = (_URL.sub(" ", line).split() for line in text[:TEXT_LIMIT].split("\n"))
+def codes_in(text: str) -> list[str]:
+    lines = (URL.sub(" ", line).split() for line in text[:TEXT_LIMIT].split("\n"))
     flat = "\n".join(map(" ".join, lines))
     weights: dict[str, int] = {}
     end, weight = 0, 0
-    for match in _CODE.finditer(flat):
+    for match in CODE_TOKEN.finditer(flat):
         start = match.start()
         if not weight or flat[end:start].strip(" \n,;|"):  # else one more of a list
             before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
-            weight = _weigh(match.group(), before, after)
+            weight = weigh_code(match.group(), before, after)
         end = match.end()
         code = match.group().replace(" ", "")
         weights[code] = max(weight, weights.get(code, 0))
@@ -6674,26 +6745,28 @@ def _codes(text: str) -> list[str]:
     return [code for code, weight in weights.items() if weight == best > 0]
 
 
-def _weigh(token: str, before: str, after: str) -> int:
+def weigh_code(token: str, before: str, after: str) -> int:
     """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
     if not any(c.isdigit() for c in token) and not re.fullmatch("[A-Z]{4}-[A-Z]{4}", token):
         return 0
-    if _OTHER_BEFORE.search(before) or _OTHER_AFTER.match(after):
+    if OTHER_BEFORE.search(before) or OTHER_AFTER.match(after):
         return 0
-    if _SAID_BEFORE.search(before) or _SAID_AFTER.match(after):
+    if SAID_BEFORE.search(before) or SAID_AFTER.match(after):
         return 3
     year = token.isdigit() and len(token) == 4 and token[:2] in ("19", "20")
     postal = token.isdigit() and len(token) == 5 and before[-3:-1].isupper()
     if year or postal or any(c.islower() for c in token):
         return 0
-    return 2 if _CODE_WORD.search(before) else int(bool(_CODE_WORD.search(after)))
+    return 2 if SAID_NEAR.search(before) else int(bool(SAID_NEAR.search(after)))
 
 
 SHOWN_INLINE = frozenset(
     f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "avif")
 ) | {"text/plain"}
-_RUNS = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
-_CID = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
+CAN_RUN = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
+CID_REFERENCE = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
+DOCTYPE = re.compile(r"(?i)\s*<!doctype[^>]*>")
+OWN_WAYS = re.compile(r"(?i)<(?=meta\b|base\b|link\b(?![^>]{0,300}stylesheet))")
 
 
 def safe_filename(name: str) -> str:
@@ -6706,10 +6779,10 @@ def safe_filename(name: str) -> str:
 
 def part_headers(part: Part) -> dict[str, str]:
     """Give the header fields a part is served with; only what cannot run is shown inline."""
-    kind = "application/octet-stream" if _RUNS.search(part.content_type) else part.content_type
+    kind = "application/octet-stream" if CAN_RUN.search(part.content_type) else part.content_type
     disposition = "inline" if kind in SHOWN_INLINE else "attachment"
     if kind.startswith("text/"):
-        kind += f"; charset={part.charset if _CHARSET.fullmatch(part.charset) else 'utf-8'}"
+        kind += f"; charset={part.charset if CHARSET.fullmatch(part.charset) else 'utf-8'}"
     name = safe_filename(part.filename or part.content_id or f"part-{part.number}")
     plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
     return {
@@ -6720,15 +6793,29 @@ def part_headers(part: Part) -> dict[str, str]:
     }
 
 
-def view_html(mail: Mail, id: str) -> str:
-    """Give the HTML body with its cid: references turned into addresses of this API."""
-    numbers = {p.content_id.lower(): p.number for p in mail.parts if p.content_id}
-    return _CID.sub(functools.partial(_part_address, numbers, f"/api/v1/message/{id}/part/"), mail.html)
+def view_html(mail: Mail) -> str:
+    """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
+
+    What no policy stops (a refresh, a DNS lookup ahead) is renamed rather than cut out, since
+    cutting could join what stood apart.
+    """
+    page = OWN_WAYS.sub("<x-", embed_images(mail))
+    start = DOCTYPE.match(page)
+    at = start.end() if start else 0
+    return f"{page[:at]}<base target=_blank>{page[at:]}"
 
 
-def _part_address(numbers: dict[str, str], base: str, cid: re.Match[str]) -> str:
-    number = numbers.get(html.unescape(urllib.parse.unquote(cid[1])).lower())
-    return base + number if number else cid[0]
+def embed_images(mail: Mail) -> str:
+    """Give the HTML body with its cid: addresses (RFC 2392) turned into data, as far as there is room."""
+    parts = {p.content_id.lower(): p for p in mail.parts if p.content_id}
+    chunks, at, room = [], 0, EMBEDDED_LIMIT
+    for cid in CID_REFERENCE.finditer(mail.html):
+        part = parts.get(html.unescape(urllib.parse.unquote(cid[1])).lower())
+        if part and part.content_type in SHOWN_INLINE and len(part.raw) < room:
+            data = base64.b64encode(part.content).decode()
+            chunks += [mail.html[at:cid.start()], f"data:{part.content_type};base64,{data}"]
+            at, room = cid.end(), room - len(data) - 100
+    return "".join([*chunks, mail.html[at:]])
 
 
 # A summary is what Mailpit's list shows of a message, but for its state, with three fields of
@@ -6751,11 +6838,11 @@ def summarise(record: Message, mail: Mail) -> Summary:
     start = mail.plain[:32000] if mail.plain.strip() else strip_html(mail.html[:32000])
     text = " ".join(start.split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
-    stands = mail.plain.strip() and all(map(_stands, mail.having("body")))
+    stands = mail.plain.strip() and all(map(stands_in_octets, mail.having("body")))
     place = "parts" if files or not stands else "raw"
     values = (
         record.id, mail.message_id[:1000], mail.people("from")[0], to, cc,
-        bcc + [_person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
+        bcc + [person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
         record.received_at, record.user, record.size, files, text[:SNIPPET], inline,
         "snippet" if len(text) <= SNIPPET and not files else place,
         clean_tags(decode_words(header(mail.headers, "x-tags")).split(",")),
@@ -6774,20 +6861,20 @@ def unpack(packed: bytes) -> Summary:
     return dict(zip(SUMMARY_FIELDS, json.loads(packed)))
 
 
-def _stands(body: Part) -> bool:
+def stands_in_octets(body: Part) -> bool:
     """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
     encoding = header(body.headers, "content-transfer-encoding").lower()
     if body.content_type != "text/plain":
         return True  # not searched where there is plain text
-    if encoding == "quoted-printable" and _ESCAPED_ASCII.search(body.raw):
+    if encoding == "quoted-printable" and ESCAPED_ASCII.search(body.raw):
         return False
     return encoding != "base64" and decode_text(b"az09", body.charset) == "az09"
 
 
-_ESCAPED_ASCII = re.compile(rb"=[4-7 \t\n]")
+ESCAPED_ASCII = re.compile(rb"=[4-7 \t\n]")
 
 
-def _holds(read: Callable[[], bytes], place: str, word: str) -> bool:
+def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
     """Whether a message's text or an attachment's name holds a word."""
     try:
         raw = read()
@@ -6823,23 +6910,23 @@ def clean(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _names(*groups: list[Person]) -> str:
+def people_text(*groups: list[Person]) -> str:
     return clean(" ".join(f"{p['Name']} {p['Address']}" for p in itertools.chain(*groups)))
 
 
 Test = Callable[[Item], bool]
-_FIELDS: dict[str, Callable[[Summary], str]] = {
-    "to": lambda s: _names(s["To"]),
-    "from": lambda s: _names([s["From"]]),
-    "cc": lambda s: _names(s["Cc"]),
-    "bcc": lambda s: _names(s["Bcc"]),
-    "reply-to": lambda s: _names(s["ReplyTo"]),
-    "addressed": lambda s: _names([s["From"]], s["To"], s["Cc"], s["Bcc"], s["ReplyTo"]),
-    "recipient": lambda s: _names(s["To"], s["Cc"], s["Bcc"]),  # ours, not Mailpit's
+SEARCH_FIELDS: dict[str, Callable[[Summary], str]] = {
+    "to": lambda s: people_text(s["To"]),
+    "from": lambda s: people_text([s["From"]]),
+    "cc": lambda s: people_text(s["Cc"]),
+    "bcc": lambda s: people_text(s["Bcc"]),
+    "reply-to": lambda s: people_text(s["ReplyTo"]),
+    "addressed": lambda s: people_text([s["From"]], s["To"], s["Cc"], s["Bcc"], s["ReplyTo"]),
+    "recipient": lambda s: people_text(s["To"], s["Cc"], s["Bcc"]),  # ours, not Mailpit's
     "subject": lambda s: clean(s["Subject"]),
     "message-id": lambda s: clean(s["MessageID"]),
 }
-_STATES: dict[str, Test] = {
+SEARCH_STATES: dict[str, Test] = {
     "is:read": lambda item: item.read,
     "is:unread": lambda item: not item.read,
     "is:tagged": lambda item: bool(item.tags),
@@ -6859,9 +6946,9 @@ class Query(NamedTuple):
         if not all(test(item) == wanted for test, wanted in self.tests):
             return False
         s, place = item.summary, item.summary["place"]
-        known = self.words and clean(f"{_FIELDS['addressed'](s)} {s['Subject']} {s['Snippet']}")
+        known = self.words and clean(f"{SEARCH_FIELDS['addressed'](s)} {s['Subject']} {s['Snippet']}")
         return all(
-            (word in known or (place != "snippet" and _holds(read, place, word))) == wanted
+            (word in known or (place != "snippet" and text_holds(read, place, word))) == wanted
             for word, wanted in self.words
         )
 
@@ -6877,10 +6964,10 @@ def compile_query(text: str, zone: str = "") -> Query:
     """
     tests: list[tuple[Test, bool]] = []
     words: list[tuple[str, bool]] = []
-    for term in _terms(text[:10000]):
+    for term in split_terms(text[:10000]):
         wanted = len(term) == 1 or term[0] not in "-!"
         term = term if wanted else term[1:]
-        test = _test(term, zone)
+        test = compile_term(term, zone)
         if test:
             tests.append((test, wanted))
         elif any(c.isalnum() for c in term):
@@ -6888,18 +6975,18 @@ def compile_query(text: str, zone: str = "") -> Query:
     return Query(tuple(tests), tuple(words))
 
 
-def _terms(text: str) -> list[str]:
+def split_terms(text: str) -> list[str]:
     """Split at spaces outside double quotes."""
     parts = enumerate(text.replace("\0", "").split('"'))
     joined = "".join(part if n % 2 else part.replace(" ", "\0") for n, part in parts)
     return [term.strip() for term in joined.split("\0") if term.strip()]
 
 
-def _test(term: str, zone: str) -> Test | None:
+def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term, None where it is no search word or its value is none."""
     name, _, value = term.lower().partition(":")
     value = clean(value)
-    state, get = _STATES.get(f"{name}:{value.rstrip('s')}"), _FIELDS.get(name)
+    state, get = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"), SEARCH_FIELDS.get(name)
     if state or not value:
         return state
     if get:
@@ -6936,7 +7023,7 @@ def search_moment(value: str, zone: str = "") -> str:
         return search_moment(value) if zone else ""
 
 
-class _Entry:
+class Entry:
     """The state of one message, its summary packed."""
 
     __slots__ = ("packed", "read", "sequence", "stem", "tags")
@@ -6966,49 +7053,54 @@ class Inbox:
     """
 
     def __init__(self, spool: Spool, log: Log, first: int = 1) -> None:
-        self._spool, self._log = spool, log
-        self._changed = threading.Condition(threading.Lock())
-        self._entries: dict[str, _Entry] = {}  # oldest first
-        self._last, self._closed, self.deleted = first - 1, False, 0
+        self.spool, self.log = spool, log
+        self.changed = threading.Condition(threading.Lock())
+        self.entries: dict[str, Entry] = {}  # oldest first
+        self.newest, self.closed, self.deleted = first - 1, False, 0
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
-        with self._changed:
-            entry = self._entries.get(stem[11:27])
+        with self.changed:
+            entry = self.entries.get(stem[11:27])
             if entry is None:
-                self._last += 1
-                entry = self._entries[stem[11:27]] = _Entry(stem, self._last)
-                self._changed.notify_all()
+                self.newest += 1
+                entry = self.entries[stem[11:27]] = Entry(stem, self.newest)
+                self.changed.notify_all()
             return entry.sequence
 
     def stem(self, id: str) -> str:
         """Give the name under which the spool has a message; KeyError when it is gone."""
-        with self._changed:
-            return self._entries[id].stem
+        with self.changed:
+            return self.entries[id].stem
 
     def load(self, id: str) -> Message:
         """Give the record of a message; KeyError or OSError when it is gone."""
-        return self._spool.load(self.stem(id))
+        return self.spool.load(self.stem(id))
 
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
-        with self._changed:
-            chosen = [entry.id for entry in self._chosen(ids)]
-            gone = [id for id in chosen if self._entries.pop(id, None)]
+        with self.changed:
+            chosen = [entry.id for entry in self.chosen(ids)]
+            gone = [id for id in chosen if self.entries.pop(id, None)]
             self.deleted += len(gone)
             return gone
 
+    def ids(self) -> list[str]:
+        """Give the ids of all messages, oldest first."""
+        with self.changed:
+            return list(self.entries)
+
     def close(self) -> None:
         """Send every waiter away empty-handed."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
     @property
     def last(self) -> int:
         """The highest sequence number given; what arrives later has a higher one."""
-        with self._changed:
-            return self._last
+        with self.changed:
+            return self.newest
 
     def wait(self, query: Query, since: int | None = None, timeout: float = 5.0) -> Item | None:
         """Block until a message matches; None after `timeout` seconds.
@@ -7017,39 +7109,39 @@ class Inbox:
         the next. Without, the newest match that is there, or else the next to come.
         """
         deadline = time.monotonic() + timeout
-        found, seen = self._look(query, since or 0, newest=since is None)
-        while not found and self._grown(seen, deadline):
-            found, seen = self._look(query, seen)
+        found, seen = self.look(query, since or 0, newest=since is None)
+        while not found and self.grown(seen, deadline):
+            found, seen = self.look(query, seen)
         return found
 
-    def _grown(self, seen: int, deadline: float) -> bool:
+    def grown(self, seen: int, deadline: float) -> bool:
         """Sleep until there are messages numbered above `seen`, False at the deadline."""
-        with self._changed:
+        with self.changed:
             left = deadline - time.monotonic()
-            self._changed.wait_for(lambda: self._last > seen or self._closed, max(0.0, left))
-            return self._last > seen and not self._closed
+            self.changed.wait_for(lambda: self.newest > seen or self.closed, max(0.0, left))
+            return self.newest > seen and not self.closed
 
-    def _look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
+    def look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
         """Try the messages numbered above `since`; give the match with the last number tried."""
-        with self._changed:
-            last, fresh = self._last, self._after(since)
-        return next(self._matching(fresh if newest else fresh[::-1], query), None), last
+        with self.changed:
+            last, fresh = self.newest, self.after(since)
+        return next(self.matching(fresh if newest else fresh[::-1], query), None), last
 
-    def _after(self, since: int = 0) -> list[_Entry]:
+    def after(self, since: int = 0) -> list[Entry]:
         """The entries numbered above `since`, newest first; the caller holds the lock."""
-        newest_first = reversed(self._entries.values())
+        newest_first = reversed(self.entries.values())
         return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
 
-    def _chosen(self, ids: Iterable[str] | None) -> list[_Entry]:
+    def chosen(self, ids: Iterable[str] | None) -> list[Entry]:
         """The entries with these ids, all for None; the caller holds the lock."""
-        return [e for e in map(self._entries.get, self._entries if ids is None else ids) if e]
+        return [e for e in map(self.entries.get, self.entries if ids is None else ids) if e]
 
-    def _matching(self, entries: Iterable[_Entry], query: Query) -> Iterator[Item]:
-        for item in filter(None, map(self._item, entries)):
+    def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
+        for item in filter(None, map(self.shown, entries)):
             if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
                 yield item
 
-    def _item(self, entry: _Entry) -> Item | None:
+    def shown(self, entry: Entry) -> Item | None:
         """Show an entry, on first reading with a new summary; None when its message is gone."""
         try:
             if not entry.packed:
@@ -7058,7 +7150,7 @@ class Inbox:
             self.delete([entry.id])
             return None
         except OSError as error:
-            self._log.warn("unreadable", id=entry.id, error=error)
+            self.log.warn("unreadable", id=entry.id, error=error)
             return None
         summary = unpack(entry.packed)
         tags = summary["tags"] if entry.tags is None else entry.tags
@@ -7066,7 +7158,7 @@ class Inbox:
 
     def raw(self, id: str, limit: int = -1) -> bytes:
         """Read a message's content; KeyError or OSError when it is gone."""
-        with self._spool.content(self.stem(id)) as content:
+        with self.spool.content(self.stem(id)) as content:
             return content.read(limit)
 
     def mail(self, id: str) -> Mail:
@@ -7080,52 +7172,52 @@ class Inbox:
     def get(self, id: str, query: Query = ALL) -> Item | None:
         """Find a message by its id; `latest` is the newest that matches the query."""
         if id == "latest":
-            return self._look(query, 0, newest=True)[0]
-        with self._changed:
-            entry = self._entries.get(id)
-        return self._item(entry) if entry else None
+            return self.look(query, 0, newest=True)[0]
+        with self.changed:
+            entry = self.entries.get(id)
+        return self.shown(entry) if entry else None
 
     def search(self, query: Query = ALL, start: int = 0, limit: int = 50) -> Listing:
         """List the messages that match, newest first; limit 0 is none."""
-        with self._changed:
-            entries = self._after()
+        with self.changed:
+            entries = self.after()
         page = slice(start, start + limit if limit else None)
         if query == ALL:  # only the page itself needs summaries
-            items = list(self._matching(entries[page], ALL))
+            items = list(self.matching(entries[page], ALL))
             return Listing(items, len(entries), sum(not e.read for e in entries))
-        items = list(self._matching(entries, query))
+        items = list(self.matching(entries, query))
         return Listing(items[page], len(items), sum(not item.read for item in items))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
         """Give how many messages there are, how many unread, and how many with each known tag."""
-        with self._changed:
-            entries = self._after()
-        tags = collections.Counter(tag for entry in entries for tag in _tags(entry))
+        with self.changed:
+            entries = self.after()
+        tags = collections.Counter(tag for entry in entries for tag in tags_of(entry))
         return len(entries), sum(not e.read for e in entries), dict(sorted(tags.items()))
 
     def mark(self, ids: Iterable[str] | None, read: bool) -> None:
         """Mark messages read or unread, all for None."""
-        with self._changed:
-            for entry in self._chosen(ids):
+        with self.changed:
+            for entry in self.chosen(ids):
                 entry.read = read
 
     def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
         """Replace the tags of messages."""
         wanted = clean_tags(tags)
-        with self._changed:
-            for entry in self._chosen(ids):
+        with self.changed:
+            for entry in self.chosen(ids):
                 entry.tags = wanted
 
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
-        with self._changed:
-            for entry in self._chosen(None):
-                tags = _tags(entry)
+        with self.changed:
+            for entry in self.chosen(None):
+                tags = tags_of(entry)
                 if old in tags:
                     entry.tags = clean_tags(new if tag == old else tag for tag in tags)
 
 
-def _tags(entry: _Entry) -> list[str]:
+def tags_of(entry: Entry) -> list[str]:
     """The tags of an entry as far as known; most packed summaries end in no tags at all."""
     if entry.tags is None and entry.packed and not entry.packed.endswith(b"[]]"):
         return list(unpack(entry.packed)["tags"])
@@ -7195,13 +7287,13 @@ def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -
     }
 
 
-_SUMS = ("MD5", "SHA1", "SHA256")
+CHECKSUMS = ("MD5", "SHA1", "SHA256")
 
 
 def attachment_json(part: Part) -> dict[str, Any]:
     """Mailpit's Attachment: size and checksums are those of the decoded content."""
     content = part.content
-    sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in _SUMS}
+    sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in CHECKSUMS}
     return {
         "PartID": part.number, "ContentType": part.content_type, "ContentID": part.content_id,
         "FileName": part.filename or part.content_id or f"part-{part.number}",
@@ -7210,40 +7302,39 @@ def attachment_json(part: Part) -> dict[str, Any]:
     }
 
 
-_LISTED = ("Read", "Created", "Attachments", "Snippet")  # in a list only
+LISTED_ONLY = ("Read", "Created", "Attachments", "Snippet")  # in a list only
 
 
-def message_json(item: Item, mail: Mail) -> dict[str, Any]:
+def message_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     """Mailpit's Message: one whole. Mailpit marks it read when it is asked for."""
     listed = header(mail.headers, "list-unsubscribe")
     unsubscribe = {
         "Header": listed, "Links": re.findall(r"<((?:https?|mailto):[^<>\s]+)>", listed),
         "Errors": "", "HeaderPost": header(mail.headers, "list-unsubscribe-post"),
     }
-    shown = {name: value for name, value in summary_json(item).items() if name not in _LISTED}
-    path = header(mail.headers, "return-path").strip("<> ") or shown["From"]["Address"]
+    shown = {name: value for name, value in summary_json(item).items() if name not in LISTED_ONLY}
     return {
         **shown, "Subject": mail.subject, "Date": mail.date or item.summary["Created"],
-        "ReturnPath": path, "ListUnsubscribe": unsubscribe, "Text": mail.text, "HTML": mail.html,
+        "ReturnPath": record.reverse_path, "ListUnsubscribe": unsubscribe, "Text": mail.text, "HTML": mail.html,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
     }
 
 
-def waited_json(item: Item, mail: Mail) -> dict[str, Any]:
+def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     """The Message that /api/v1/wait answers, with sequence number, links and codes."""
     found = codes(mail.text, mail.html, mail.subject)
     extra = {"Sequence": item.sequence, "Links": links(mail.text, mail.html), "Codes": found}
-    return {**message_json(item, mail), **extra}
+    return {**message_json(item, mail, record), **extra}
 
 
 def headers_json(mail: Mail) -> dict[str, list[str]]:
     """The header fields by name, sorted and spelt as Go does (Message-Id)."""
     spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in mail.headers]
-    return _grouped(sorted(spelt, key=lambda pair: pair[0]))
+    return grouped(sorted(spelt, key=lambda pair: pair[0]))
 
 
-def _grouped(headers: Headers) -> dict[str, list[str]]:
+def grouped(headers: Headers) -> dict[str, list[str]]:
     values: dict[str, list[str]] = {}
     for name, value in headers:
         values.setdefault(name, []).append(value)
@@ -7267,31 +7358,31 @@ def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[s
 def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
     """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
     page = inbox.search(query, start, limit)
-    items = [_mailhog_item(inbox.load(item.id), inbox.raw(item.id)) for item in page.items]
+    items = [mailhog_item(inbox.load(item.id), inbox.raw(item.id)) for item in page.items]
     return {"total": page.total, "count": len(items), "start": start, "items": items}
 
 
-def _mailhog_item(record: Message, raw: bytes) -> dict[str, Any]:
-    mail, body = read_mail(raw), _headers(raw, 0, len(raw))[1]
-    parts = [_mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+def mailhog_item(record: Message, raw: bytes) -> dict[str, Any]:
+    mail, body = read_mail(raw), read_headers(raw, 0, len(raw))[1]
+    parts = [mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
     to = [r.address for r in record.recipients]
     envelope = {"From": record.reverse_path, "To": to, "Helo": record.helo}
     return {
         "ID": record.id, "Created": record.received_at,
         "Raw": {**envelope, "Data": decode_text(raw)},
-        "From": _mailhog_path(record.reverse_path), "To": [_mailhog_path(path) for path in to],
-        "Content": _mailhog_content(mail.headers, raw[body:]),
+        "From": mailhog_path(record.reverse_path), "To": [mailhog_path(path) for path in to],
+        "Content": mailhog_content(mail.headers, raw[body:]),
         "MIME": {"Parts": parts} if parts else None,
     }
 
 
-def _mailhog_path(address: str) -> dict[str, Any]:
+def mailhog_path(address: str) -> dict[str, Any]:
     mailbox, _, domain = address.rpartition("@")
     return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
 
 
-def _mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
-    values = {"Headers": _grouped(headers), "Body": decode_text(body)}
+def mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
+    values = {"Headers": grouped(headers), "Body": decode_text(body)}
     return {**values, "Size": len(body), "MIME": None}
 
 
@@ -7299,14 +7390,14 @@ class BadRequest(ValueError):
     """A request that will not do; the text names the field and goes into {"Error": text}."""
 
 
-_T = TypeVar("_T")
-_MAILBOX = re.compile(r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}")
-_OWN_FIELDS = re.compile(
+Value = TypeVar("Value")
+MAILBOX = re.compile(r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}")
+OWN_FIELDS = re.compile(
     "(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received|x-envelope-.*"
 )
 
 
-def _take(body: Any, path: str, default: Any) -> Any:
+def take_field(body: Any, path: str, default: Any) -> Any:
     """Take a field of default's type out of a JSON object, its name in any case as in Go."""
     outer, _, name = path.rpartition(".")
     if not isinstance(body, dict):
@@ -7317,25 +7408,25 @@ def _take(body: Any, path: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _mailbox(value: Any, path: str) -> str:
-    if not isinstance(value, str) or not value.isascii() or not _MAILBOX.fullmatch(value):
+def read_mailbox(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not value.isascii() or not MAILBOX.fullmatch(value):
         raise BadRequest(f"{path}: invalid address {str(value)[:100]!r}")
     return value
 
 
-def _person(value: Any, path: str) -> tuple[str, str]:
+def read_person(value: Any, path: str) -> tuple[str, str]:
     """Read a {"Name", "Email"} object."""
-    name = _take(value, f"{path}.Name", "").translate(_NO_BREAKS)[:200]
-    return name, _mailbox(_take(value, f"{path}.Email", ""), f"{path}.Email")
+    name = take_field(value, f"{path}.Name", "").translate(NO_BREAKS)[:200]
+    return name, read_mailbox(take_field(value, f"{path}.Email", ""), f"{path}.Email")
 
 
-def _each(body: Any, path: str, read: Callable[[Any, str], _T]) -> list[_T]:
-    return [read(v, f"{path}[{n}]") for n, v in enumerate(_take(body, path, []))]
+def read_each(body: Any, path: str, read: Callable[[Any, str], Value]) -> list[Value]:
+    return [read(v, f"{path}[{n}]") for n, v in enumerate(take_field(body, path, []))]
 
 
 def release_to(body: Any) -> list[str]:
     """Read the recipients of a release; raises BadRequest."""
-    to = _each(body, "To", _mailbox)
+    to = read_each(body, "To", read_mailbox)
     if not to:
         raise BadRequest("To: no recipients")
     return to
@@ -7343,14 +7434,14 @@ def release_to(body: Any) -> list[str]:
 
 def compose(body: Any) -> tuple[bytes, str, list[str]]:
     """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest."""
-    sender = _person(_take(body, "From", {}), "From")
-    people = {name: _each(body, name, _person) for name in ("To", "Cc", "ReplyTo")}
+    sender = read_person(take_field(body, "From", {}), "From")
+    people = {name: read_each(body, name, read_person) for name in ("To", "Cc", "ReplyTo")}
     named = [person[1] for person in (*people["To"], *people["Cc"])]
-    recipients = named + _each(body, "Bcc", _mailbox)
+    recipients = named + read_each(body, "Bcc", read_mailbox)
     if not recipients:
         raise BadRequest("To: no recipients")
     try:
-        message = _composed(body, {"From": [sender], **people})
+        message = composed(body, {"From": [sender], **people})
         return message.as_bytes(), sender[1], list(dict.fromkeys(recipients))
     except BadRequest:
         raise
@@ -7358,30 +7449,30 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
         raise BadRequest(f"body: {error}") from None
 
 
-def _composed(body: Any, people: dict[str, list[tuple[str, str]]]) -> email.message.EmailMessage:
+def composed(body: Any, people: dict[str, list[tuple[str, str]]]) -> email.message.EmailMessage:
     message = email.message.EmailMessage(email.policy.SMTP)
     message["Date"] = email.utils.formatdate()
-    message["Subject"] = _take(body, "Subject", "").translate(_NO_BREAKS)
+    message["Subject"] = take_field(body, "Subject", "").translate(NO_BREAKS)
     for field_name, group in people.items():
         if group:
             value = ", ".join(map(email.utils.formataddr, group))
             message["Reply-To" if field_name == "ReplyTo" else field_name] = value
-    if _take(body, "Tags", []):
-        message["X-Tags"] = ", ".join(clean_tags(map(str, _take(body, "Tags", []))))
-    for name, value in _take(body, "Headers", {}).items():
-        if _OWN_FIELDS.fullmatch(name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
+    if take_field(body, "Tags", []):
+        message["X-Tags"] = ", ".join(clean_tags(map(str, take_field(body, "Tags", []))))
+    for name, value in take_field(body, "Headers", {}).items():
+        if OWN_FIELDS.fullmatch(name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
             raise BadRequest(f"Headers: cannot set {name[:76]!r}")
-        message[name] = str(value).translate(_NO_BREAKS)
+        message[name] = str(value).translate(NO_BREAKS)
     if "message-id" not in message:
         domain = people["From"][0][1].rpartition("@")[2]
         message["Message-ID"] = email.utils.make_msgid(domain=domain)
-    _fill(message, body)
+    fill_body(message, body)
     return message
 
 
-def _fill(message: email.message.EmailMessage, body: Any) -> None:
+def fill_body(message: email.message.EmailMessage, body: Any) -> None:
     """Give a message its text, HTML and attachments."""
-    text, page = _take(body, "Text", ""), _take(body, "HTML", "")
+    text, page = take_field(body, "Text", ""), take_field(body, "HTML", "")
     if text or not page:
         message.set_content(text)
         if page:
@@ -7389,18 +7480,18 @@ def _fill(message: email.message.EmailMessage, body: Any) -> None:
     else:
         message.set_content(page, subtype="html")
     shown: Any = message.get_body(("html",)) or message
-    for n, value in enumerate(_take(body, "Attachments", [])):
+    for n, value in enumerate(take_field(body, "Attachments", [])):
         path = f"Attachments[{n}]"
-        name, cid = (_take(value, f"{path}.{key}", "") for key in ("Filename", "ContentID"))
+        name, cid = (take_field(value, f"{path}.{key}", "") for key in ("Filename", "ContentID"))
         guess = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        kind, _, subtype = (_take(value, f"{path}.ContentType", "") or guess).partition("/")
+        kind, _, subtype = (take_field(value, f"{path}.ContentType", "") or guess).partition("/")
         add: Any = shown.add_related if cid and page else message.add_attachment
         place = {"cid": f"<{cid}>", "disposition": "inline"} if cid else {}
-        content = _content(_take(value, f"{path}.Content", ""), f"{path}.Content")
+        content = decode_content(take_field(value, f"{path}.Content", ""), f"{path}.Content")
         add(content, kind, subtype, filename=safe_filename(name), **place)
 
 
-def _content(value: str, path: str) -> bytes:
+def decode_content(value: str, path: str) -> bytes:
     """Decode base64, with or without the data: prefix that browsers put before it."""
     try:
         return base64.b64decode(value.rpartition(",")[2], validate=True)
@@ -8214,7 +8305,8 @@ function showDelivery(d) {
   const transcript = flat(d.transcript).join('\n');
   return [h('h2', 'Recipients'),
     table(['Address', 'Status', 'Reply', 'Host'], (d.recipients || []).map(who =>
-      [bdi(who.address), status(who.status), who.reply || soft('not asked yet'), soft(who.host)])),
+      [bdi(who.address), status(who.status), who.reply ? [who.code > 0 && `${who.code} `, who.reply]
+        : soft('not asked yet'), soft(who.host)])),
     h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
     h('ol.history', few(d.history || [], step => h('li', [
       time(step.at, dated(SECONDS, step.at)), status(step.status), h('span', step.detail)]))),
@@ -8504,10 +8596,12 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
 #
 # The web side over http.server: health and metrics, the mail API, the page. A
 # route is a method, a path with {names}, who may call it, and a function from
-# Request to Answer; ROUTES is all there is. `refusal` is the one place where a
-# request is turned away: DNS rebinding by the Host header, other sites' pages by
-# Origin and Sec-Fetch-Site, strangers by the token. Requests run on threads of
-# their own, each under a deadline, and call the relay through Backstage only.
+# Request to Answer; ROUTES is all there is. `admit` is the one place where a
+# request is turned away: strangers by the token; without one whoever is not on
+# this machine, and DNS rebinding by the Host header (a rebinding page cannot know
+# the token); other sites' pages by Origin and Sec-Fetch-Site. Requests run on
+# threads of their own, each under a deadline, and call the relay through Backstage
+# only.
 
 HTTP_TIME = 30.0  # for the whole of a request, and for its answer
 HTTP_CONNECTIONS = 200
@@ -8516,8 +8610,9 @@ EVENT_STREAMS = 32
 EVENTS_WAITING = 1000
 HEARTBEAT = 15.0
 CALM = "default-src 'none'; frame-ancestors 'none'"
-MAIL_CSP = ("sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; "
-            "img-src data: {0}; media-src {0}; form-action 'none'; base-uri 'none'")
+VIEW_CSP = "default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; sandbox"
+INSIDE = "img-src data:; style-src 'unsafe-inline'"
+REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
 
 
 class HttpError(Exception):
@@ -8536,7 +8631,7 @@ class Answer:
     kind: str = "text/plain; charset=utf-8"
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    stream: Iterator[bytes] | None = None
+    stream: Generator[bytes, None, None] | None = None
 
 
 def json_answer(value: object, status: int = 200) -> Answer:
@@ -8559,12 +8654,15 @@ class Request:
     account: Account | None = None
 
     @property
-    def json(self) -> Any:
-        """The body as JSON; an empty one is an empty object."""
+    def fields(self) -> dict[str, Any]:
+        """The body as a JSON object; an empty body has no fields."""
         try:
-            return json.loads(self.body or b"{}")
+            value = json.loads(self.body or b"{}")
         except (ValueError, RecursionError) as e:
             raise HttpError(400, f"body: expected JSON: {e}") from None
+        if not isinstance(value, dict):
+            raise HttpError(400, "body: expected an object")
+        return value
 
     def number(self, name: str, default: float) -> float:
         """Return a number of the query; HttpError names one that is none."""
@@ -8575,8 +8673,10 @@ class Request:
 
     @property
     def token(self) -> str:
-        """The Bearer token of the request, or what was given as the password of Basic."""
+        """The Bearer token of the request, or the password of Basic, which is all that Mailpit's clients send."""
         scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            return decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")[2]
         return rest.strip() if scheme.lower() == "bearer" else ""
 
 
@@ -8586,7 +8686,9 @@ class Access(enum.Enum):
     """Who may call a route."""
 
     OPEN = "anybody"
+    PAGE = "who may have the page, which holds no mail and asks for the token itself"
     ADMIN = "who has SMTP_API_TOKEN, or is on this machine where none is set"
+    VIEW = "the same, or who has the key to this one message"
     ACCOUNT = "who has an account's api_key"
 
 
@@ -8595,45 +8697,60 @@ def host_name(value: str) -> str:
     return (urllib.parse.urlsplit("//" + value.rpartition("//")[2]).hostname or "").rstrip(".")
 
 
-def refusal(request: Request, access: Access) -> str:
-    """Return why a request is turned away with 403; "" when it is not."""
-    if access is Access.OPEN:
-        return ""
-    host, own = request.headers.get("Host", ""), request.relay.settings.hostname.lower()
-    try:
-        named = host_name(host)
-        origin = request.headers.get("Origin")
-        foreign = origin is not None and origin.partition("://")[2] != host
-    except ValueError:
-        return "the Host or Origin header does not parse"
-    if not is_loopback(named) and named != own and not is_admin(request, strictly=True):
-        return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
+def view_key(token: str, id: str) -> str:
+    """Return the key that opens one message's HTML: a sandboxed frame cannot send the token."""
+    return hmac.new(token.encode(), b"view " + id.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
+
+
+def is_admin(request: Request) -> bool:
+    """Tell whether a request has the token; where none is set, whether it comes from this machine."""
+    token = request.relay.settings.api_token
+    return same_secret(token, request.token) if token else request.is_local
+
+
+def has_view_key(request: Request) -> bool:
+    token = request.relay.settings.api_token
+    return bool(token) and same_secret(view_key(token, request.names["id"]), request.query.get("key", ""))
+
+
+def from_elsewhere(request: Request) -> str:
+    """Return why a browser must not send a request, another site having asked for it; "" when it may."""
     if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         return "requests from other sites are not taken"
-    if foreign and request.method not in ("GET", "HEAD"):
+    origin = request.headers.get("Origin")
+    if request.method != "GET" and origin is not None and origin.partition("://")[2] != request.headers.get("Host", ""):
         return "changes from other origins are not taken"
     return ""
 
 
-def is_admin(request: Request, strictly: bool = False) -> bool:
-    """Tell whether a request carries the token; without one set, being on this machine will do."""
-    token = request.relay.settings.api_token
-    if not token:
-        return request.is_local and not strictly
-    return hmac.compare_digest(token.encode(), request.token.encode("utf-8", "replace"))
+def not_ours(request: Request) -> str:
+    """Return why a request without a token is not served; "" when it is."""
+    if not request.is_local:
+        return "only this machine is served until SMTP_API_TOKEN is set"
+    try:
+        named = host_name(request.headers.get("Host", ""))
+    except ValueError:
+        return "the Host header does not parse"
+    if is_loopback(named) or named == request.relay.settings.hostname.lower():
+        return ""
+    return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
 
 
 def admit(request: Request, access: Access) -> None:
     """Let a request through, or raise the HttpError that it gets."""
-    reason = refusal(request, access)
-    if reason:
-        raise HttpError(403, reason)
-    if access is Access.ADMIN and not is_admin(request):
-        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+    if access is Access.OPEN:
+        return
+    reason = "" if access is Access.PAGE else from_elsewhere(request)
     if access is Access.ACCOUNT:
         request.account = request.relay.account_of(request.token)
         if request.account is None:
             raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
+    elif not request.relay.settings.api_token:
+        reason = not_ours(request) or reason
+    elif access is not Access.PAGE and not is_admin(request) and not (access is Access.VIEW and has_view_key(request)):
+        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+    if reason:
+        raise HttpError(403, reason)
 
 
 # -- health and metrics --
@@ -8677,11 +8794,13 @@ def searched(request: Request) -> Query:
 
 
 def ids_of(request: Request) -> list[str] | None:
-    """Return the IDs of a request's body; None stands for every message."""
-    body = request.json
-    ids = body.get("IDs") if isinstance(body, dict) else None
+    """Return the messages that a request's body names by IDs or by a Search; None stands for all."""
+    ids, words = request.fields.get("IDs"), request.fields.get("Search")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
         raise HttpError(400, "IDs: expected a list of ids")
+    if not ids and isinstance(words, str) and words:
+        query = compile_query(words, request.query.get("tz", ""))
+        return [item.id for item in request.relay.inbox.search(query, 0, 0).items]
     return ids or None
 
 
@@ -8694,7 +8813,7 @@ def list_messages(request: Request) -> Answer:
 
 
 def mark_messages(request: Request) -> Answer:
-    request.relay.inbox.mark(ids_of(request), bool(request.json.get("Read", False)))
+    request.relay.inbox.mark(ids_of(request), bool(request.fields.get("Read", False)))
     return Answer(b"ok")
 
 
@@ -8712,10 +8831,19 @@ def delete_found(request: Request) -> Answer:
 
 def show_message(request: Request) -> Answer:
     """Show one message, which marks it read."""
-    item = found(request)
-    request.relay.inbox.mark([item.id], True)
-    mail = request.relay.inbox.mail(item.id)
-    return json_answer({**waited_json(item, mail), "Delivery": request.relay.delivery_of(item.id)})
+    relay, item = request.relay, found(request)
+    relay.inbox.mark([item.id], True)
+    record = relay.inbox.load(item.id)
+    shown = waited_json(item._replace(read=True), relay.inbox.mail(item.id), record)
+    if relay.settings.api_token:
+        shown["ViewKey"] = view_key(relay.settings.api_token, item.id)
+    return json_answer({**shown, "Status": record.status, "Delivery": delivery_json(record)})
+
+
+def delivery_json(record: Message) -> dict[str, Any]:
+    """Return what became of a message, with what was said."""
+    shown = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at", "transcript")
+    return {**{name: getattr(record, name) for name in shown}, "recipients": [vars(r) for r in record.recipients]}
 
 
 def show_headers(request: Request) -> Answer:
@@ -8738,12 +8866,10 @@ def show_part(request: Request) -> Answer:
 
 def show_html(request: Request) -> Answer:
     """Show the HTML body in a sandbox that loads nothing from outside unless ?remote=1."""
-    item = found(request)
-    page = view_html(request.relay.inbox.mail(item.id), item.id)
-    remote = "http: https:" if request.query.get("remote") == "1" else "'self'"
-    policy = MAIL_CSP.format(remote) + "; frame-ancestors 'self'"
-    return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                  headers={"Content-Security-Policy": policy, "X-Frame-Options": "SAMEORIGIN"})
+    remote = request.query.get("remote") == "1"
+    page = view_html(request.relay.inbox.mail(found(request).id))
+    return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
+        "Content-Security-Policy": VIEW_CSP.format(REMOTE if remote else INSIDE), "X-DNS-Prefetch-Control": "off"})
 
 
 def show_text(request: Request) -> Answer:
@@ -8751,14 +8877,14 @@ def show_text(request: Request) -> Answer:
 
 
 def release_message(request: Request) -> Answer:
-    to = request.json.get("To") if isinstance(request.json, dict) else None
-    request.relay.release(found(request).id, release_to(request.json) if to else [])
+    to = release_to(request.fields) if request.fields.get("To") else []
+    request.relay.release(found(request).id, to)
     return Answer(b"ok")
 
 
 def send_message(request: Request) -> Answer:
     """Take a message as JSON, as if it had come by SMTP."""
-    content, sender, recipients = compose(request.json)
+    content, sender, recipients = compose(request.fields)
     return json_answer({"ID": request.relay.submit(content, sender, recipients)})
 
 
@@ -8767,7 +8893,7 @@ def show_tags(request: Request) -> Answer:
 
 
 def set_tags(request: Request) -> Answer:
-    tags = request.json.get("Tags")
+    tags = request.fields.get("Tags")
     if not (isinstance(tags, list) and all(isinstance(t, str) for t in tags)):
         raise HttpError(400, "Tags: expected a list of tags")
     request.relay.inbox.tag(ids_of(request) or [], tags)
@@ -8775,7 +8901,7 @@ def set_tags(request: Request) -> Answer:
 
 
 def rename_tag(request: Request) -> Answer:
-    request.relay.inbox.rename_tag(request.names["tag"], str(request.json.get("Name", "")))
+    request.relay.inbox.rename_tag(request.names["tag"], str(request.fields.get("Name", "")))
     return Answer(b"ok")
 
 
@@ -8801,7 +8927,7 @@ def mailhog_messages(request: Request) -> Answer:
     return json_answer(mailhog_json(request.relay.inbox, searched(request), start, limit))
 
 
-# -- waiting, events, queue, accounts: ours --
+# -- waiting, events, queue, faults, accounts: ours --
 
 def wait_for_message(request: Request) -> Answer:
     """Block until a message matches; 408 when none came in time."""
@@ -8810,16 +8936,20 @@ def wait_for_message(request: Request) -> Answer:
     item = request.relay.inbox.wait(searched(request), since, timeout)
     if item is None:
         raise HttpError(408, f"no message matched within {timeout:g} seconds")
-    return json_answer(waited_json(item, request.relay.inbox.mail(item.id)))
+    inbox = request.relay.inbox
+    return json_answer(waited_json(item, inbox.mail(item.id), inbox.load(item.id)))
 
 
 def show_events(request: Request) -> Answer:
     """The life of messages as server-sent events."""
-    feed = request.relay.feed
-    return Answer(kind="text/event-stream", stream=event_stream(feed, feed.subscribe(EVENT_STREAMS)))
+    try:
+        stream = event_stream(request.relay.feed, request.relay.feed.subscribe(EVENT_STREAMS))
+    except ValueError as e:
+        raise HttpError(503, str(e)) from None
+    return Answer(next(stream), "text/event-stream", stream=stream)
 
 
-def event_stream(feed: Feed, events: queue.Queue[Any]) -> Iterator[bytes]:
+def event_stream(feed: Feed, events: queue.Queue[Any]) -> Generator[bytes, None, None]:
     """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
     try:
         yield b": hello\n\n"
@@ -8837,7 +8967,7 @@ def event_stream(feed: Feed, events: queue.Queue[Any]) -> Iterator[bytes]:
 
 
 def show_queue(request: Request) -> Answer:
-    return json_answer(request.relay.queue())
+    return json_answer(request.relay.queue(int(request.number("limit", 200))))
 
 
 def retry_queue(request: Request) -> Answer:
@@ -8849,6 +8979,33 @@ def remove_queued(request: Request) -> Answer:
     return Answer(b"ok")
 
 
+def show_faults(request: Request) -> Answer:
+    return json_answer({"rules": [rule for rule in request.relay.faults().split("\n") if rule]})
+
+
+def change_faults(request: Request) -> Answer:
+    """Put other rules (SMTP_FAULTS) in the place of those there, until the relay stops."""
+    rules = request.fields.get("rules")
+    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+        raise HttpError(400, "rules: expected a list of rules")
+    request.relay.change_faults("\n".join(rules))
+    return show_faults(request)
+
+
+def show_chaos(request: Request) -> Answer:
+    return json_answer(to_chaos(request.relay.faults()))
+
+
+def change_chaos(request: Request) -> Answer:
+    """Set Mailpit's chaos triggers; one that is not named is off."""
+    try:
+        rules = with_chaos(request.relay.faults(), request.fields)
+    except (ValueError, AttributeError) as e:
+        raise HttpError(400, str(e)) from None
+    request.relay.change_faults(rules)
+    return show_chaos(request)
+
+
 def show_stats(request: Request) -> Answer:
     return json_answer(request.relay.statistics())
 
@@ -8858,8 +9015,8 @@ def list_users(request: Request) -> Answer:
 
 
 def save_user(request: Request) -> Answer:
-    name = request.names.get("name") or str(request.json.get("name", ""))
-    return json_answer(request.relay.save_user(name, request.json, new="name" not in request.names))
+    name = request.names.get("name") or str(request.fields.get("name", ""))
+    return json_answer(request.relay.save_user(name, request.fields, new="name" not in request.names))
 
 
 def remove_user(request: Request) -> Answer:
@@ -8881,7 +9038,7 @@ def own_stats(request: Request) -> Answer:
 
 
 def show_page(request: Request) -> Answer:
-    """The page: one document that loads nothing from elsewhere. It holds no mail, so it needs no token."""
+    """The page: one document that loads nothing from elsewhere; with 401 it is the form that asks for the token."""
     status = 200 if is_admin(request) else 401
     return Answer(PAGE.encode(), "text/html; charset=utf-8", status, {"Content-Security-Policy": PAGE_CSP})
 
@@ -8921,15 +9078,18 @@ ROUTES = (
     Route("DELETE", "/api/v1/tags/{tag}", ADMIN, remove_tag),
     Route("GET", "/api/v1/info", ADMIN, show_info),
     Route("GET", "/api/v1/webui", ADMIN, show_webui),
-    Route("GET", "/view/{id}.html", ADMIN, show_html),
+    Route("GET", "/view/{id}.html", Access.VIEW, show_html),
     Route("GET", "/view/{id}.txt", ADMIN, show_text),
     Route("GET", "/api/v2/messages", ADMIN, mailhog_messages),
-    Route("GET", "/api/v2/search", ADMIN, mailhog_messages),
     Route("GET", "/api/v1/wait", ADMIN, wait_for_message),
     Route("GET", "/api/v1/events", ADMIN, show_events),
     Route("GET", "/api/v1/queue", ADMIN, show_queue),
     Route("POST", "/api/v1/queue/{id}/retry", ADMIN, retry_queue),
     Route("DELETE", "/api/v1/queue/{id}", ADMIN, remove_queued),
+    Route("GET", "/api/v1/chaos", ADMIN, show_chaos),
+    Route("PUT", "/api/v1/chaos", ADMIN, change_chaos),
+    Route("GET", "/api/v1/faults", ADMIN, show_faults),
+    Route("PUT", "/api/v1/faults", ADMIN, change_faults),
     Route("GET", "/api/v1/stats", ADMIN, show_stats),
     Route("GET", "/api/v1/users", ADMIN, list_users),
     Route("POST", "/api/v1/users", ADMIN, save_user),
@@ -8937,7 +9097,7 @@ ROUTES = (
     Route("DELETE", "/api/v1/users/{name}", ADMIN, remove_user),
     Route("GET", "/api/emails", ACCOUNT, own_messages),
     Route("GET", "/api/stats", ACCOUNT, own_stats),
-    Route("GET", "/", OPEN, show_page),
+    Route("GET", "/", Access.PAGE, show_page),
 )
 
 
@@ -8972,8 +9132,8 @@ class HttpReader:
     def readline(self, limit: int = -1) -> bytes:
         try:
             return self.wire.line(limit if limit > 0 else LINE_LIMIT)
-        except (PeerGone, LineTooLong):
-            return b""
+        except LineTooLong:
+            raise http.client.LineTooLong("header line") from None
 
     def read(self, size: int) -> bytes:
         """Return exactly so many octets."""
@@ -8996,9 +9156,11 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version = f"smtprelay/{__version__}"
-    sys_version = ""
     timeout = HTTP_TIME
     server: HttpServer
+
+    def version_string(self) -> str:
+        return self.server_version
 
     def setup(self) -> None:
         super().setup()
@@ -9010,33 +9172,46 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.wire.deadline = Deadline(HTTP_TIME)
         try:
             super().handle_one_request()
-        except (PeerGone, OSError):
+        except (PeerGone, OSError, http.client.LineTooLong):
             self.close_connection = True
 
+    def handle_expect_100(self) -> bool:
+        """Say nothing yet: read_body asks for the body once the caller has been let through."""
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses in the form of all our errors."""
+        self.close_connection = True
+        self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
+
     def respond(self) -> None:
+        answer = self.tried()
+        if self.command not in ("GET", "HEAD"):
+            self.server.relay.audit.write("changed" if answer.status < 400 else "change_refused", status=answer.status,
+                                          client=self.client_address[0], method=self.command, path=self.path.partition("?")[0])
+        self.send_answer(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
+
+    def tried(self) -> Answer:
+        """Return the answer to a request, whatever comes of it."""
         try:
-            answer = self.answer()
+            return self.answer()
         except (HttpError, BadRequest) as e:
-            answer = json_answer({"Error": str(e)}, getattr(e, "status", 400))
-        except (KeyError, FileNotFoundError):
-            answer = json_answer({"Error": "message not found"}, 404)
+            return json_answer({"Error": str(e)}, getattr(e, "status", 400))
+        except (KeyError, FileNotFoundError, SpoolError):
+            return json_answer({"Error": "message not found"}, 404)
         except (PeerGone, TimeoutError, socket.timeout):
             raise PeerGone from None
         except Exception as e:
             self.server.relay.log.bug("http_bug", e, path=self.path)
-            answer = json_answer({"Error": "internal error"}, 500)
-        self.send_answer(answer)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
+            return json_answer({"Error": "internal error"}, 500)
 
     def answer(self) -> Answer:
-        url = urllib.parse.urlsplit(self.path)
-        method = "GET" if self.command == "HEAD" else self.command
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        request = Request(self.server.relay, method, url.path, query, self.headers,
-                          is_loopback(client_name(self.connection.family, self.client_address)))
-        route, request.names = find_route(method, url.path)
+        """Find the route, let the caller through, read the body, act."""
         try:
+            request = self.heard()
+            route, request.names = find_route(request.method, request.path)
             admit(request, route.access)
             request.body = self.read_body()
         except HttpError:
@@ -9044,9 +9219,16 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             raise
         if route.access is not OPEN:
             self.server.relay.catch_up()
-        if route.method != "GET":
-            self.server.relay.audit.write("changed", client=self.client_address[0], method=method, path=url.path)
         return route.action(request)
+
+    def heard(self) -> Request:
+        try:
+            url = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise HttpError(400, "the address does not parse") from None
+        return Request(self.server.relay, "GET" if self.command == "HEAD" else self.command, url.path,
+                       dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), self.headers,
+                       is_loopback(client_name(self.connection.family, self.client_address)))
 
     def read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
@@ -9054,6 +9236,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(411, "Content-Length: expected a number of octets")
         if int(length) > HTTP_BODY:
             raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
         return self.rfile.read(int(length))
 
     def send_answer(self, answer: Answer) -> None:
@@ -9066,14 +9251,18 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             fixed["Connection"] = "close"
         else:
             fixed["Content-Length"] = str(len(answer.body))
+        if answer.status == 401:
+            fixed["WWW-Authenticate"] = "Bearer"
         for name, value in {**fixed, **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
-            for block in answer.stream or ():
+        try:
+            for block in itertools.chain([answer.body], answer.stream or ()) if self.command != "HEAD" else ():
                 self.wfile.write(block)
+        finally:
+            if answer.stream:
+                answer.stream.close()
 
     def log_message(self, format: str, *args: Any) -> None:
         self.server.relay.log.debug("http", client=self.client_address[0], request=format % args)
@@ -9093,6 +9282,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return self.room.acquire(blocking=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had
+            self.room.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -9114,7 +9310,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # through their lives. Supervisor runs both halves as processes of their own,
 # made by fork before there are threads, and makes a half that died anew; the
 # lock, the listening sockets, the Link and the counters are the supervisor's, so
-# a half that is remade finds all as it was. Relay runs both as threads.
+# a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
@@ -9122,6 +9318,8 @@ SWEEP_EVERY = 1.0
 WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
+WEBHOOK_TIME = 10.0
+WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
@@ -9133,7 +9331,7 @@ class Delivering:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
         self.audit = Audit(settings.audit_log, log)
-        self.port = 0
+        self.port, self.faults = 0, Faults(settings.faults)
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log, guard.accounts, own)
         self.inbox = Inbox(spool, log, int(time.time()) * 1000)
@@ -9150,6 +9348,7 @@ class Delivering:
         self.on_shelf = 0
         self.reports = ReportCap(REPORTS_AN_HOUR)
         self.sidecars: collections.deque[str] = collections.deque()
+        self.copies: set[str] = set()  # released where mail is held, and not taken in yet
         self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
         self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
@@ -9159,7 +9358,7 @@ class Delivering:
         self.take_stock()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log).run))
+            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log, self.stopping).run))
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
         self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
@@ -9209,7 +9408,8 @@ class Delivering:
 
     def take_in(self, stem: str) -> None:
         """Take a message that has just been received."""
-        if self.settings.delivery != "hold":
+        if self.settings.delivery != "hold" or stem in self.copies:
+            self.copies.discard(stem)
             self.scheduler.put(stem, self.delivery.lane(), fresh=True)
             self.metrics.inc("heard")
             self.show_depth()
@@ -9281,6 +9481,8 @@ class Delivering:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
             message.move(Status.HELD)
+        for r in message.pending():
+            r.status = Status.HELD
         self.shelve(self.held, message.stem, time.time(), message.size)
         return self.write_down(message)
 
@@ -9336,8 +9538,13 @@ class Delivering:
     # -- workers --
 
     def work(self) -> None:
+        bound = False
         while not self.stopping.is_set():
             task = self.scheduler.take(5.0)
+            crowded = len(self.scheduler.active) >= CROWD
+            if crowded != bound:
+                keep_together(crowded, max)
+                bound = crowded
             if task:
                 self.work_at(task)
 
@@ -9363,7 +9570,7 @@ class Delivering:
     def read_task(self, task: Task) -> Again:
         """Read a message known by name, and queue it where and when it is due."""
         message = self.spool.load(task.stem)
-        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold"
+        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold" and "RELEASED" not in message.flags
         if unsent or message.status is Status.HELD:
             return self.hold(message)
         if message.status in FINISHED:
@@ -9378,7 +9585,7 @@ class Delivering:
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when no more is owed in this lane."""
         unwritten = self.unwritten.get(task.stem)
-        message = unwritten or self.spool.load(task.stem)
+        message = unwritten or self.spool.load(task.stem, owed=True)
         if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
@@ -9625,33 +9832,34 @@ class Webhook:
 
     KINDS = ("received", "forwarded", "failed")
 
-    def __init__(self, url: str, feed: Feed, log: Log) -> None:
-        self.url, self.log, self.feed = url, log, feed
+    def __init__(self, url: str, feed: Feed, log: Log, stopping: threading.Event) -> None:
+        self.url, self.log, self.feed, self.stopping = url, log, feed, stopping
         self.events = feed.subscribe(1 << 30)
 
     def run(self) -> None:
-        """Send until the end of events; when more wait than fit, start anew with those to come."""
-        while True:
+        """Send until the relay stops; when more wait than fit, start anew with those to come."""
+        while not self.stopping.is_set():
             event = self.events.get()
-            if event is None and self.events in self.feed.listeners:
-                return
             if event is None:
-                self.log.warn("webhook_behind", url=self.url)
                 self.events = self.feed.subscribe(1 << 30)
+                if not self.stopping.is_set():
+                    self.log.warn("webhook_behind", url=self.url)
             elif event["type"] in self.KINDS:
                 self.send(event)
 
     def send(self, event: dict[str, Any]) -> None:
         """Send one event; RFC 9110 calls 2xx success."""
-        request = urllib.request.Request(
-            self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
-        for pause in (1, 5, 0):
+        trouble: Exception | None = None
+        for pause in (0.0, *WEBHOOK_PAUSES):
+            if self.stopping.wait(pause):
+                return
             try:
-                with urllib.request.urlopen(request, timeout=10):
+                request = urllib.request.Request(
+                    self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
+                with urllib.request.urlopen(request, timeout=WEBHOOK_TIME):
                     return
-            except OSError as e:
+            except (OSError, ValueError, http.client.HTTPException) as e:
                 trouble = e
-                time.sleep(pause)
         self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
 
 
@@ -9680,26 +9888,21 @@ class Backstage:
         except (KeyError, OSError, SpoolError):
             return ""
 
-    def delivery_of(self, id: str) -> dict[str, Any]:
-        """Return what became of a message."""
-        m = self.inbox.load(id)
-        return {"status": m.status, "attempts": m.attempts, "next_attempt_at": m.next_attempt_at,
-                "last_error": m.last_error, "reverse_path": m.reverse_path, "history": m.history,
-                "recipients": [vars(r) for r in m.recipients], "finished_at": m.finished_at}
-
     def delete(self, ids: list[str] | None) -> None:
         """Delete messages, all for None; one that is being delivered at this moment is left."""
         d = self.delivering
-        if ids is None:
-            ids = [item.id for item in self.inbox.search(limit=0).items]
-        for id in ids:
+        busy = []
+        for id in self.inbox.ids() if ids is None else ids:
             with contextlib.suppress(KeyError):
                 stem = self.inbox.stem(id)
-                if not d.scheduler.drop(stem):
-                    raise HttpError(409, f"{id} is being delivered just now")
-                d.unshelve(stem)
-                d.remove(stem)
+                if d.scheduler.drop(stem):
+                    d.unshelve(stem)
+                    d.remove(stem)
+                else:
+                    busy.append(id)
         d.show_depth()
+        if busy:
+            raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 
     @property
     def can_release(self) -> bool:
@@ -9730,7 +9933,7 @@ class Backstage:
 
     def keep(self, message: Message, to: list[str]) -> None:
         """Put a copy of a message into the spool, for other recipients."""
-        flags = tuple(f for f in message.flags if f != "HOLD")
+        flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
         envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user, flags, to)
         with self.delivering.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
@@ -9753,7 +9956,11 @@ class Backstage:
         finally:
             draft.abort()
         d.metrics.inc("smtp_messages_received_total")
-        d.metrics.inc("owed_bytes", draft.size)
+        if "HOLD" not in envelope.flags:
+            d.metrics.inc("smtp_messages_queued_total")
+            d.metrics.inc("owed_bytes", draft.size)
+            d.metrics.inc("heard", -1)  # no session has counted it as owed
+            d.copies.add(stem)
         d.link.announce(stem)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=draft.size, client=envelope.client, protocol=envelope.protocol)
@@ -9805,6 +10012,17 @@ class Backstage:
         d.unshelve(message.stem)
         d.metrics.inc("owed_bytes", message.size)
 
+    def faults(self) -> str:
+        """Return the rules of SMTP_FAULTS as they are now, one a line."""
+        self.delivering.faults.reread()
+        return self.delivering.faults.text
+
+    def change_faults(self, rules: str) -> None:
+        try:
+            self.delivering.faults.change(rules)
+        except ValueError as e:
+            raise HttpError(400, str(e)) from None
+
     # -- accounts and figures --
 
     def account_of(self, key: str) -> Account | None:
@@ -9847,11 +10065,11 @@ class Backstage:
 
     def messages_of(self, user: str, limit: int) -> dict[str, Any]:
         """Return an account's own messages, newest first."""
-        items = [i for i in self.inbox.search(limit=0).items if i.summary["Username"] == user]
+        page = self.inbox.search(Query(((lambda item: item.summary["Username"] == user, True),)), 0, limit)
         shown = [{"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
                   "size": i.summary["Size"], "created": i.summary["Created"], "status": self.status_of(i.id)}
-                 for i in items[:limit]]
-        return {"total": len(items), "emails": shown}
+                 for i in page.items]
+        return {"total": page.total, "emails": shown}
 
     def statistics_of(self, account: Account) -> dict[str, Any]:
         """Return an account's figures: today's, each day's, and what its quotas leave."""
@@ -9938,13 +10156,13 @@ class Parts:
         self.http: list[socket.socket] = []
         self.own: list[int] = []
 
-    def open(self) -> None:
-        """Take the spool, then the places to listen. SpoolBusy or OSError says what is taken already."""
+    def open(self, inherit: bool = True) -> None:
+        """Take the spool, then the places to listen, or inherit these. SpoolBusy or OSError says what is taken already."""
         self.spool.open()
         try:
-            self.smtp = inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
-            self.smtps = inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
-            self.http = inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
+            self.smtps = inherit and inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
+            self.http = inherit and inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
@@ -9954,6 +10172,13 @@ class Parts:
             self.close()
             raise
         self.link = Link(self.metrics)
+
+    def scripted_faults(self) -> Faults:
+        """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
+        path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return Faults(self.settings.faults, path)
 
     def close(self) -> None:
         close_all([*self.smtp, *self.smtps, *self.http])
@@ -9988,6 +10213,10 @@ class Parts:
         """
         problems: list[str] = []
         try:
+            self.faults = self.scripted_faults()
+        except SettingsError as e:
+            problems += e.problems
+        try:
             self.accounts = Accounts(self.settings, self.log)
         except AccountsError as e:
             problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
@@ -9997,10 +10226,6 @@ class Parts:
             self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
         except TlsError as e:
             problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
-        try:
-            Faults(self.settings.faults)
-        except SettingsError as e:
-            problems += e.problems
         if problems:
             raise SettingsError(problems)
 
@@ -10017,12 +10242,13 @@ class Parts:
     def receiving(self) -> Receiving:
         metrics = self.metrics.row(RECEIVING_ROW)
         reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
+        reception.faults = self.faults
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
         delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
                                 self.guard("d"), self.pair, self.http, self.own)
-        delivering.port = self.port
+        delivering.port, delivering.faults = self.port, self.faults
         return delivering
 
 
@@ -10045,57 +10271,6 @@ def notify_systemd(state: str) -> None:
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-
-
-class Relay:
-    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.parts = Parts(settings, log)
-
-    def start(self) -> Relay:
-        self.parts.open()
-        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
-        self.delivering.start()
-        self.receiving.start()
-        return self
-
-    def stop(self) -> None:
-        self.receiving.stop()
-        self.parts.link.close()
-        self.delivering.stop()
-        self.parts.close()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    @property
-    def host(self) -> str:
-        return str(self.parts.smtp[0].getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self.parts.smtp[0].getsockname()[1])
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
-
-
-def start(**settings: str) -> Relay:
-    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
-
-    Reads no environment variables. SettingsError lists what is wrong with the settings.
-    """
-    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    unknown = unknown_settings(settings)
-    if unknown:
-        raise SettingsError(unknown)
-    logger = logging.getLogger("smtprelay.library")
-    return Relay(Settings.read({**defaults, **settings}), Log(logger)).start()
 
 
 SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
@@ -10219,7 +10394,303 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 22 SENDMAIL =============================================================
+# === 22 LIBRARY ==============================================================
+#
+# The relay in the hands of a test: `start()`, the Relay that it returns, and two
+# fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
+# own, memory of its own, nothing from the environment, and nothing left of it after
+# stop(). Unless told of a smart host it has one in the same process, an Upstream
+# that answers by script; unless told to deliver it holds what it gets.
+
+UPSTREAM_STAGES = ("connect", "mail", "rcpt", "data", "end")
+
+
+class Taken(NamedTuple):
+    """A message that the simulated smart host took."""
+
+    reverse_path: str
+    recipients: list[str]
+    raw: bytes
+
+
+class Upstream(socketserver.ThreadingTCPServer):
+    """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
+
+    A step is "accept", "drop" (hang up without an answer), or a reply. It holds for the end
+    of a message's content, unless a stage stands before it: connect, mail, rcpt, data. Steps
+    are taken in order, each when its stage comes; after the last one all is accepted.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.changed = threading.Condition()
+        self.steps: collections.deque[tuple[str, str]] = collections.deque()
+        self.received: list[Taken] = []
+        self.attempts = 0  # MAIL commands seen
+        self.open: dict[socket.socket, threading.Thread] = {}
+        self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
+
+    def script(self, *steps: str) -> None:
+        """Add steps; ValueError for one that is none."""
+        for step in steps:
+            stage, _, reply = step.partition(" ")
+            if stage not in UPSTREAM_STAGES:
+                stage, reply = "end", step
+            if reply not in ("accept", "drop") and not re.match("[2-5][0-9][0-9]( |$)", reply):
+                raise ValueError(f"{step!r} is not [{'|'.join(UPSTREAM_STAGES)}] accept|drop|reply")
+            self.steps.append((stage, reply))
+
+    def answer(self, stage: str, usual: str) -> str:
+        """Return what is said at a stage: the usual, or what the next step wants if it is for this stage."""
+        with self.changed:
+            reply = self.steps.popleft()[1] if self.steps and self.steps[0][0] == stage else "accept"
+        if reply == "drop":
+            raise ConnectionAbortedError("by script")
+        return usual if reply == "accept" else reply
+
+    def take(self, message: Taken) -> None:
+        with self.changed:
+            self.received.append(message)
+            self.changed.notify_all()
+
+    def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
+        """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
+                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, in {self.attempts} attempts")
+            return list(self.received)
+
+    def stop(self) -> None:
+        stop_server(self)
+        for sock, thread in list(self.open.items()):
+            shut(sock, socket.SHUT_RDWR)
+            thread.join(1.0)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.open[request] = threading.current_thread()
+        super().process_request_thread(request, client_address)
+        del self.open[request]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that was dropped, by script or by the relay, is no news."""
+
+
+class UpstreamHandler(socketserver.StreamRequestHandler):
+    """One connection to the simulated smart host."""
+
+    server: Upstream
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        sender: str | None = None
+        recipients: list[str] = []
+        going = self.say(self.server.answer("connect", "220 upstream ESMTP")) < 400
+        while going:
+            line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
+            verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
+            if verb == "EHLO":
+                self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
+            elif verb == "MAIL":
+                self.server.attempts += 1
+                taken = self.say(self.server.answer("mail", "250 2.1.0 Ok")) < 300
+                sender, recipients = path if taken else None, []
+            elif verb in ("RCPT", "DATA") and sender is None:
+                self.say("503 5.5.1 Say MAIL first")
+            elif verb == "RCPT":
+                if self.say(self.server.answer("rcpt", "250 2.1.5 Ok")) < 300:
+                    recipients.append(path)
+            elif verb == "DATA":
+                self.data(sender or "", recipients)
+            else:
+                going = verb not in ("QUIT", "")
+                self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
+
+    def say(self, reply: str) -> int:
+        """Send a reply; return its code."""
+        self.wfile.write(reply.encode() + b"\r\n")
+        return int(reply[:3])
+
+    def data(self, sender: str, recipients: list[str]) -> None:
+        if not recipients:
+            self.say("554 5.5.1 No valid recipients")
+        elif self.say(self.server.answer("data", "354 Go ahead")) == 354:
+            lines = list(iter(self.rfile.readline, b".\r\n"))
+            reply = self.server.answer("end", "250 2.0.0 Ok")
+            if reply.startswith("2"):
+                self.server.take(Taken(sender, recipients, b"".join(line[line.startswith(b"."):] for line in lines)))
+            self.say(reply)
+
+
+class Relay:
+    """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
+
+    def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
+        self.settings = settings
+        self.parts = Parts(settings, log)
+        self._upstream = upstream
+
+    def start(self) -> Relay:
+        self.parts.open(inherit=False)
+        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.backstage = Backstage(self.delivering)
+        self.delivering.start()
+        self.receiving.start()
+        return self
+
+    def stop(self) -> None:
+        self.receiving.stop()
+        self.parts.link.close()
+        self.delivering.stop()
+        self.parts.close()
+        if self._upstream:
+            self._upstream.stop()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        return str(self.parts.smtp[0].getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        return int(self.parts.smtp[0].getsockname()[1])
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
+
+    @property
+    def upstream(self) -> Upstream:
+        """The simulated smart host; AttributeError where SMTP_RELAY_HOST names a real one."""
+        if not self._upstream:
+            raise AttributeError("SMTP_RELAY_HOST names a smart host: there is no simulated one")
+        return self._upstream
+
+    @property
+    def messages(self) -> list[Email]:
+        """All messages there are, in order of arrival."""
+        self.delivering.catch_up()
+        inbox = self.delivering.inbox
+        return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
+
+    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None) -> Email:
+        """Return the newest message to someone, with words in its subject, or else the next to come.
+
+        With `after`, one that arrived after that message. TimeoutError, which tells what did
+        arrive, when there is none within `timeout` seconds.
+        """
+        query = Query(((functools.partial(is_meant, to, subject), True),))
+        item = self.delivering.inbox.wait(query, after.sequence if after else None, timeout)
+        if not item:
+            wanted = " ".join(f"{k}={v!r}" for k, v in (("to", to), ("subject", subject)) if v) or "any"
+            came = "; ".join(map(repr, self.messages)) or "none"
+            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
+        return self.delivering.inbox.email(item)
+
+    def clear(self) -> None:
+        """Remove all messages, those that the simulated smart host took and its script."""
+        self.delivering.catch_up()
+        for message in self.messages:
+            with contextlib.suppress(HttpError):  # one that is being delivered just now
+                self.backstage.delete([message.id])
+        if self._upstream:
+            self._upstream.received.clear()
+            self._upstream.steps.clear()
+
+    def release(self, message: Email | None = None) -> int:
+        """Let a held message go, or all of them; return how many."""
+        held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
+        for each in held:
+            self.backstage.release(each.id, [])
+        return len(held)
+
+
+def is_meant(to: str, subject: str, item: Item) -> bool:
+    """Tell whether a message is to someone (a part of an address will do where it has no @), and about something."""
+    s = item.summary
+    people = [p["Address"].lower() for p in (*s["To"], *s["Cc"], *s["Bcc"])]
+    to = to.lower()
+    named = to in people if "@" in to else any(to in address for address in people)
+    return named and subject.lower() in s["Subject"].lower()
+
+
+def start(**settings: str) -> Relay:
+    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+
+    Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
+    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    SettingsError lists what is wrong with the settings.
+    """
+    unknown = unknown_settings(settings)
+    if unknown:
+        raise SettingsError(unknown)
+    defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
+    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    if upstream:
+        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
+    try:
+        relay = Relay(Settings.read({**defaults, **settings}), Log(logging.getLogger("smtprelay.library")), upstream).start()
+    except BaseException:
+        if upstream:
+            upstream.server_close()
+        raise
+    if upstream:
+        upstream.thread.start()
+    return relay
+
+
+# -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
+
+pytest: Any = sys.modules.get("pytest")
+FIXTURES = ("smtp_relay", "smtp_relay_session")
+MAILS_SHOWN = 10
+
+
+def relay_fixture(request: Any) -> Iterator[Relay]:
+    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
+    marker = request.node.get_closest_marker("smtp_relay")
+    report_mail(request.config.pluginmanager)
+    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
+        yield relay
+
+
+def report_mail(plugins: Any) -> None:
+    """Have a failing test's report show the mail that its relay received."""
+    if not plugins.has_plugin("smtprelay-mail"):
+        plugin = types.ModuleType("smtprelay_mail")
+        vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
+        plugins.register(plugin, "smtprelay-mail")
+
+
+def add_mail(item: Any) -> Iterator[None]:
+    """Add a section to the report of a test that failed (pytest_runtest_makereport)."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    relays = [item.funcargs[name] for name in FIXTURES if name in getattr(item, "funcargs", ())]
+    if report.when == "call" and report.failed and relays:
+        mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
+        left_out = [f"and {len(mails) - MAILS_SHOWN} more"] if len(mails) > MAILS_SHOWN else []
+        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN] + left_out) or "none"
+        report.sections.append((f"mail received ({len(mails)})", text))
+
+
+def configure_pytest(config: Any) -> None:
+    config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
+
+
+if pytest:
+    smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
+    smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
+    pytest_configure = configure_pytest
+
+
+# === 23 SENDMAIL =============================================================
 #
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
@@ -10254,7 +10725,8 @@ class Errand:
     name: str = ""
     dot_ends: bool = True
     from_headers: bool = False
-    flush: bool = False
+    notify: str = ""  # RFC 3461, as are the next
+    ret: str = ""
     recipients: list[str] = field(default_factory=list)
 
 
@@ -10294,6 +10766,10 @@ def heed_flag(errand: Errand, letter: str, value: str) -> None:
         errand.name = value
     elif letter == "t":
         errand.from_headers = True
+    elif letter == "N" and re.fullmatch("(?i)never|(success|failure|delay)(,(success|failure|delay))*", value):
+        errand.notify = value.upper()
+    elif letter == "R" and value.upper() in ("HDRS", "FULL"):
+        errand.ret = value.upper()
     elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
         errand.dot_ends = False
     elif letter == "I":
@@ -10312,13 +10788,15 @@ class Letter(NamedTuple):
     sender: str
     recipients: list[str]
     content: bytes
+    notify: str = ""
+    ret: str = ""
 
     def record(self) -> Message:
         """Return the record that a NextHop sends from."""
         flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
         flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
-        people = [Recipient(address) for address in self.recipients]
-        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags)
+        people = [Recipient(address, notify=self.notify) for address in self.recipients]
+        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags, ret=self.ret)
 
 
 def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
@@ -10335,7 +10813,7 @@ def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     for i, line in enumerate(lines):
         if line[:1] in (b" ", b"\t") and fields and line.strip():
             fields[-1] += b"\r\n" + line
-        elif _FIELD_NAME.match(line):
+        elif FIELD_NAME.match(line):
             fields.append(line)
         elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
             return fields, lines[i + (not line):]
@@ -10362,7 +10840,8 @@ def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
              "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
     kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
              for name, value in added.items() if name.lower().encode() not in names]
-    return Letter(sender, recipients, b"".join(line + b"\r\n" for line in (*kept, b"", *body)))
+    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    return Letter(sender, recipients, content, errand.notify, errand.ret)
 
 
 def qualified(address: str, hostname: str) -> str:
@@ -10452,9 +10931,11 @@ def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[s
             if not any(o.status is Status.FORWARDED for o in latest.values()):
                 break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
     finally:
-        hop.close()
-        with contextlib.suppress(OSError):
-            sock.recv(1024)  # the answer to QUIT: by then all is done
+        with contextlib.suppress(OSError, Trouble):
+            hop.say("greeting", b"QUIT")
+            while sock.recv(1024):
+                """Wait for the other end to close: a session of ours has more to do after its last reply."""
+        sock.close()
     return outcomes
 
 
@@ -10509,7 +10990,7 @@ def pass_on(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-# === 23 DOCTOR ===============================================================
+# === 24 DOCTOR ===============================================================
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
@@ -10517,6 +10998,7 @@ def pass_on(sock: socket.socket) -> None:
 
 DOCTOR_TIMEOUT = 10.0
 PORTS_TRIED = (25, 465, 587)
+DOMAIN_HOSTS = 3  # hosts of a domain that are examined
 
 
 def size_shown(octets: float) -> str:
@@ -10550,6 +11032,7 @@ STAGE_ADVICE = {
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
     "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
     "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
 }
 
@@ -10580,19 +11063,25 @@ def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
     except OSError as e:
         yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
         return
-    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    yield Finding("ok", "name", f"{target.host} is {', '.join(a for _, a in addresses)}")
-    open_at = {address: port_opens(address, target.port) for _, address in addresses}
-    for family, label in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
-        tried = [a for f, a in addresses if f == family]
+    addresses = list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
+    yield Finding("ok", "name", f"{target.host} is {', '.join(addresses)}")
+    yield from examine_addresses(settings, target, addresses)
+
+
+def examine_addresses(settings: Settings, target: Target, addresses: Sequence[str]) -> Iterator[Finding]:
+    """Examine a next hop whose addresses are known."""
+    open_at = {address: port_opens(address, target.port) for address in addresses}
+    for label, six in (("IPv4", False), ("IPv6", True)):
+        tried = [a for a in addresses if (":" in a) == six]
         if tried and not any(open_at[a] for a in tried):
             yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
                           "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
         elif tried:
             yield Finding("ok", label, f"port {target.port} opens")
-    yield examine_ports(target)
-    if any(open_at.values()):
-        yield from examine_dialogue(settings, target)
+    yield examine_ports(addresses[0])
+    reached = next((a for a in addresses if open_at[a]), None)
+    if reached:
+        yield from examine_dialogue(settings, target._replace(ip=reached) if target.ip else target)
 
 
 def port_opens(host: str, port: int) -> bool:
@@ -10603,10 +11092,10 @@ def port_opens(host: str, port: int) -> bool:
     return True
 
 
-def examine_ports(target: Target) -> Finding:
+def examine_ports(address: str) -> Finding:
     """Say which of the usual ports can be reached from here."""
     results: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(target.host, port)})) for port in PORTS_TRIED]
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)})) for port in PORTS_TRIED]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -10696,16 +11185,36 @@ def examine_clock(greeting: str, now: float) -> Finding:
                    "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
 
 
-def diagnose(settings: Settings) -> Iterator[Finding]:
-    """Yield all findings for the smart hosts that are set."""
+def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
+    """Examine the hosts that take mail for a domain."""
+    resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
+    try:
+        hosts = resolver.mx_hosts(domain)
+        yield Finding("ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}")
+        for host in hosts[:DOMAIN_HOSTS]:
+            addresses = resolver.addresses(host.name)
+            yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
+            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0]), addresses)
+    except ResolveError as e:
+        yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
+                      "check the domain's spelling" if e.permanent else "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again")
+
+
+def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
+    """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
     yield from examine_spool(settings)
+    if domain:
+        yield from examine_domain(settings, domain)
+        return
+    if settings.delivery == "mx":
+        yield Finding("warn", "delivery", "straight to the recipients' hosts", "name a domain to examine: doctor example.com")
     if settings.delivery == "hold":
         yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
-    for host, port in settings.smart_hosts:
+    for host, port in settings.smart_hosts if settings.delivery == "relay" else ():
         yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
 
 
-# === 24 COMMAND LINE =========================================================
+# === 25 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes the settings and its arguments, and returns
 # the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
@@ -10877,7 +11386,7 @@ def queue_line(row: Mapping[str, Any]) -> str:
     return f"{line}\n    {why}" if why else line
 
 
-def retry(settings: Settings, arguments: Arguments) -> int:
+def retry_(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released."""
     try:
         done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
@@ -11035,7 +11544,7 @@ def print_users(users: Mapping[str, Any], as_json: bool) -> int:
 def doctor(settings: Settings, arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
     findings = []
-    for finding in diagnose(settings):
+    for finding in diagnose(settings, arguments.domain or ""):
         findings.append(finding)
         if not arguments.json:
             advice = f": {finding.advice}" if finding.advice else ""
@@ -11070,7 +11579,6 @@ def serve(settings: Settings, arguments: Arguments) -> int:
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log = open_log(settings)
-    descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     parts = Parts(settings, log)
     try:
         parts.open()
@@ -11116,6 +11624,8 @@ def first_lines(parts: Parts) -> list[str]:
         lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
     if beyond and s.auth_required is not False and not parts.accounts.configured():
         lines.append("warning: clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)")
+    if not s.api_token and not all(is_loopback(a.host) for a in s.health_addr):
+        lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
     if s.delivery != "hold" and not s.relay_tls_verify:
@@ -11191,15 +11701,16 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve),
     "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
-    "doctor": Command(doctor, (JSON,)),
+    "doctor": Command(doctor, (
+        option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
     "queue": Command(queue_, (JSON,)),
-    "retry": Command(retry, (ID_OR_ALL,)),
+    "retry": Command(retry_, (ID_OR_ALL,)),
     "remove": Command(remove, (ID,)),
     "show": Command(show, (ID, JSON)),
     "wait": Command(wait, (
         option("--to", metavar="ADDRESS", help="a recipient"),
         option("--subject", metavar="WORDS", help="words of the subject"),
-        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long (30s)"),
+        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
         option("--code", action="store_true", help="print its verification code alone"),
         option("--link", action="store_true", help="print its first link alone"), JSON)),
     "user": Command(user, (

@@ -23,6 +23,7 @@ import socketserver
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -546,7 +547,7 @@ class Program:
     def start(self) -> Program:
         code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport smtprelay\n{self.prelude}\nsys.exit(smtprelay.main(['serve']))"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*self.under, sys.executable, "-c", code], env=self.env, stderr=log, cwd="/")
+            self.process = subprocess.Popen([*self.under, sys.executable, "-c", code], env=self.env, stdout=log, stderr=log, cwd="/")
         eventually(self.answers, 20)
         return self
 
@@ -1143,3 +1144,204 @@ def test_break_by_looking_for_the_sync(tmp_path: Path, fsync: str) -> None:
         if fsync == "1":
             last = max(n for n in range(start, end) if "write" in lines[n] and "X-Env" in lines[n] or "pwrite64" in lines[n])
             assert last < max(n for n in range(start, end) if "fsync(" in lines[n])
+
+
+# -- descriptors, threads, memory --
+
+LIMITS = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_{name}, ({limit}, {limit}))
+{more}
+"""
+OPEN_SPOOL = "import encodings.idna; os.setgid(65534); os.setuid(65534)"
+
+
+def crowd(program: Program, count: int) -> tuple[list[socket.socket], int]:
+    """Connect many clients that say nothing; return those that were greeted, and how many were refused or left waiting."""
+    held, refused = [], 0
+    for _ in range(count):
+        sock = socket.socket()
+        sock.settimeout(0.5)
+        try:
+            sock.connect(("127.0.0.1", program.port))
+            greeted = sock.recv(3) == b"220"
+        except OSError:
+            greeted = False
+        held.append(sock) if greeted else sock.close()
+        refused += not greeted
+    return held, refused
+
+
+def processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def descriptors_of(pids: list[int]) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
+@pytest.mark.parametrize(("name", "limit", "more"), [
+    ("NOFILE", 64, ""), ("NPROC", 40, OPEN_SPOOL), ("AS", 700 << 20, "")])
+def test_break_by_limits(tmp_path: Path, name: str, limit: int, more: str) -> None:
+    if name == "NPROC":
+        if os.getuid():
+            pytest.skip("the limit counts all processes of this user")
+        tmp_path = Path(tempfile.mkdtemp(prefix="break-"))  # one that another user may enter
+        os.chown(tmp_path, 65534, 65534)
+        os.chmod(tmp_path, 0o700)
+    with Hop() as hop, Program(tmp_path, LIMITS.format(name=name, limit=limit, more=more), SMTP_RELAY_HOST=hop.name,
+                               SMTP_WORKERS="4") as program:
+        children = program.children()
+        with program.connect() as client:
+            client.ehlo()
+            assert send(client, "before") == 250
+            eventually(lambda: hop.taken["before"] == 1)
+            descriptors = descriptors_of(children)
+            hop.down = True
+            assert send(client, "waiting") == 250
+            held, refused = crowd(program, 200)
+            assert held and (refused or name == "AS")
+            used = sum(map(processor_time, children))
+            time.sleep(0.5)
+            assert sum(map(processor_time, children)) - used < 0.25  # no spin
+            hop.down = False
+            assert send(client, "during") == 250
+            eventually(lambda: hop.taken["during"] == hop.taken["waiting"] == 1)
+            for sock in held:
+                sock.close()
+            eventually(lambda: program.figure("smtp_sessions_active") == 1)
+            eventually(lambda: descriptors_of(children) <= descriptors + 4)  # no leak
+        with program.connect() as client:
+            client.ehlo()
+            assert send(client, "after", 200_000) == 250
+        eventually(lambda: hop.taken["after"] == 1)
+        assert program.children() == children
+        assert program.stop() == 0
+        assert "_bug" not in program.log.read_text()
+
+
+def test_break_by_trouble_inside_the_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the content must never be taken for commands."""
+
+    def fail(self: smtprelay.Content, block: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(smtprelay.Content, "take", fail)
+    with smtprelay.start() as relay, socket.create_connection((relay.host, relay.port), 5) as sock:
+        assert sock.recv(100).startswith(b"220")
+        sock.sendall(b"HELO me\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n")
+        eventually(lambda: b"354" in sock.recv(10_000))
+        sock.sendall(b"Subject: x\r\n\r\nMAIL FROM:<evil@example.com>\r\n" * 1000 + b".\r\n")
+        answer = b"".join(iter(lambda: sock.recv(1000), b""))
+        assert answer.startswith(b"451") and answer.count(b"\r\n") == 1
+
+
+@pytest.mark.skipif(not LONG, reason="takes 10 s: .ci/break")
+def test_break_by_big_mail_in_little_memory(tmp_path: Path) -> None:
+    """Forty clients send 10 MiB at once, where there is memory for a fraction of it."""
+    with Program(tmp_path, LIMITS.format(name="AS", limit=300 << 20, more="")) as program:
+        children, codes = program.children(), list[int]()
+
+        def work() -> None:
+            with contextlib.suppress(OSError, smtplib.SMTPException), program.connect(60) as client:
+                client.ehlo()
+                codes.append(send(client, "big", 10_000_000))
+
+        threads = [threading.Thread(target=work) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert program.children() == children
+        assert 250 in codes and set(codes) <= {250, 421, 451}
+        with program.connect() as client:
+            client.ehlo()
+            assert send(client, "after") == 250
+        assert len(list(program.spool.glob("*-*/*.eml"))) == codes.count(250) + 1
+        assert not list(program.spool.glob("*-*/*.part"))
+
+
+# -- backlog --
+
+
+def pile(folder: Path, count: int) -> list[str]:
+    """Fill a spool with messages that are owed; return their stems in order."""
+    spool = spool_of(folder, SMTP_FSYNC="0")
+    envelope = smtprelay.Envelope("a@example.com", "127.0.0.1", "me", recipients=["b@example.com"])
+    stems = []
+    for n in range(count):
+        draft = spool.draft(envelope)
+        draft.write(mail(f"n{n}"))
+        stems.append(draft.commit())
+    spool.close()
+    return stems
+
+
+def memory_of(pid: int) -> float:
+    """Return what a process has of its own, in MiB."""
+    return float(sum(int(x) for x in re.findall(r"Private_\w+: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())) / 1024)
+
+
+def test_break_by_a_backlog(tmp_path: Path) -> None:
+    count = 100_000 if LONG else 5_000
+    pile(tmp_path, count)
+    with Hop() as hop:
+        hop.down = True
+        program = Program(tmp_path, SMTP_RELAY_HOST=hop.name, SMTP_LOG_LEVEL="error", SMTP_RETRY_MAX_DELAY="1s")
+        started = time.monotonic()
+        program.start()
+        slowest = 0.0
+        while program.figure("smtp_queue_depth") < count:
+            before = time.monotonic()
+            program.connect(5).close()
+            slowest = max(slowest, time.monotonic() - before)
+            assert time.monotonic() - started < 10
+        known = time.monotonic() - started
+        memory = max(map(memory_of, program.children()))
+        print(f"{count} messages: known after {known:.2f} s, {memory:.0f} MiB, port within {slowest * 1000:.0f} ms")
+        with program:
+            pass
+    assert known < 2.0 + 1.0  # the second is for Python itself on a busy machine
+    assert slowest < 0.3
+    assert memory < 60
+
+
+def test_break_by_flapping(tmp_path: Path) -> None:
+    """The next hop goes and comes; a second here stands for a minute."""
+    count, turns = (20_000, 60) if LONG else (200, 3)
+    pile(tmp_path, count)
+    with Hop() as hop, Program(tmp_path, SMTP_RELAY_HOST=hop.name, SMTP_LOG_LEVEL="error", SMTP_RETRY_MAX_DELAY="100ms") as program:
+        for turn in range(turns):
+            hop.down = turn % 2 == 0
+            time.sleep(1.0 if LONG else 0.1)
+        hop.down = False
+        eventually(lambda: len(hop.taken) == count and program.figure("smtp_queue_depth") == 0, 120)
+        assert set(hop.taken.values()) == {1}
+        order = [int(re.findall(rb"X-Book: n(\d+)", body)[0]) for body in hop.bodies]
+        late = sum(abs(place - n) for place, n in enumerate(order)) / count
+        assert late < 100  # oldest first, but for those that several connections pass at once
+        assert "_bug" not in program.log.read_text()
+
+
+def test_break_by_restarts_in_the_middle_of_a_delay(tmp_path: Path) -> None:
+    rounds = 50 if LONG else 4
+    with Hop(1.0) as hop:
+        more = {"SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_RETRY_MAX_DELAY": "2h", "SMTP_RETRY_JITTER": "0"}
+        with start(tmp_path, hop, **more) as relay:
+            assert [submit(relay, f"k{n}") for n in range(5)] == [250] * 5
+            eventually(lambda: len(list((tmp_path / "spool").glob("*-*/*.json"))) == 5)
+        before = {p: json.loads(p.read_bytes()) for p in (tmp_path / "spool").glob("*-*/*.json")}
+        for _ in range(rounds):
+            with start(tmp_path, hop, **more) as relay:
+                eventually(lambda: len(relay.delivering.scheduler.heap) == 5)
+                dues = sorted(relay.delivering.scheduler.heap)
+                left = [due - time.monotonic() for due, _, _ in dues]
+                assert all(3500 < seconds < 3601 for seconds in left)
+        assert {p: json.loads(p.read_bytes()) for p in (tmp_path / "spool").glob("*-*/*.json")} == before
+        assert {record["attempts"] for record in before.values()} == {1}
+        hop.flaky = 0.0
+        with start(tmp_path, hop, **more) as relay:
+            eventually(lambda: len(relay.delivering.scheduler.heap) == 5)
+            relay.delivering.flush()
+            eventually(lambda: sum(hop.taken.values()) == 5)

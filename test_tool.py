@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import functools
+import gc
+import http.client
+import io
+import json
 import logging
 import os
 import re
 import shutil
+import smtplib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
 import pytest
 
@@ -20,6 +30,7 @@ import smtprelay
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "smtprelay.py")
+QUICK = f"import sys; sys.path.insert(0, '{HERE}'); import smtprelay; sys.exit(smtprelay.main())"  # compiled once
 
 
 def settings(**env: str) -> smtprelay.Settings:
@@ -147,7 +158,7 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
         assert relay.receiving.reception.clients["192.0.2.1"] == 1
 
 
-# === 16 SENDMAIL =============================================================
+# === 23 SENDMAIL =============================================================
 
 Mail = tuple[smtprelay.Message, bytes]
 
@@ -178,7 +189,7 @@ def env(relay: smtprelay.Relay, tmp_path: Path) -> dict[str, str]:
     """The environment of a program that sends by sendmail, to the relay of this test."""
     script = tmp_path / "bin" / "sendmail"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} sendmail "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{QUICK}" sendmail "$@"\n')
     script.chmod(0o755)
     return clean_env(SMTP_PORT=f"127.0.0.1:{relay.port}", SMTP_HOSTNAME="box.example", HOME=str(tmp_path),
                      PATH=f"{script.parent}:{os.environ['PATH']}", SENDMAIL=str(script), TZ="UTC", LOGNAME="me", USER="me")
@@ -269,6 +280,12 @@ def test_sendmail_hands_over_to_the_relay_by_smtp(relay: smtprelay.Relay, env: d
     assert (record.reverse_path, [r.address for r in record.recipients], record.protocol) == ("me@box.example", ["bob@box.example"], "ESMTP")
     assert record.flags == ("8BITMIME", "HOLD")
     assert content.endswith(b"\r\n\r\n.\r\n..\r\n") and b"From: =?utf-8?" in content
+
+
+def test_sendmail_passes_on_what_the_sender_wants_to_be_told(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run("sendmail", "-N", "failure,delay", "-Rhdrs", "bob", env=env, stdin=b"x\n")
+    (record, _), = mails(relay)
+    assert (record.recipients[0].notify, record.ret) == ("FAILURE,DELAY", "HDRS")
 
 
 def test_sendmail_takes_portions(env: dict[str, str]) -> None:
@@ -442,6 +459,354 @@ with app.app_context():
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
     assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+# === 22 LIBRARY ==============================================================
+
+MAIL = b"From: me@x.example\r\nTo: bob@b.example\r\nSubject: Your code\r\n\r\nYour code is 482913, or go to https://x.example/in?t=1\r\n"
+
+
+def mail_to(relay: smtprelay.Relay, *recipients: str, content: bytes = MAIL) -> None:
+    with smtplib.SMTP(relay.host, relay.port, timeout=5) as smtp:
+        smtp.sendmail("me@x.example", recipients or ["bob@b.example"], content)
+
+
+def test_a_test_waits_for_its_mail(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail = relay.wait(to="bob@b.example", subject="code", timeout=5)
+    assert (mail.codes, mail.links, mail.reverse_path, mail.recipients) == (["482913"], ["https://x.example/in?t=1"], "me@x.example", ["bob@b.example"])
+    assert (mail.subject, mail.from_, mail.to, mail.html, mail.attachments) == ("Your code", "me@x.example", ["bob@b.example"], "", [])
+    assert mail.headers["subject"] == "Your code" and mail.raw.endswith(MAIL) and "482913" in mail.text
+    assert [m.id for m in relay.messages] == [mail.id]
+    with pytest.raises(TimeoutError, match=r"to='ann'.* what came: <Email 'Your code'"):
+        relay.wait(to="ann", timeout=0.01)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="bob", timeout=0.01, after=mail)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="ob@b.example", timeout=0.01)
+    threading.Timer(0.02, mail_to, (relay,)).start()
+    assert relay.wait(to="bob", after=mail).sequence > mail.sequence
+    relay.clear()
+    assert relay.messages == []
+
+
+def test_bcc_is_waited_for_by_the_envelope(relay: smtprelay.Relay) -> None:
+    mail_to(relay, "bob@b.example", "Blind@c.example")
+    assert relay.wait(to="blind@c.example", timeout=1).recipients == ["bob@b.example", "Blind@c.example"]
+
+
+def test_held_mail_is_released_to_the_simulated_smart_host(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail_to(relay, "ann@b.example")
+    assert relay.upstream.received == []
+    assert relay.release(relay.wait(to="ann")) == 1
+    assert [t.recipients for t in relay.upstream.wait(1)] == [["ann@b.example"]]
+    assert relay.release() == 1
+    taken = relay.upstream.wait(2)[1]
+    assert (taken.reverse_path, taken.recipients) == ("me@x.example", ["bob@b.example"]) and taken.raw.endswith(MAIL)
+
+
+SCRIPTS = [  # steps, how the message ends, attempts, copies taken
+    ([], "forwarded", 1, 1),
+    (["451 busy"] * 3, "forwarded", 4, 1),
+    (["550 no"], "failed", 1, 0),
+    (["rcpt 550 who?"], "failed", 1, 0),
+    (["mail 451 later", "data 421 going"], "forwarded", 3, 1),
+    (["drop", "accept"], "forwarded", 2, 1),
+    (["mail drop", "connect 421 busy", "connect 554 go away", "rcpt 450 grey"], "forwarded", 3, 1),
+]
+
+
+@pytest.mark.parametrize("steps, status, attempts, copies", SCRIPTS)
+def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: str, attempts: int, copies: int) -> None:
+    with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="1000", SMTP_SEED="1", SMTP_BOUNCE="0") as relay:
+        relay.upstream.script(*steps)
+        mail_to(relay)
+        id = relay.wait().id
+        until(lambda: relay.backstage.status_of(id) == status)
+        assert (relay.upstream.attempts, len(relay.upstream.received)) == (attempts, copies)
+
+
+def test_eight_hours_of_back_off_pass_in_a_second() -> None:
+    waits = []
+    for _ in range(2):
+        with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="50000", SMTP_SEED="7", SMTP_RETRY_JITTER="0.1") as relay:
+            relay.upstream.script(*["451 busy"] * 16)
+            started = time.monotonic()
+            mail_to(relay)
+            relay.upstream.wait(1)
+            assert time.monotonic() - started < 5
+            waits.append(relay.delivering.scheduler.rng.random())
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("step", ["", "reject", "rcpt", "rcpt no", "999 x", "250x"])
+def test_a_step_that_is_none_is_refused(relay: smtprelay.Relay, step: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        relay.upstream.script(step)
+
+
+def test_a_real_smart_host_is_not_simulated() -> None:
+    with smtprelay.start(SMTP_RELAY_HOST=unused_port()) as relay:
+        assert relay.parts.settings.delivery == "relay"
+        with pytest.raises(AttributeError, match="SMTP_RELAY_HOST"):
+            assert relay.upstream
+
+
+def test_relays_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_PORT", "1")
+    monkeypatch.setenv("SMTP_HOSTNAME", "elsewhere.example")
+    with smtprelay.start(SMTP_HOSTNAME="one.example") as one, smtprelay.start() as two:
+        assert len({one.port, two.port, one.http_url, two.http_url}) == 4
+        assert (one.settings.hostname, "elsewhere" in two.settings.hostname) == ("one.example", False)
+        mail_to(one)
+        assert one.wait() and two.messages == []
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def is_as(before: object) -> bool:
+    return (set(threading.enumerate()), open_files()) == before
+
+
+def test_nothing_is_left_behind_and_it_is_quick() -> None:
+    for _ in range(2):  # the first one imports and caches
+        before = (set(threading.enumerate()), open_files())
+        relay = smtprelay.start(SMTP_DELIVERY="relay", SMTP_TLS_SELF_SIGNED="0")
+        keeps = http.client.HTTPConnection(relay.host, int(relay.http_url.rpartition(":")[2]), timeout=5)
+        keeps.request("GET", "/livez")
+        assert keeps.getresponse().read() == b"OK\n"
+        idle = socket.create_connection((relay.host, relay.port))
+        mail_to(relay)
+        relay.upstream.wait(1)
+        relay.stop()
+        keeps.close()
+        idle.close()
+        gc.collect()
+        until(functools.partial(is_as, before), 2)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        smtprelay.start().stop()
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.03
+
+
+def test_a_wrong_setting_leaves_nothing_either() -> None:
+    before = (set(threading.enumerate()), open_files())
+    for wrong in ({"SMTP_MAX_SIZE": "big"}, {"SMTP_MAX_SIZ": "1K"}):
+        with pytest.raises(smtprelay.SettingsError, match="SMTP_MAX_SIZ"):
+            smtprelay.start(**wrong)
+    assert (set(threading.enumerate()), open_files()) == before
+
+
+def run_pytest(tmp_path: Path, test: str, *flags: str, conftest: str = "") -> str:
+    (tmp_path / "test_it.py").write_text(test)
+    (tmp_path / "conftest.py").write_text(conftest)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, str(tmp_path)], capture_output=True, timeout=60,
+                          cwd=tmp_path, env=clean_env(PYTHONPATH=HERE, SMTP_PORT="1", PYTHONDONTWRITEBYTECODE="1"))
+    return done.stdout.decode() + done.stderr.decode()
+
+
+PLUGIN_TEST = """
+import smtplib, pytest
+
+def send(relay):
+    with smtplib.SMTP(relay.host, relay.port) as smtp:
+        smtp.sendmail("me@x.example", ["bob@b.example"], b"Subject: Shown\\r\\n\\r\\nhello\\r\\n")
+
+@pytest.mark.parametrize("n", range(4))
+def test_each_has_its_own(smtp_relay, n):
+    send(smtp_relay)
+    smtp_relay.wait(to="bob@b.example")
+    assert len(smtp_relay.messages) == 1
+
+@pytest.mark.smtp_relay(SMTP_DELIVERY="relay")
+def test_marked(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.upstream.wait()
+
+def test_session(smtp_relay_session):
+    send(smtp_relay_session)
+
+def test_failing(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.messages == []
+"""
+
+
+@pytest.mark.parametrize("flags, conftest", [
+    (["-p", "smtprelay", "--strict-markers"], ""), ([], "from smtprelay import smtp_relay, smtp_relay_session"), (["-p", "smtprelay", "-n", "2"], "")])
+def test_pytests_fixtures(tmp_path: Path, flags: list[str], conftest: str) -> None:
+    if "-n" in flags:
+        pytest.importorskip("xdist")
+    said = run_pytest(tmp_path, PLUGIN_TEST, *flags, conftest=conftest)
+    assert "1 failed, 6 passed" in said, said
+    assert "mail received (1)" in said and "Subject: Shown" in said and "test_failing" in said
+
+
+def test_without_pytest_there_are_no_fixtures() -> None:
+    run(sys.executable, "-c", "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules", env=clean_env())
+
+# === 24 DOCTOR ===============================================================
+
+def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, tuple[str, str, str]], int]:
+    """Run the doctor here, and return its findings by what they are about, with its exit status."""
+    read = settings(**env)
+    status = smtprelay.doctor(read, argparse.Namespace(json=True, domain=None))
+    listed = json.loads(capsys.readouterr().out)
+    return {f["about"]: (f["mark"], f["found"], f["advice"]) for f in listed}, status
+
+
+def test_the_doctor_finds_all_well_and_sends_nothing(relay: smtprelay.Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = {"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path)}
+    found, status = findings(capsys, **env)
+    assert status == 0 and {f[0] for f in found.values()} == {"ok"}, found
+    assert list(found) == ["spool", "name", "IPv4", "egress", "greeting", "clock", "EHLO", "TLS", "size"]
+    assert "ESMTP" in found["greeting"][1] and "SIZE 10485760" in found["EHLO"][1]
+    assert relay.messages == []
+
+
+DIAGNOSES: list[tuple[dict[str, str], dict[str, str], str, str, str]] = [  # the server's settings, ours, what is found: about, mark, in its advice
+    ({"SMTP_MAX_SIZE": "1K"}, {}, "size", "warn", "SMTP_MAX_SIZE=1024"),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {}, "login", "warn", "set it"),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "right"}, "login", "ok", ""),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "wrong"}, "login", "fail", "app password"),
+    ({}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_TLS="),
+    ({"SMTP_TLS_SELF_SIGNED": "1"}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_CA_FILE"),
+    ({"SMTP_TLS_SELF_SIGNED": "1"}, {"SMTP_RELAY_TLS": "starttls", "SMTP_RELAY_TLS_VERIFY": "0"}, "certificate", "warn", "SMTP_RELAY_TLS_VERIFY=1"),
+    ({}, {"SMTP_STORAGE": "memory"}, "spool", "warn", "SMTP_STORAGE=file"),
+    ({}, {"SMTP_SPOOL": "/proc/nowhere"}, "spool", "fail", "SMTP_SPOOL"),
+    ({}, {"SMTP_RELAY_HOST": "unused"}, "IPv4", "fail", "SMTP_RELAY_PORT"),
+    ({}, {"SMTP_RELAY_HOST": "no-such-host.invalid"}, "no-such-host.invalid:587", "fail", "resolv.conf"),
+    ({}, {"SMTP_DELIVERY": "hold"}, "delivery", "warn", "SMTP_RELAY_HOST"),
+    ({}, {"SMTP_DELIVERY": "mx"}, "delivery", "warn", "doctor example.com"),
+]
+
+
+@pytest.mark.parametrize("theirs, ours, about, mark, advice", DIAGNOSES)
+def test_the_doctor_says_what_to_do(theirs: dict[str, str], ours: dict[str, str], about: str, mark: str, advice: str,
+                                    tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with smtprelay.start(**theirs) as relay:
+        ours = {k: unused_port() if v == "unused" else v for k, v in ours.items()}
+        found, status = findings(capsys, **{"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path), **ours})
+    assert found[about][0] == mark and advice in found[about][2], found
+    assert status == (mark == "fail")
+
+
+CLOCKS = [  # a greeting, the time here, what is found
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795230000.0, "ok"),
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795233600.0, "warn"),
+    ("220 a ESMTP", 0.0, "ok"),
+]
+
+
+@pytest.mark.parametrize("greeting, now, mark", CLOCKS)
+def test_the_doctor_compares_clocks(greeting: str, now: float, mark: str) -> None:
+    assert smtprelay.examine_clock(greeting, now).mark == mark
+
+
+# === 25 COMMAND LINE =========================================================
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a relay that runs as a program, with one message held in it."""
+    place = tmp_path_factory.mktemp("served")
+    smtp, http_ = unused_port(), unused_port()
+    env = clean_env(SMTP_PORT=smtp, SMTP_HEALTH_ADDR=http_, SMTP_SPOOL=str(place / "spool"), SMTP_API_TOKEN="t0ken", SMTP_HOSTNAME="box.example")
+    with subprocess.Popen([sys.executable, PROGRAM], env=env, stderr=subprocess.DEVNULL) as program:
+        ask(env, "healthcheck", "--wait")
+        ask(env, "sendmail", "bob", stdin=MAIL.replace(b"\r\n", b"\n"))
+        yield env
+        program.terminate()
+
+
+def ask(env: Mapping[str, str], *words: str, status: int = 0, stdin: bytes = b"") -> str:
+    """Run a verb in this process, as a user would with this environment."""
+    out, given = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.TextIOWrapper(io.BytesIO(stdin))
+    with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(sys, "stdin", given), contextlib.redirect_stdout(out):
+        try:
+            ended: object = smtprelay.main(list(words))
+        except SystemExit as e:
+            ended = e.code
+    assert ended == status
+    out.seek(0)
+    return out.read()
+
+
+def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
+    assert "to bob@box.example" in ask(served, "queue")
+    entry, = json.loads(ask(served, "queue", "--json"))
+    assert "482913" in ask(served, "show", entry["id"])
+    assert json.loads(ask(served, "show", entry["id"], "--json"))["status"] == "held"
+    assert ask(served, "wait", "--to", "bob", "--code") == "482913\n"
+    assert ask(served, "wait", "--subject", "your code", "--link") == "https://x.example/in?t=1\n"
+    ask(served, "wait", "--to", "ann", "--timeout", "10ms", status=1)
+    ask(served, "retry", entry["id"], status=1)  # nowhere to send it
+    ask({**served, "SMTP_API_TOKEN": "wrong"}, "queue", status=1)
+    ask(served, "remove", "0" * 16, status=1)
+    ask(served, "remove", entry["id"])
+    assert ask(served, "queue") == "the queue is empty\n"
+
+
+def test_the_verbs_read_the_spool_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": unused_port(), "SMTP_HEALTH_ADDR": unused_port(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    ask(env, "queue", status=69)
+    ask(env, "wait", status=69)
+    run("sendmail", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
+    entry, = json.loads(ask(env, "queue", "--json"))
+    assert (entry["status"], entry["recipients"]) == ("received", ["bob@box.example"])
+    assert ask(env, "show", entry["id"]).endswith("\n\nhello\n")
+    ask(env, "retry", "all")
+    ask(env, "retry", "nothing", status=1)
+    with smtprelay.start(SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool")):
+        ask(env, "remove", entry["id"], status=75)  # a relay has it, but cannot be spoken to
+    ask(env, "remove", entry["id"])
+    assert ask(env, "queue") == "the queue is empty\n"
+
+
+def test_accounts_are_managed_in_their_file(tmp_path: Path) -> None:
+    env = clean_env(SMTP_USERS_FILE=str(tmp_path / "users.json"))
+    key = ask(env, "user", "add", "app", "--domain", "x.example", "--daily", "5", "--api-key", stdin=b"secret\n").strip()
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert account["api_key"] == key and smtprelay.check_password("secret", account["password"])
+    assert json.loads(ask(env, "user", "list", "--json")) == [{"name": "app", "allowed_domains": ["x.example"], "quota_daily": 5}]
+    ask(env, "user", "add", "app", stdin=b"x\n", status=1)
+    ask(env, "user", "passwd", "app", stdin=b"new\n")
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert smtprelay.check_password("new", account["password"]) and account["quota_daily"] == 5
+    ask(env, "user", "passwd", "app", stdin=b"\n", status=65)
+    ask(env, "user", "remove", "app")
+    assert ask(env, "user", "list") == ""
+    ask(clean_env(), "user", "list", status=78)
+
+
+MISTAKES = [(["--bogus"], 64), (["quue"], 64), (["queue", "--bogus"], 64), (["retry"], 64), (["wait", "--timeout", "x"], 64), (["queue", "--help"], 0), (["--version"], 0)]
+
+
+@pytest.mark.parametrize("words, status", MISTAKES)
+def test_mistakes_of_usage(words: list[str], status: int) -> None:
+    ask(clean_env(), *words, status=status)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_for_the_shell(shell: str) -> None:
+    path, script = needs(shell), smtprelay.completion(shell)
+    assert all(name in script for name in (*smtprelay.COMMANDS, "sendmail", "--subject"))
+    run(path, "-n", env=clean_env(), stdin=script.encode())
+    if shell == "bash":
+        said = run(path, "-c", script + "\nCOMP_WORDS=(smtprelay.py wait --t) COMP_CWORD=2; _smtprelay; echo ${COMPREPLY[@]}", env=clean_env())
+        assert said == "--to --timeout\n"
+
+
+SHOWN = [(smtprelay.size_shown, 999, "999"), (smtprelay.size_shown, 1200, "1.2K"), (smtprelay.size_shown, 35 << 20, "35M"),
+         (smtprelay.time_shown, 45, "45s"), (smtprelay.time_shown, 150, "2m"), (smtprelay.time_shown, 3 * 86400, "3d"), (smtprelay.time_shown, -5, "0s")]
+
+
+@pytest.mark.parametrize("shown, value, text", SHOWN)
+def test_figures_for_people(shown: Callable[[float], str], value: float, text: str) -> None:
+    assert shown(value) == text
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

@@ -1,0 +1,418 @@
+// Drives the page in headless Chromium, as a user would. One line for each check; exit 1 when one fails.
+// HELD and OWED are the origins of two relays (the test that starts this seeds them): one holds mail and
+// can release it, the other wants TOKEN and is owed mail by a next hop that is busy at first. CHROMIUM is
+// the browser, SHOTS a directory for the README's screenshots, or nothing.
+import { chromium } from 'playwright-core';
+
+const { HELD, OWED, TOKEN, CHROMIUM, SHOTS } = process.env;
+const args = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+  '--disable-component-update', '--disable-sync'];
+const browser = await chromium.launch({ executablePath: CHROMIUM, args });
+let failed = 0;
+const outside = [], dialogs = [], errors = [];
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+
+async function check(name, work) {
+  try {
+    const value = await work();
+    if (value === false) throw new Error('no');
+    console.log(`ok   ${name}${typeof value === 'string' ? ': ' + value : ''}`);
+  } catch (error) {
+    failed += 1;
+    console.log(`FAIL ${name}: ${String(error.message).split('\n').slice(0, 4).join(' ')}`);
+  }
+}
+async function until(test, ms = 5000) {
+  for (const end = Date.now() + ms; ; await sleep(20)) {
+    const value = await test();
+    if (value) return value;
+    if (Date.now() > end) throw new Error('did not happen: ' + test);
+  }
+}
+async function send(origin, Subject, to = 'bob@example.com') {
+  const headers = origin === OWED ? { Authorization: 'Bearer ' + TOKEN } : {};
+  const body = { From: { Email: 'ann@example.com' }, To: [{ Email: to }], Subject, Text: 'Sent.', HTML: '<p>Sent.</p>' };
+  const answer = await fetch(origin + '/api/v1/send', { method: 'POST', headers, body: JSON.stringify(body) });
+  return (await answer.json()).ID;
+}
+async function newPage(options = {}) {
+  const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, ...options });
+  const page = await context.newPage();
+  page.setDefaultTimeout(5000);
+  page.on('dialog', d => { dialogs.push(d.message()); d.dismiss(); });
+  page.on('pageerror', e => errors.push(e.stack));
+  page.on('popup', p => outside.push('popup ' + p.url()));
+  page.on('console', m => {
+    const where = m.location().url || '';
+    if (m.type() === 'error' && !/\/view\//.test(where + m.text())
+      && !/ERR_|status of|evil|remote\.test|sandboxed|inline script/.test(m.text())) errors.push(m.text());
+  });
+  await context.route(url => ![HELD, OWED].includes(url.origin) && !['data:', 'blob:', 'about:'].includes(url.protocol),
+    (route, request) => { outside.push(request.url()); route.fulfill({ status: 200, body: '' }); });
+  return page;
+}
+async function visit(page, hash = '', origin = HELD) {
+  await page.goto(`${origin}/${hash}`);
+  await page.waitForSelector('#live.on');
+}
+async function shoot(page, name) {
+  if (!SHOTS) return;
+  await sleep(300);
+  await page.screenshot({ path: `${SHOTS}/${name}.png` });
+}
+const text = (page, selector) => page.locator(selector).first().innerText();
+const rowNamed = (page, words) => page.locator('.row', { hasText: words }).first();
+async function seek(page, words, tools) {
+  await page.fill('#search', words);
+  await until(async () => tools.test(await text(page, '#tools')));
+}
+async function openRow(page, words) {
+  await rowNamed(page, words).click();
+  await page.locator('#head', { hasText: words }).waitFor();
+}
+
+const page = await newPage();
+await visit(page);
+
+await check('the list, and few rows in the document', async () => {
+  await page.waitForSelector('#row-0');
+  return /^\d{3} messages/.test(await text(page, '#tools')) && await page.locator('.row').count() < 50;
+});
+await check('open: HTML mail in a frame that may do nothing, its own images in it', async () => {
+  await openRow(page, 'is on its way');
+  const frame = page.frameLocator('iframe');
+  await frame.locator('h1', { hasText: 'on its way' }).waitFor();
+  const seen = await frame.locator('#logo').evaluate(node => node.naturalWidth);
+  await shoot(page, 'inbox');
+  return seen > 0 && await page.locator('iframe').getAttribute('sandbox') === ''
+    && await page.evaluate(() => document.activeElement.id) === 'subject'
+    && await rowNamed(page, 'is on its way').getAttribute('aria-selected') === 'true';
+});
+await check('remote content is off until asked for', async () => {
+  if (outside.length) throw new Error(outside.join());
+  await page.click('text="Load it"');
+  await until(() => outside.includes('http://remote.test/pixel.png'));
+  await page.frameLocator('iframe').locator('h1').waitFor();
+  outside.length = 0;
+});
+await check('phone and desktop widths', async () => {
+  const width = () => page.locator('iframe').evaluate(node => node.clientWidth);
+  await page.click('.view >> text="Phone"');
+  await until(async () => await width() === 375);
+  await page.click('.view >> text="Desktop"');
+  return until(async () => await width() >= 720);
+});
+await check('the bottom is reached by scrolling', async () => {
+  await page.evaluate(() => { document.getElementById('list').scrollTop = 1e9; });
+  await page.waitForSelector('#row-119');
+  await page.evaluate(() => { document.getElementById('list').scrollTop = 0; });
+  await page.waitForSelector('#row-0');
+});
+await check('receive: new mail appears by itself, unread, and is said', async () => {
+  await send(HELD, 'Brand new');
+  await page.locator('#row-0.unread', { hasText: 'Brand new' }).waitFor();
+  return (await page.textContent('#heard')).includes('Brand new') && /^\(\d/.test(await page.title());
+});
+await check('new mail does not move what is being read', async () => {
+  await page.evaluate(() => { document.getElementById('list').scrollTop = 56 * 40; });
+  await page.waitForSelector('#row-45');
+  const at = () => page.evaluate(() => {
+    const list = document.getElementById('list').getBoundingClientRect();
+    return document.elementFromPoint(list.left + 50, list.top + 100).closest('.row').innerText;
+  });
+  const before = await at(), count = parseInt(await text(page, '#tools'));
+  await send(HELD, 'Another');
+  await until(async () => parseInt(await text(page, '#tools')) === count + 1);
+  await sleep(50);
+  const same = before === await at();
+  await page.evaluate(() => { document.getElementById('list').scrollTop = 0; });
+  await page.waitForSelector('#row-0');
+  return same;
+});
+await check('search: found, not found, cleared', async () => {
+  await page.keyboard.press('/');
+  await page.keyboard.type('subject:brand');
+  await until(async () => (await text(page, '#tools')).startsWith('1 found'));
+  const rows = await page.locator('.row').count();
+  await seek(page, 'zzzz', /^0 found/);
+  await seek(page, '', /messages/);
+  await page.keyboard.press('Escape');
+  return rows === 1;
+});
+await check('every tab shows its part; arrows go round', async () => {
+  await openRow(page, 'is on its way');
+  const want = { text: 'plain text', source: 'Subject:', headers: 'Message-Id', links: 'https://', delivery: 'Recipients' };
+  for (const [key, words] of Object.entries(want)) {
+    await page.click('#tab-' + key);
+    await page.locator('#body', { hasText: words }).waitFor();
+  }
+  await page.focus('#tab-delivery');
+  await page.keyboard.press('ArrowRight');
+  await page.waitForSelector('#tab-html[aria-selected=true]:focus');
+});
+await check('a verification code is shown to be copied', async () => {
+  await seek(page, 'subject:confirm', /found/);
+  await rowNamed(page, 'Confirm').click();
+  await page.locator('#head .code').waitFor();
+  return /^\d{6}$/.test(await text(page, '#head .code'));
+});
+await check('attachments are downloads', async () => {
+  await seek(page, 'subject:invoice', /found/);
+  await openRow(page, 'Invoice');
+  await page.click('#tab-attachments');
+  const [download] = await Promise.all([page.waitForEvent('download'), page.click('#body >> text="Download"')]);
+  await seek(page, '', /messages/);
+  return download.suggestedFilename() === 'invoice.pdf';
+});
+await check('release of a held message; its status follows by itself', async () => {
+  await visit(page);
+  await openRow(page, 'Another');
+  await page.keyboard.press('r');
+  const filled = await page.locator('dialog input').inputValue();
+  await page.click('dialog >> button:has-text("Release")');
+  await page.locator('#head .status.forwarded').waitFor();
+  await page.click('#tab-delivery');
+  await page.locator('#body', { hasText: '250' }).waitFor();
+  return filled === 'bob@example.com';
+});
+await check('resend to others makes a copy that goes out', async () => {
+  await page.keyboard.press('r');
+  await page.locator('dialog input').fill('one@example.com, two@example.com');
+  await page.keyboard.press('Enter');
+  const went = row => row.Bcc.map(who => who.Address).join() === 'one@example.com,two@example.com' && row.Status === 'forwarded';
+  return until(async () => (await (await fetch(HELD + '/api/v1/messages?limit=3')).json()).messages.some(went));
+});
+await check('a refused release is said', async () => {
+  await page.keyboard.press('r');
+  await page.locator('dialog input').fill('<b>bad</b>');
+  await page.keyboard.press('Enter');
+  await page.locator('#said.shown', { hasText: 'invalid address' }).waitFor();
+  return await page.locator('#said b').count() === 0;
+});
+await check('mark unread goes back to the list; delete opens the next message', async () => {
+  await page.keyboard.press('u');
+  await page.locator('.row.unread', { hasText: 'Another' }).first().waitFor();
+  await until(() => page.url().endsWith('#/inbox'));
+  await openRow(page, 'Brand new');
+  await page.keyboard.press('#');
+  await until(async () => await rowNamed(page, 'Brand new').count() === 0);
+  return until(async () => !(await text(page, '#subject')).includes('Brand new'));
+});
+await check('keyboard: j, k, Enter, Esc, ?', async () => {
+  await page.keyboard.press('Escape');
+  await page.locator('h1', { hasText: 'Nothing open' }).waitFor();
+  for (const key of ['j', 'j', 'j', 'k']) await page.keyboard.press(key);
+  const id = await page.locator('.row.cursor').getAttribute('id');
+  const active = await page.getAttribute('#list', 'aria-activedescendant');
+  await page.keyboard.press('Enter');
+  await page.waitForSelector('#subject');
+  const first = page.url();
+  await page.keyboard.press('j');
+  await until(() => page.url() !== first);
+  await page.waitForSelector('#subject');
+  await page.keyboard.press('Escape');
+  await page.locator('h1', { hasText: 'Nothing open' }).waitFor();
+  await page.keyboard.press('?');
+  await page.locator('dialog', { hasText: 'release, resend or retry' }).waitFor();
+  await page.keyboard.press('Escape');
+  return id === active && await page.evaluate(() => document.activeElement.id) === 'list';
+});
+await check('the strip is a plot with a label', async () => {
+  const label = await page.getAttribute('#strip svg', 'aria-label');
+  await page.locator('#strip g').nth(5).hover();
+  return await page.locator('#strip g').count() === 24 && /[1-9]\d* received, \d+ forwarded/.test(label)
+    && /^\d\d:\d\d:/.test(await text(page, '#strip figcaption'));
+});
+await check('hostile: nothing runs, nothing leaves, nothing breaks out', async () => {
+  outside.length = 0;
+  await seek(page, 'from:mallory', /1 found/);
+  await page.locator('.row').first().click();
+  await page.click('#tab-html');
+  const frame = page.frameLocator('iframe');
+  await frame.locator('p', { hasText: 'hostile body' }).waitFor();
+  for (const target of ['#go', '#out', '#js']) {
+    await frame.locator(target).click();
+    await sleep(50);
+  }
+  for (const key of ['text', 'source', 'headers', 'attachments', 'links', 'delivery', 'html']) {
+    await page.click('#tab-' + key);
+    await sleep(50);
+  }
+  await page.click('text="Load it"');  // even with remote content, nothing runs or navigates
+  await frame.locator('p', { hasText: 'hostile body' }).waitFor();
+  for (const target of ['#go', '#out', '#js']) {
+    await frame.locator(target).click();
+    await sleep(50);
+  }
+  const left = outside.filter(url => !/\.(png|css|woff)|\/[va]$/.test(url));
+  const strange = await page.evaluate(() => [window.pwned,
+    document.querySelectorAll('img, object, embed, form:not([role]), base').length, document.scripts.length,
+    document.querySelectorAll('a[href^="javascript"], a[href^="data"]').length,
+    document.documentElement.scrollWidth > innerWidth].join());
+  if (left.length || dialogs.length || strange !== ',0,1,0,false') throw new Error(JSON.stringify([left, dialogs, strange]));
+  outside.length = 0;
+  return page.url().startsWith(HELD);
+});
+await check('hostile: only http(s) links can be followed', async () => {
+  await page.click('#tab-links');
+  await page.locator('#body a').first().waitFor();
+  const schemes = await page.locator('#body a').evaluateAll(all => all.map(a => a.protocol));
+  return schemes.every(scheme => /^https?:$/.test(scheme));
+});
+await check('the page cannot be scripted from its own markup (CSP)', async () => {
+  await page.evaluate(() => {
+    const script = document.createElement('script');
+    script.textContent = 'window.injected = 1';
+    document.body.append(script);
+  });
+  return page.evaluate(() => window.injected === undefined);
+});
+await check('dark: by the system, and by the button', async () => {
+  const paper = p => p.evaluate(() => getComputedStyle(document.body).backgroundColor);
+  const dark = await newPage({ colorScheme: 'dark' });
+  await visit(dark);
+  await openRow(dark, 'Your visit on Thursday');
+  const bySystem = await paper(dark);
+  await dark.frameLocator('iframe').locator('h1').waitFor();
+  await shoot(dark, 'message-dark');
+  await dark.click('#theme');
+  const back = await paper(dark);
+  await dark.context().close();
+  const light = await paper(page);
+  await page.click('#theme');
+  const byButton = await paper(page);
+  await page.click('#theme');
+  return bySystem === byButton && light === back && bySystem !== light;
+});
+await check('360 px: list, message, back, queue, no sideways scrolling', async () => {
+  const phone = await newPage({ viewport: { width: 360, height: 720 }, deviceScaleFactor: 2, hasTouch: true, isMobile: true });
+  const fits = () => phone.evaluate(() => document.documentElement.scrollWidth <= 360 && document.body.scrollHeight <= innerHeight);
+  await visit(phone);
+  await phone.waitForSelector('#row-0');
+  await shoot(phone, 'phone');
+  const list = await fits();
+  await phone.evaluate(() => { document.getElementById('list').scrollTop = 560; });
+  await phone.waitForSelector('#row-20');
+  await phone.locator('#row-14').tap();
+  await phone.waitForSelector('#subject');
+  const hidden = !await phone.locator('#rail').isVisible(), message = await fits();
+  await shoot(phone, 'phone-message');
+  await phone.click('.back');
+  await phone.waitForSelector('#row-14');
+  const kept = await phone.evaluate(() => document.getElementById('list').scrollTop);
+  await phone.goto(`${HELD}/#/queue`);
+  await phone.locator('h1', { hasText: /owed/ }).waitFor();
+  const queue = await fits();
+  await phone.context().close();
+  if (!(list && hidden && message && queue && kept === 560)) throw new Error([list, hidden, message, queue, kept].join());
+});
+await check('a screen reader has names, roles, and live regions', async () => {
+  await visit(page);
+  const bare = await page.evaluate(() =>
+    [...document.querySelectorAll('button, input, a, [role=listbox], [role=option], svg')]
+      .filter(node => !(node.getAttribute('aria-label') || node.textContent.trim())).length);
+  return bare === 0 && await page.locator('[role=status]').count() >= 3 && await page.locator('header, nav, main').count() === 3;
+});
+await check('delete found, delete all, and the empty inbox', async () => {
+  await seek(page, 'subject:visit', /^[1-9]\d* found/);
+  await page.click('text="Delete found"');
+  await page.click('dialog >> button:has-text("Delete")');
+  await until(async () => (await text(page, '#tools')).startsWith('0 found'));
+  await seek(page, '', /messages/);
+  await page.click('text="Delete all"');
+  await page.click('dialog >> button:has-text("Delete")');
+  await page.locator('h1', { hasText: 'No mail yet' }).waitFor();
+  const lines = await page.locator('.try code').allInnerTexts();
+  await shoot(page, 'empty');
+  return lines.length === 2 && /curl smtp:\/\/127\.0\.0\.1:\d+/.test(lines[0]) && /smtplib\.SMTP\('127\.0\.0\.1', \d+\)/.test(lines[1]);
+});
+await check('the first mail ends the emptiness', async () => {
+  await send(HELD, 'The first');
+  await rowNamed(page, 'The first').waitFor();
+  await page.locator('h1', { hasText: 'Nothing open' }).waitFor();
+});
+
+const admin = await newPage();
+await check('the token is asked for, refused when wrong, kept in memory alone', async () => {
+  await admin.goto(OWED);
+  await admin.locator('dialog', { hasText: 'API token' }).waitFor();
+  await admin.fill('dialog [name=token]', 'wrong');
+  await admin.keyboard.press('Enter');
+  await admin.locator('dialog', { hasText: 'not accepted' }).waitFor();
+  await admin.fill('dialog [name=token]', TOKEN);
+  await admin.keyboard.press('Enter');
+  await admin.waitForSelector('#live.on');
+  await admin.waitForSelector('#row-0');
+  const kept = await admin.evaluate(() => [localStorage.length, sessionStorage.length, document.cookie].join());
+  return kept === '0,0,' && await admin.locator('dialog').count() === 0;
+});
+await check('HTML mail is shown behind a token too', async () => {
+  await admin.click('#row-0');
+  await admin.frameLocator('iframe').locator('p', { hasText: 'Sent.' }).waitFor();
+});
+await check('queue: reason, attempts, next attempt, next hops', async () => {
+  await admin.click('nav >> text=Queue');
+  await admin.locator('#pane tbody tr', { hasText: '450 4.2.1' }).first().waitFor();
+  await shoot(admin, 'queue');
+  return /in \d+ (s|min|h)/.test(await text(admin, '#pane')) && (await text(admin, '#side')).includes('Next hops');
+});
+await check('delivery: each recipient with the next hop\'s words, and what was said', async () => {
+  await admin.locator('#pane a').first().click();
+  await admin.click('#tab-delivery');
+  await admin.locator('#body', { hasText: '4.2.1 The mailbox is busy' }).waitFor();
+  await shoot(admin, 'delivery');
+  return (await text(admin, '#body')).includes('127.0.0.1');
+});
+await check('retry now, and the status follows by itself', async () => {
+  await admin.click('#head >> text="Retry now"');
+  await admin.locator('#head .status.forwarded').waitFor();
+});
+await check('queue: retry one, remove one, retry all', async () => {
+  const lines = () => admin.locator('#pane tbody tr').count();
+  await admin.click('nav >> text=Queue');
+  await until(async () => await lines() === 3);
+  await admin.click('#pane tbody tr:first-child >> text="Retry"');
+  await until(async () => await lines() === 2);
+  await admin.click('#pane tbody tr:first-child >> text="Remove"');
+  await admin.click('dialog >> button:has-text("Remove")');
+  await until(async () => await lines() === 1);
+  await admin.click('text="Retry all"');
+  await admin.locator('h1', { hasText: 'Nothing is owed' }).waitFor();
+});
+await check('a message still owed is deleted only after a question', async () => {
+  await send(OWED, 'Owed one', 'busy-last@example.com');
+  await admin.click('nav >> text=Inbox');
+  await rowNamed(admin, 'Owed one').locator('.retrying').waitFor();
+  await openRow(admin, 'Owed one');
+  await admin.keyboard.press('#');
+  await admin.click('dialog >> text="Cancel"');
+  return await rowNamed(admin, 'Owed one').count() === 1;
+});
+await check('accounts: list, add (the key shown once), change, remove', async () => {
+  await admin.click('nav >> text=Accounts');
+  await admin.locator('td', { hasText: /of.500/ }).waitFor();
+  await admin.click('text="Add account"');
+  await admin.fill('dialog [name=name]', 'fresh');
+  await admin.fill('dialog [name=password]', 'a long password');
+  await admin.fill('dialog [name=domains]', 'a.example b.example');
+  await admin.fill('dialog [name=daily]', '50');
+  await admin.keyboard.press('Enter');
+  await until(async () => (await admin.locator('dialog input').last().inputValue().catch(() => '')).startsWith('mp_live_'));
+  await admin.click('dialog >> text="Done"');
+  const row = admin.locator('tr', { hasText: 'a.example, b.example' });
+  await row.locator('text=Change').click();
+  await admin.fill('dialog [name=daily]', '60');
+  await admin.keyboard.press('Enter');
+  await row.locator('td', { hasText: /of.60/ }).waitFor();
+  await shoot(admin, 'accounts');
+  await row.locator('text=Remove').click();
+  await admin.click('dialog >> button:has-text("Remove")');
+  return until(async () => await row.count() === 0);
+});
+await check('not one request left for another origin; no dialog; no error in the console', async () => {
+  if (outside.length || dialogs.length || errors.length) throw new Error(JSON.stringify([outside, dialogs, errors.slice(0, 3)]));
+});
+
+await browser.close();
+console.log(failed ? `${failed} failed` : 'all is well');
+process.exit(failed ? 1 : 0);
