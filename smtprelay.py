@@ -2673,10 +2673,12 @@ def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
     return logins
 
 
-def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
+                 sealer: Sealer | None = None) -> None:
     """Merge changes into the users file, one caller at a time, making it if need be.
 
-    None removes an account, or one key of it. Raises AccountsError for a file that would
+    None removes an account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
+    sealed, since it cannot be a hash. Raises AccountsError for a file that would
     not load, OSError for one that cannot be written.
     """
     path = os.path.realpath(path)  # replace what a link names, not the link
@@ -2690,6 +2692,10 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None]) -> 
             else:
                 users[name] = given_keys({**users.get(name, {}), **change})
         parse_users(users)
+        for name, fields in users.items():
+            password = fields.get("relay_password", "")
+            if sealer and password and not password.startswith(SEALED_TEXT):
+                fields["relay_password"] = sealer.seal_text(password, f"{name}/relay_password")
         text = json.dumps(users, indent=2, ensure_ascii=False) + "\n"
         replace_file(path, text.encode(), sync=True)
     finally:
@@ -2784,12 +2790,21 @@ class Accounts:
             raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
         if user:
             users[user] = {"password": self.settings.auth_password}
-        logins = parse_users(users)
+        logins = self._unsealed(parse_users(users))
         for warning in file_warnings(self._path, listed) if self._path else ():
             self.log.warn("users_file", file=self._path, warning=warning)
         hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
         return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
+
+    def _unsealed(self, logins: dict[str, Account]) -> dict[str, Account]:
+        """Open the relay passwords that are sealed."""
+        sealer = Sealer(self.settings.spool_key)
+        try:
+            return {login: dataclasses.replace(a, relay_password=sealer.unseal_text(a.relay_password, f"{a.name}/relay_password"))
+                    if a.relay_password.startswith(SEALED_TEXT) else a for login, a in logins.items()}
+        except SealError as e:
+            raise AccountsError(f"relay_password: {e}") from None
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -6268,6 +6283,7 @@ class Receiving:
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
+        self.reception.metrics.set("alive", time.monotonic())
         self.counter.start()
         for listener in self.listeners:
             listener.start_thread()
@@ -10079,7 +10095,7 @@ class Backstage:
 
     def change_users(self, changes: dict[str, dict[str, Any] | None]) -> None:
         try:
-            change_users(self.settings.users_file, changes)
+            change_users(self.settings.users_file, changes, Sealer(self.settings.spool_key))
         except AccountsError as e:
             raise HttpError(400, str(e)) from None
 
@@ -11517,8 +11533,9 @@ def user(settings: Settings, arguments: Arguments) -> int:
             raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
         if (name in users) == (arguments.action == "add"):
             raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
-        change_users(path, {name: None if arguments.action == "remove" else account_fields(arguments)})
-    except (AccountsError, OSError) as e:
+        change = None if arguments.action == "remove" else account_fields(arguments)
+        change_users(path, {name: change}, Sealer(settings.spool_key))
+    except (AccountsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     return 0
 
