@@ -1454,7 +1454,7 @@ def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
 
 LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
-SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*)>")
+SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*)>")
 ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
@@ -11637,7 +11637,7 @@ def give_memory_back() -> None:
     """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
