@@ -6151,7 +6151,7 @@ def discard(block: bytes) -> None:
 # the whole receiving half of the program. The lock of a listener is a leaf.
 
 SESSION_STACK = 256 * KIB
-SPARE_THREADS = 32  # that wait for a connection; more than that end
+SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
