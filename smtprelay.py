@@ -6249,9 +6249,10 @@ class Receiving:
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
-        self.counter.start()
         for listener in self.listeners:
             listener.start_thread()
+        self.reception.metrics.set("alive", time.monotonic())  # the counter looks for itself from now on
+        self.counter.start()
 
     def stop(self, patience: float = STOP_PATIENCE) -> None:
         """Stop accepting, end idle sessions, and give those in the middle of a message some time."""
