@@ -11637,7 +11637,7 @@ def give_memory_back() -> None:
     """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
