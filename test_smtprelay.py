@@ -7051,7 +7051,7 @@ def test_ten_thousand_messages(box: Box) -> None:
     samples = [letter(n) for n in range(50)]
     for n in range(2000):
         box.raws[f"{n:016d}"], box.records[f"{n:016d}"] = samples[n % 50], record_for(f"{n:016d}", samples[n % 50])
-    tracemalloc.begun()
+    tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for id in box.raws:
         box.inbox.add("2026-11-21/" + id)
