@@ -6192,7 +6192,11 @@ class Listener(socketserver.ThreadingTCPServer):
             with self.lock:
                 self.waiting -= 1
             if request:
-                self.process_request(request, client)
+                try:
+                    self.process_request(request, client)
+                except Exception as e:  # no memory for a session: this thread goes on accepting
+                    self.reception.log.error("session_not_started", error=e)
+                    self.turn_away(request)
 
     def relieved(self) -> bool:
         """Make sure that another thread accepts while this one is busy; False when none can be had."""
