@@ -1454,7 +1454,7 @@ def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
 
 LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
-SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*)>")
+SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*)>")
 ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
@@ -1967,7 +1967,7 @@ class IdMaker:
 @functools.lru_cache(maxsize=16)
 def mail_date(seconds: int) -> str:
     """Return a Unix time as RFC 5322 writes it, in UTC."""
-    return email.utils.formatdate(seconds)
+    return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
 def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
