@@ -6192,7 +6192,11 @@ class Listener(socketserver.ThreadingTCPServer):
             with self.lock:
                 self.waiting -= 1
             if request:
-                self.process_request(request, client)
+                try:
+                    self.process_request(request, client)
+                except Exception as e:  # no memory for a session: this thread goes on accepting
+                    self.reception.log.error("session_not_started", error=e)
+                    self.turn_away(request)
 
     def relieved(self) -> bool:
         """Make sure that another thread accepts while this one is busy; False when none can be had."""
@@ -10660,14 +10664,14 @@ def start(**settings: str) -> Relay:
     """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
 
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
-    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    until relay.release(), unless SMTP_DELIVERY is "relay" or "mx". Reads no environment variables.
     SettingsError lists what is wrong with the settings.
     """
     unknown = unknown_settings(settings)
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    upstream = None if settings.get("SMTP_RELAY_HOST") or settings.get("SMTP_DELIVERY") == "mx" else Upstream()
     if upstream:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
     try:
