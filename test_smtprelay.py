@@ -9697,7 +9697,7 @@ def test_break_by_a_disk_that_fills_when_mail_was_delivered(
         hop.down = True
         assert submit(relay, "one") == 250
         wait_until(lambda: list((tmp_path / "spool").glob("*-*/*.json")))
-        faulty.trouble["open"] = errno.ENOSPC
+        faulty.trouble["write"] = errno.ENOSPC
         hop.down = False
         wait_until(lambda: hop.taken["one"])
         wait_until(lambda: sum("record_not_written" in line for line in log.lines) > 3)
@@ -10279,3 +10279,264 @@ def test_break_by_restarts_in_the_middle_of_a_delay(tmp_path: Path) -> None:
             wait_until(lambda: len(relay.delivering.scheduler.heap) == 5)
             relay.delivering.flush()
             wait_until(lambda: sum(hop.taken.values()) == 5)
+
+
+# -- hostile clients --
+
+
+class ProtocolModel:
+    """A small model of the protocol: what one more command has to be answered with."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.helo = self.mail = self.login = self.chunks = False
+        self.recipients = self.errors = 0
+
+    def step(self) -> tuple[bytes, list[int]]:
+        """Return what to send, and the codes of the replies to it."""
+        action = self.rng.choice(HOSTILE_ACTIONS)
+        sent, codes = action(self)
+        self.errors += sum(code >= 500 for code in codes)
+        return sent, codes
+
+    def reset(self) -> None:
+        self.mail = self.chunks = False
+        self.recipients = 0
+
+    def greet(self) -> tuple[bytes, list[int]]:
+        if self.rng.random() < 0.2:
+            return self.rng.choice([b"EHLO\r\n", b"EHLO a b\r\n", b"HELO \xc3\xa9\r\n"]), [0]
+        self.helo = True
+        self.reset()
+        return b"EHLO client.example\r\n", [250]
+
+    def simple(self) -> tuple[bytes, list[int]]:
+        return self.rng.choice(
+            [
+                (b"NOOP\r\n", [250]),
+                (b"noop x y\r\n", [250]),
+                (b"VRFY a\r\n", [252]),
+                (b"HELP\r\n", [214]),
+                (b"EXPN a\r\n", [502]),
+                (b"DATA x\r\n", [501]),
+                (b"QUIT now\r\n", [501]),
+            ]
+        )
+
+    def rset(self) -> tuple[bytes, list[int]]:
+        self.reset()
+        return b"RSET\r\n", [250]
+
+    def garbage(self) -> tuple[bytes, list[int]]:
+        line = bytes(self.rng.choice(b'ABC dt<>@:="\\\xff\x01.') for _ in range(self.rng.randrange(1, 60)))
+        return b"X" + line + self.rng.choice([b"\r\n", b"\n"]), [500]
+
+    def long(self) -> tuple[bytes, list[int]]:
+        return b"NOOP " + b"x" * self.rng.randrange(20_000, 50_000) + b"\r\n", [500]
+
+    def auth(self) -> tuple[bytes, list[int]]:
+        ready = self.helo and not self.mail and not self.login
+        if self.rng.random() < 0.3:
+            return b"AUTH NONSENSE\r\n", [503 if not self.helo or self.mail or self.login else 504]
+        if self.rng.random() < 0.3:
+            return (b"AUTH LOGIN\r\n*\r\n", [334, 501]) if ready else (b"AUTH LOGIN\r\n", [503])
+        self.login |= ready
+        return b"AUTH PLAIN AGEAYg==\r\n", [235 if ready else 503]
+
+    def from_(self) -> tuple[bytes, list[int]]:
+        bad = self.rng.choice(HOSTILE_PATHS) if self.rng.random() < 0.3 else None
+        if not self.helo or self.chunks or self.mail:
+            return b"MAIL FROM:<a@example.com>\r\n", [503]
+        if bad:
+            return b"MAIL FROM:" + bad + b"\r\n", [0]
+        self.mail = True
+        return b"MAIL FROM:<a@example.com> SIZE=100\r\n", [250]
+
+    def to(self) -> tuple[bytes, list[int]]:
+        if not self.mail or self.chunks:
+            return b"RCPT TO:<b@example.com>\r\n", [503]
+        if self.rng.random() < 0.3:
+            return b"RCPT TO:" + self.rng.choice(HOSTILE_PATHS) + b"\r\n", [0]
+        self.recipients += 1
+        return b"RCPT TO:<b@example.com>\r\n", [250]
+
+    def data(self) -> tuple[bytes, list[int]]:
+        if not self.mail or self.chunks:
+            return b"DATA\r\n", [503]
+        if not self.recipients:
+            return b"DATA\r\n", [554]
+        self.reset()
+        body, code = self.rng.choice(
+            [
+                (b"Subject: x\r\n\r\nhello\r\n", 250),
+                (b"", 250),
+                (b"..\r\n...\r\n", 250),
+                (b"QUIT\r\nMAIL FROM:<x@y.z>\r\n", 250),
+                (b"a\nb\r\n", 554),
+                (b"a\r\n.\nb\r\n", 554),
+                (b"a\n.\r\nb\r\n", 554),
+                (b"x" * 200_000 + b"\r\n", 552),
+            ]
+        )
+        return b"DATA\r\n" + body + b".\r\n", [354, code]
+
+    def bdat(self) -> tuple[bytes, list[int]]:
+        body = b"some octets\r\n" * self.rng.randrange(3)
+        last = self.rng.random() < 0.5
+        sent = b"BDAT %d%s\r\n%s" % (len(body), b" LAST" if last else b"", body)
+        if not self.mail:
+            return sent, [503]
+        if not self.recipients:
+            self.reset()
+            return sent, [554]
+        self.chunks = True
+        if last:
+            self.reset()
+        return sent, [250]
+
+
+HOSTILE_ACTIONS = (
+    ProtocolModel.greet,
+    ProtocolModel.simple,
+    ProtocolModel.rset,
+    ProtocolModel.garbage,
+    ProtocolModel.auth,
+    ProtocolModel.from_,
+    ProtocolModel.from_,
+    ProtocolModel.to,
+    ProtocolModel.to,
+    ProtocolModel.data,
+    ProtocolModel.data,
+    ProtocolModel.bdat,
+    ProtocolModel.bdat,
+) * 4 + (ProtocolModel.long,)
+HOSTILE_PATHS = (
+    b"a@b",
+    b"<a@b",
+    b"<a b@c>",
+    b"<@>",
+    b"<a@-b>",
+    b'<"a@b>',
+    b"<a@b> NO=WAY",
+    b"<" + b"a" * 2000 + b"@b>",
+    b"<a@[300.1.1.1]>",
+    b"<a@b>>",
+    b"<a..b@c>",
+    b"<a@b> SIZE=x SIZE=y",
+    b"<\xff@b>",
+    b"<a@b>X",
+)
+
+
+class ReplyCodes:
+    """Reads replies from a socket, one at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.file = sock.makefile("rb")
+
+    def code(self) -> int:
+        while True:
+            line = self.file.readline()
+            if line[3:4] != b"-":
+                return int(line[:3] or b"0")
+
+
+def fuzz_session(host: str, port: int, seed: int, commands: int) -> int:
+    """Hold one session with the model; return how many commands were sent."""
+    rng = random.Random(seed)
+    model, sent = ProtocolModel(rng), 0
+    with socket.create_connection((host, port), 20) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reader = ReplyCodes(sock)
+        assert reader.code() == 220
+        while sent < commands:
+            batch = [model.step() for _ in range(rng.choice([1, 1, 2, 5, 20]))]
+            data = b"".join(part for part, _ in batch)
+            pieces = rng.choice([1, 1, 1, 2, 7])
+            for n in range(pieces):
+                sock.sendall(data[len(data) * n // pieces : len(data) * (n + 1) // pieces])
+            for part, codes in batch:
+                for expected in codes:
+                    got = reader.code()
+                    known = got == expected or (not expected and 500 <= got < 560)
+                    assert known, f"seed {seed}: {part[:80]!r} answered {got}, expected {expected or '5xx'}"
+            sent += len(batch)
+        sock.sendall(b"QUIT\r\n")
+        assert reader.code() == 221
+    return sent
+
+
+def test_break_by_hostile_sessions(log: Caught) -> None:
+    total, sent, seed = (1_000_000 if MANY_ROUNDS else 6_000), 0, 0
+    limits = {
+        "SMTP_MAX_ERRORS": "1000000",
+        "SMTP_AUTH_ANY": "1",
+        "SMTP_AUTH_REQUIRED": "0",
+        "SMTP_AUTH_FAILURES": "1000000",
+        "SMTP_MAX_SIZE": "100K",
+        "SMTP_SPOOL_MAX_MESSAGES": "50",
+        "SMTP_LOG_LEVEL": "error",
+        "SMTP_MAX_RECIPIENTS": "1000000",
+    }
+    with smtprelay.start(**limits) as relay:
+        log.setLevel(logging.ERROR)
+        logging.getLogger("smtprelay.library").setLevel(logging.ERROR)
+        early = 0.0
+        while sent < total:
+            sent += fuzz_session(relay.host, relay.port, seed, 1000)
+            seed += 1
+            if seed == 5:
+                early = memory_of(os.getpid())
+        assert memory_of(os.getpid()) < early + 16
+    assert log.bugs() == []
+
+
+def test_break_by_hostile_connections(log: Caught) -> None:
+    """What does not even try to speak SMTP, or leaves in the middle; and the same for HTTP."""
+    rng = random.Random(8)
+    with smtprelay.start(SMTP_COMMAND_TIMEOUT="1s") as relay:
+        http_port = int(relay.http_url.rpartition(":")[2])
+        for n in range(2000 if MANY_ROUNDS else 150):
+            with socket.create_connection((relay.host, (relay.port, http_port)[n % 2]), 5) as sock:
+                start_of = (b"EHLO x\r\nMAIL FROM:<a@b.c>\r\nRCPT TO:<b@c.d>\r\nDATA\r\n", b"GET /api/v1/")[n % 2]
+                sock.sendall(start_of[: rng.randrange(len(start_of) + 1)] + noise(rng.randrange(300), n))
+                if rng.random() < 0.5:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave with a reset
+        for _ in range(2000 if MANY_ROUNDS else 100):
+            path = bytes(
+                rng.choice(b'/api/v1messagesearch?query=%20%ff&limit=-19."()[]:') for _ in range(rng.randrange(60))
+            )
+            with socket.create_connection((relay.host, http_port), 5) as sock:
+                sock.sendall(
+                    b"%s /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+                    % (rng.choice([b"GET", b"POST", b"PUT", b"DELETE", b"\xff"]), path, rng.choice([0, 0, 5, -1]))
+                )
+                sock.shutdown(socket.SHUT_WR)
+                answer = sock.recv(12)
+                assert answer[9:10] != b"5" or answer[9:12] == b"501", (path, answer)
+        assert submit(relay, "after") == 250
+        wait_until(lambda: not relay.receiving.reception.sessions)
+    assert log.bugs() == []
+
+
+def test_break_by_hostile_addresses() -> None:
+    rng, alphabet = random.Random(8), '<>@."\\ab:,[]IPv6:1 é\x00\x7f=-'
+    for _ in range(300_000 if MANY_ROUNDS else 20_000):
+        text = "<" * (rng.random() < 0.9) + "".join(rng.choice(alphabet) for _ in range(rng.randrange(30)))
+        try:
+            address, rest = smtprelay.parse_path(text)
+        except ValueError:
+            continue
+        assert not address or smtprelay.parse_path(f"<{address}>") == (address, "")  # what is taken can be sent on
+        assert "\x00" not in address and "\r" not in address
+    for evil in (
+        "<" + "a." * 600 + "@b>",
+        '<"' + "\\a" * 5000,
+        "<" + "@a," * 5000,
+        "<a@" + "b." * 5000 + ">",
+        "<a@[" + ":" * 5000 + "]>",
+    ):
+        started = time.perf_counter()
+        with contextlib.suppress(ValueError):
+            smtprelay.parse_path(evil)
+        assert time.perf_counter() - started < 0.05
