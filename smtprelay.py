@@ -9661,7 +9661,7 @@ class Delivering:
             return self.finish(message)
         owed = self.delivery.routes(message).get(task.lane)
         if not owed:
-            return unwritten and self.write_down(message) or self.reroute(message)
+            return unwritten and self.write_down(message) or self.reroute(message, task)
         if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
             return self.expire(message, owed)
         if message.status is not Status.FORWARDING:
@@ -9684,11 +9684,12 @@ class Delivering:
             if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
                 r.status, r.reply = Status.HELD, "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
 
-    def reroute(self, message: Message) -> Again:
+    def reroute(self, message: Message, task: Task) -> Again:
         """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
-        for lane in self.delivery.routes(message):
-            self.scheduler.put(message.stem, lane, self.settings.retry_max_delay)
-        return None
+        lanes, delay = self.delivery.routes(message), self.settings.retry_max_delay
+        for lane in lanes:
+            self.scheduler.put(message.stem, lane, delay)
+        return delay if task.lane in lanes else None
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
