@@ -1967,7 +1967,7 @@ class IdMaker:
 @functools.lru_cache(maxsize=16)
 def mail_date(seconds: int) -> str:
     """Return a Unix time as RFC 5322 writes it, in UTC."""
-    return email.utils.formatdate(seconds)
+    return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
 def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
