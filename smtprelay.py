@@ -3740,12 +3740,11 @@ class Scheduler:
                     for lane in self.lanes.values() if lane.name not in LOCAL_LANES]
         return stems, hops
 
-    def drop(self, stem: str) -> bool:
-        """Forget a message; False when it is in a worker's hands."""
+    def drop(self, stem: str) -> None:
+        """Forget where a message waits."""
         with self.changed:
             self.waiting.pop(stem, None)
             self.blocked.pop(stem, None)
-            return stem not in self.active
 
     def stop(self) -> None:
         with self.changed:
@@ -9568,7 +9567,10 @@ class Delivering:
         with self.lock:
             over = self.past_keep() + self.past_limits()
         for stem in over:
-            self.remove(stem)
+            try:
+                self.remove(stem)
+            except OSError as e:
+                self.log.error("not_removed", stem=stem, error=e)
 
     def remove(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
@@ -9605,13 +9607,17 @@ class Delivering:
     def work(self) -> None:
         bound = False
         while not self.stopping.is_set():
-            task = self.scheduler.take(5.0)
-            crowded = len(self.scheduler.active) >= CROWD
-            if crowded != bound:
-                keep_together(crowded, max)
-                bound = crowded
-            if task:
-                self.work_at(task)
+            try:
+                task = self.scheduler.take(5.0)
+                crowded = len(self.scheduler.active) >= CROWD
+                if crowded != bound:
+                    keep_together(crowded, max)
+                    bound = crowded
+                if task:
+                    self.work_at(task)
+            except Exception as e:
+                self.log.bug("worker_bug", e)
+                self.stopping.wait(SWEEP_EVERY)
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: a message that makes us stumble waits and is tried again."""
@@ -9721,8 +9727,8 @@ class Delivering:
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
-        by_hand = any(entry["detail"] in BY_HAND for entry in message.history)
-        return delay if by_hand else 0.0  # by its id it may be too old, and the lane would let it out
+        age = (time.time() - id_micros(message.id) / 1e6) * self.settings.time_scale
+        return delay if age > self.settings.retry_max_age else 0.0  # released late: its lane would let it out
 
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
         """Enter an attempt's outcomes into the record."""
