@@ -1454,7 +1454,7 @@ def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
 
 LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
-SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*)>")
+SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*)>")
 ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
@@ -6169,7 +6169,7 @@ def discard(block: bytes) -> None:
 # the whole receiving half of the program. The lock of a listener is a leaf.
 
 SESSION_STACK = 256 * KIB
-SPARE_THREADS = 32  # that wait for a connection; more than that end
+SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
@@ -6210,7 +6210,11 @@ class Listener(socketserver.ThreadingTCPServer):
             with self.lock:
                 self.waiting -= 1
             if request:
-                self.process_request(request, client)
+                try:
+                    self.process_request(request, client)
+                except Exception as e:  # no memory for a session: this thread goes on accepting
+                    self.reception.log.error("session_not_started", error=e)
+                    self.turn_away(request)
 
     def relieved(self) -> bool:
         """Make sure that another thread accepts while this one is busy; False when none can be had."""
@@ -10710,14 +10714,14 @@ def start(**settings: str) -> Relay:
     """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
 
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
-    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    until relay.release(), unless SMTP_DELIVERY is "relay" or "mx". Reads no environment variables.
     SettingsError lists what is wrong with the settings.
     """
     unknown = unknown_settings(settings)
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    upstream = None if settings.get("SMTP_RELAY_HOST") or settings.get("SMTP_DELIVERY") == "mx" else Upstream()
     if upstream:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
     try:
@@ -11687,7 +11691,7 @@ def give_memory_back() -> None:
     """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
