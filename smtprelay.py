@@ -1936,8 +1936,8 @@ def open_sealer(settings: Settings) -> Sealer:
 
 NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-SIDECARS = ((".json", None), (".forwarded.json", Status.FORWARDED), (".failed.json", Status.FAILED))
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
+SIDECARS = (*((end, status) for status, end in DONE_NAMES.items()), (".json", None))  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
 
@@ -2079,6 +2079,7 @@ class FileSpool:
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
         self.day = ""
+        self.tidying = False
         self.lock_file = -1
 
     def open(self) -> None:
@@ -2092,6 +2093,7 @@ class FileSpool:
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
             self.close()
             raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
+        self.tidying = True
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
         if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
@@ -2131,41 +2133,44 @@ class FileSpool:
         for day in sorted(os.listdir(self.root)):
             if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
-            elif day not in KEPT_NAMES:
+            elif self.tidying and day not in KEPT_NAMES:
                 self.set_aside(day, "not a name of ours")
+        self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
 
     def names_of(self, day: str) -> Iterator[tuple[str, Status | None]]:
         """Yield a day's messages."""
         try:
             with os.scandir(self.path(day)) as entries:
-                kinds = {e.name: e.is_file(follow_symlinks=False) for e in entries}
+                names: list[str] = []
+                strays: list[str] = []
+                for entry in entries:
+                    ours = NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                    (names if ours else strays).append(entry.name)
         except OSError as e:
             self.log.error("spool_unreadable", directory=day, error=e)
             return
-        for name in sorted(kinds):
-            match = NAME.fullmatch(name)
-            if not match or not kinds[name]:
-                self.set_aside(f"{day}/{name}", "not a name of ours")
-            elif match[2] == ".eml":
-                done = [s for s, end in DONE_NAMES.items() if match[1] + end in kinds]
-                yield f"{day}/{match[1]}", done[0] if done else None
-            else:
-                self.tidy(day, name, match, match[1] + ".eml" in kinds)
+        for name in strays if self.tidying else ():
+            self.set_aside(f"{day}/{name}", "not a name of ours")
+        names.sort(reverse=True)
+        popped = (names.pop() for _ in range(len(names)))  # a great many names are not kept twice
+        for start, group in itertools.groupby(popped, key=lambda name: name[:33]):
+            ends = [name[33:] for name in group]
+            if self.tidying:
+                self.tidy(f"{day}/{start}", ends)
+            if ".eml" in ends:
+                yield f"{day}/{start}", next((s for s, e in DONE_NAMES.items() if e in ends), None)
 
-    def tidy(self, day: str, name: str, match: re.Match[str], has_content: bool) -> None:
-        """Deal with a file that no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
-        if self.lock_file < 0:
-            return  # a reader beside the relay
-        if match[2].endswith(".part"):
-            if match[2] != f".{self.run}.part":
-                self.set_aside(f"{day}/{name}", "never acknowledged")
-        elif match[2] == ".tmp" or not has_content:
-            self.unlink(f"{day}/{name}")
+    def tidy(self, stem: str, ends: Sequence[str]) -> None:
+        """Deal with what no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        for end in ends:
+            if end.endswith(".part"):
+                if end != f".{self.run}.part":
+                    self.set_aside(stem + end, "never acknowledged")
+            elif end == ".tmp" or ".eml" not in ends:
+                self.unlink(stem + end)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move a file into bad/."""
-        if self.lock_file < 0:
-            return  # a reader beside the relay
         target = f"{name.replace('/', '_')}.{secrets.token_hex(4)}"
         try:
             os.rename(self.path(name), self.path(f"bad/{target}"))
@@ -2212,7 +2217,7 @@ class FileSpool:
                 message = first_record(file)
         except FileNotFoundError:
             raise KeyError(stem) from None
-        return self.progress(stem, message, SIDECARS[:1] if owed else SIDECARS)
+        return self.progress(stem, message, SIDECARS[-1:] if owed else SIDECARS)
 
     def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
         """Return the latest readable sidecar, or the first record where there is none."""
@@ -3424,6 +3429,7 @@ class Lane:
         self.throttled_until = 0.0
         self.steps = 0
         self.reason = ""
+        self.here = {name: 0.0}  # where a message waits that waits here alone; shared, never changed
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.due)
@@ -3463,7 +3469,7 @@ class Scheduler:
         self.order: collections.deque[Lane] = collections.deque()
         self.parked: list[tuple[float, str]] = []  # lanes that nothing may leave before that time
         self.heap: list[tuple[float, str, str]] = []
-        self.waiting: dict[str, dict[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it
+        self.waiting: dict[str, Mapping[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it
         self.active: dict[str, str] = {}  # stem -> lane
         self.clock_set = 0.0  # Unix time; stems from before prove no age
         self.blocked: dict[str, list[str]] = {}  # active stem -> lanes in which its turn had come
@@ -3482,7 +3488,8 @@ class Scheduler:
         with self.changed:
             for stem in stems:
                 if stem not in self.active and stem not in self.waiting:
-                    self._queue(stem, lane, 0.0, False)
+                    self._enter(stem, lane, False)
+            self.changed.notify_all()
 
     def done(self, task: Task, delay: float | None = None) -> None:
         """Give a task back; with a delay, its message is queued there again."""
@@ -3494,26 +3501,42 @@ class Scheduler:
             if delay is not None:
                 self._queue(task.stem, task.lane, delay, False)
             for name in self.blocked.pop(task.stem, ()):
-                self._enter(task.stem, name, False)
-            if not lane.listed and not lane.running and not lane.steps:
+                if self.waiting.get(task.stem, {}).get(name) == 0.0:
+                    self._enter(task.stem, name, False)
+                    self._stir()
+            if not lane.listed and not lane.running:
                 del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
+
+    def seize(self, stem: str) -> Task | None:
+        """Take a message out of turn, wherever it waits; None when it is in other hands. Give it back by done()."""
+        with self.changed:
+            if stem in self.active:
+                return None
+            self.waiting[stem] = self._lane(UNREAD).here
+            return self._hand_out(stem, self._lane(UNREAD), self.clock())
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
         due = self.clock() + delay if delay > 0 else 0.0
-        places = self.waiting.setdefault(stem, {})
-        if places.get(lane, math.inf) <= due:
+        if self.waiting.get(stem, {}).get(lane, math.inf) <= due:
             return
-        places[lane] = due
         if due:
-            heapq.heappush(self.heap, (due, stem, lane))
+            self._put_off(stem, lane, due)
         else:
             self._enter(stem, lane, fresh)
         self._stir()
 
+    def _lane(self, name: str) -> Lane:
+        if name not in self.lanes:
+            self.lanes[name] = Lane(name)
+        return self.lanes[name]
+
+    def _put_off(self, stem: str, lane: str, due: float) -> None:
+        self.waiting[stem] = {**self.waiting.get(stem, {}), lane: due}
+        heapq.heappush(self.heap, (due, stem, lane))
+
     def _enter(self, stem: str, name: str, fresh: bool) -> None:
-        lane = self.lanes.get(name)
-        if lane is None:
-            lane = self.lanes[name] = Lane(name)
+        lane, others = self._lane(name), self.waiting.get(stem)
+        self.waiting[stem] = {**others, name: 0.0} if others and [*others] != [name] else lane.here
         if not lane.listed:
             lane.listed = True
             self.order.append(lane)
@@ -3552,7 +3575,6 @@ class Scheduler:
         while self.heap and self.heap[0][0] <= now:
             due, stem, lane = heapq.heappop(self.heap)
             if self.waiting.get(stem, {}).get(lane) == due:
-                self.waiting[stem][lane] = 0.0
                 self._enter(stem, lane, False)
         while self.parked and self.parked[0][0] <= now:
             until, name = heapq.heappop(self.parked)
@@ -3588,7 +3610,8 @@ class Scheduler:
     def _is_overdue(self, lane: Lane) -> bool:
         """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
         came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
-        return self.clock_set <= came < time.time() - self.settings.retry_max_age
+        age = (time.time() - came) * self.settings.time_scale
+        return self.clock_set <= came and age > self.settings.retry_max_age
 
     def _has_room(self, lane: Lane, now: float) -> bool:
         """Tell whether a lane may have one more worker."""
@@ -3631,10 +3654,9 @@ class Scheduler:
         return found
 
     def _hand_out(self, stem: str, lane: Lane, now: float) -> Task:
-        places = self.waiting[stem]
-        del places[lane.name]
-        if not places:
-            del self.waiting[stem]
+        places = self.waiting.pop(stem)
+        if len(places) > 1:
+            self.waiting[stem] = {name: due for name, due in places.items() if name != lane.name}
         self.active[stem] = lane.name
         lane.running[stem] = now
         return Task(stem, lane.name)
@@ -3663,9 +3685,7 @@ class Scheduler:
     def postpone(self, stem: str, lane: str, delay: float) -> None:
         """Let a message wait for a next hop for so many seconds from now, and no less."""
         with self.changed:
-            due = self.clock() + max(delay, 0.001)
-            self.waiting.setdefault(stem, {})[lane] = due
-            heapq.heappush(self.heap, (due, stem, lane))
+            self._put_off(stem, lane, self.clock() + max(delay, 0.001))
 
     def is_throttled(self, name: str) -> bool:
         with self.changed:
@@ -3694,7 +3714,6 @@ class Scheduler:
         with self.changed:
             for _, stem, lane in sorted(self.heap):
                 if self.waiting.get(stem, {}).get(lane):
-                    self.waiting[stem][lane] = 0.0
                     self._enter(stem, lane, False)
             self.heap.clear()
             for entry in self.lanes.values():
@@ -3721,12 +3740,11 @@ class Scheduler:
                     for lane in self.lanes.values() if lane.name not in LOCAL_LANES]
         return stems, hops
 
-    def drop(self, stem: str) -> bool:
-        """Forget a message; False when it is in a worker's hands."""
+    def drop(self, stem: str) -> None:
+        """Forget where a message waits."""
         with self.changed:
             self.waiting.pop(stem, None)
             self.blocked.pop(stem, None)
-            return stem not in self.active
 
     def stop(self) -> None:
         with self.changed:
@@ -9360,6 +9378,7 @@ CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was
 CLOCK_JUMP = 3600.0
 WEBHOOK_TIME = 10.0
 WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
+BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
@@ -9388,8 +9407,7 @@ class Delivering:
         self.on_shelf = 0
         self.reports = ReportCap(REPORTS_AN_HOUR)
         self.sidecars: collections.deque[str] = collections.deque()
-        self.copies: set[str] = set()  # released where mail is held, and not taken in yet
-        self.unwritten: dict[str, Message] = {}  # stem: what the disk would not take
+        self.unwritten: dict[str, Message] = {}  # stem: what an attempt changed and the disk has not taken
         self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
 
@@ -9434,7 +9452,7 @@ class Delivering:
                     if stem.startswith("="):
                         self.marks.pop(stem, threading.Event()).set()
                     else:
-                        self.take_in(stem)
+                        self.hear(stem)
                 except Exception as e:
                     self.log.bug("intake_bug", e, stem=stem)
 
@@ -9446,18 +9464,27 @@ class Delivering:
         if not seen.wait(1.0):
             self.marks.pop("=" + name, None)
 
-    def take_in(self, stem: str) -> None:
-        """Take a message that has just been received."""
-        if self.settings.delivery != "hold" or stem in self.copies:
-            self.copies.discard(stem)
-            self.scheduler.put(stem, self.delivery.lane(), fresh=True)
+    def hear(self, stem: str) -> None:
+        """Take in what came through the Link, unless it has been found in the spool before."""
+        owed = self.settings.delivery != "hold"
+        if owed:
             self.metrics.inc("heard")
+        known = self.inbox.last
+        sequence = self.inbox.add(stem)
+        if sequence > known:
+            self.take_in(stem, owed, sequence)
+        self.show_depth()
+
+    def take_in(self, stem: str, owed: bool, sequence: int = 0) -> None:
+        """Take a message that has just been received, or that this half has made."""
+        if owed:
+            self.scheduler.put(stem, self.delivery.lane(), fresh=True)
             self.show_depth()
         else:
             size = self.spool.size(stem) if self.settings.spool_max_size else 0
             self.shelve(self.held, stem, time.time(), size)
             self.sidecars.append(stem)
-        self.tell("received", stem, self.inbox.add(stem))
+        self.tell("received", stem, sequence or self.inbox.add(stem))
         self.make_room()
 
     def write_sidecar(self) -> None:
@@ -9501,13 +9528,13 @@ class Delivering:
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
-        owed = []
+        owed, known = [], self.inbox.last
         for stem, done in self.spool.names():
-            self.inbox.add(stem)
-            self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
-            if done is None:
+            if self.inbox.add(stem) > known:
+                self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
+            if done is None and stem not in self.held:
                 owed.append(stem)
-            else:
+            elif done:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(self.finished, stem, *self.spool.finished(stem, done))
         self.scheduler.put_all(owed, UNREAD)
@@ -9544,11 +9571,15 @@ class Delivering:
         with self.lock:
             over = self.past_keep() + self.past_limits()
         for stem in over:
-            self.remove(stem)
+            try:
+                self.remove(stem)
+            except OSError as e:
+                self.log.error("not_removed", stem=stem, error=e)
 
     def remove(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
         self.spool.remove(stem)
+        self.unwritten.pop(stem, None)
         self.inbox.delete([stem[11:27]])
         self.log.info("removed", id=stem[11:27])
         self.tell("removed", stem)
@@ -9580,22 +9611,29 @@ class Delivering:
     def work(self) -> None:
         bound = False
         while not self.stopping.is_set():
-            task = self.scheduler.take(5.0)
-            crowded = len(self.scheduler.active) >= CROWD
-            if crowded != bound:
-                keep_together(crowded, max)
-                bound = crowded
-            if task:
-                self.work_at(task)
+            try:
+                task = self.scheduler.take(5.0)
+                crowded = len(self.scheduler.active) >= CROWD
+                if crowded != bound:
+                    keep_together(crowded, max)
+                    bound = crowded
+                if task:
+                    self.work_at(task)
+            except Exception as e:
+                self.log.bug("worker_bug", e)
+                self.stopping.wait(SWEEP_EVERY)
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: a message that makes us stumble waits and is tried again."""
         again: Again = self.settings.retry_max_delay
         try:
             again = self.read_task(task) if task.lane in LOCAL_LANES else self.deliver(task)
-        except KeyError:
-            again = None  # removed while it waited
-            self.unwritten.pop(task.stem, None)
+        except KeyError as e:
+            if e.args != (task.stem,):
+                self.log.bug("delivery_bug", e, stem=task.stem)
+            else:  # removed while it waited
+                again = None
+                self.unwritten.pop(task.stem, None)
         except (SpoolError, SealError) as e:
             again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
@@ -9628,19 +9666,21 @@ class Delivering:
         message = unwritten or self.spool.load(task.stem, owed=True)
         if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
-        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
-            return self.expire(message, self.delivery.routes(message).get(task.lane, ()))
         self.hold_back(message)
         if not message.pending():
             return self.finish(message)
-        if task.lane not in self.delivery.routes(message):
-            return self.write_down(message) if unwritten else self.reroute(message)
+        owed = self.delivery.routes(message).get(task.lane)
+        if not owed:
+            return unwritten and self.write_down(message) or self.reroute(message, task)
+        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
+            return self.expire(message, owed)
         if message.status is not Status.FORWARDING:
             message.move(Status.FORWARDING)
         self.tell("forwarding", task.stem)
         started = time.monotonic()
         with self.spool.content(task.stem) as content:
             attempt = self.delivery.attempt(message, task.lane, content, functools.partial(self.scheduler.reached, task.lane))
+        self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
         if attempt.trouble:
@@ -9650,21 +9690,23 @@ class Delivering:
 
     def hold_back(self, message: Message) -> None:
         """Hold recipients that SMTP_RELAY_ALLOWED_RECIPIENTS does not name, unless someone has released them."""
-        for r in message.pending():
+        for r in message.pending() if "RELEASED" not in message.flags else ():
             if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
                 r.status, r.reply = Status.HELD, "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
 
-    def reroute(self, message: Message) -> Again:
+    def reroute(self, message: Message, task: Task) -> Again:
         """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
-        for lane in self.delivery.routes(message):
-            self.scheduler.put(message.stem, lane, self.settings.retry_max_delay)
-        return None
+        lanes, delay = self.delivery.routes(message), self.settings.retry_max_delay
+        for lane in lanes:
+            self.scheduler.put(message.stem, lane, delay)
+        return delay if task.lane in lanes else None
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
         self.watch_clock()
         now = time.time()
-        times = (unix_time(entry["at"]) for entry in message.history)
+        begun = max((i for i, entry in enumerate(message.history) if entry["detail"] in BY_HAND), default=0)
+        times = (unix_time(entry["at"]) for entry in message.history[begun:])
         age = now - next((at for at in times if self.clock_set <= at <= now), now)
         return age * self.settings.time_scale > self.settings.retry_max_age
 
@@ -9677,7 +9719,7 @@ class Delivering:
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
-        owed = self.delivery.routes(message)[task.lane]
+        owed = self.delivery.routes(message).get(task.lane, [])
         for r in owed:
             r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
         if not self.settings.retry:
@@ -9689,7 +9731,8 @@ class Delivering:
         delay = self.scheduler.throttle(task.lane, str(trouble))
         self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
         self.postpone(message, str(trouble), delay)
-        return 0.0
+        age = (time.time() - id_micros(message.id) / 1e6) * self.settings.time_scale
+        return delay if age > self.settings.retry_max_age else 0.0  # released late: its lane would let it out
 
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
         """Enter an attempt's outcomes into the record."""
@@ -9790,13 +9833,18 @@ class Delivering:
         except (OSError, KeyError) as e:
             self.log.error("report_failed", id=message.id, error=e)
             return
+        except Exception as e:
+            return self.log.bug("report_bug", e, id=message.id)
         message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
         self.log.info("reported", id=message.id, report=id_of(stem))
-        if self.settings.delivery != "hold":
+        self.adopt(stem, octets, self.settings.delivery != "hold")
+
+    def adopt(self, stem: str, octets: int, owed: bool) -> None:
+        """Take in a message that this half has made; it comes through no Link."""
+        if owed:
             self.metrics.inc("smtp_messages_queued_total")
             self.metrics.inc("owed_bytes", octets)
-            self.metrics.inc("heard", -1)  # it comes through no Link
-        self.take_in(stem)
+        self.take_in(stem, owed)
 
     def draft_report(self, message: Message) -> tuple[str, int]:
         """Put a report into the spool; return its stem and size."""
@@ -9839,9 +9887,11 @@ class Delivering:
         """Find the messages that the Link had no room for, and those that sendmail has spooled itself."""
         missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
         if missed or beside != self.beside:
-            self.rescans, self.beside = self.rescans + missed, beside
-            self.metrics.inc("heard", missed)
             self.find()
+            self.rescans, self.beside = self.rescans + missed, beside
+            if self.settings.delivery != "hold":  # held ones were never counted as owed
+                self.metrics.inc("heard", missed)
+        self.show_depth()
         if self.metrics.get("smtp_queue_depth") <= 0:
             self.forget_octets()
 
@@ -9935,11 +9985,15 @@ class Backstage:
         for id in self.inbox.ids() if ids is None else ids:
             with contextlib.suppress(KeyError):
                 stem = self.inbox.stem(id)
-                if d.scheduler.drop(stem):
+                task = d.scheduler.seize(stem)
+                if not task:
+                    busy.append(id)
+                    continue
+                try:
                     d.unshelve(stem)
                     d.remove(stem)
-                else:
-                    busy.append(id)
+                finally:
+                    d.scheduler.done(task)
         d.show_depth()
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
@@ -9956,20 +10010,31 @@ class Backstage:
         """Let a held message go; with other recipients, or when it went already, a copy goes to them."""
         if not self.can_release:
             raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
-        d, message = self.delivering, self.inbox.load(id)
+        message = self.inbox.load(id)
         own = [r.address for r in message.recipients]
         if message.status is not Status.HELD or (to and to != own):
             self.keep(message, to or own)
-            return
-        for r in message.recipients:
-            if r.status is Status.HELD:
-                r.status = Status.RETRYING
-        message.move(Status.RETRYING, "released")
-        d.spool.save(message)
-        d.unshelve(message.stem)
-        d.metrics.inc("owed_bytes", message.size)
-        d.scheduler.put(message.stem, d.delivery.lane())
-        d.show_depth()
+        else:
+            self.owe_again(message.stem, Status.HELD, "released")
+
+    def owe_again(self, stem: str, status: Status, detail: str) -> None:
+        """Make a message that is held, or has failed, owed to those who did not get it."""
+        d = self.delivering
+        task = d.scheduler.seize(stem)
+        if not task:
+            raise HttpError(409, f"being delivered just now: {id_of(stem)}")
+        try:
+            message = d.spool.load(stem)
+            if message.status is status:
+                d.unshelve(stem)
+                for r in message.recipients:
+                    r.status = Status.RETRYING if r.status is status else r.status
+                message.move(Status.RETRYING, detail)
+                message.next_attempt_at = message.finished_at = ""
+                d.spool.reopen(message)
+        finally:
+            d.scheduler.done(task, 0.0)  # the worker that reads it next knows what to do
+            d.show_depth()
 
     def keep(self, message: Message, to: list[str]) -> None:
         """Put a copy of a message into the spool, for other recipients."""
@@ -9996,12 +10061,7 @@ class Backstage:
         finally:
             draft.abort()
         d.metrics.inc("smtp_messages_received_total")
-        if "HOLD" not in envelope.flags:
-            d.metrics.inc("smtp_messages_queued_total")
-            d.metrics.inc("owed_bytes", draft.size)
-            d.metrics.inc("heard", -1)  # no session has counted it as owed
-            d.copies.add(stem)
-        d.link.announce(stem)
+        d.adopt(stem, draft.size, "HOLD" not in envelope.flags)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=draft.size, client=envelope.client, protocol=envelope.protocol)
         return draft.id
@@ -10034,23 +10094,12 @@ class Backstage:
         if message.status is Status.FORWARDED:
             raise HttpError(409, "it was forwarded already; release it to send a copy")
         if message.status is Status.FAILED:
-            self.revive(message)
+            self.owe_again(message.stem, Status.FAILED, "retried by hand")
+            return 1
         d.scheduler.put(message.stem, d.delivery.lane())
         d.scheduler.hurry(message.stem)
         d.show_depth()
         return 1
-
-    def revive(self, message: Message) -> None:
-        """Make a failed message owed again, for those who did not get it."""
-        d = self.delivering
-        for r in message.recipients:
-            if r.status is Status.FAILED:
-                r.status = Status.RETRYING
-        message.move(Status.RETRYING, "retried by hand")
-        message.finished_at = ""
-        d.spool.reopen(message)
-        d.unshelve(message.stem)
-        d.metrics.inc("owed_bytes", message.size)
 
     def faults(self) -> str:
         """Return the rules of SMTP_FAULTS as they are now, one a line."""
@@ -10410,6 +10459,7 @@ class Supervisor:
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
+        self.parts.spool.ids = IdMaker()  # no two halves may make the same id
         half.start()
         heed_signals(half)
         half.stop()
