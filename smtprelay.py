@@ -2051,6 +2051,18 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
+def skip_block(file: BinaryIO) -> None:
+    """Leave a file behind its envelope headers, without reading what they say."""
+    head, at = file.read(4 * KIB), 0
+    while head.startswith(b"X-Envelope-", at) and head.find(b"\n", at) >= 0:
+        at = head.index(b"\n", at) + 1
+    if at + 11 < len(head):
+        file.seek(at)
+    else:  # they go on
+        file.seek(0)
+        read_block(file)
+
+
 def first_record(file: BinaryIO) -> Message:
     """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
     length = file.seek(0, os.SEEK_END)
@@ -2206,7 +2218,7 @@ class FileSpool:
             file = self.open_text(stem + ".eml", stem + ".eml")
         except FileNotFoundError:
             raise KeyError(stem) from None
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str, *, owed: bool = False) -> Message:
@@ -2438,7 +2450,7 @@ class MemorySpool:
 
     def content(self, stem: str) -> BinaryIO:
         file = io.BytesIO(self.contents[stem])
-        read_block(file)
+        skip_block(file)
         return file
 
     def load(self, stem: str, *, owed: bool = False) -> Message:
@@ -2680,10 +2692,12 @@ def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
     return logins
 
 
-def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
+                 sealer: Sealer | None = None) -> None:
     """Merge changes into the users file, one caller at a time, making it if need be.
 
-    None removes an account, or one key of it. Raises AccountsError for a file that would
+    None removes an account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
+    sealed, since it cannot be a hash. Raises AccountsError for a file that would
     not load, OSError for one that cannot be written.
     """
     path = os.path.realpath(path)  # replace what a link names, not the link
@@ -2697,6 +2711,10 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None]) -> 
             else:
                 users[name] = given_keys({**users.get(name, {}), **change})
         parse_users(users)
+        for name, fields in users.items():
+            password = fields.get("relay_password", "")
+            if sealer and password and not password.startswith(SEALED_TEXT):
+                fields["relay_password"] = sealer.seal_text(password, f"{name}/relay_password")
         text = json.dumps(users, indent=2, ensure_ascii=False) + "\n"
         replace_file(path, text.encode(), sync=True)
     finally:
@@ -2791,12 +2809,21 @@ class Accounts:
             raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
         if user:
             users[user] = {"password": self.settings.auth_password}
-        logins = parse_users(users)
+        logins = self._unsealed(parse_users(users))
         for warning in file_warnings(self._path, listed) if self._path else ():
             self.log.warn("users_file", file=self._path, warning=warning)
         hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
         return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
+
+    def _unsealed(self, logins: dict[str, Account]) -> dict[str, Account]:
+        """Open the relay passwords that are sealed."""
+        sealer = Sealer(self.settings.spool_key)
+        try:
+            return {login: dataclasses.replace(a, relay_password=sealer.unseal_text(a.relay_password, f"{a.name}/relay_password"))
+                    if a.relay_password.startswith(SEALED_TEXT) else a for login, a in logins.items()}
+        except SealError as e:
+            raise AccountsError(f"relay_password: {e}") from None
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -3467,6 +3494,13 @@ class Scheduler:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
+
+    def put_all(self, stems: Iterable[str], lane: str) -> None:
+        """Queue messages that are not known yet, all at once, before the first of them is taken."""
+        with self.changed:
+            for stem in stems:
+                if stem not in self.active and stem not in self.waiting:
+                    self._queue(stem, lane, 0.0, False)
 
     def done(self, task: Task, delay: float | None = None) -> None:
         """Give a task back; with a delay, its message is queued there again."""
@@ -6289,6 +6323,7 @@ class Receiving:
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
+        self.reception.metrics.set("alive", time.monotonic())
         self.counter.start()
         for listener in self.listeners:
             listener.start_thread()
@@ -6617,9 +6652,10 @@ def read_mail(raw: bytes) -> Mail:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw))]
+    top = read_headers(raw, 0, len(raw))
     for _ in range(PART_LIMIT):
         number, start, end = todo.pop()
-        headers, body = read_headers(raw, start, end)
+        headers, body = read_headers(raw, start, end) if number else top
         part = describe_part(number.rstrip(".") or "0", headers)
         nested = part.boundary and number.count(".") < DEPTH_LIMIT
         pieces = find_pieces(raw, body, end, part.boundary) if nested else []
@@ -6630,7 +6666,7 @@ def read_mail(raw: bytes) -> Mail:
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return Mail(read_headers(raw, 0, len(raw))[0], parts, len(raw))
+    return Mail(top[0], parts, len(raw))
 
 
 @dataclass(frozen=True)
@@ -9221,7 +9257,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses in the form of all our errors."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version
         self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
 
     def respond(self) -> None:
@@ -9501,19 +9537,19 @@ class Delivering:
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
-        found = 0
+        owed = []
         for stem, done in self.spool.names():
             self.inbox.add(stem)
             self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None:
-                self.scheduler.put(stem, UNREAD)
-                found += 1
+                owed.append(stem)
             else:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(self.finished, stem, *self.spool.finished(stem, done))
+        self.scheduler.put_all(owed, UNREAD)
         self.show_depth()
-        if found:
-            self.log.info("queue_found", messages=found)
+        if owed:
+            self.log.info("queue_found", messages=len(owed))
 
     # -- what is kept --
 
@@ -9906,7 +9942,7 @@ class Webhook:
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue."""
     return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-            "recipients": [r.address for r in m.pending()], "attempts": m.attempts,
+            "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
             "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
 
 
@@ -10099,7 +10135,7 @@ class Backstage:
 
     def change_users(self, changes: dict[str, dict[str, Any] | None]) -> None:
         try:
-            change_users(self.settings.users_file, changes)
+            change_users(self.settings.users_file, changes, Sealer(self.settings.spool_key))
         except AccountsError as e:
             raise HttpError(400, str(e)) from None
 
@@ -11542,8 +11578,9 @@ def user(settings: Settings, arguments: Arguments) -> int:
             raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
         if (name in users) == (arguments.action == "add"):
             raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
-        change_users(path, {name: None if arguments.action == "remove" else account_fields(arguments)})
-    except (AccountsError, OSError) as e:
+        change = None if arguments.action == "remove" else account_fields(arguments)
+        change_users(path, {name: change}, Sealer(settings.spool_key))
+    except (AccountsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     return 0
 
@@ -11634,10 +11671,21 @@ def serve(settings: Settings, arguments: Arguments) -> int:
         complain(str(e))
         return EX_UNAVAILABLE
     print("\n".join(first_lines(parts)), file=sys.stderr, flush=True)
+    give_memory_back()
     try:
         return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
     finally:
         parts.close()
+
+
+def give_memory_back() -> None:
+    """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
+    gc.collect()
+    gc.freeze()  # what stands now stays: the halves share its pages
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve_here(parts: Parts) -> int:
@@ -11850,5 +11898,22 @@ def run_command(words: list[str]) -> int:
     return COMMANDS[name].run(read_environment(), parsed)
 
 
+COMPILED = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; sys.argv[:3] = sys.argv[2:3]; sys.exit({0}.main())"
+
+
+def run_compiled() -> None:
+    """Start the server anew from this file as a module.
+
+    While a script runs, Python holds on to the syntax tree of its whole file, 20 MB in each
+    process; a module is free of it, and its bytecode is kept for the next start.
+    """
+    path = os.path.abspath(__file__)
+    name, end = os.path.splitext(os.path.basename(path))
+    if sys.argv[1:] in ([], ["serve"]) and end == ".py" and name.isidentifier() and os.access(path, os.R_OK):
+        command = [sys.executable, "-c", COMPILED.format(name), os.path.dirname(path), path, *sys.argv[1:]]
+        os.execv(sys.executable, command)
+
+
 if __name__ == "__main__":
+    run_compiled()
     sys.exit(main())

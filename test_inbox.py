@@ -20,8 +20,9 @@ import subprocess
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO, Callable
 
 import pytest
 
@@ -577,9 +578,9 @@ def test_wait_does_not_poll(box: Box) -> None:
 
 def test_close_wakes_the_waiters(box: Box) -> None:
     thread = later(box.inbox.close)
-    start = time.monotonic()
+    begun = time.monotonic()
     assert box.inbox.wait(smtprelay.compile_query("to:bob"), timeout=10) is None
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - begun < 5
     thread.join()
 
 
@@ -900,9 +901,9 @@ def read_all(raw: bytes) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(name: str) -> None:
-    start = time.process_time()
+    begun = time.process_time()
     read_all(HOSTILE[name])
-    spent = time.process_time() - start
+    spent = time.process_time() - begun
     assert spent < 20  # a hang, not a speed
 
 
@@ -1006,9 +1007,9 @@ def test_ten_thousand_messages(box: Box) -> None:
     assert spent < 1024
     times = []
     for query in (smtprelay.ALL, smtprelay.compile_query("subject:visit"), smtprelay.compile_query("insurance -nowhere")):
-        start = time.process_time()
+        begun = time.process_time()
         smtprelay.messages_json(box.inbox, query)
-        times.append(time.process_time() - start)
+        times.append(time.process_time() - begun)
     assert times[0] < 0.05 and max(times) < 0.5, times
 
 

@@ -13,10 +13,11 @@ const outside = [], dialogs = [], errors = [];
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 
 async function check(name, work) {
+  const begun = Date.now();
   try {
     const value = await work();
     if (value === false) throw new Error('no');
-    console.log(`ok   ${name}${typeof value === 'string' ? ': ' + value : ''}`);
+    console.log(`ok   ${name} (${Date.now() - begun} ms)`);
   } catch (error) {
     failed += 1;
     console.log(`FAIL ${name}: ${String(error.message).split('\n').slice(0, 4).join(' ')}`);
@@ -101,6 +102,45 @@ await check('phone and desktop widths', async () => {
   await until(async () => await width() === 375);
   await page.click('.view >> text="Desktop"');
   return until(async () => await width() >= 720);
+});
+await check('dark: by the system, and by the button', async () => {
+  const paper = p => p.evaluate(() => getComputedStyle(document.body).backgroundColor);
+  const dark = await newPage({ colorScheme: 'dark' });
+  await visit(dark);
+  await openRow(dark, 'Your visit on Thursday');
+  const bySystem = await paper(dark);
+  await dark.frameLocator('iframe').locator('h1').waitFor();
+  await shoot(dark, 'message-dark');
+  await dark.click('#theme');
+  const back = await paper(dark);
+  await dark.context().close();
+  const light = await paper(page);
+  await page.click('#theme');
+  const byButton = await paper(page);
+  await page.click('#theme');
+  return bySystem === byButton && light === back && bySystem !== light;
+});
+await check('360 px: list, message, back, queue, no sideways scrolling', async () => {
+  const phone = await newPage({ viewport: { width: 360, height: 720 }, deviceScaleFactor: 2, hasTouch: true, isMobile: true });
+  const fits = () => phone.evaluate(() => document.documentElement.scrollWidth <= 360 && document.body.scrollHeight <= innerHeight);
+  await visit(phone);
+  await phone.waitForSelector('#row-0');
+  await shoot(phone, 'phone');
+  const list = await fits();
+  await phone.evaluate(() => { document.getElementById('list').scrollTop = 560; });
+  await phone.waitForSelector('#row-20');
+  await phone.locator('#row-14').tap();
+  await phone.waitForSelector('#subject');
+  const hidden = !await phone.locator('#rail').isVisible(), message = await fits();
+  await shoot(phone, 'phone-message');
+  await phone.click('.back');
+  await phone.waitForSelector('#row-14');
+  const kept = await phone.evaluate(() => document.getElementById('list').scrollTop);
+  await phone.goto(`${HELD}/#/queue`);
+  await phone.locator('h1', { hasText: /owed/ }).waitFor();
+  const queue = await fits();
+  await phone.context().close();
+  if (!(list && hidden && message && queue && kept === 560)) throw new Error([list, hidden, message, queue, kept].join());
 });
 await check('the bottom is reached by scrolling', async () => {
   await page.evaluate(() => { document.getElementById('list').scrollTop = 1e9; });
@@ -266,45 +306,6 @@ await check('the page cannot be scripted from its own markup (CSP)', async () =>
     document.body.append(script);
   });
   return page.evaluate(() => window.injected === undefined);
-});
-await check('dark: by the system, and by the button', async () => {
-  const paper = p => p.evaluate(() => getComputedStyle(document.body).backgroundColor);
-  const dark = await newPage({ colorScheme: 'dark' });
-  await visit(dark);
-  await openRow(dark, 'Your visit on Thursday');
-  const bySystem = await paper(dark);
-  await dark.frameLocator('iframe').locator('h1').waitFor();
-  await shoot(dark, 'message-dark');
-  await dark.click('#theme');
-  const back = await paper(dark);
-  await dark.context().close();
-  const light = await paper(page);
-  await page.click('#theme');
-  const byButton = await paper(page);
-  await page.click('#theme');
-  return bySystem === byButton && light === back && bySystem !== light;
-});
-await check('360 px: list, message, back, queue, no sideways scrolling', async () => {
-  const phone = await newPage({ viewport: { width: 360, height: 720 }, deviceScaleFactor: 2, hasTouch: true, isMobile: true });
-  const fits = () => phone.evaluate(() => document.documentElement.scrollWidth <= 360 && document.body.scrollHeight <= innerHeight);
-  await visit(phone);
-  await phone.waitForSelector('#row-0');
-  await shoot(phone, 'phone');
-  const list = await fits();
-  await phone.evaluate(() => { document.getElementById('list').scrollTop = 560; });
-  await phone.waitForSelector('#row-20');
-  await phone.locator('#row-14').tap();
-  await phone.waitForSelector('#subject');
-  const hidden = !await phone.locator('#rail').isVisible(), message = await fits();
-  await shoot(phone, 'phone-message');
-  await phone.click('.back');
-  await phone.waitForSelector('#row-14');
-  const kept = await phone.evaluate(() => document.getElementById('list').scrollTop);
-  await phone.goto(`${HELD}/#/queue`);
-  await phone.locator('h1', { hasText: /owed/ }).waitFor();
-  const queue = await fits();
-  await phone.context().close();
-  if (!(list && hidden && message && queue && kept === 560)) throw new Error([list, hidden, message, queue, kept].join());
 });
 await check('a screen reader has names, roles, and live regions', async () => {
   await visit(page);
