@@ -243,8 +243,13 @@ def unix_time(text: str) -> float:
 @functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
-    hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hashed}"
+    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden(recipient)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def hidden(address: str) -> str:
+    """Return the hash that stands for an address in a name."""
+    return hashlib.sha256(address.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def id_of(stem: str) -> str:
@@ -3151,7 +3156,9 @@ class Quotas:
         with self._lock:
             names = self._days.setdefault((day, self._part), {})
             name = name if name in names or len(names) < USAGE_NAMES else ""
-            names.setdefault(name, collections.Counter())[what] += 1
+            if name not in names:
+                names[name] = collections.Counter()
+            names[name][what] += 1
             self._unsaved.add(day)
 
     def today(self, name: str | None = None) -> dict[str, int]:
@@ -5235,7 +5242,7 @@ class Faults:
 
     def reread(self) -> None:
         """Take over rules that were changed in the other process."""
-        stamp = file_stamp(self.path)
+        stamp = file_stamp(self.path) if self.path else None
         if stamp and stamp != self.stamp:
             self.stamp = stamp
             self.take(read_whole(self.path).decode())
@@ -6216,6 +6223,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def work(self) -> None:
         """Accept and hold one session after the other, until enough other threads wait."""
+        bound = None  # unknown: a thread begins where the one that started it was bound to
         while not self.reception.stopping:
             with self.lock:
                 if self.waiting >= SPARE_THREADS:
@@ -6228,6 +6236,10 @@ class Listener(socketserver.ThreadingTCPServer):
             finally:
                 with self.lock:
                     self.waiting -= 1
+            crowded = len(self.reception.sessions) >= CROWD
+            if crowded != bound:
+                keep_together(crowded, self.reception.pick)
+                bound = crowded
             self.process_request(request, client)
 
     def relieved(self) -> bool:
@@ -6286,7 +6298,6 @@ class Listener(socketserver.ThreadingTCPServer):
     def hold(self, session: Session) -> None:
         """Run a session to its end."""
         try:
-            keep_together(len(self.reception.sessions) >= CROWD, self.reception.pick)
             self.finish_request(session.wire.sock, session)
         except Exception as e:
             self.reception.log.bug("session_bug", e, client=session.client)
