@@ -175,7 +175,7 @@ def receivers(relay: Program) -> list[int]:
 
 def test_several_receiving_processes(program: Callable[..., Program]) -> None:
     relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_MAX_CONNECTIONS": "30"})
-    assert len(receivers(relay)) == 3
+    wait_until(lambda: len(receivers(relay)) == 3)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Dialogue((relay.host, relay.port))) for _ in range(30)]
         ids = set()
