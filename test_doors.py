@@ -96,7 +96,8 @@ class Visitor(Dialogue):
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(8)
         self.file = self.sock.makefile("rb")
-        relay.receiving.listeners[0].process_request(theirs, client)
+        listener = relay.receiving.listeners[0]
+        threading.Thread(target=listener.process_request, args=(theirs, client), daemon=True).start()
 
 
 def start_tls(client: Dialogue, pair: str) -> None:
