@@ -1991,7 +1991,7 @@ class IdMaker:
 @functools.lru_cache(maxsize=16)
 def mail_date(seconds: int) -> str:
     """Return a Unix time as RFC 5322 writes it, in UTC."""
-    return email.utils.formatdate(seconds)
+    return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
 def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
@@ -11693,7 +11693,7 @@ def give_memory_back() -> None:
     """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
