@@ -6194,7 +6194,7 @@ def discard(block: bytes) -> None:
 # the whole receiving half of the program. The lock of a listener is a leaf.
 
 SESSION_STACK = 256 * KIB
-SPARE_THREADS = 32  # that wait for a connection; more than that end
+SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STOP_PATIENCE = 8.0
@@ -6285,8 +6285,8 @@ class Listener(socketserver.ThreadingTCPServer):
             else:
                 self.hold(session)
         except Exception as e:  # the next connection may find more memory
-            self.reception.log.bug("listener_bug", e)
-            self.shutdown_request(request)
+            self.reception.log.error("session_not_started", error=e)
+            self.turn_away(request)
 
     def turn_away(self, request: socket.socket) -> None:
         """Send 421 to one connection too many, without waiting for it."""
@@ -10716,14 +10716,14 @@ def start(**settings: str) -> Relay:
     """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
 
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
-    until relay.release(), unless SMTP_DELIVERY="relay". Reads no environment variables.
+    until relay.release(), unless SMTP_DELIVERY is "relay" or "mx". Reads no environment variables.
     SettingsError lists what is wrong with the settings.
     """
     unknown = unknown_settings(settings)
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    upstream = None if settings.get("SMTP_RELAY_HOST") else Upstream()
+    upstream = None if settings.get("SMTP_RELAY_HOST") or settings.get("SMTP_DELIVERY") == "mx" else Upstream()
     if upstream:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
     try:

@@ -8,16 +8,31 @@ sleep is longer than 50 ms, nothing inside the standard library is replaced.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import collections
 import contextlib
+import dataclasses
 import email
+import email.message
+import email.policy
+import errno
+import fcntl
+import functools
+import gc
+import getpass
+import grp
 import hashlib
 import hmac
 import http.client
+import http.server
+import io
+import ipaddress
 import json
+import logging
 import os
+import pwd
 import random
 import re
 import shutil
@@ -31,19 +46,31 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import tracemalloc
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from email.message import EmailMessage, Message
+from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from unittest import mock
 
 import pytest
 
 import smtprelay
 
 PROGRAM = Path(smtprelay.__file__).resolve()
+ROOT = PROGRAM.parent
+ONE_LINER = f"import sys; sys.path.insert(0, '{ROOT}'); import smtprelay; sys.exit(smtprelay.main())"  # compiled once
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 MAIL = b"From: ann@client.test\r\nSubject: hello\r\n\r\nOne line.\r\n"
+NOON = 1_795_262_400.0  # 2026-11-21 12:00:00 UTC
 
 # === STAGE ===================================================================
 # What the tests play on. Everything waits with wait_until(), in steps of 10 ms.
@@ -62,13 +89,25 @@ QUICK = {
 }
 
 
-def wait_until(predicate: Callable[[], Any], timeout: float = 8.0) -> Any:
-    """Return the first true value of predicate; fail the test when none comes in time."""
+def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, shown: Callable[[], Any] = str) -> Any:
+    """Return the first true value of predicate; fail the test, saying what is shown, when none comes in time."""
     end = time.monotonic() + timeout
-    while not (value := predicate()):
-        assert time.monotonic() < end, "waited in vain"
+    while True:
+        with contextlib.suppress(ConnectionError):  # of HTTP, when it has no thread to spare
+            if value := predicate():
+                return value
+        assert time.monotonic() < end, f"waited in vain: {shown()}"
         time.sleep(0.01)
-    return value
+
+
+class Ticker:
+    """A clock that moves when told to."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Dialogue:
@@ -258,12 +297,12 @@ class Program:
         self.home = home
         self.env = {**QUICK, "SMTP_SPOOL": str(home / "spool"), **settings}
         self.spool = Spool(Path(self.env["SMTP_SPOOL"]))
-        self.output = home / "program.log"
+        self.output, self.code = home / "program.log", ONE_LINER
         self.start()
 
     def spawn(self, *arguments: str, command: list[str] | None = None) -> subprocess.Popen[bytes]:
         env = {"PATH": os.environ["PATH"], **self.env}
-        command = command or [sys.executable, str(PROGRAM)]
+        command = command or [sys.executable, "-c", self.code]
         with self.output.open("wb") as output:
             return subprocess.Popen([*command, *arguments], env=env, cwd=self.home, stdout=output, stderr=output)
 
@@ -287,6 +326,10 @@ class Program:
         self.process.send_signal(number)
         return self.process.wait(12)
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
@@ -297,7 +340,7 @@ def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
             home = tmp_path / f"home{len(list(tmp_path.iterdir()))}"
             home.mkdir()
             made = Program(home, **settings)
-            stack.callback(lambda: (made.process.kill(), made.process.wait()))
+            stack.callback(made.end)
             return made
 
         yield make
@@ -306,7 +349,7 @@ def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run the program to its end."""
     env = {"PATH": os.environ["PATH"], **settings}
-    command = [sys.executable, str(PROGRAM), *arguments]
+    command = [sys.executable, "-c", ONE_LINER, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
 
 
@@ -338,8 +381,9 @@ class FakeHop(socketserver.ThreadingTCPServer):
 
     def __init__(self, script: Script | None = None, offers: str = "PIPELINING 8BITMIME SMTPUTF8 SIZE",
                  listen: bool = True, tls: ssl.SSLContext | None = None, implicit: bool = False,
-                 users: dict[str, str] | None = None, methods: str = "PLAIN LOGIN CRAM-MD5") -> None:  # fmt: skip
-        super().__init__(("127.0.0.1", 0), HopSession, bind_and_activate=False)
+                 users: dict[str, str] | None = None, methods: str = "PLAIN LOGIN CRAM-MD5",
+                 host: str = "127.0.0.1", port: int = 0) -> None:  # fmt: skip
+        super().__init__((host, port), HopSession, bind_and_activate=False)
         self.script, self.offers, self.tls, self.implicit = dict(script or {}), offers.split(), tls, implicit
         self.users, self.methods = users, methods
         self.messages: list[Got] = []  # those it said 250 to
@@ -349,7 +393,8 @@ class FakeHop(socketserver.ThreadingTCPServer):
         self.connections = 0
         self.closing, self.listening = threading.Event(), False
         self.server_bind()
-        self.port = self.server_address[1]
+        self.host, self.port = host, self.server_address[1]
+        self.place = f"{host}:{self.port}"
         if listen:
             self.listen()
 
@@ -365,8 +410,23 @@ class FakeHop(socketserver.ThreadingTCPServer):
             self.shutdown()
         self.server_close()
 
+    def __enter__(self) -> FakeHop:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a peer that went away."""
+
+    def note(self, got: Got, taken: bool) -> None:
+        """Keep a message, before its reply is said: what is cut off then counts as said."""
+        (self.messages if taken else self.refused).append(got)
+
+    @property
+    def mails(self) -> list[tuple[list[str], bytes]]:
+        """The recipients and the content of each message taken."""
+        return [([path.split(">")[0].split("<")[-1] for path in got.rcpts], got.content) for got in self.messages]
 
     def next_act(self, stages: list[str], usual: str) -> str:
         for stage in stages:
@@ -379,11 +439,11 @@ class FakeHop(socketserver.ThreadingTCPServer):
 
     def settings(self, **more: str) -> dict[str, str]:
         """Return what points a relay to this hop."""
-        return {"SMTP_RELAY_HOST": f"127.0.0.1:{self.port}", **more}
+        return {"SMTP_RELAY_HOST": self.place, **more}
 
     def delivered(self) -> collections.Counter[str]:
         """Count accepted messages by recipient."""
-        return collections.Counter(path.split(">")[0].split("<")[-1] for got in self.messages for path in got.rcpts)
+        return collections.Counter(address for rcpts, _ in self.mails for address in rcpts)
 
 
 class HopSession(socketserver.StreamRequestHandler):
@@ -393,7 +453,8 @@ class HopSession(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         self.server.connections += 1
-        self.number, self.secure, self.mail, self.rcpts = self.server.connections, False, "", []
+        self.number, self.secure, self.mail = self.server.connections, False, ""
+        self.rcpts: list[str] = []
         if self.server.implicit:
             self.encrypt()
         if self.server.next_act(["connect"], "") == "drop" or not self.act("greeting", "220 hop.test"):
@@ -406,7 +467,9 @@ class HopSession(socketserver.StreamRequestHandler):
                 return
 
     def act(self, stage: str, usual: str, *more: str) -> int:
-        act = self.server.next_act([*more, stage], usual)
+        return self.play(self.server.next_act([*more, stage], usual))
+
+    def play(self, act: str) -> int:
         name, _, rest = act.partition(" ")
         if name in TROUBLES:
             return TROUBLES[name](self, rest)
@@ -447,6 +510,8 @@ class HopSession(socketserver.StreamRequestHandler):
     def login(self, method: str, initial: str) -> str:
         """Return the user whose password was right, else ""."""
         users = self.server.users or {}
+        if method == "XOAUTH2":
+            return initial
         if method == "PLAIN":
             _, user, password = base64.b64decode(initial or self.asked("")).decode().split("\0")
             return user if users.get(user) == password else ""
@@ -484,9 +549,9 @@ class HopSession(socketserver.StreamRequestHandler):
         if text == b"":
             return 0
         got = Got(self.number, self.mail, tuple(self.rcpts), b"".join(lines), self.secure)
-        code = self.act("end", "250 2.0.0 taken")
-        (self.server.messages if code == 250 else self.server.refused).append(got)
-        return code
+        act = self.server.next_act(["end"], "250 2.0.0 taken")
+        self.server.note(got, act.startswith(("250", "trickle 250", "take")))
+        return self.play(act)
 
     def do_rset(self, line: str) -> int:
         return self.act("rset", "250 2.0.0 ok")
@@ -517,6 +582,13 @@ class HopSession(socketserver.StreamRequestHandler):
             time.sleep(0.005)
         return int(rest[:3])
 
+    def drip(self, rest: str) -> int:
+        """Send octets for ever, one each 20 ms."""
+        with contextlib.suppress(OSError):
+            while not self.server.closing.wait(0.02):
+                self.wfile.write(b"2")
+        return 0
+
     def endless(self, rest: str) -> int:
         """Send a reply that never ends, until the other side has had enough."""
         with contextlib.suppress(OSError):
@@ -534,6 +606,10 @@ TROUBLES: dict[str, Callable[[HopSession, str], int]] = {
     "reset": HopSession.reset,
     "hang": HopSession.hang,
     "trickle": HopSession.trickle,
+    "take": HopSession.drop,
+    "drip": HopSession.drip,
+    "garbage": lambda session, rest: session.raw(r"\x00\xffnonsense\r\n"),
+    "long": lambda session, rest: session.raw("2" * 70_000 + r"\r\n"),
     "endless": HopSession.endless,
     "raw": HopSession.raw,
 }
@@ -592,6 +668,13 @@ def metric(relay: Any, name: str) -> Any:
     return json.loads(fetch(relay, "/metrics")[2]).get(name)
 
 
+def settings_of(**env: str) -> smtprelay.Settings:
+    return smtprelay.Settings.read(env)
+
+
+MODULES = ROOT / ".ci" / "node_modules"
+
+
 # === REPLIES =================================================================
 # Each reply of the contract's table is heard in a dialogue somewhere below; here is
 # only what holds for all of them.
@@ -607,7 +690,6 @@ def test_every_reply_has_a_code_and_an_enhanced_code_of_its_class(holding: Any) 
 
 
 # === SETTINGS ================================================================
-
 WRONG = {
     "SMTP_PORT": "99999", "SMTP_MAX_SIZE": "ten", "SMTP_MAX_RECIPIENTS": "-1", "SMTP_COMMAND_TIMEOUT": "5 parsecs",
     "SMTP_STORAGE": "tape", "SMTP_DELIVERY": "pigeon", "SMTP_RELAY_TLS": "perhaps", "SMTP_RELAY_PORT": "0x19",
@@ -647,7 +729,12 @@ def test_serve_refuses_a_wrong_value_too() -> None:
 
 def test_help_names_every_setting_with_its_default() -> None:
     text = run("--help").stdout
-    for name, default in {"SMTP_PORT": "2525", "SMTP_MAX_SIZE": "10MiB", "SMTP_RETRY_MAX_AGE": "5d", "SMTP_KEEP": "7d"}.items():
+    for name, default in {
+        "SMTP_PORT": "2525",
+        "SMTP_MAX_SIZE": "10MiB",
+        "SMTP_RETRY_MAX_AGE": "5d",
+        "SMTP_KEEP": "7d",
+    }.items():
         assert re.search(rf"(?s){name}\b.{{0,400}}?{default}", text), name
     assert all(name in text for name in [*WRONG, "SMTP_RELAY_PASSWORD", "SMTP_DEBUG"])
 
@@ -661,13 +748,63 @@ def test_unknown_verb_is_a_usage_error() -> None:
     assert run("frobnicate").returncode in (2, 64)
 
 
+PRESETS = [  # SMTP_RELAY_HOST and what else is set: host, port, TLS
+    ({"SMTP_RELAY_HOST": "gmail"}, [("smtp.gmail.com", 587)], "starttls"),
+    ({"SMTP_RELAY_HOST": "ses:eu-west-1"}, [("email-smtp.eu-west-1.amazonaws.com", 587)], "starttls"),
+    ({"SMTP_RELAY_HOST": "fastmail"}, [("smtp.fastmail.com", 465)], "tls"),
+    ({"SMTP_RELAY_HOST": "M365"}, [("smtp.office365.com", 587)], "starttls"),
+    ({"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_PORT": "465", "SMTP_RELAY_TLS": "tls"}, [("smtp.gmail.com", 465)], "tls"),
+    (
+        {"SMTP_RELAY_HOST": "sendgrid,mail.example:2525"},
+        [("smtp.sendgrid.net", 587), ("mail.example", 2525)],
+        "starttls",
+    ),
+    ({"SMTP_RELAY_HOST": "localhost"}, [("localhost", 587)], "opportunistic"),
+]
+
+
+@pytest.mark.parametrize("env, hosts, tls", PRESETS)
+def test_a_preset_fills_host_port_and_tls(env: dict[str, str], hosts: list[tuple[str, int]], tls: str) -> None:
+    read = settings_of(**env)
+    assert (list(read.smart_hosts), read.relay_tls) == (hosts, tls)
+
+
+@pytest.mark.parametrize("text", ["ses", "ses:", "ses:here", "gmail:x", ":25"])
+def test_a_wrong_smart_host_names_the_presets(text: str) -> None:
+    with pytest.raises(smtprelay.SettingsError, match=r"SMTP_RELAY_HOST='.*': expected host or host:port.*ses:REGION"):
+        settings_of(SMTP_RELAY_HOST=text)
+
+
+def test_spaces_of_an_app_password_go_and_of_no_other() -> None:
+    env = {"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me"}
+    assert settings_of(**env, SMTP_RELAY_PASSWORD="abcd efgh ijkl mnop").relay_password == "abcdefghijklmnop"
+    assert settings_of(**env, SMTP_RELAY_PASSWORD="two words").relay_password == "two words"
+    env["SMTP_RELAY_HOST"] = "mail.example"
+    assert settings_of(**env, SMTP_RELAY_PASSWORD="abcd efgh ijkl mnop").relay_password == "abcd efgh ijkl mnop"
+
+
+def test_waits_are_scaled_and_a_seed_repeats_them() -> None:
+    scaled = settings_of(SMTP_TIME_SCALE="1000", SMTP_SEED="7")
+    plain = settings_of(SMTP_SEED="7")
+    waits = [
+        [smtprelay.backoff(s, n, smtprelay.Scheduler(s).rng) for n in range(1, 20)] for s in (plain, scaled, scaled)
+    ]
+    assert waits[1] == waits[2] == [w / 1000 for w in waits[0]]
+    assert settings_of(SMTP_SEED="8").seed != scaled.seed
+    with pytest.raises(smtprelay.SettingsError):
+        settings_of(SMTP_TIME_SCALE="0")
+
+
 # === OBSERVING ===============================================================
-
-
 def test_nothing_a_client_sends_can_forge_a_log_line(program: Callable[..., Program]) -> None:
     relay = program(SMTP_DEBUG="1", SMTP_LOG_LEVEL="debug")
     with hello(relay) as client:
-        for line in ('MAIL FROM:<"\\u001b[31m"@x>', "FOO\rforged line", "NOOP \x00\x1b]0;title\x07", "VRFY \u2028\u0085"):
+        for line in (
+            'MAIL FROM:<"\\u001b[31m"@x>',
+            "FOO\rforged line",
+            "NOOP \x00\x1b]0;title\x07",
+            "VRFY \u2028\u0085",
+        ):
             client.ask(line.replace("\\u001b", "\x1b"))
     with Dialogue((relay.host, relay.port)) as client:
         client.ask("EHLO forged\rlevel=error")
@@ -699,8 +836,193 @@ def test_debug_log_masks_secrets(program: Callable[..., Program], hop: Callable[
         assert "AUTH" in relay.log() and "MAIL FROM" in relay.log()
 
 
-# === WIRE ====================================================================
+def audited(path: Path) -> list[dict[str, Any]]:
+    """Read an audit log; every line of it is one object of ours."""
+    lines = [json.loads(line) for line in path.read_bytes().decode("ascii").split("\n")[:-1]]
+    assert all(re.fullmatch(r"[0-9T:.-]+Z", line["time"]) and line["event"] for line in lines)
+    return lines
 
+
+def test_an_audit_line_for_each_event(
+    program: Callable[..., Program], hop: Callable[..., FakeHop], tmp_path: Path, pair: str
+) -> None:
+    users = {"a": {"password": "x", "allowed_domains": ["b.test"]}, "once": {"password": "x", "quota_daily": 1}}
+    audit, next_hop = tmp_path / "audit", hop(script={"rcpt no@hop.test": "550 no"})
+    relay = program(SMTP_AUDIT_LOG=str(audit), SMTP_USERS_FILE=users_file(tmp_path, users), SMTP_MAX_ERRORS="3",
+                    SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair, **next_hop.settings())  # fmt: skip
+    with greeted(relay, pair=pair) as client:
+        client.ask(plain("a", "wrong"), "535")
+        client.ask(plain("a", "x"), "235")
+        client.ask("MAIL FROM:<a@other.test>", "550")
+        assert client.mail(b"x\r\n", "ok@b.test").startswith("250")
+        assert client.mail(b"x\r\n", "ok@b.test", "no@hop.test").startswith("250")
+        client.ask("FOO", "500")
+        client.ask("FOO", "421")
+    with greeted(relay) as client:
+        client.ask(plain("once", "x"), "235")
+        assert client.mail(b"x\r\n").startswith("250")
+        client.ask("MAIL FROM:<a@b.test>", "450")
+    wait_until(lambda: {"failed", "delivered"} <= {line["event"] for line in audited(audit)})
+    wait_until(lambda: [line["event"] for line in audited(audit)].count("session_end") == 2)
+    events = audited(audit)
+    assert {line["event"] for line in events} == {
+        "session_start",
+        "session_end",
+        "login",
+        "refused",
+        "blocked",
+        "quota",
+        "accepted",
+        "delivered",
+        "failed",
+    }
+    logins = [(line["user"], line["result"], line["tls"]) for line in events if line["event"] == "login"]
+    assert logins == [("a", "failure", "TLSv1.3"), ("a", "success", "TLSv1.3"), ("once", "success", "")]
+    [accepted, *_] = [line for line in events if line["event"] == "accepted"]
+    assert (accepted["user"], accepted["sender"], accepted["recipients"]) == ("a", "ok@b.test", ["bob@hop.test"])
+    assert stat.S_IMODE(audit.stat().st_mode) == 0o600
+
+
+def test_nothing_a_client_sends_can_forge_an_audit_line(start: Callable[..., Any], tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+    relay = start(SMTP_AUDIT_LOG=str(audit), SMTP_AUTH_ANY="1", SMTP_MAX_ERRORS="100")
+    evil = 'x\n{"time": "2026-01-01T00:00:00Z", "event": "forged"}\r\n\x1b[31m\u2028\x85'
+    with greeted(relay) as client:
+        for line in (plain(evil, "x"), plain(evil[::-1], "x")):
+            client.ask(line, "235|503")
+        client.ask('MAIL FROM:<"\u2028\u0085"@b.test> SMTPUTF8', "250|501")
+        client.ask("RSET", "250")
+        client.ask("MAIL FROM:<a@b.test> X-\u2028=1", "501|555")
+        client.ask("MAIL FROM:<a@b.test> X=1", "555")
+        sent(relay, client)
+    wait_until(lambda: any(line["event"] == "session_end" for line in audited(audit)))
+    assert "forged" not in {line["event"] for line in audited(audit)}
+
+
+@pytest.mark.parametrize("name", ["SMTP_AUDIT_LOG", "SMTP_LOG_FILE"])
+def test_a_log_that_cannot_be_written_is_a_wrong_value(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path, tmp_path / "none" / "log"):
+        with pytest.raises(smtprelay.SettingsError, match=name):
+            smtprelay.Settings.read({name: str(path)})
+    assert smtprelay.Settings.read({name: str(tmp_path / "log")}) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_password_in_any_log(
+    program: Callable[..., Program], hop: Callable[..., FakeHop], tmp_path: Path, form: str
+) -> None:
+    secrets = ["Kennwort-1", "Kennwort-2", "Kennwort-3", "falsches-Kennwort", "mp_live_geheim", "mp_live_gestern"]
+    good, own, relay_secret, wrong, key, old_key = secrets
+    users = {"app": {"password": cheap_hash(good), "api_key": key, "relay_password": own}, "clear": {"password": own}}
+    next_hop, audit = hop(users={"hop": relay_secret}), tmp_path / "audit"
+    relay = program(
+        SMTP_DEBUG="1",
+        SMTP_LOG_LEVEL="debug",
+        SMTP_LOG_FORMAT=form,
+        SMTP_AUDIT_LOG=str(audit),
+        SMTP_AUTH_FAILURES="50",
+        SMTP_USERS_FILE=users_file(tmp_path, users),
+        SMTP_RELAY_USERNAME="hop",
+        SMTP_RELAY_PASSWORD=relay_secret,
+        SMTP_MAX_ERRORS="100",
+        **next_hop.settings(),
+    )
+    with greeted(relay) as client:
+        client.ask(plain("app", wrong), "535")
+        client.ask(plain("nobody", wrong), "535")
+        client.ask(plain(old_key, wrong), "535")
+        client.ask("AUTH LOGIN", "334")
+        client.ask(b64("app").decode(), "334")
+        client.ask(b64(wrong).decode(), "535")
+        client.ask("AUTH GSSAPI", "504")  # a client that goes on regardless
+        client.ask(b64(good).decode(), "500")
+        client.ask(good, "500")
+        client.ask(f"AUTH {good}", "504")
+        client.ask(f"AUTH  PLAIN {b64(good).decode()}", "501")
+        client.ask(f"AUTH\tPLAIN {b64(good).decode()}", "500")
+        client.ask(f" AUTH PLAIN {b64(good).decode()}", "500")
+        client.ask("AUTH PLAIN " + good, "501")
+        client.ask(plain(key, good), "235")
+        client.mail()
+    relay.spool.await_status("forwarded")
+    (tmp_path / "users.json").write_text(json.dumps(users)[:-1])
+    fetch(relay, "/readyz")
+    relay.stop()
+    logs = relay.log() + audit.read_text() + "".join(p.read_text() for p in (relay.spool.root / "usage").iterdir())
+    hidden = [*secrets, *(b64(secret).decode() for secret in secrets), *(plain("", s)[-12:] for s in secrets)]
+    assert [line for line in logs.split("\n") for text in hidden if text in line] == []
+    assert "AUTH PLAIN ***" in logs and "MAIL FROM" in logs and "users_file_broken" in logs
+
+
+def test_readyz_names_a_broken_users_file(program: Callable[..., Program], tmp_path: Path) -> None:
+    relay = program(SMTP_USERS_FILE=users_file(tmp_path, USERS))
+    assert wait_until(lambda: fetch(relay, "/readyz")[0] == 200)
+    users_file(tmp_path, "{")
+    status, _, body = fetch(relay, "/readyz")
+    assert status == 503 and "users.json" in body and "expected JSON" in body
+    with greeted(relay) as client:
+        client.ask(GOOD_LOGIN, "235")  # the last good one
+    users_file(tmp_path, {"new": {"password": "x"}})
+    assert fetch(relay, "/readyz")[0] == 200
+    with greeted(relay) as client:
+        client.ask(GOOD_LOGIN, "535")
+        client.ask(plain("new", "x"), "235")
+        users_file(tmp_path, {"other": {"password": "xyz"}})
+        client.ask("MAIL FROM:<a@b.test>", "530 5.7.0")  # an account that is gone sends no more
+
+
+def test_a_half_that_is_made_anew_keeps_the_last_good_accounts(program: Callable[..., Program], tmp_path: Path) -> None:
+    relay = program(SMTP_USERS_FILE=users_file(tmp_path, USERS))
+    users_file(tmp_path, "{")
+    children = Path(f"/proc/{relay.process.pid}/task/{relay.process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc")
+    before = set(wait_until(lambda: children.read_text().split()))
+    for child in before:
+        os.kill(int(child), signal.SIGKILL)
+    wait_until(lambda: len(set(children.read_text().split()) - before) == 2)
+    with greeted(relay) as client:
+        client.ask(GOOD_LOGIN, "235")
+
+
+def test_sighup_rereads_accounts_and_certificate(program: Callable[..., Program], tmp_path: Path, pair: str) -> None:
+    mine = tmp_path / "mine.pem"
+    shutil.copy(pair, mine)
+    relay = program(SMTP_USERS_FILE=users_file(tmp_path, USERS), SMTP_TLS_CERT=str(mine), SMTP_TLS_KEY=str(mine))
+    relay.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "certificate_reread" in relay.log())
+    with greeted(relay, pair=pair) as client:
+        client.ask(GOOD_LOGIN, "235")
+
+
+@pytest.mark.parametrize("broken", ["users", "pair", "both"])
+def test_what_is_broken_at_the_start_is_an_error(tmp_path: Path, pair: str, broken: str) -> None:
+    (tmp_path / "broken.pem").write_text("x")
+    settings = {**QUICK, "SMTP_SPOOL": str(tmp_path / "spool")}
+    if broken != "pair":
+        settings["SMTP_USERS_FILE"] = users_file(tmp_path, {"a": {"password": "s3cret", "qota": 1}, "b": {}})
+    if broken != "users":
+        settings.update(SMTP_TLS_CERT=str(tmp_path / "broken.pem"), SMTP_TLS_KEY=pair)
+    done = run(**settings)
+    assert done.returncode == 78 and "Traceback" not in done.stderr and "s3cret" not in done.stderr
+    assert ("account a: qota: no such key" in done.stderr and "account b" in done.stderr) is (broken != "pair")
+    assert ("SMTP_TLS_CERT" in done.stderr) is (broken != "users")
+
+
+def test_metrics_of_the_doors(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_AUTH_USER="ann", SMTP_AUTH_PASSWORD="x", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair)
+    with greeted(relay, pair=pair) as client:
+        client.ask(plain("ann", "wrong"), "535")
+        client.ask(plain("ann", "x"), "235")
+        assert metric(relay, "smtp_sessions_active") == 1
+    assert metric(relay, "smtp_tls_sessions_total") == 1
+    assert metric(relay, "smtp_auth_attempts_total") == {"success": 1, "failure": 1}
+    assert metric(relay, "smtp_messages_rejected_total")["535"] == 1
+    text = fetch(relay, "/metrics?format=prometheus")[2]
+    assert 'smtp_auth_attempts_total{result="failure"} 1' in text and "ann" not in text
+
+
+# === WIRE ====================================================================
 TALK = {
     "the usual": """
         C: EHLO client.test
@@ -1020,12 +1342,32 @@ def test_end_of_content_is_found_at_every_split(holding: Any, held: Spool) -> No
             assert client.reply().startswith("250 2.0.0")
 
 
-NEAR_ENDS = [b"\n.\n", b"\r\n.\n", b"\n.\r\n", b"\r.\r", b"\r.\r\n", b"\r\n.\r", b"\n\n.\r\n", b"\r\n.\r\r\n", b"\r\n.\n\r\n",
-             b"\r\n\r.\r\n", b"a\nb", b"a\rb", b"\n", b"\r", b"\r\r\n", b"\n\r\n", b"\r\n\n.\r", b"\x00\n.\x00\r\n"]  # fmt: skip
+NEAR_ENDS = [
+    b"\n.\n",
+    b"\r\n.\n",
+    b"\n.\r\n",
+    b"\r.\r",
+    b"\r.\r\n",
+    b"\r\n.\r",
+    b"\n\n.\r\n",
+    b"\r\n.\r\r\n",
+    b"\r\n.\n\r\n",
+    b"\r\n\r.\r\n",
+    b"a\nb",
+    b"a\rb",
+    b"\n",
+    b"\r",
+    b"\r\r\n",
+    b"\n\r\n",
+    b"\r\n\n.\r",
+    b"\x00\n.\x00\r\n",
+]
 
 
 @pytest.mark.parametrize("near", NEAR_ENDS)
-@pytest.mark.parametrize("filler", [b"", b"x" * 70 + b"\r\n", b"y" * 30000 + b"\r\n"], ids=["short", "line", "over-long"])
+@pytest.mark.parametrize(
+    "filler", [b"", b"x" * 70 + b"\r\n", b"y" * 30000 + b"\r\n"], ids=["short", "line", "over-long"]
+)
 def test_bare_newlines_end_nothing_and_are_refused(holding: Any, held: Spool, near: bytes, filler: bytes) -> None:
     before = len(held.files("*.eml"))
     evil = b"MAIL FROM:<evil@x.test>\r\nRCPT TO:<victim@x.test>\r\nDATA\r\nSubject: evil\r\n"
@@ -1043,8 +1385,13 @@ def test_bare_newlines_end_nothing_and_are_refused(holding: Any, held: Spool, ne
 
 def test_bare_newline_in_bdat_is_refused_but_not_a_split_crlf(holding: Any, held: Spool) -> None:
     with hello(holding) as client:
-        for chunks, want in (((b"a\nb\r\n",), "554 5.6.0"), ((b"a\rb\r\n",), "554 5.6.0"), ((b"a\r", b"b"), "554 5.6.0"),
-                             ((b"a\r", b"\nb\r\n"), "250 2.0.0"), ((b"no newline at the end",), "250 2.0.0")):  # fmt: skip
+        for chunks, want in (
+            ((b"a\nb\r\n",), "554 5.6.0"),
+            ((b"a\rb\r\n",), "554 5.6.0"),
+            ((b"a\r", b"b"), "554 5.6.0"),
+            ((b"a\r", b"\nb\r\n"), "250 2.0.0"),
+            ((b"no newline at the end",), "250 2.0.0"),
+        ):
             client.envelope()
             for chunk in chunks[:-1]:
                 client.send(b"BDAT %d\r\n" % len(chunk) + chunk)
@@ -1156,8 +1503,12 @@ def test_a_client_that_does_not_read_is_let_go(start: Callable[..., Any]) -> Non
         wait_until(lambda: metric(relay, "smtp_sessions_active") == 0, 4)
 
 
-HTTP_REQUESTS = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"CONNECT x:25 HTTP/1.1\r\n\r\n", b"PUT /a HTTP/1.0\r\n\r\n",
-                 b"POST / HTTP/1.1\r\nHost: x\r\n\r\nEHLO x\r\nMAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\n"]  # fmt: skip
+HTTP_REQUESTS = [
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"CONNECT x:25 HTTP/1.1\r\n\r\n",
+    b"PUT /a HTTP/1.0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: x\r\n\r\nEHLO x\r\nMAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\n",
+]
 
 
 @pytest.mark.parametrize("request_text", HTTP_REQUESTS)
@@ -1178,8 +1529,93 @@ def test_a_client_that_talks_before_the_greeting_is_refused(holding: Any) -> Non
     wait_until(refused)  # the first tries may lose the race with the greeting
 
 
-# === GRAMMAR =================================================================
+# -- the PROXY protocol --
 
+V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_HEADERS = [  # what the balancer sends, the client that is meant; None: closed without a word
+    (b"PROXY TCP4 192.0.2.7 127.0.0.1 4711 25\r\n", "192.0.2.7"),
+    (b"PROXY TCP6 2001:db8::7 ::1 4711 25\r\n", "2001:db8::7"),
+    (b"PROXY UNKNOWN\r\n", "127.0.0.1"),
+    (b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n", "127.0.0.1"),
+    (V2 + b"\x21\x11\0\x0c" + bytes([192, 0, 2, 9, 127, 0, 0, 1, 0, 1, 0, 25]), "192.0.2.9"),
+    (V2 + b"\x21\x21\0\x24" + bytes.fromhex("20010db8000000000000000000000009") + bytes(20), "2001:db8::9"),
+    (V2 + b"\x21\x11\0\x0f" + bytes([192, 0, 2, 9, 127, 0, 0, 1, 0, 1, 0, 25]) + b"\x04\0\0", "192.0.2.9"),
+    (V2 + b"\x20\0\0\0", "127.0.0.1"),
+    (V2 + b"\x21\0\0\0", "127.0.0.1"),
+    (b"PROXY TCP4 192.0.2.7\r\n", None),
+    (b"PROXY TCP4 192.0.2.700 127.0.0.1 1 2\r\n", None),
+    (b"EHLO here\r\n", None),
+    (b"P" * 5000 + b"\r\n", None),
+    (V2 + b"\x31\x11\0\x0c" + bytes(12), None),
+    (V2 + b"\x21\x11\xff\xff" + bytes(12), None),
+    (V2 + b"\x21\x11\0\x02\0\0", None),
+]
+
+
+@pytest.fixture(scope="module")
+def balanced() -> Iterator[smtprelay.Relay]:
+    with smtprelay.start(
+        SMTP_PROXY_NETWORKS="loopback",
+        SMTP_ALLOW_NETWORKS="loopback,192.0.2.0/24,2001:db8::/32",
+        SMTP_AUTH_REQUIRED="0",
+    ) as relay:
+        yield relay
+
+
+def talk_proxied(address: tuple[str, int], *pieces: bytes) -> bytes:
+    """Send pieces, a segment each; return all that comes back."""
+    with socket.create_connection(address, 5) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            sock.sendall(piece)
+        heard = b""
+        try:
+            for block in iter(lambda: sock.recv(65536), b""):
+                heard += block
+                if heard.startswith(b"220") and heard.count(b"\n") == 1:
+                    sock.sendall(b"EHLO here\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+                if b"\r\n354" in heard and b"queued" not in heard:
+                    sock.sendall(b"Subject: x\r\n\r\nx\r\n.\r\nQUIT\r\n")
+        except ConnectionResetError:
+            pass
+        return heard
+
+
+@pytest.mark.parametrize("header, client", PROXY_HEADERS)
+def test_a_balancer_names_the_client(balanced: smtprelay.Relay, header: bytes, client: str | None) -> None:
+    heard = talk_proxied((balanced.host, balanced.port), header[:5], header[5:])
+    assert (b"queued" in heard) == (client is not None), heard
+    if client:
+        id = heard.split(b"queued as ")[1].split()[0].decode()
+        spool = balanced.parts.spool
+        record = next(spool.load(stem) for stem, _ in spool.names() if id in stem)
+        assert record.client == client
+    else:
+        assert heard == b""
+
+
+def test_a_proxied_client_is_judged_by_its_own_address(balanced: smtprelay.Relay) -> None:
+    address = (balanced.host, balanced.port)
+    assert talk_proxied(address, b"PROXY TCP4 198.51.100.1 127.0.0.1 1 2\r\n").startswith(b"554 5.7.1")
+    assert talk_proxied(address, b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\nEHLO early\r\n").startswith(b"554 5.5.1")
+
+
+def test_sessions_are_counted_for_the_proxied_client() -> None:
+    env = {
+        "SMTP_PROXY_NETWORKS": "loopback",
+        "SMTP_ALLOW_NETWORKS": "192.0.2.0/24",
+        "SMTP_MAX_CONNECTIONS_PER_CLIENT": "1",
+        "SMTP_AUTH_REQUIRED": "0",
+    }
+    with smtprelay.start(**env) as relay, socket.create_connection((relay.host, relay.port), 5) as first:
+        first.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n")
+        assert first.recv(100).startswith(b"220")
+        assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n").startswith(b"421")
+        assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.2 127.0.0.1 1 2\r\n").startswith(b"220")
+        assert relay.receiving.reception.clients["192.0.2.1"] == 1
+
+
+# === GRAMMAR =================================================================
 LONG = "x" * 64
 GOOD_PATHS = {
     "<ann@b.test>": "ann@b.test",
@@ -1196,11 +1632,33 @@ GOOD_PATHS = {
     "<ann@b-1.2c.test>": "ann@b-1.2c.test",
 }
 BAD_PATHS = [
-    "<ann@b.test", "<ann@@b.test>", "<an n@b.test>", "<@b.test>", "<ann@>", "<ann@b.test>x", "<ann@[999.1.1.1]>",
-    "<ann@[IPv6:zz]>", "<ann@[]>", "<ann@[127.0.0.1>", '<"ann@b.test>', '<"a"b@c.test>', "<@one.test:>", "<<ann@b.test>>",
-    "<ann@b.test>>", "<ann@b..test>", "<ann@.test>", f"<{LONG * 12}@b.test>", f"<ann@{'a.' * 1000}test>",
-    f"<{'@x.test,' * 200}@y.test:ann@b.test>", "<ann@b.test,bob@b.test>", "<ann@b(c).test>", "", "<", ">", "<ann@b,test>",
-]  # fmt: skip
+    "<ann@b.test",
+    "<ann@@b.test>",
+    "<an n@b.test>",
+    "<@b.test>",
+    "<ann@>",
+    "<ann@b.test>x",
+    "<ann@[999.1.1.1]>",
+    "<ann@[IPv6:zz]>",
+    "<ann@[]>",
+    "<ann@[127.0.0.1>",
+    '<"ann@b.test>',
+    '<"a"b@c.test>',
+    "<@one.test:>",
+    "<<ann@b.test>>",
+    "<ann@b.test>>",
+    "<ann@b..test>",
+    "<ann@.test>",
+    f"<{LONG * 12}@b.test>",
+    f"<ann@{'a.' * 1000}test>",
+    f"<{'@x.test,' * 200}@y.test:ann@b.test>",
+    "<ann@b.test,bob@b.test>",
+    "<ann@b(c).test>",
+    "",
+    "<",
+    ">",
+    "<ann@b,test>",
+]
 
 
 @pytest.mark.parametrize("path", GOOD_PATHS)
@@ -1271,7 +1729,9 @@ def test_rcpt_arguments(holding: Any, argument: str, want: str) -> None:
         client.ask(f"RCPT {argument}", want)
 
 
-@pytest.mark.parametrize("octets", [b"\x00", b"\x01", b"\t\x0b", b"\x7f", b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\r"])
+@pytest.mark.parametrize(
+    "octets", [b"\x00", b"\x01", b"\t\x0b", b"\x7f", b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\r"]
+)
 def test_control_characters_and_broken_utf8_in_addresses(holding: Any, octets: bytes) -> None:
     with hello(holding) as client:
         for verb in (b"MAIL FROM:", b"RCPT TO:"):
@@ -1286,11 +1746,563 @@ def test_utf8_addresses_are_kept(holding: Any, held: Spool) -> None:
         client.ask("MAIL FROM:<\u00e4nn@b\u00fc.test> SMTPUTF8", "250")
         client.ask("RCPT TO:<b\u00f6b@hop.test>", "250")
         record = held.known(client.content(b".\r\n").split()[-1])
-    assert (record["reverse_path"], record["recipients"][0]["address"]) == ("\u00e4nn@b\u00fc.test", "b\u00f6b@hop.test")
+    assert (record["reverse_path"], record["recipients"][0]["address"]) == (
+        "\u00e4nn@b\u00fc.test",
+        "b\u00f6b@hop.test",
+    )
+
+
+# -- delivery status parameters --
+
+XTEXT = [
+    ("bob@example.com", "bob@example.com"),
+    ("a+b=c d", "a+2Bb+3Dc+20d"),
+    ("tilde~bang!", "tilde~bang!"),
+]
+
+
+@pytest.mark.parametrize("text, value", XTEXT)
+def test_xtext(text: str, value: str) -> None:
+    assert smtprelay.decode_xtext(value) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "a b", "a=b", "a+2", "a+2G", "+0D+0A", "a+00", "a+7F", "a+E9", "\xe9", "a\r\n", "+"],
+)
+def test_xtext_refused(value: str) -> None:
+    assert smtprelay.decode_xtext(value) is None
+
+
+RET = [("FULL", "FULL"), ("hdrs", "HDRS"), ("", None), ("BODY", None)]
+ENVID = [
+    ("QQ314159", "QQ314159"),
+    ("a+2Bb+41", "a+2BbA"),
+    ("x" * 100, "x" * 100),
+    ("x" * 101, None),
+    ("", None),
+    ("+0A", None),
+    ("a b", None),
+]
+NOTIFY = [
+    ("NEVER", "NEVER"),
+    ("success,Failure", "SUCCESS,FAILURE"),
+    ("FAILURE,SUCCESS,DELAY", "FAILURE,SUCCESS,DELAY"),
+    ("NEVER,SUCCESS", None),
+    ("", None),
+    ("FAILURE,", None),
+    ("FAILURE," * 4, None),
+    ("ALWAYS", None),
+    ("FA\u0130LURE", None),
+]
+ORCPT = [
+    ("rfc822;bob@example.com", "rfc822;bob@example.com"),
+    ("RFC822;a+2Bb@example.com", "RFC822;a+2Bb@example.com"),
+    ("x400;/S=bob/".replace("=", "+3D"), "x400;/S+3Dbob/"),
+    ("rfc822;", None),
+    ("rfc822", None),
+    (";bob@example.com", None),
+    ("rf c;bob@example.com", None),
+    ("rfc822;a+0D+0AData@example.com", None),
+    ("rfc822;b\xf6b@example.com", None),
+    ("rfc822;" + "x" * 493, "rfc822;" + "x" * 493),
+    ("rfc822;" + "x" * 494, None),
+    (r"utf-8;b\x{F6}b@example.com", r"utf-8;b\x{F6}b@example.com"),
+    ("utf-8;b\xf6b@example.com", None),
+    (r"utf-8;\x{D}\x{A}", None),
+    (r"utf-8;\x{0D}@example.com", None),
+    (r"utf-8;\x{D800}@example.com", None),
+    (r"utf-8;\x{110000}@example.com", None),
+    (r"utf-8;\x{0000041}@example.com", None),
+    ("utf-8;a+2Bb@example.com", None),
+    (r"utf-8;a\b@example.com", None),
+    ("utf-8;", None),
+]
+TABLES = (
+    [(smtprelay.is_ret, *row) for row in RET]
+    + [(smtprelay.is_envid, *row) for row in ENVID]
+    + [(smtprelay.is_notify, *row) for row in NOTIFY]
+    + [(smtprelay.is_orcpt, *row) for row in ORCPT]
+)
+
+
+@pytest.mark.parametrize("good, value, kept", TABLES)
+def test_parameter(good: Callable[[str], bool], value: str, kept: str | None) -> None:
+    assert good(value) == (kept is not None)
+
+
+def test_orcpt_is_raw_utf8_only_after_smtputf8() -> None:
+    assert smtprelay.is_orcpt("utf-8;b\xf6b@ex\xe4mple.com", smtputf8=True)
+    assert not smtprelay.is_orcpt("utf-8;b\udcc3b@example.com", True)
+    assert not smtprelay.is_orcpt("utf-8;" + "\xe9" * 248, True)
+
+
+UNITEXT = [
+    ("bob", "bob", "bob"),
+    ("b\xf6b", "b\xf6b", r"b\x{F6}b"),
+    ("a+b=c d", r"a\x{2B}b\x{3D}c\x{20}d", r"a\x{2B}b\x{3D}c\x{20}d"),
+    ("a\\x{41}", r"a\x{5C}x{41}", r"a\x{5C}x{41}"),
+    ("\U0001f4eb\u200c", "\U0001f4eb\\x{200C}", r"\x{1F4EB}\x{200C}"),
+]
+
+
+@pytest.mark.parametrize("text, wide, narrow", UNITEXT)
+def test_unitext_there_and_back(text: str, wide: str, narrow: str) -> None:
+    special = smtprelay.UNITEXT_SPECIAL
+    assert smtprelay.encode_unitext(text, special, utf8=True) == wide
+    assert smtprelay.encode_unitext(text, special) == narrow
+    assert smtprelay.decode_unitext(wide) == smtprelay.decode_unitext(narrow) == text
+
+
+def test_report_addresses() -> None:
+    assert smtprelay.original_recipient("", False) == ""
+    assert smtprelay.original_recipient("rfc822;a b", True) == ""
+    assert smtprelay.original_recipient("rfc822;a+2Bb@x.test", False) == "rfc822; a+b@x.test"
+    assert smtprelay.original_recipient("utf-8;\xf6@x.test", False) == r"utf-8; \x{F6}@x.test"
+    assert smtprelay.original_recipient("utf-8;\xf6@x.test", True) == "utf-8; \xf6@x.test"
+    assert smtprelay.final_recipient('"a b"@x.test', True) == 'rfc822; "a b"@x.test'
+    assert smtprelay.final_recipient("\xf6+1@x.test", False) == r"utf-8; \x{F6}\x{2B}1@x.test"
+
+
+def test_hostile_values_take_no_time() -> None:
+    for value in ("+2B" * 300_000, "\\x{" * 300_000, "FAILURE," * 100_000):
+        assert not smtprelay.is_envid(value)
+        assert not smtprelay.is_notify(value)
+        assert not smtprelay.is_orcpt("utf-8;" + value)
+
+
+# === SEALING =================================================================
+SEAL_KEY, OTHER_KEY = bytes(range(32)), bytes(32)
+CHUNK, FULL_CHUNK = smtprelay.CHUNK_SIZE, smtprelay.SEALED_CHUNK
+ALTERED = "was cut or altered"
+
+
+def fixed_random(size: int) -> bytes:
+    return b"\xaa" * size
+
+
+def sealer(key: bytes = SEAL_KEY) -> smtprelay.Sealer:
+    return smtprelay.Sealer(key)
+
+
+def noise(size: int, seed: int = 8) -> bytes:
+    return random.Random(seed).getrandbits(8 * size + 8).to_bytes(size + 1, "big")[:size]
+
+
+def chunks_of(data: bytes) -> list[bytes]:
+    """Cut a sealed file into its head and chunks."""
+    body = data[smtprelay.HEAD_SIZE :]
+    return [data[: smtprelay.HEAD_SIZE]] + [body[at : at + FULL_CHUNK] for at in range(0, len(body), FULL_CHUNK)]
+
+
+def refusal(data: bytes, name: str = "a.eml", key: bytes = SEAL_KEY) -> str:
+    """Return why `data` cannot be read; fails if it can to the end."""
+    with pytest.raises(smtprelay.SealError) as caught:
+        sealer(key).unseal(data, name)
+    return str(caught.value)
+
+
+# The GCM specification's test cases 13 to 16, then NIST's gcmEncryptExtIV256: key, nonce, AAD,
+# text, cipher text and tag.
+_K = "feffe9928665731c6d6a8f9467308308" * 2
+_P = (
+    "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a72"
+    "1c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b391aafd255"
+)
+_C = (
+    "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa"
+    "8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662898015ad"
+)
+GCM_VECTORS = [
+    ("00" * 32, "00" * 12, "", "", "530f8afbc74536b9a963b4f1c4cb738b"),
+    (
+        "00" * 32,
+        "00" * 12,
+        "",
+        "00" * 16,
+        "cea7403d4d606b6e074ec5d3baf39d18d0d1c8a799996bf0265b98b5d48ab919",
+    ),
+    (_K, "cafebabefacedbaddecaf888", "", _P, _C + "b094dac5d93471bdec1a502270e3cc6c"),
+    (
+        _K,
+        "cafebabefacedbaddecaf888",
+        "feedfacedeadbeeffeedfacedeadbeefabaddad2",
+        _P[:120],
+        _C[:120] + "76fc6ece0f4e1768cddf8853bb2d551b",
+    ),
+    (
+        "b52c505a37d78eda5dd34f20c22540ea1b58963cf8e5bf8ffa85f9f2492505b4",
+        "516c33929df5a3284ff463d7",
+        "",
+        "",
+        "bdc1ac884d332457a1d2664f168c76f0",
+    ),
+    (
+        "31bdadd96698c204aa9ce1448ea94ae1fb4a9a0b3c9d773b51bb1822666b8f22",
+        "0d18e06c7c725ac9e362e1ce",
+        "",
+        "2db5168e932556f8089a0622981d017d",
+        "fa4362189661d163fcd6a56d8bf0405ad636ac1bbedd5cc3ee727dc2ab4a9489",
+    ),
+    (
+        "92e11dcdaa866f5ce790fd24501f92509aacf4cb8b1339d50c9c1240935dd08b",
+        "ac93a1a6145299bde902f21a",
+        "1e0889016f67601c8ebea4943bc23ad6",
+        "2d71bcfa914e4ac045b2aa60955fad24",
+        "8995ae2e6df3dbf96fac7b7137bae67feca5aa77d51d4a0a14d9c51e1da474ab",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "nonce", "aad", "text", "box"), GCM_VECTORS)
+def test_gcm_is_the_standard_one(key: str, nonce: str, aad: str, text: str, box: str) -> None:
+    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names())
+    k, n, a, t, b = (bytes.fromhex(value) for value in (key, nonce, aad, text, box))
+    assert smtprelay.gcm(lib, k, n, a, t) == b
+    assert smtprelay.gcm(lib, k, n, a, b[:-16], b[-16:]) == t
+    for bad in (b[:-1] + bytes([b[-1] ^ 1]), bytes([b[0] ^ 1]) + b[1:]):
+        assert smtprelay.gcm(lib, k, n, a, bad[:-16], bad[-16:]) is None
+    assert smtprelay.gcm(lib, k, n, a + b"!", b[:-16], b[-16:]) is None
+
+
+HKDF_VECTORS = [  # RFC 5869 A.1 and A.3, the first 32 octets
+    (
+        "000102030405060708090a0b0c",
+        "f0f1f2f3f4f5f6f7f8f9",
+        "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf",
+    ),
+    ("", "", "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"),
+]
+
+
+@pytest.mark.parametrize(("salt", "info", "derived"), HKDF_VECTORS)
+def test_hkdf_is_the_standard_one(salt: str, info: str, derived: str) -> None:
+    secret = smtprelay.hkdf(b"\x0b" * 22, bytes.fromhex(salt), bytes.fromhex(info))
+    assert secret.hex() == derived
+
+
+def test_the_format_does_not_change() -> None:
+    data = smtprelay.Sealer(SEAL_KEY, fixed_random).seal(b"hello", "a.eml")
+    assert data[:8] == b"\x8fSEALED\x01"
+    assert data[16:48] == b"\xaa" * 32
+    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names())
+    key = smtprelay.hkdf(SEAL_KEY, data[16:48], b"smtprelay file")
+    assert smtprelay.gcm(lib, key, bytes(11) + b"\1", data[:48] + b"a.eml", data[48:-16], data[-16:]) == b"hello"
+    assert hashlib.sha256(data).hexdigest()[:16] == "8d4e2aa732d3a583"
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 200_000])
+def test_what_was_sealed_comes_back(size: int) -> None:
+    text, cut = noise(size), random.Random(size)
+    writer = sealer().writer("a.eml")
+    assert writer
+    data, at = b"", 0
+    while at < size:
+        step = cut.choice([1, 76, 4096, CHUNK, 3 * CHUNK])
+        data += writer.update(text[at : at + step])
+        at += step
+    data += writer.update(b"", last=True)
+    assert len(data) == 48 + size + 16 * max(1, -(-size // CHUNK))
+    assert size < 32 or text[:32] not in data
+    reader = sealer().reader(io.BytesIO(data), "a.eml")
+    pieces = iter(lambda: reader.read(cut.choice([1, 100, 8192, 100_000])), b"")
+    assert b"".join(pieces) == text
+    for _ in range(20):
+        at = reader.seek(cut.randrange(size + 1))
+        assert reader.read(100) == text[at : at + 100] and reader.tell() == min(at + 100, size)
+    assert reader.seek(0, os.SEEK_END) == size
+
+
+def test_the_reader_is_as_good_as_an_open_file(tmp_path: Path) -> None:
+    text = b"Subject: tea\r\n\r\n" + b"cup\r\n" * 30_000
+    path = tmp_path / "a.eml"
+    path.write_bytes(sealer().seal(text, "a.eml"))
+    file = path.open("rb")
+    with sealer().reader(file, "a.eml") as reader:
+        assert reader.readline() == b"Subject: tea\r\n"
+        assert b"".join(reader) == text[14:]
+    assert file.closed
+
+
+def test_no_nonce_serves_twice_under_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    gcm, used = smtprelay.gcm, []
+
+    def spy(lib: Any, key: bytes, nonce: bytes, *rest: Any) -> bytes | None:
+        used.append((key, nonce))
+        return gcm(lib, key, nonce, *rest)
+
+    monkeypatch.setattr(smtprelay, "gcm", spy)
+    for _ in range(3):
+        sealer().seal(noise(3 * CHUNK), "a.eml")
+    assert len(used) == len(set(used)) == 9
+
+
+def test_every_flipped_bit_of_a_small_file_is_noticed() -> None:
+    data = sealer().seal(b"hello", "a.eml")
+    for bit in range(8 * 8, 8 * len(data)):  # one in the magic makes it a plain file, and no message
+        bad = bytearray(data)
+        bad[bit // 8] ^= 1 << bit % 8
+        assert ("another key" if bit < 16 * 8 else ALTERED) in refusal(bytes(bad))
+
+
+@pytest.mark.parametrize("size", [0, 5, 3 * CHUNK, 2 * CHUNK + 9])
+def test_a_cut_is_noticed_on_opening(size: int) -> None:
+    data = sealer().seal(noise(size), "a.eml")
+    edges = {48 + n * FULL_CHUNK + d for n in range(4) for d in (-1, 0, 1, 15, 16, 17)}
+    for cut in {*range(1, 60), len(data) - 1, len(data) - 16, *edges}:
+        if cut < len(data):
+            with pytest.raises(smtprelay.SealError, match=ALTERED):
+                sealer().reader(io.BytesIO(data[:cut]), "a.eml")
+
+
+def test_chunks_keep_their_order_and_number() -> None:
+    text = noise(3 * CHUNK + 9)
+    head, a, b, c, d = chunks_of(sealer().seal(text, "a.eml"))
+    other = chunks_of(sealer().seal(text, "a.eml"))
+    for wrong in (
+        [b, a, c, d],
+        [a, a, b, c, d],
+        [a, c, d],
+        [a, b, d],
+        [d],
+        [a, b, c],
+        [a, b, c, d, d],
+        [a, b, c, d, b"x"],
+        [a, b, c, d, head, a, b, c, d],
+        [a, other[2], c, d],  # from another sealing of the same text
+    ):
+        assert ALTERED in refusal(b"".join([head, *wrong]))
+    assert ALTERED in refusal(b"".join([other[0], a, b, c, d]))
+    assert sealer().unseal(b"".join([head, a, b, c, d]), "a.eml") == text
+
+
+def test_files_and_sidecars_cannot_be_exchanged() -> None:
+    one = sealer().seal(b"one", "1.eml")
+    for name in ("2.eml", "1.json", "bad\udcff.eml"):
+        assert f"{name} {ALTERED}, or is not the file of this name" in refusal(one, name)
+
+
+def test_nothing_follows_an_error() -> None:
+    parts = chunks_of(sealer().seal(noise(3 * CHUNK), "a.eml"))
+    parts[2] = parts[2][:9] + bytes([parts[2][9] ^ 1]) + parts[2][10:]
+    reader = sealer().reader(io.BytesIO(b"".join(parts)), "a.eml")
+    assert reader.read(CHUNK) == noise(3 * CHUNK)[:CHUNK]
+    for _ in range(2):
+        with pytest.raises(smtprelay.SealError):
+            reader.read(1)
+
+
+def test_a_wrong_key_is_told_from_damage() -> None:
+    data = sealer().seal(b"hello", "a.eml")
+    assert "another key than SMTP_SPOOL_KEY" in refusal(data, key=OTHER_KEY)
+    assert "SMTP_SPOOL_KEY is not set" in refusal(data, key=b"")
+
+
+def test_a_plain_file_stays_readable() -> None:
+    for text in (b"", b"X-Envelope-From: <>\r\n\r\n" + noise(CHUNK), b"{}", b"\x8f?"):
+        for key in (SEAL_KEY, b""):
+            assert sealer(key).unseal(text, "a.eml") == text
+    assert sealer(b"").seal(b"hello", "a.eml") == b"hello"
+    assert sealer(b"").seal_text("secret", "app") == "secret"
+
+
+def test_a_secret_is_one_line_of_ascii() -> None:
+    line = sealer().seal_text("pass wörd", "app/relay_password")
+    assert line.startswith("sealed:") and line.isascii() and line.isprintable() and " " not in line
+    assert sealer().unseal_text(line, "app/relay_password") == "pass wörd"
+    assert sealer().unseal_text("plain", "app/relay_password") == "plain"
+    with pytest.raises(smtprelay.SealError, match=ALTERED):
+        sealer().unseal_text(line, "other/relay_password")
+    for bad in ("", "?", "é", "aGVsbG8=", line[7:-1], line[7:20], line[7:30] + "?" + line[30:]):
+        with pytest.raises(smtprelay.SealError):
+            sealer().unseal_text("sealed:" + bad, "app/relay_password")
+
+
+def settings_at(folder: Path, **more: str) -> smtprelay.Settings:
+    return smtprelay.Settings.read({"SMTP_SPOOL": str(folder / "spool"), **more})
+
+
+def spool_of(folder: Path, **more: str) -> smtprelay.FileSpool:
+    s = settings_at(folder, **more)
+    spool = smtprelay.FileSpool(s, smtprelay.open_log(s))
+    spool.open()
+    return spool
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def keep(spool: smtprelay.FileSpool, content: bytes, block: int = 100_000) -> str:
+    """Put a message into a spool; return its stem."""
+    draft = spool.draft(smtprelay.Envelope("a@example.com", "127.0.0.1", "me", recipients=["b@example.com"]))
+    for at in range(0, len(content), block):
+        draft.write(content[at : at + block])
+    return draft.commit()
+
+
+@pytest.mark.parametrize("size", [0, 100, 10 * 1024 * 1024])
+def test_a_sealed_spool_shows_nothing_and_loses_nothing(tmp_path: Path, size: int) -> None:
+    content = b"Subject: secret words\r\n\r\n" + noise(size)
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+    stem = keep(spool, content)
+    message = spool.load(stem)
+    assert message.size == len(content)
+    message.last_error = "secret reply"
+    spool.save(message)
+    spool.close()
+    for name, data in listing(tmp_path / "spool").items():
+        assert b"secret" not in data and b"example.com" not in data, name
+    again = spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+    assert again.load(stem).last_error == "secret reply"
+    with again.content(stem) as file:
+        assert file.read().endswith(b"0000\r\n" + content)
+    again.remove(stem)
+    again.close()
+
+
+@pytest.mark.parametrize("key", ["", SEAL_KEY.hex()])
+@pytest.mark.parametrize("size", [100, 600_000])
+def test_a_message_cut_anywhere_is_not_taken_for_one(tmp_path: Path, key: str, size: int) -> None:
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=key, SMTP_FSYNC="0")
+    stem = keep(spool, b"x" * size)
+    path = tmp_path / "spool" / f"{stem}.eml"
+    data = path.read_bytes()
+    for cut in [
+        0,
+        1,
+        7,
+        60,
+        300,
+        size // 2,
+        48 + FULL_CHUNK,
+        len(data) - 1,
+        *random.Random(1).sample(range(len(data)), 20),
+    ]:
+        path.write_bytes(data[: min(cut, len(data) - 1)])
+        with pytest.raises(smtprelay.SpoolError):
+            spool.load(stem)
+    path.write_bytes(data)
+    assert spool.load(stem).size == size
+    spool.close()
+
+
+def test_a_torn_sealed_record_is_rebuilt(tmp_path: Path) -> None:
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+    message = spool.load(keep(spool, b"x"))
+    message.attempts = 3
+    spool.save(message)
+    path = tmp_path / "spool" / f"{message.stem}.json"
+    data = path.read_bytes()
+    for bad, attempts in ((data, 3), (b"", 0), (data[:-1], 0), (data[:10], 0), (message.to_json(), 3)):
+        path.write_bytes(bad)
+        assert spool.load(message.stem).attempts == attempts
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [(OTHER_KEY.hex(), "sealed with another key"), ("", "SMTP_SPOOL_KEY is not set"), ("ab", "64 hexadecimal digits")],
+)
+def test_a_wrong_key_stops_the_program_and_touches_nothing(tmp_path: Path, key: str, words: str) -> None:
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+    keep(spool, b"x")
+    spool.close()
+    assert os.stat(tmp_path / "spool/key.check").st_mode & 0o777 == 0o600
+    before = listing(tmp_path)
+    env = {
+        "SMTP_SPOOL": str(tmp_path / "spool"),
+        "SMTP_SPOOL_KEY": key,
+        "SMTP_PORT": "127.0.0.1:0",
+        "SMTP_HEALTH_ADDR": "off",
+    }
+    ran = subprocess.run(
+        [sys.executable, smtprelay.__file__], env={**os.environ, **env}, capture_output=True, text=True, timeout=20
+    )
+    assert ran.returncode == 78
+    assert "SMTP_SPOOL_KEY" in ran.stderr and words in ran.stderr and (not key or key not in ran.stderr)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("mark", [b"", b"?", b"\x8fSEAL", b"key.chec"])
+def test_a_damaged_mark_is_an_error(tmp_path: Path, mark: bytes) -> None:
+    spool_of(tmp_path).close()
+    (tmp_path / "spool/key.check").write_bytes(mark)
+    with pytest.raises(smtprelay.SettingsError, match=r"key\.check was (cut or )?altered"):
+        spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+
+
+def test_a_key_can_come_from_a_file_and_later(tmp_path: Path) -> None:
+    spool = spool_of(tmp_path)
+    old = keep(spool, b"plain")
+    spool.close()
+    (tmp_path / "key").write_text(SEAL_KEY.hex() + "\n")
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY_FILE=str(tmp_path / "key"))
+    assert spool.load(old).size == 5
+    assert (tmp_path / "spool" / f"{keep(spool, b'x')}.eml").read_bytes().startswith(smtprelay.MAGIC)
+    spool.close()
+
+
+def test_ssl_brings_its_own_libcrypto() -> None:
+    import ssl
+
+    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names()[:1])
+    assert lib.OpenSSL_version_num() == ssl.OPENSSL_VERSION_NUMBER
+
+
+def test_no_libcrypto_is_a_start_up_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "libcrypto_names", lambda: ["/nonexistent/libcrypto.so.3", "libc.so.6"])
+    with pytest.raises(smtprelay.SettingsError, match="SMTP_SPOOL_KEY=.a secret.: expected .*libcrypto"):
+        spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+
+
+def test_ctypes_is_loaded_for_a_key_only() -> None:
+    code = (
+        "import sys, smtprelay\n"
+        "smtprelay.Sealer().seal(b'', '')\n"
+        "assert 'ctypes' not in sys.modules\n"
+        "smtprelay.Sealer(bytes(32))\n"
+        "assert 'ctypes' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(smtprelay.__file__).parent, check=True, timeout=30)
+
+
+def test_one_sealer_serves_many_threads() -> None:
+    shared, wrong = sealer(), []
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            text, name = noise(50_000 + turn, number), f"{number}.eml"
+            if shared.unseal(shared.seal(text, name), name) != text:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+
+
+def test_10_mib_stream_in_little_memory(tmp_path: Path) -> None:
+    path, block, blocks = tmp_path / "a.eml", noise(CHUNK), 160
+    writer = sealer().writer("a.eml")
+    assert writer
+    tracemalloc.start()
+    with path.open("wb") as file:
+        for _ in range(blocks):
+            file.write(writer.update(block))
+        file.write(writer.update(b"", last=True))
+    with sealer().reader(path.open("rb"), "a.eml") as reader:
+        while reader.read(CHUNK):
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size == 48 + blocks * FULL_CHUNK
+    assert peak < 1 << 20
 
 
 # === SPOOL ===================================================================
-
 DEAF = {"SMTP_RELAY_HOST": "127.0.0.1:9", "SMTP_DELIVERY": "relay"}  # discard: nobody listens there
 
 
@@ -1312,20 +2324,46 @@ def test_names_modes_and_envelope_of_the_files(start: Callable[..., Any], tmp_pa
 def test_record_has_the_fields_of_the_contract(start: Callable[..., Any], tmp_path: Path) -> None:
     said(start())
     record = Spool(tmp_path / "spool").known()
-    assert set(record) >= {"v", "id", "status", "received_at", "client", "helo", "protocol", "user", "reverse_path", "size",
-                           "recipients", "attempts", "next_attempt_at", "last_error", "history", "finished_at"}  # fmt: skip
+    assert set(record) >= {
+        "v",
+        "id",
+        "status",
+        "received_at",
+        "client",
+        "helo",
+        "protocol",
+        "user",
+        "reverse_path",
+        "size",
+        "recipients",
+        "attempts",
+        "next_attempt_at",
+        "last_error",
+        "history",
+        "finished_at",
+    }
     assert set(record["recipients"][0]) >= {"address", "status", "code", "reply", "host"}
     assert set(record["history"][0]) == {"at", "status", "detail"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", record["received_at"])
-    assert (record["size"], record["client"], record["helo"], record["status"]) == (len(MAIL), "127.0.0.1", "client.test", "held")
+    assert (record["size"], record["client"], record["helo"], record["status"]) == (
+        len(MAIL),
+        "127.0.0.1",
+        "client.test",
+        "held",
+    )
 
 
 @pytest.mark.parametrize(
     ("script", "status", "suffix"),
-    [({}, "forwarded", ".forwarded.json"), ({"mail": "550 5.1.0 no"}, "failed", ".failed.json"), ({"mail": "450 4.2.0 wait"}, "retrying", ".json")],
+    [
+        ({}, "forwarded", ".forwarded.json"),
+        ({"mail": "550 5.1.0 no"}, "failed", ".failed.json"),
+        ({"mail": "450 4.2.0 wait"}, "retrying", ".json"),
+    ],
 )
-def test_the_name_of_the_record_says_how_it_stands(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop],
-                                                   script: Script, status: str, suffix: str) -> None:  # fmt: skip
+def test_the_name_of_the_record_says_how_it_stands(
+    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop], script: Script, status: str, suffix: str
+) -> None:
     spool, next_hop = Spool(tmp_path / "spool"), hop(script=script)
     said(start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_BOUNCE="0", **next_hop.settings()))
     record = spool.await_status(status)
@@ -1347,6 +2385,11 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def linked(path: Path) -> None:
     path.unlink()
     path.symlink_to("/etc/hostname")
@@ -1358,12 +2401,14 @@ STRANGE = {
     "an .eml that is not ours": lambda path: path.write_bytes(b"From: x\r\n\r\n" * 100),
     "a symbolic link": linked,
     "a directory": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a pipe": piped,
 }
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_what_does_not_parse_is_set_aside(program: Callable[..., Program], hop: Callable[..., FakeHop], name: str) -> None:
+def test_what_does_not_parse_is_set_aside(
+    program: Callable[..., Program], hop: Callable[..., FakeHop], name: str
+) -> None:
     relay, next_hop = program(**DEAF), hop()
     bad, good = said(relay, MAIL, MAIL)
     relay.stop(signal.SIGKILL)
@@ -1391,7 +2436,9 @@ def test_foreign_names_are_set_aside(program: Callable[..., Program], place: str
 
 
 @pytest.mark.parametrize("damage", ["kept", "removed", "torn", "garbage"])
-def test_what_is_owed_is_delivered_after_a_kill(program: Callable[..., Program], hop: Callable[..., FakeHop], damage: str) -> None:
+def test_what_is_owed_is_delivered_after_a_kill(
+    program: Callable[..., Program], hop: Callable[..., FakeHop], damage: str
+) -> None:
     relay, next_hop = program(**DEAF), hop()
     content = b"X-Envelope-To: <evil@x.test>\r\n\r\n.\r\n\x00\xff\r\n"
     [queue_id] = said(relay, content, to=("bob@hop.test", '"carol c"@hop.test'))
@@ -1409,7 +2456,9 @@ def test_what_is_owed_is_delivered_after_a_kill(program: Callable[..., Program],
     assert next_hop.messages[0].content.startswith(b"Received: from client.test")
 
 
-def test_a_recipient_that_was_served_is_not_served_again(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
+def test_a_recipient_that_was_served_is_not_served_again(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
     next_hop = hop(script={"rcpt carol@hop.test": "450 4.2.1 busy"})
     relay = program(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings())
     said(relay, to=("bob@hop.test", "carol@hop.test"))
@@ -1462,14 +2511,20 @@ def test_a_full_spool_says_452(start: Callable[..., Any], settings: dict[str, st
         client.ask("NOOP", "250")
 
 
-@pytest.mark.parametrize(("settings", "left"), [({"SMTP_SPOOL_MAX_MESSAGES": "2"}, 2), ({"SMTP_SPOOL_MAX_SIZE": "10K"}, 2)])
-def test_the_oldest_held_message_makes_room(start: Callable[..., Any], tmp_path: Path, settings: dict[str, str], left: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "left"), [({"SMTP_SPOOL_MAX_MESSAGES": "2"}, 2), ({"SMTP_SPOOL_MAX_SIZE": "10K"}, 2)]
+)
+def test_the_oldest_held_message_makes_room(
+    start: Callable[..., Any], tmp_path: Path, settings: dict[str, str], left: int
+) -> None:
     spool = Spool(tmp_path / "spool")
     ids = said(start(**settings), *[b"x" * 4000 + b"\r\n"] * 4)
     wait_until(lambda: [path.name.partition("_")[0] for path in spool.files("*.eml")] == ids[-left:])
 
 
-def test_finished_messages_go_when_their_time_is_over(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
+def test_finished_messages_go_when_their_time_is_over(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
     relay = program(**hop().settings())
     said(relay)
     relay.spool.await_status("forwarded")
@@ -1491,9 +2546,711 @@ def test_memory_leaves_nothing_on_disk(start: Callable[..., Any], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+# === ACCOUNTS ================================================================
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+LOG = smtprelay.Log(logging.getLogger("a relay under test"))
+API_KEY = "mp_live_4242"
+HASH_END = ":" + "0" * 32 + ":" + "0" * 64
+
+
+def cheap_hash(password: str, making: str = "scrypt:1024:8:1") -> str:
+    making = f"{making}:{'ab' * 16}"
+    return f"{making}:{smtprelay.derive(password, making)}"
+
+
+USERS: dict[str, Any] = {
+    "app": {"password": cheap_hash("grün"), "api_key": API_KEY, "allowed_domains": ["example.com"]},
+    "old": {"password": "tanstaaftanstaaf"},
+    "job": {"api_key": "mp_live_77"},
+}
+
+
+def users_file(home: Path, users: Any) -> str:
+    path = home / "users.json"
+    path.write_text(users if isinstance(users, str) else json.dumps(users))
+    path.chmod(0o600)
+    return str(path)
+
+
+def b64(text: str | bytes) -> bytes:
+    return base64.b64encode(text.encode() if isinstance(text, str) else text)
+
+
+def plain(user: str, password: str) -> str:
+    return "AUTH PLAIN " + b64(f"\0{user}\0{password}").decode()
+
+
+class Visitor(Dialogue):
+    """A client from any address: its connection is handed to the listener as if accepted from there."""
+
+    def __init__(self, relay: Any, client: str) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(8)
+        self.file = self.sock.makefile("rb")
+        hold = relay.receiving.listeners[0].process_request
+        threading.Thread(target=hold, args=(theirs, client), daemon=True).start()
+
+
+def start_tls(client: Dialogue, pair: str) -> None:
+    """Say STARTTLS, then shake hands."""
+    client.ask("STARTTLS", "220")
+    client.sock = smtprelay.client_context(pair).wrap_socket(client.sock, server_hostname="localhost")
+    client.file = client.sock.makefile("rb")
+
+
+@contextlib.contextmanager
+def greeted(relay: Any, client: str = "", pair: str = "") -> Iterator[Dialogue]:
+    """Open a dialogue past EHLO, from an address, under TLS if there is a certificate."""
+    with Visitor(relay, client) if client else Dialogue((relay.host, relay.port)) as dialogue:
+        dialogue.ask("EHLO client.test", "250")
+        if pair:
+            start_tls(dialogue, pair)
+            dialogue.ask("EHLO client.test", "250")
+        yield dialogue
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One self-signed certificate for relay.example, with its key, in one file."""
+    need("openssl")
+    return smtprelay.self_signed(str(tmp_path_factory.mktemp("pair")), "relay.example")[0]
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory, pair: str) -> Iterator[Any]:
+    """One relay with accounts and TLS, shared by all tests that only talk to it."""
+    home = tmp_path_factory.mktemp("doors")
+    settings = {**QUICK, "SMTP_STORAGE": "memory", "SMTP_USERS_FILE": users_file(home, USERS), "SMTP_TLS_CERT": pair,
+                "SMTP_TLS_KEY": pair, "SMTP_AUTH_FAILURES": "100000", "SMTP_MAX_ERRORS": "1000",
+                "SMTP_ALLOW_NETWORKS": "0.0.0.0/0,::/0", "SMTP_SMTPS_PORT": "127.0.0.1:0"}  # fmt: skip
+    with smtprelay.start(**settings) as relay:
+        yield relay
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make new hashes cheap and note every one computed."""
+    computed: list[str] = []
+    derive = smtprelay.derive
+
+    def noted(password: str, making: str) -> str:
+        computed.append(making)
+        return derive(password, making)
+
+    monkeypatch.setattr(smtprelay, "NEW_HASH", "scrypt:1024:8:1")
+    monkeypatch.setattr(smtprelay, "derive", noted)
+    return computed
+
+
+def store(home: Path, users: Any, **settings: Any) -> Any:
+    return smtprelay.Accounts(smtprelay.Settings(users_file=users_file(home, users), **settings), LOG)
+
+
+def test_derive_agrees_with_rfc_7914() -> None:
+    made = smtprelay.derive("password", f"scrypt:1024:8:16:{b'NaCl'.hex()}")
+    assert made == "fdbabe1c9d3472007856e7190d01e9fe7c6ad7cbc8237830e77376634b373162"
+
+
+def test_a_new_hash_may_stand_in_the_file_and_checks() -> None:
+    stored = smtprelay.hash_password("grün")
+    assert smtprelay.fits(smtprelay.PASSWORD, stored) and stored.startswith("scrypt:16384:8:5:")
+    assert smtprelay.check_password("grün", stored) and not smtprelay.check_password("grun", stored)
+
+
+PASSWORDS = [
+    ("scrypt:16384:8:5" + HASH_END, True),
+    ("scrypt:16385:8:5" + HASH_END, False),  # not a power of two
+    ("scrypt:1073741824:8:1" + HASH_END, False),  # a terabyte
+    ("scrypt:16384:8:99" + HASH_END, False),
+    ("scrypt:16384:8" + HASH_END, False),
+    ("scrypt:16384:8:5:zz:00", False),
+    ("scrypt:", False),
+    ("in clear: with colons", True),
+    ("new\nline", False),
+    ("", False),
+]
+
+
+@pytest.mark.parametrize("value, good", PASSWORDS)
+def test_password_kinds(value: str, good: bool) -> None:
+    assert smtprelay.fits(smtprelay.PASSWORD, value) is good
+
+
+ACCOUNT_MISTAKES: list[tuple[Any, list[str]]] = [
+    ("[]", ["expected a JSON object of accounts by name"]),
+    ("{", ["expected JSON: "]),
+    ("[" * 100_000, ["expected JSON: "]),
+    ({"a": "x"}, ["account a: expected a JSON object"]),
+    ({"": {"password": "x"}}, ["account '': expected a name of 1 to 255"]),
+    ({"a\n": {"password": "x"}}, ["account 'a\\n': expected a name"]),
+    ({"a": {}}, ["account a: expected a password or an api_key"]),
+    ({"a": {"password": 5}}, ["account a: password: expected a scrypt hash"]),
+    ({"a": {"api_key": "a b"}}, ["account a: api_key: expected printable ASCII"]),
+    ({"a": {"password": "x", "qota": 1}}, ["account a: qota: no such key"]),
+    ({"a": {"password": "x", "quota_daily": True}}, ["account a: quota_daily: expected a whole"]),
+    ({"a": {"password": "x", "quota_daily": -1}}, ["account a: quota_daily: expected a whole"]),
+    ({"a": {"password": "x", "allowed_domains": "e.x"}}, ["account a: allowed_domains: expected"]),
+    ({"a": {"password": "x", "allowed_domains": ["@e.x"]}}, ["account a: allowed_domains: "]),
+    ({"a": {"api_key": API_KEY}, "b": {"api_key": API_KEY}}, ["account b: name or api_key is account a's"]),
+    ({"a": {"api_key": "b"}, "b": {"password": "x"}}, ["account b: name or api_key is account a's"]),
+    ({"a": {"quota_daily": "5"}, "b": 1}, ["a: quota_daily: ", "a: expected a password", "b: exp"]),
+]
+
+
+@pytest.mark.parametrize("users, expected", ACCOUNT_MISTAKES)
+def test_users_file_mistakes(tmp_path: Path, users: Any, expected: list[str]) -> None:
+    with pytest.raises(smtprelay.AccountsError) as caught:
+        store(tmp_path, users)
+    assert len(caught.value.mistakes) == len(expected)
+    for line, words in zip(caught.value.mistakes, expected):
+        assert words in line and API_KEY not in line
+
+
+def test_what_is_secret_is_in_no_repr() -> None:
+    shown = [smtprelay.Account("a", "s3cret", "s3cret", relay_password="s3cret"),
+             smtprelay.Settings(auth_password="s3cret", relay_password="s3cret")]  # fmt: skip
+    assert "s3cret" not in repr(shown)
+    names = [each.name for each in dataclasses.fields(smtprelay.Account)]
+    assert ["name", *smtprelay.ACCOUNT_KEYS] == names
+
+
+def test_account_of_the_environment(tmp_path: Path) -> None:
+    settings: Any = {"auth_user": "env", "auth_password": "x"}
+    both = store(tmp_path, {"a": {"password": "y", "api_key": "", "allowed_domains": []}}, **settings)
+    assert both.get("a") == smtprelay.Account("a", "y")  # empty is not set
+    assert [each.name for each in both.listed()] == ["a", "env"] and both.login("env", "x").account
+    with pytest.raises(smtprelay.AccountsError, match="SMTP_AUTH_USER has the same name"):
+        store(tmp_path, {"env": {"password": "y"}}, **settings)
+    assert not smtprelay.Accounts(smtprelay.Settings(), LOG).configured()
+
+
+def test_what_should_not_stay_so_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = users_file(
+        tmp_path, {"a": {"password": "s3cret"}, "b": {"api_key": "k"}, "c": {"password": cheap_hash("x")}}
+    )
+    smtprelay.Accounts(smtprelay.Settings(users_file=path), LOG)
+    assert "passwords in clear: a (" in caplog.text and "owner" not in caplog.text
+    os.chmod(path, 0o640)
+    smtprelay.Accounts(smtprelay.Settings(users_file=path), LOG)
+    assert "chmod 600" in caplog.text and "s3cret" not in caplog.text
+
+
+def test_a_changed_users_file_is_reread_and_a_broken_one_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accounts = store(tmp_path, {"a": {"password": "x"}})
+    users_file(tmp_path, {"other": {"password": "x"}})
+    assert accounts.get("a") is None and accounts.get("other")
+    users_file(tmp_path, '{"a": ')
+    assert accounts.get("other") and "expected JSON" in accounts.trouble
+    assert accounts.get("other")
+    assert caplog.text.count("the last good accounts stay") == 1  # not at each look
+    (tmp_path / "users.json").unlink()
+    assert accounts.get("other") and "No such file" in accounts.trouble
+    users_file(tmp_path, {"back": {"password": "xy"}})
+    assert accounts.get("back") and not accounts.get("other") and accounts.trouble == ""
+
+
+def test_change_users(tmp_path: Path) -> None:
+    path = str(tmp_path / "users.json")
+    smtprelay.change_users(path, {"a": {"password": "x", "quota_daily": 5}})
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    smtprelay.change_users(path, {"a": {"quota_daily": None}, "b": {"api_key": "k"}, "never": None})
+    assert json.loads(Path(path).read_text()) == {"a": {"password": "x"}, "b": {"api_key": "k"}}
+    before = Path(path).read_bytes()
+    with pytest.raises(smtprelay.AccountsError, match="account a: quota_daily"):
+        smtprelay.change_users(path, {"a": {"quota_daily": "many"}})
+    assert Path(path).read_bytes() == before
+    assert os.listdir(tmp_path) == ["users.json"]  # no draft, no lock
+    (tmp_path / "link").symlink_to(path)
+    smtprelay.change_users(str(tmp_path / "link"), {"b": None})
+    assert (tmp_path / "link").is_symlink() and list(json.loads(Path(path).read_text())) == ["a"]
+
+
+def in_threads(n: int, work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_changes_go_one_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "users.json")
+    in_threads(5, lambda n: smtprelay.change_users(path, {f"u{n}": {"password": "x"}}))
+    assert len(json.loads(Path(path).read_text())) == 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_leaves_the_file_to_its_owner(tmp_path: Path) -> None:
+    path = users_file(tmp_path, {})
+    os.chown(path, 12345, 12345)
+    smtprelay.change_users(path, {"a": {"password": "x"}})
+    assert (os.stat(path).st_uid, os.stat(path).st_gid) == (12345, 12345)
+
+
+LOGINS = [
+    ("app", "grün", "app"),
+    ("app", API_KEY, "app"),
+    (API_KEY, "grün", "app"),
+    (API_KEY, API_KEY, "app"),
+    ("old", "tanstaaftanstaaf", "old"),
+    ("mp_live_77", "mp_live_77", "job"),
+    ("app", "wrong", None),
+    ("app", "", None),
+    ("old", "", None),
+    ("job", "", None),
+    ("job", API_KEY, None),
+    (API_KEY, "mp_live_77", None),
+    ("mp_live_99999", "mp_live_99999", None),
+    ("APP", "grün", None),
+    ("nobody", "grün", None),
+    ("", "", None),
+    ("app\0", "grün", None),
+    ("\udcff", "\udcff", None),
+]
+
+
+def test_logins_and_the_work_that_each_costs(tmp_path: Path, hashed: list[str]) -> None:
+    accounts = store(tmp_path, USERS)
+    for user, password, name in LOGINS:
+        hashed.clear()
+        login = accounts.login(user, password)
+        assert (login.account.name if login.account else None) == name, user
+        assert login.reply == (smtprelay.AUTH_OK if name else smtprelay.AUTH_WRONG)
+        assert not {API_KEY, "mp_live_99999"} & {login.user} and login.user.isprintable()
+        assert len(hashed) == 1 if name is None else len(hashed) <= 1
+        assert all(making.startswith("scrypt:1024:8:1:") for making in hashed)
+
+
+def test_a_login_is_remembered_until_the_file_changes(tmp_path: Path, hashed: list[str]) -> None:
+    accounts = store(tmp_path, USERS)
+    for tries in range(3):
+        assert accounts.login("app", "grün").account and len(hashed) == 1, tries
+    assert not accounts.login("app", "gru\0n").account
+    users_file(tmp_path, {"app": {"password": cheap_hash("new")}})
+    assert not accounts.login("app", "grün").account and accounts.login("app", "new").account
+
+
+def test_logins_that_cannot_be_checked_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = store(tmp_path, USERS)
+    monkeypatch.setattr(smtprelay, "TURN_PATIENCE", 0.02)
+    for _ in range(smtprelay.LOGINS_AT_ONCE):
+        accounts._turns.acquire()
+    assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1].reply == smtprelay.ACCOUNTS_NOT_NOW
+    for _ in range(smtprelay.LOGINS_AT_ONCE):
+        accounts._turns.release()
+    monkeypatch.setattr(smtprelay, "derive", lambda password, making: (_ for _ in ()).throw(MemoryError()))
+    for _ in range(3):
+        assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1].reply == smtprelay.ACCOUNTS_NOT_NOW
+
+
+def test_by_key(tmp_path: Path) -> None:
+    accounts = store(tmp_path, USERS)
+    assert accounts.by_key(API_KEY) == accounts.get("app")
+    assert accounts.by_key("app") is None and accounts.by_key("") is None
+
+
+PLAIN_ONLY: dict[str, Any] = {"a": {"password": "x"}}
+AUTH_OFFERS: list[tuple[Any, Any, bool, list[str]]] = [
+    (PLAIN_ONLY, {}, True, ["PLAIN", "LOGIN", "CRAM-MD5"]),
+    (PLAIN_ONLY, {}, False, ["CRAM-MD5"]),
+    (PLAIN_ONLY, {"auth_insecure": True}, False, ["PLAIN", "LOGIN", "CRAM-MD5"]),
+    (PLAIN_ONLY, {"auth_methods": ("login",)}, True, ["LOGIN"]),
+    ({**PLAIN_ONLY, "b": {"api_key": "k"}}, {}, True, ["PLAIN", "LOGIN", "CRAM-MD5"]),
+    ({**PLAIN_ONLY, "b": {"password": cheap_hash("x")}}, {}, True, ["PLAIN", "LOGIN"]),
+    ({"a": {"password": cheap_hash("x")}}, {}, False, []),
+]
+
+
+@pytest.mark.parametrize("users, settings, secure, expected", AUTH_OFFERS)
+def test_offers(tmp_path: Path, users: Any, settings: Any, secure: bool, expected: list[str]) -> None:
+    assert store(tmp_path, users, **settings).offers(secure) == expected
+
+
+# -- SASL --
+
+
+def sasl_talk(accounts: Any, mechanism: str, *lines: bytes | None) -> Any:
+    """Run an exchange: the first line is the initial response or None; returns 334s and Login."""
+    challenges: list[str] = []
+    answers = iter(lines[1:])
+
+    def ask(challenge: str) -> bytes:
+        challenges.append(challenge)
+        line = next(answers)
+        assert line is not None
+        return line
+
+    return challenges, smtprelay.authenticate(accounts, mechanism, lines[0], ask)
+
+
+BASE64 = [(b"", b""), (b"YQ==", b"a"), (b"YWJj", b"abc"), *((line, None) for line in (
+    b"=", b"==", b"====", b"YQ", b"YQ=", b"Y Q==", b"YQ==YQ==", b"YQ==\n", b"\xff\xff\xff\xff", b"*"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, expected", BASE64)
+def test_decode_base64(line: bytes, expected: bytes | None) -> None:
+    assert smtprelay.decode_base64(line) == expected
+
+
+def test_cram_md5_is_that_of_rfc_2195() -> None:
+    settings = smtprelay.Settings(
+        auth_user="tim", auth_password="tanstaaftanstaaf", hostname="postoffice.reston.mci.net"
+    )
+    accounts = smtprelay.Accounts(settings, LOG, random=lambda _: "1896.697170952")
+    asked, login = sasl_talk(accounts, "CRAM-MD5", None, b"dGltIGI5MTNhNjAyYzdlZGE3YTQ5NWI0ZTZlNzMzNGQzODkw")
+    assert base64.b64decode(asked[0]) == b"<1896.697170952@postoffice.reston.mci.net>"
+    assert login.account
+
+
+CRAMS = [
+    ("old", "tanstaaftanstaaf", True),
+    ("app", API_KEY, True),  # the hash cannot, the key can
+    ("mp_live_77", "mp_live_77", True),
+    ("app", "grün", False),
+    ("old", "", False),
+    ("job", "", False),
+    ("nobody", "", False),
+]
+
+
+@pytest.mark.parametrize("user, secret, good", CRAMS)
+def test_cram_md5(tmp_path: Path, user: str, secret: str, good: bool) -> None:
+    accounts = store(tmp_path, USERS)
+    accounts.random = lambda _: "42"
+    accounts.settings = dataclasses.replace(accounts.settings, hostname="relay.example")
+    digest = hmac.new(secret.encode(), b"<42@relay.example>", "md5").hexdigest()
+    assert (sasl_talk(accounts, "CRAM-MD5", None, b64(f"{user} {digest}"))[1].account is not None) is good
+
+
+def test_cram_md5_challenges_differ(tmp_path: Path) -> None:
+    accounts = store(tmp_path, USERS)
+    assert len({sasl_talk(accounts, "CRAM-MD5", None, b"*")[0][0] for _ in range(5)}) == 5
+
+
+def test_responses_of_random_octets_never_raise(tmp_path: Path, hashed: list[str]) -> None:
+    accounts, source = store(tmp_path, USERS), random.Random(3)
+    for _ in range(50):
+        line = bytes(source.choice(b"AZ+/=*\0 \r\n\xff") for _ in range(source.randrange(12)))
+        for mechanism in smtprelay.MECHANISMS:
+            for lines in ((line, line, line), (None, line, line)):
+                assert sasl_talk(accounts, mechanism, *lines)[1].account is None
+
+
+# -- who may send as whom --
+
+COM = ("example.com",)
+SENDER_RULES: list[tuple[tuple[str, ...], str, bool]] = [
+    ((), "", True),
+    ((), "anyone@anywhere.example", True),
+    (COM, "a@example.com", True),
+    (COM, "a@EXAMPLE.Com", True),
+    (("Example.COM",), "a@example.com", True),
+    (COM, '"b@example.org"@example.com', True),
+    (COM, '"a@example.com"@example.org', False),
+    (COM, "", False),
+    (COM, "postmaster", False),
+    (COM, "a@sub.example.com", False),
+    (COM, "a@badexample.com", False),
+    (COM, "a@example.com.", False),
+    (COM, "a@example.com.example.org", False),
+    (COM, "a@[192.0.2.1]", False),
+    (("*.example.com",), "a@sub.example.com", True),
+    ((".example.com",), "a@x.sub.example.com", True),
+    (("*.example.com",), "a@example.com", False),
+    (("*.example.com",), "a@badexample.com", False),
+    (("example.com", "example.org"), "a@example.org", True),
+    (("bücher.example",), "a@xn--bcher-kva.example", True),
+    (("xn--bcher-kva.example",), "a@BÜCHER.example", True),
+    (("bücher.example",), "a@bu\u0308cher.example", True),  # the same in two code points
+    (("strasse.example",), "a@straße.example", False),
+    (COM, "a@xn--example-.com", False),
+    (COM, "a@ex\u0430mple.com", False),  # a Cyrillic letter
+    (COM, "a@xn--99999999999.com", False),
+]
+
+
+@pytest.mark.parametrize("domains, reverse_path, allowed", SENDER_RULES)
+def test_may_send_as(domains: tuple[str, ...], reverse_path: str, allowed: bool) -> None:
+    account = smtprelay.Account("a", "x", allowed_domains=domains)
+    assert smtprelay.may_send_as(account, reverse_path) is allowed
+
+
+def test_labels_of_random_letters_never_raise() -> None:
+    source = random.Random(4)
+    for _ in range(1000):
+        word = "".join(source.choice("abz019-\xfc\ud800.") for _ in range(source.randrange(80)))
+        assert isinstance(smtprelay.label_key("xn--" + word), str)
+
+
+# -- how much --
+
+CLIENTS = [
+    ("192.0.2.1", "192.0.2.1"),
+    ("::ffff:192.0.2.1", "192.0.2.1"),
+    ("2001:db8::1", "2001:db8::/64"),
+    ("2001:db8:0:0:ffff::", "2001:db8::/64"),
+    ("fe80::1%eth0", "fe80::/64"),
+    ("local", "local"),
+]
+
+
+@pytest.mark.parametrize("address, key", CLIENTS)
+def test_client_key(address: str, key: str) -> None:
+    assert smtprelay.client_key(address) == key
+
+
+def test_client_name() -> None:
+    for host, name in (("192.0.2.1", "192.0.2.1"), ("::ffff:192.0.2.1", "192.0.2.1"), ("::ffff:c000:201", "192.0.2.1"),
+                       ("fe80::1%eth0", "fe80::1"), ("::1", "::1")):  # fmt: skip
+        assert smtprelay.client_name(socket.AF_INET6, (host, 1, 0, 0)) == name
+    assert smtprelay.client_name(socket.AF_UNIX, "") == "local"
+
+
+def test_bucket_fills_at_its_rate() -> None:
+    clock = Ticker()
+    buckets = smtprelay.Buckets(clock=clock)
+    assert [buckets.take("a", 6, 3) for _ in range(4)] == [True, True, True, False]
+    assert buckets.take("b", 6, 3)
+    clock.now += 9.9
+    assert not buckets.take("a", 6, 3)
+    clock.now += 0.1
+    assert [buckets.take("a", 6, 3) for _ in range(2)] == [True, False]
+    buckets.give("a", 6)
+    assert [buckets.take("a", 6, 3) for _ in range(2)] == [True, False]
+    clock.now += 3600
+    assert [buckets.take("a", 6, 3) for _ in range(4)] == [True, True, True, False]
+    assert all(buckets.take("none", 0, 1) for _ in range(100))
+
+
+def test_bucket_table_is_bounded() -> None:
+    clock = Ticker()
+    buckets = smtprelay.Buckets(size=100, clock=clock)
+    for n in range(1000):
+        clock.now += 0.001
+        buckets.take(str(n), 60, 1)
+        buckets.take("busy", 60, 1)  # touched all the time, so it never falls out
+    assert len(buckets._full_at) == 100
+    assert not buckets.take("busy", 60, 1) and not buckets.take("999", 60, 1) and buckets.take("0", 60, 1)
+
+
+def test_quota_is_reserved_then_charged() -> None:
+    quotas = smtprelay.Quotas("", LOG, now=Ticker(NOON))
+    assert quotas.reserve("a", 2) and quotas.reserve("a", 2)
+    assert not quotas.reserve("a", 2)  # two under way
+    quotas.settle("a", accepted=False)
+    assert quotas.reserve("a", 2)
+    quotas.settle("a", accepted=True)
+    quotas.settle("a", accepted=True)
+    assert not quotas.reserve("a", 2) and quotas.reserve("", 0)
+    assert quotas.today("a") == {"received": 2} and quotas.today("c") == {}
+    assert quotas._reserved == {"": 1}
+
+
+def test_quotas_survive_a_restart_and_days_are_utc(tmp_path: Path) -> None:
+    clock, home = Ticker(NOON), str(tmp_path)
+    first = smtprelay.Quotas(home, LOG, now=clock)
+    first.count("a", "received")
+    first.count("", "sent")
+    first.save()
+    assert sorted(os.listdir(home)) == ["2026-11-21.0.json", "minutes.0.json"]
+    assert stat.S_IMODE((tmp_path / "2026-11-21.0.json").stat().st_mode) == 0o600
+    clock.now += 12 * 3600 - 1
+    again = smtprelay.Quotas(home, LOG, now=clock)
+    assert not again.reserve("a", 1) and again.today() == {"received": 1, "sent": 1}
+    clock.now += 1
+    assert again.reserve("a", 1)
+    again.settle("a", accepted=True)
+    again.save()
+    assert again.days("a") == {"2026-11-21": {"received": 1}, "2026-11-22": {"received": 1}}
+    clock.now += smtprelay.USAGE_DAYS * 86400
+    again.save()
+    assert list(again.days()) == ["2026-11-22"]
+
+
+@pytest.mark.parametrize("gone, kept, free", [(0, "", 0), (31, "", 1), (61, "", 2), (-9999, "", 0), (0, "[]", 2)])
+def test_the_minute_survives_a_restart(tmp_path: Path, gone: float, kept: str, free: int) -> None:
+    clock, home = Ticker(NOON), str(tmp_path)
+    first = smtprelay.Quotas(home, LOG, now=clock)
+    assert [first.minutes.take("a", 2, 2) for _ in range(3)] == [True, True, False]
+    first.save()
+    if kept:
+        (tmp_path / "minutes.0.json").write_text(kept)
+    clock.now += gone
+    again = smtprelay.Quotas(home, LOG, now=clock)
+    assert [again.minutes.take("a", 2, 2) for _ in range(3)] == [True] * free + [False] * (3 - free)
+
+
+def test_processes_see_each_other(tmp_path: Path) -> None:
+    one, two = (smtprelay.Quotas(str(tmp_path), LOG, part, Ticker(NOON)) for part in "01")
+    one.count("a", "received")
+    one.save()
+    two.save()
+    assert not two.reserve("a", 1)
+    two.count("a", "received")
+    two.save()
+    one.save()
+    assert one.today("a") == two.today("a") == {"received": 2}
+
+
+def test_counts_outlive_a_full_disk(tmp_path: Path) -> None:
+    home = str(tmp_path / "usage")
+    quotas = smtprelay.Quotas(home, LOG, now=Ticker(NOON))
+    quotas.count("a", "received")
+    shutil.rmtree(home)
+    with pytest.raises(OSError):
+        quotas.save()
+    os.mkdir(home)
+    quotas.save()
+    assert smtprelay.Quotas(home, LOG, now=Ticker(NOON)).today() == {"received": 1}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": {"sent": "x"}}', "\xff"])
+def test_broken_counts_are_logged(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "2026-11-21.0.json").write_text(content, "latin-1")
+    quotas = smtprelay.Quotas(str(tmp_path), LOG, now=Ticker(NOON))
+    assert quotas.today() == {} and "counts_lost" in caplog.text
+
+
+def test_a_quota_holds_however_many_come_at_once() -> None:
+    quotas = smtprelay.Quotas("", LOG, now=Ticker(NOON))
+    granted: list[bool] = []
+
+    def work(_: int) -> None:
+        for _ in range(50):
+            granted.append(quotas.reserve("a", 120))
+            if granted[-1]:
+                quotas.settle("a", accepted=True)
+
+    in_threads(4, work)
+    assert quotas.today("a")["received"] == 120
+
+
+# === TLS =====================================================================
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> Any:
+    """Shake hands over a socketpair; returns the client's protocol and compression, or its error."""
+    left, right = socket.socketpair()
+    left.settimeout(5)
+    right.settimeout(5)
+
+    def serve(_: int) -> None:
+        with contextlib.suppress(OSError), server.wrap_socket(left, server_side=True) as tls:
+            tls.sendall(b"220")
+
+    thread = threading.Thread(target=serve, args=(0,))
+    thread.start()
+    try:
+        with client.wrap_socket(right, server_hostname=name) as tls:
+            assert tls.recv(3) == b"220"
+            return tls.version(), tls.compression()
+    except ssl.SSLError as error:
+        return error
+    finally:
+        right.close()
+        thread.join()
+        left.close()
+
+
+CERT_NAMES = [
+    ("relay.example", True),
+    ("localhost", True),
+    ("127.0.0.1", True),
+    ("::1", True),
+    ("other.example", False),
+]
+
+
+@pytest.mark.parametrize("name, good", CERT_NAMES)
+def test_the_self_signed_pair_is_good_for_its_names(pair: str, name: str, good: bool) -> None:
+    strict = smtprelay.client_context(pair)
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT
+    result = handshake(smtprelay.server_context(pair, pair), strict, name)
+    assert result == ("TLSv1.3", None) if good else isinstance(result, ssl.SSLError)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_old_protocols_are_refused(pair: str) -> None:
+    server = smtprelay.server_context(pair, pair)
+    client = smtprelay.client_context(verify=False)
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert handshake(server, client, "x")[0] == "TLSv1.2"
+    client.set_ciphers("DEFAULT:@SECLEVEL=0")
+    client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_1
+    assert isinstance(handshake(server, client, "x"), ssl.SSLError)
+
+
+@needs_openssl
+def test_self_signed_is_kept_then_renewed(tmp_path: Path) -> None:
+    def made(hostname: str, after_days: int) -> bytes:
+        clock = Ticker(NOON + after_days * 86400)
+        return Path(smtprelay.self_signed(str(tmp_path), hostname, clock)[0]).read_bytes()
+
+    first = made("relay.example", 0)
+    assert os.listdir(tmp_path) == ["self-signed.pem"]
+    assert stat.S_IMODE((tmp_path / "self-signed.pem").stat().st_mode) == 0o600
+    assert made("relay.example", 794) == first != made("relay.example", 795)
+    assert b"other.example" in made("other.example", 795)
+    (tmp_path / "self-signed.pem").write_bytes(b"\xff broken")
+    assert b"BEGIN CERTIFICATE" in made("other.example", 795)
+
+
+FIXED = "DNS:localhost, IP:127.0.0.1, IP:::1"
+SUBJECTS = [("relay.example", f"DNS:relay.example, {FIXED}"), *((name, FIXED) for name in (
+    "localhost", "[127.0.0.1]", "a,email:copy", "$ENV::HOME", "a\nb", "a\n"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("hostname, names", SUBJECTS)
+def test_subject_names(hostname: str, names: str) -> None:
+    assert smtprelay.subject_names(hostname) == names
+
+
+def test_no_openssl_is_a_clear_error(tmp_path: Path) -> None:
+    settings = {**QUICK, "SMTP_SPOOL": str(tmp_path / "spool"), "SMTP_TLS_SELF_SIGNED": "1", "PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(PROGRAM)], env=settings, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 78 and "SMTP_TLS_SELF_SIGNED needs the openssl program" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_openssl
+def test_pairs_that_cannot_be_used(tmp_path: Path, pair: str) -> None:
+    locked, other, empty = (str(tmp_path / name) for name in ("locked", "other", "empty"))
+    smtprelay.openssl("ec", "-aes256", "-passout", "pass:x", "-in", pair, "-out", locked)
+    smtprelay.openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", other)
+    Path(empty).touch()
+    table = [
+        (pair, locked, "the key is encrypted"),
+        (pair, other, "KEY_VALUES_MISMATCH"),
+        (empty, pair, "one of them is not PEM"),
+        (pair, "/none/key.pem", "No such file or directory: '/none/key.pem'"),
+        (str(tmp_path), pair, "Is a directory"),
+    ]
+    for cert, key, words in table:
+        with pytest.raises(smtprelay.TlsError, match=re.escape(words)):
+            smtprelay.server_context(cert, key)
+    with pytest.raises(smtprelay.TlsError, match="SMTP_RELAY_CA_FILE"):
+        smtprelay.client_context(empty)
+
+
+@needs_openssl
+def test_a_changed_pair_is_reread(tmp_path: Path, pair: str, caplog: pytest.LogCaptureFixture) -> None:
+    mine = tmp_path / "mine.pem"
+    shutil.copy(pair, mine)
+    tls = smtprelay.ServerTls(str(mine), str(mine), LOG)
+    first = tls.current()
+    assert tls.current() is first
+    mine.write_text("broken")
+    assert tls.current() is first and "one of them is not PEM" in tls.trouble
+    assert tls.current() is first and caplog.text.count("the last good pair stays") == 1
+    mine.unlink()
+    assert tls.current() is first and "No such file" in tls.trouble
+    os.replace(smtprelay.self_signed(str(tmp_path), "relay.example")[0], mine)
+    second = tls.current()
+    assert second is not first and tls.trouble == ""
+    assert handshake(second, smtprelay.client_context(str(mine)), "localhost")[0] == "TLSv1.3"
+
+
 # === SCHEDULER ===============================================================
-
-
 def test_attempts_are_counted_and_end(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
     next_hop = hop(script={"mail": "450 4.2.0 never"})
     said(start(SMTP_RETRY_MAX_ATTEMPTS="3", SMTP_BOUNCE="0", **next_hop.settings()))
@@ -1514,7 +3271,9 @@ def test_a_message_that_is_too_old_fails(start: Callable[..., Any], tmp_path: Pa
     Spool(tmp_path / "spool").await_status("failed")
 
 
-def test_an_unreachable_host_costs_no_attempt(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
+def test_an_unreachable_host_costs_no_attempt(
+    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]
+) -> None:
     spool, next_hop = Spool(tmp_path / "spool"), hop(listen=False)
     said(start(SMTP_RETRY_MAX_ATTEMPTS="1", **next_hop.settings()), MAIL, MAIL, MAIL)
     wait_until(lambda: [record["status"] for record in spool.records()] == ["retrying"] * 3)
@@ -1531,25 +3290,930 @@ def test_a_list_of_smart_hosts_is_tried_in_order(start: Callable[..., Any], hop:
     assert sick.connections >= 1
 
 
-# === DELIVERY ================================================================
+# -- the scheduler alone --
 
+
+def stem_at(number: int) -> str:
+    now = int(time.time() * 1e6) + number
+    return f"2026-11-21/{now:013x}abc_0123456789abcdef"
+
+
+def scheduler(clock: Ticker, **env: str) -> smtprelay.Scheduler:
+    return smtprelay.Scheduler(smtprelay.Settings.read({"SMTP_RETRY_JITTER": "0", **env}), clock, random.Random(1))
+
+
+def test_dead_next_hops_leave_workers_to_others() -> None:
+    clock = Ticker()
+    s = scheduler(clock, SMTP_DELIVERY="mx")
+    for i in range(200):
+        s.put(stem_at(i), f"dead{i % 20}.test")
+    failed = list(iter(lambda: s.take(0), None))
+    assert len(failed) == 6  # of 8, before any has answered: two are kept back
+    s.put(stem_at(999), "good.test")
+    assert s.take(0) is None
+    for t in failed:
+        s.throttle(t.lane, "dead")
+        s.done(t, 0.0)
+    for _ in range(4):  # each dead lane has its turn, none a second one before good.test
+        tasks = list(iter(lambda: s.take(0), None))
+        assert sum(s.lanes[t.lane].steps > 0 for t in tasks) <= 4
+        if "good.test" in [t.lane for t in tasks]:
+            return
+        for t in tasks:
+            s.throttle(t.lane, "dead")
+            s.done(t, 0.0)
+        clock.now += 10
+    raise AssertionError("good.test was starved")
+
+
+def test_a_slow_lane_gets_half_and_a_quick_one_all_its_connections() -> None:
+    clock = Ticker()
+    s = scheduler(clock, SMTP_DELIVERY="mx", SMTP_RELAY_CONNECTIONS="8")
+    for i in range(40):
+        s.put(stem_at(i), "slow.test")
+    s.put(stem_at(50), "other.test", 3600)
+    first = s.take(0)
+    assert first and s.take(0) is None  # a lane that has not answered yet gets one
+    s.put(stem_at(60), "third.test")
+    s.reached("slow.test")
+    clock.now += 2
+    assert sorted(t.lane for t in iter(lambda: s.take(0), None)) == ["slow.test"] * 3 + ["third.test"]
+
+
+def test_a_message_is_in_one_workers_hands() -> None:
+    s = scheduler(Ticker(), SMTP_DELIVERY="mx")
+    stem = stem_at(1)
+    s.put(stem, "a.test")
+    s.put(stem, "b.test")
+    one = s.take(0)
+    assert one and s.take(0) is None and len(s) == 1
+    s.done(one)
+    two = s.take(0)
+    assert two and two.lane == "b.test" and len(s) == 1
+    s.done(two)
+    assert len(s) == 0 and s.lanes == {} and s.waiting == {}
+
+
+def test_what_is_too_old_leaves_a_throttled_lane() -> None:
+    clock = Ticker()
+    s = scheduler(clock, SMTP_RETRY_MAX_AGE="1h")
+    old = [f"2026-11-20/{int((time.time() - 7200) * 1e6) + i:013x}abc_0123456789abcdef" for i in range(5)]
+    for stem in [*old, stem_at(1)]:
+        s.put(stem, "smarthost")
+    task = s.take(0)
+    assert task
+    s.throttle("smarthost", "dead")
+    s.done(task, 0.0)
+    assert [t.stem for t in iter(lambda: s.take(0), None)] == old
+
+
+# === RESOLVER ================================================================
+#
+# A scripted server on UDP and TCP answers from a zone, or by a function that may
+# do anything wrong; its messages are built here, not with the code under test.
+# The same questions then go to a real dnsmasq.
+
+A, NS, CNAME, SOA, MX, AAAA = 1, 2, 5, 6, 15, 28
+UDP, TCP = "udp", "tcp"
+RA, TC, NXDOMAIN, SERVFAIL, DNS_REFUSED = 0x0080, 0x0200, 3, 2, 5
+
+
+def dns_name(text: str) -> bytes:
+    labels = [label.encode("latin-1") for label in text.split(".")] if text else []
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+
+
+def dns_record(owner: str, kind: int, value: str, ttl: int = 60, family: int = 1) -> bytes:
+    """A record from its zone file text."""
+    if kind in (A, AAAA):
+        data = socket.inet_pton(socket.AF_INET if kind == A else socket.AF_INET6, value)
+    elif kind == MX:
+        preference, _, host = value.partition(" ")
+        data = struct.pack("!H", int(preference)) + dns_name(host)
+    elif kind == SOA:
+        data = dns_name("ns.test") + dns_name("root.test") + struct.pack("!5I", 1, 2, 3, 4, int(value))
+    else:
+        data = dns_name(value)
+    return dns_name(owner) + struct.pack("!HHIH", kind, family, ttl, len(data)) + data
+
+
+def dns_answer(query: bytes, *records: bytes, flags: int = RA, authority: int = 0) -> bytes:
+    """An answer that echoes a query's id and question; the last `authority` records follow."""
+    counts = struct.pack("!4H", 1, len(records) - authority, authority, 0)
+    return query[:2] + struct.pack("!H", 0x8100 | flags) + counts + query[12:] + b"".join(records)
+
+
+def dns_question(query: bytes) -> tuple[str, int]:
+    labels, at = [], 12
+    while query[at]:
+        labels.append(query[at + 1 : at + 1 + query[at]].decode())
+        at += 1 + query[at]
+    return ".".join(labels), int.from_bytes(query[at + 1 : at + 3], "big")
+
+
+DnsScript = Callable[[bytes, str], "list[bytes]"]  # query and transport, to datagrams or TCP octets
+
+
+class FakeDns:
+    """A DNS server on a free port of loopback. `asked` holds (name, type, transport)."""
+
+    def __init__(self, script: DnsScript) -> None:
+        self.script = script
+        self.asked: list[tuple[str, int, str]] = []
+        self.tcp, self.udp = self.bind()
+        self.server = self.udp.getsockname()[:2]
+        self.threads = [threading.Thread(target=serve, daemon=True) for serve in (self.serve_udp, self.serve_tcp)]
+        for thread in self.threads:
+            thread.start()
+
+    def bind(self) -> tuple[socket.socket, socket.socket]:
+        while True:
+            tcp = socket.create_server(("127.0.0.1", 0))
+            udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                udp.bind(tcp.getsockname())
+                return tcp, udp
+            except OSError:
+                tcp.close()
+                udp.close()
+
+    def answers(self, query: bytes, transport: str) -> list[bytes]:
+        self.asked.append((*dns_question(query), transport))
+        return self.script(query, transport)
+
+    def serve_udp(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                query, peer = self.udp.recvfrom(4096)
+                if not query:
+                    return
+                for datagram in self.answers(query, UDP):
+                    self.udp.sendto(datagram, peer)
+
+    def serve_tcp(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self.tcp.accept()
+                with peer, peer.makefile("rb") as stream, contextlib.suppress(OSError):
+                    length = stream.read(2)
+                    if not length:
+                        return
+                    for octets in self.answers(stream.read(int.from_bytes(length, "big")), TCP):
+                        peer.sendall(octets)
+
+    def __enter__(self) -> FakeDns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends both threads by an empty datagram and an empty connection."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", self.server)
+        socket.create_connection(self.server).close()
+        for thread in self.threads:
+            thread.join(5)
+        self.tcp.close()
+        self.udp.close()
+
+
+ZONE: dict[tuple[str, int], tuple[str, ...]] = {
+    ("one.test", MX): ("10 mx.one.test",),
+    ("mx.one.test", A): ("192.0.2.1", "192.0.2.2"),
+    ("mx.one.test", AAAA): ("2001:db8::1",),
+    ("order.test", MX): ("30 c.test", "10 a1.test", "20 b.test", "10 a2.test", "10 A3.TEST"),
+    ("a1.test", A): ("192.0.2.11",),
+    ("c.test", A): ("192.0.2.13",),
+    ("twice.test", MX): ("20 a1.test", "10 A1.test", "30 a1.test"),
+    ("implicit.test", A): ("192.0.2.3",),
+    ("null.test", MX): ("0 ",),
+    ("nullish.test", MX): ("0 ", "10 a1.test"),
+    ("empty.test", NS): ("ns.test",),
+    ("deadhosts.test", MX): ("10 nowhere.test", "20 empty.test"),
+    ("halfdead.test", MX): ("10 servfail.test", "20 nowhere.test"),
+    ("lasthope.test", MX): ("10 servfail.test", "20 nowhere.test", "30 a1.test"),
+    ("literal.test", MX): ("10 192.0.2.9",),
+    ("odd.test", MX): (
+        "10 192.0.2.9",
+        "20 mx\xff.test",
+        "30 a b.test",
+        "40 [192.0.2.1]",
+        "50 a1.test",
+    ),
+    ("alias.test", CNAME): ("one.test",),
+    ("aliases.test", CNAME): ("alias.test",),
+    ("ring.test", CNAME): ("rong.test",),
+    ("rong.test", CNAME): ("ring.test",),
+    ("dangling.test", CNAME): ("nowhere.test",),
+    ("weird.test", CNAME): ("caf\xe9.test",),
+    ("hostalias.test", MX): ("10 ring.test", "20 cn.test"),
+    ("cn.test", CNAME): ("a1.test",),
+    ("xn--bcher-kva.test", MX): ("10 a1.test",),
+    ("many.test", MX): tuple(f"{n} host{n}.a-long-enough-name.test" for n in range(100, 0, -1)),
+}
+
+
+def zone_answer(query: bytes, transport: str) -> list[bytes]:
+    """Answers from ZONE as a recursive server does: aliases followed, SOA under a "no"."""
+    (name, kind), records = dns_question(query), []
+    if name == "servfail.test":
+        return [dns_answer(query, flags=RA | SERVFAIL)]
+    for _ in range(5):
+        if (name, CNAME) not in ZONE:
+            break
+        records += [dns_record(name, CNAME, ZONE[name, CNAME][0])]
+        name = ZONE[name, CNAME][0]
+    found = [dns_record(name, kind, value) for value in ZONE.get((name, kind), ())]
+    exists = any(owner == name for owner, _ in ZONE)
+    no = [] if found else [dns_record("test", SOA, "30")]
+    answer = dns_answer(query, *records, *found, *no, flags=RA if exists else RA | NXDOMAIN, authority=len(no))
+    if transport == TCP:
+        return [struct.pack("!H", len(answer)) + answer]
+    return [answer if len(answer) <= 512 else dns_answer(query, flags=RA | TC)]
+
+
+@pytest.fixture
+def dns() -> Iterator[FakeDns]:
+    with FakeDns(zone_answer) as server:
+        yield server
+
+
+def resolver_of(*servers: FakeDns, timeout: float = 1.0) -> smtprelay.Resolver:
+    return smtprelay.Resolver([s.server for s in servers], timeout, rng=random.Random(7))
+
+
+def outcome(call: Callable[[], object]) -> object:
+    """What a call returns, or the code and enhanced code of its ResolveError."""
+    try:
+        return call()
+    except smtprelay.ResolveError as error:
+        assert error.permanent == (error.reply.code >= 500)
+        return error.reply.code, error.reply.enhanced
+
+
+HOSTS = [  # domain, hosts or failure
+    ("one.test", ["mx.one.test"]),
+    ("ONE.test.", ["mx.one.test"]),
+    ("twice.test", ["a1.test"]),
+    ("implicit.test", ["implicit.test"]),
+    ("empty.test", ["empty.test"]),
+    ("alias.test", ["mx.one.test"]),
+    ("aliases.test", ["mx.one.test"]),
+    ("nullish.test", ["a1.test"]),
+    ("odd.test", ["a1.test"]),
+    ("bücher.test", ["a1.test"]),
+    ("BÜCHER.test.", ["a1.test"]),
+    ("bu\u0308cher.test", ["a1.test"]),
+    ("[127.0.0.1]", ["[127.0.0.1]"]),
+    ("[IPv6:::1]", ["[IPv6:::1]"]),
+    ("many.test", [f"host{n}.a-long-enough-name.test" for n in range(1, 17)]),
+    ("null.test", (556, "5.1.10")),
+    ("nowhere.test", (550, "5.1.2")),
+    ("dangling.test", (550, "5.1.2")),
+    ("literal.test", (550, "5.4.4")),
+    ("servfail.test", (451, "4.4.3")),
+    ("ring.test", (451, "4.4.3")),
+    ("weird.test", (550, "5.1.2")),
+]
+
+
+@pytest.mark.parametrize(("domain", "expected"), HOSTS)
+def test_mx_hosts(dns: FakeDns, domain: str, expected: object) -> None:
+    resolver = resolver_of(dns)
+    assert outcome(lambda: [host.name for host in resolver.mx_hosts(domain)]) == expected
+
+
+BAD_DOMAINS = [
+    "",
+    ".",
+    "a..test",
+    ".test",
+    "192.0.2.1",
+    "a b.test",
+    "a\0.test",
+    "a/b.test",
+    "x" * 64 + ".test",
+    ".".join(["x" * 60] * 5),
+    "x" * 100000,
+    "ü" * 100000,
+    "faß.test",
+    "a\u200db.test",
+    "ü\ud800.test",
+    "ü" * 60 + ".test",
+    "１.test",
+    "[",
+    "[]",
+    "[127.0.0.1",
+    "[127.0.0.11",
+    "[IPv6:::11",
+    "[127.0.0.256]",
+    "[127.1]",
+    "[::1]",
+    "[IPv6:127.0.0.1]",
+    "[IPv6:fe80::1%lo]",
+    "[IPv6:::1",
+    "[x.test]",
+    "[127.0.0.1]]",
+    "[127.0.0.1]\n",
+]
+
+
+@pytest.mark.parametrize("domain", BAD_DOMAINS)
+def test_bad_domains_fail_at_once(domain: str) -> None:
+    resolver = smtprelay.Resolver([("127.0.0.1", 1)], 0.1)
+    began = time.monotonic()
+    assert outcome(lambda: resolver.mx_hosts(domain)) == (550, "5.1.2")
+    assert outcome(lambda: resolver.addresses(domain)) == (550, "5.1.2")
+    assert time.monotonic() - began < 0.5
+
+
+ADDRESS_RECORDS = [
+    ("mx.one.test", ["2001:db8::1", "192.0.2.1", "192.0.2.2"]),
+    ("implicit.test", ["192.0.2.3"]),
+    ("cn.test", ["192.0.2.11"]),
+    ("[127.0.0.1]", ["127.0.0.1"]),
+    ("[IPv6:2001:DB8:0::1]", ["2001:db8::1"]),
+    ("[ipv6:::ffff:192.0.2.1]", [str(IPv6Address("::ffff:192.0.2.1"))]),
+    ("empty.test", (550, "5.4.4")),
+    ("nowhere.test", (550, "5.1.2")),
+    ("servfail.test", (451, "4.4.3")),
+]
+
+
+@pytest.mark.parametrize(("host", "expected"), ADDRESS_RECORDS)
+def test_addresses_of_a_host(dns: FakeDns, host: str, expected: object) -> None:
+    assert outcome(lambda: resolver_of(dns).addresses(host)) == expected
+
+
+TARGETS = [  # domain, (host, address) pairs or failure: RFC 5321 5.1 when no host is usable
+    ("one.test", [("mx.one.test", a) for a in ("2001:db8::1", "192.0.2.1", "192.0.2.2")]),
+    ("implicit.test", [("implicit.test", "192.0.2.3")]),
+    ("lasthope.test", [("a1.test", "192.0.2.11")]),
+    ("hostalias.test", [("cn.test", "192.0.2.11")]),
+    ("[127.0.0.1]", [("[127.0.0.1]", "127.0.0.1")]),
+    ("deadhosts.test", (550, "5.4.4")),
+    ("halfdead.test", (451, "4.4.3")),
+    ("empty.test", (550, "5.4.4")),
+]
+
+
+@pytest.mark.parametrize(("domain", "expected"), TARGETS)
+def test_targets(dns: FakeDns, domain: str, expected: object) -> None:
+    resolver = resolver_of(dns)
+    hosts = resolver.mx_hosts(domain)
+    assert outcome(lambda: [(h.name, a) for h, a in resolver.targets(hosts)]) == expected
+
+
+def test_a_host_is_looked_up_when_its_turn_comes(dns: FakeDns) -> None:
+    resolver = resolver_of(dns)
+    next(resolver.targets([smtprelay.MxHost(1, "mx.one.test"), smtprelay.MxHost(2, "c.test")]))
+    assert {name for name, _, _ in dns.asked} == {"mx.one.test"}
+
+
+def test_equal_preferences_are_shuffled_and_no_others(dns: FakeDns) -> None:
+    resolver = resolver_of(dns)
+    orders = {tuple(host.name for host in resolver.mx_hosts("order.test")) for _ in range(100)}
+    assert len(orders) == 6
+    assert {order[3:] for order in orders} == {("b.test", "c.test")}
+
+
+def test_a_host_named_twice_has_its_better_preference(dns: FakeDns) -> None:
+    assert resolver_of(dns).mx_hosts("twice.test") == [smtprelay.MxHost(10, "a1.test")]
+
+
+def test_preferred_to_our_own_name() -> None:
+    hosts = [smtprelay.MxHost(p, n) for p, n in ((1, "a.test"), (5, "us.test"), (5, "b.test"), (9, "c.test"))]
+    assert smtprelay.preferred_to("US.test", hosts) == hosts[:1]
+    assert smtprelay.preferred_to("other.test", hosts) == hosts
+    assert outcome(lambda: smtprelay.preferred_to("us.test", hosts[1:])) == (554, "5.4.6")
+
+
+DNS_NAMES = [  # octets, offset, (name, offset after it) or what is wrong
+    (b"\0", 0, ("", 1)),
+    (b"\1A\4Test\0", 0, ("a.test", 8)),
+    (b"\4test\0\1a\xc0\0", 6, ("a.test", 10)),
+    (b"\4test\0\1a\xc0\0\xc0\6", 10, ("a.test", 12)),
+    (b"\3a.b\1\\\1\xff\0", 0, ("a\\b.\\.\ufffd", 9)),
+    (b"\x3f" + b"x" * 63 + b"\0", 0, ("x" * 63, 65)),
+    (b"\1x" * 127 + b"\0", 0, (".".join("x" * 127), 255)),
+    (b"\1x" * 126 + b"\2xx\0", 0, "over-long"),
+    (b"\x40" + b"x" * 64 + b"\0", 0, "over-long"),
+    (b"\xbf" + b"x" * 191 + b"\0", 0, "over-long"),
+    (b"\xc0\0", 0, "not backwards"),
+    (b"\1a\xc0\0", 0, "not backwards"),
+    (b"\1a\xc0\4\1b\xc0\0", 4, "not backwards"),
+    (b"\xc0\2\0", 0, "not backwards"),
+    (b"\xc0\2\xc0\0", 2, "not backwards"),
+]
+
+
+@pytest.mark.parametrize(("octets", "at", "expected"), DNS_NAMES)
+def test_names(octets: bytes, at: int, expected: object) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            smtprelay.read_name(octets, at)
+    else:
+        assert smtprelay.read_name(octets, at) == expected
+        for cut in range(at, min(len(octets), smtprelay.read_name(octets, at)[1])):
+            with pytest.raises(IndexError):
+                smtprelay.read_name(octets[:cut], at)
+
+
+# What servers do wrong. Each script is (name, what UDP and TCP answer); all but the last
+# rows fail for now, with one server, and succeed when a good one stands beside it.
+
+GOOD_ADDRESS = "192.0.2.1"
+
+
+def good(query: bytes) -> bytes:
+    return dns_answer(query, dns_record("x.test", A, GOOD_ADDRESS))
+
+
+def framed(octets: bytes) -> bytes:
+    return struct.pack("!H", len(octets)) + octets
+
+
+def over_tcp(answer: Callable[[bytes], list[bytes]]) -> DnsScript:
+    return lambda query, via: answer(query) if via == TCP else [dns_answer(query, flags=RA | TC)]
+
+
+def pointer_answer(offset: int) -> Callable[[bytes, str], list[bytes]]:
+    """An answer whose record's owner points at an offset from that pointer."""
+
+    def script(query: bytes, _: str) -> list[bytes]:
+        pointer = struct.pack("!H", 0xC000 | (len(query) + offset))
+        return [dns_answer(query, pointer + dns_record("", A, GOOD_ADDRESS)[1:])]
+
+    return script
+
+
+def raw_record(octets: bytes) -> DnsScript:
+    return lambda query, _: [dns_answer(query, octets)]
+
+
+def a_record(data: bytes, length: int) -> bytes:
+    return dns_name("x.test") + struct.pack("!HHIH", A, 1, 60, length) + data
+
+
+TROUBLE: list[tuple[str, DnsScript]] = [
+    ("silent", lambda q, _: []),
+    ("empty", lambda q, _: [b""]),
+    ("short", lambda q, _: [q[:2], q[:11], good(q)[:14]]),
+    ("echo", lambda q, _: [q]),
+    ("other id", lambda q, _: [bytes([q[0] ^ 1]) + good(q)[1:]]),
+    ("other name", lambda q, _: [good(q).replace(b"\1x\4test\0\0\1", b"\1y\4test\0\0\1", 1)]),
+    ("other type", lambda q, _: [good(q).replace(b"\4test\0\0\1", b"\4test\0\0\2", 1)]),
+    ("other opcode", lambda q, _: [good(q)[:2] + b"\xa1" + good(q)[3:]]),
+    ("no question", lambda q, _: [q[:2] + b"\x81\x80" + bytes(8)]),
+    ("two questions", lambda q, _: [good(q)[:5] + b"\2" + good(q)[6:]]),
+    ("servfail", lambda q, _: [dns_answer(q, flags=RA | SERVFAIL)]),
+    ("refused", lambda q, _: [dns_answer(q, flags=RA | DNS_REFUSED)]),
+    ("rcode 11", lambda q, _: [dns_answer(q, flags=RA | 11)]),
+    (
+        "referral",
+        lambda q, _: [dns_answer(q, dns_record("test", NS, "ns.test"), flags=0, authority=1)],
+    ),
+    ("nxdomain, no recursion", lambda q, _: [dns_answer(q, flags=NXDOMAIN)]),
+    ("count too high", lambda q, _: [good(q)[:7] + b"\2" + good(q)[8:]]),
+    ("65535 records", lambda q, _: [good(q)[:6] + b"\xff\xff" + good(q)[8:]]),
+    ("cut", lambda q, _: [good(q)[:-1]]),
+    ("pointer to itself", pointer_answer(0)),
+    ("pointer forward", pointer_answer(2)),
+    ("pointer past the end", pointer_answer(5000)),
+    ("pointer cut", raw_record(b"\xc0")),
+    ("label type 0x40", raw_record(b"\x41" + dns_record("x.test", A, GOOD_ADDRESS))),
+    ("label type 0x80", raw_record(b"\x80" + dns_record("x.test", A, GOOD_ADDRESS))),
+    ("name of 256", raw_record(dns_record(".".join(["x" * 50] * 5), A, GOOD_ADDRESS))),
+    ("address of 3", raw_record(a_record(b"\1\2\3", 3))),
+    ("address of 16", raw_record(a_record(bytes(16), 16))),
+    ("length past the end", raw_record(a_record(b"\1\2\3\4", 400))),
+    ("cname too long", raw_record(dns_name("x.test") + b"\0\5\0\1\0\0\0\0\0\4\1y\0\0")),
+    ("cname cut", raw_record(dns_name("x.test") + b"\0\5\0\1\0\0\0\0\0\1\1")),
+    ("tcp closed", over_tcp(lambda q: [])),
+    ("tcp length alone", over_tcp(lambda q: [b"\1"])),
+    ("tcp cut", over_tcp(lambda q: [framed(good(q))[:-1]])),
+    ("tcp length of 0", over_tcp(lambda q: [b"\0\0"])),
+    ("tcp other id", over_tcp(lambda q: [framed(bytes([q[0] ^ 1]) + good(q)[1:])])),
+    ("tcp garbage", over_tcp(lambda q: [b"\x7f" * 70000])),
+]
+
+
+@pytest.mark.parametrize(("_", "script"), TROUBLE, ids=[name for name, _ in TROUBLE])
+def test_one_bad_server_is_transient_and_costs_little(_: str, script: DnsScript) -> None:
+    with FakeDns(script) as bad, FakeDns(lambda q, _: [good(q)]) as well:
+        began = time.monotonic()
+        assert outcome(lambda: resolver_of(bad, timeout=0.15).addresses("x.test")) == (451, "4.4.3")
+        assert time.monotonic() - began < 1
+        assert len(bad.asked) >= 3
+        assert resolver_of(bad, well, timeout=0.6).addresses("x.test") == [GOOD_ADDRESS]
+
+
+def dns_noise(query: bytes) -> list[bytes]:
+    """Datagrams that are no answers."""
+    return [b"", b"\0", query, bytes([query[0] ^ 1]) + good(query)[1:], os.urandom(100)][1:]
+
+
+FINE: list[tuple[str, DnsScript]] = [
+    ("noise first", lambda q, _: [*dns_noise(q), good(q)]),
+    ("over TCP", over_tcp(lambda q: [framed(good(q))])),
+    ("over TCP in pieces", over_tcp(lambda q: [bytes([octet]) for octet in framed(good(q))])),
+    ("upper case", lambda q, _: [good(q).replace(b"test", b"TEST")]),
+    ("owner by pointer", pointer_answer(12 - 24)),
+    ("more after it", lambda q, _: [good(q) + b"\xff" * 40]),
+    (
+        "unknown type",
+        lambda q, _: [dns_answer(q, dns_record("x.test", 99, "z"), good(q)[len(q) :])],
+    ),
+    (
+        "unknown class",
+        lambda q, _: [dns_answer(q, dns_record("x.test", A, "192.0.2.7", family=3), good(q)[len(q) :])],
+    ),
+    (
+        "others' records",
+        lambda q, _: [dns_answer(q, dns_record("y.test", A, "192.0.2.7"), good(q)[len(q) :])],
+    ),
+]
+
+
+@pytest.mark.parametrize(("_", "script"), FINE, ids=[name for name, _ in FINE])
+def test_odd_but_right_answers(_: str, script: DnsScript) -> None:
+    with FakeDns(script) as server:
+        assert resolver_of(server).addresses("x.test") == [GOOD_ADDRESS]
+
+
+def test_a_server_that_is_not_there_is_passed_over(dns: FakeDns) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        closed = sock.getsockname()
+    resolver = smtprelay.Resolver([closed, ("fe80::1%nosuch", 53), dns.server], 2)
+    assert resolver.mx_hosts("one.test") == [smtprelay.MxHost(10, "mx.one.test")]
+    with pytest.raises(smtprelay.ResolveError, match=r"x\.test: DNS lookup failed \(127\.0\.0\.1: "):
+        smtprelay.Resolver([closed], 0.1).mx_hosts("x.test")
+
+
+def test_an_alias_alone_is_asked_on_and_a_long_chain_is_not() -> None:
+    def script(query: bytes, _: str) -> list[bytes]:
+        name, kind = dns_question(query)
+        number = int(name.split(".")[0])
+        if number == 5:
+            return [dns_answer(query, dns_record(name, kind, GOOD_ADDRESS if kind == A else "2001:db8::5"))]
+        return [dns_answer(query, dns_record(name, CNAME, f"{number + 1}.test"))]
+
+    with FakeDns(script) as server:
+        assert resolver_of(server).addresses("0.test") == ["2001:db8::5", GOOD_ADDRESS]
+        assert outcome(lambda: resolver_of(server).addresses("6.test")) == (451, "4.4.3")
+        assert len(server.asked) == 12 + 16
+
+
+def test_one_family_failing_does_not_hide_the_other() -> None:
+    def script(query: bytes, _: str) -> list[bytes]:
+        return [good(query) if dns_question(query)[1] == A else dns_answer(query, flags=RA | SERVFAIL)]
+
+    with FakeDns(script) as server:
+        assert resolver_of(server).addresses("x.test") == [GOOD_ADDRESS]
+
+
+@pytest.mark.parametrize("failing", [A, AAAA])
+def test_a_failure_for_now_outweighs_one_for_good(failing: int) -> None:
+    def script(query: bytes, _: str) -> list[bytes]:
+        fails = dns_question(query)[1] == failing
+        return [dns_answer(query, flags=RA | (SERVFAIL if fails else NXDOMAIN))]
+
+    with FakeDns(script) as server:
+        assert outcome(lambda: resolver_of(server).addresses("x.test")) == (451, "4.4.3")
+
+
+def test_ids_and_ports_are_fresh_for_each_try() -> None:
+    seen: list[bytes] = []
+
+    def script(query: bytes, _: str) -> list[bytes]:
+        seen.append(query[:2])
+        return [good(query)]
+
+    with FakeDns(script) as server:
+        resolver = smtprelay.Resolver([server.server], 1)
+        for number in range(20):
+            outcome(lambda: resolver.mx_hosts(f"n{number}.test"))  # noqa: B023
+    assert len(set(seen)) > 18
+
+
+# The cache
+
+
+CACHED = [  # records and flags of the answer, seconds remembered
+    ((dns_record("x.test", MX, "1 a1.test", ttl=20),), 0, RA, 20),
+    ((dns_record("x.test", MX, "1 a1.test", ttl=0),), 0, RA, 0),
+    ((dns_record("x.test", MX, "1 a1.test", ttl=1 << 30),), 0, RA, 3600),
+    (
+        (dns_record("x.test", CNAME, "y.test", ttl=5), dns_record("y.test", MX, "1 a1.test")),
+        0,
+        RA,
+        5,
+    ),
+    ((dns_record("test", SOA, "40"),), 1, RA, 40),
+    ((dns_record("test", SOA, "40", ttl=10),), 1, RA | NXDOMAIN, 10),
+    ((dns_record("test", SOA, "86400", ttl=86400),), 1, RA | NXDOMAIN, 300),
+    ((), 0, RA | NXDOMAIN, 0),
+    ((), 0, RA | SERVFAIL, 10),
+]
+
+
+@pytest.mark.parametrize(("records", "authority", "flags", "seconds"), CACHED)
+def test_answers_are_remembered(records: tuple[bytes, ...], authority: int, flags: int, seconds: int) -> None:
+    clock = Ticker()
+    with FakeDns(lambda q, _: [dns_answer(q, *records, flags=flags, authority=authority)]) as server:
+        resolver = smtprelay.Resolver([server.server], 1, clock=clock)
+        first = outcome(lambda: resolver.mx_hosts("x.test"))
+        asked = len(server.asked)
+        clock.now += max(0, seconds - 0.01)
+        assert outcome(lambda: resolver.mx_hosts("X.test")) == first
+        assert len(server.asked) == asked * (1 if seconds else 2)
+        clock.now += 0.02
+        assert outcome(lambda: resolver.mx_hosts("x.test")) == first
+        assert len(server.asked) == asked * (2 if seconds else 3)
+
+
+def test_the_cache_is_bounded(dns: FakeDns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "MAX_CACHED_ANSWERS", 10)
+    resolver = resolver_of(dns)
+    for number in range(30):
+        outcome(lambda: resolver.mx_hosts(f"n{number}.test"))  # noqa: B023
+    assert len(dns.asked) == 30
+    outcome(lambda: resolver.mx_hosts("n29.test"))
+    assert len(dns.asked) == 30
+    outcome(lambda: resolver.mx_hosts("n0.test"))
+    assert len(dns.asked) == 31
+    assert len(resolver._cache) == 10
+
+
+def test_many_threads_share_a_resolver(dns: FakeDns) -> None:
+    resolver, wrong = resolver_of(dns, timeout=5), []
+
+    def work(seed: int) -> None:
+        for domain, expected in random.Random(seed).sample(HOSTS, len(HOSTS)):
+            got = outcome(lambda: [host.name for host in resolver.mx_hosts(domain)])  # noqa: B023
+            if got != expected:
+                wrong.append((domain, got))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+
+
+# Settings
+
+SERVERS = [
+    ("127.0.0.1", ("127.0.0.1", 53)),
+    ("127.0.0.1:5353", ("127.0.0.1", 5353)),
+    ("::1", ("::1", 53)),
+    ("[::1]", ("::1", 53)),
+    ("[::1]:5353", ("::1", 5353)),
+    ("fe80::1%eth0", ("fe80::1%eth0", 53)),
+    ("[fe80::1%eth0]:54", ("fe80::1%eth0", 54)),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SERVERS)
+def test_dns_server_setting(text: str, expected: tuple[str, int]) -> None:
+    assert smtprelay.dns_server(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":53",
+        "dns.test",
+        "dns.test:53",
+        "127.0.0.1:",
+        "127.0.0.1:0",
+        "127.0.0.1:65536",
+        "127.0.0.1:x",
+    ]
+    + ["127.0.0.1:５３", "[::1", "[::1]53", "::1]:53", "[]:53", "127.1", "127.0.0.1 "],
+)
+def test_bad_dns_server_setting(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        smtprelay.dns_server(text)
+
+
+RESOLV_CONF = [
+    ("nameserver 192.0.2.1\n", [("192.0.2.1", 53)]),
+    (
+        "# x\n; y\nsearch test\n\tnameserver\t192.0.2.1 # z\nnameserver fe80::1%eth0\n",
+        [("192.0.2.1", 53), ("fe80::1%eth0", 53)],
+    ),
+    (
+        "nameserver 1.1.1.1\nnameserver ::1\nnameserver 1.1.1.2\nnameserver 1.1.1.3\n",
+        [("1.1.1.1", 53), ("::1", 53), ("1.1.1.2", 53)],
+    ),
+    (
+        "nameserver\nnameserver dns.test\n#nameserver 1.1.1.1\nnameservers 1.1.1.1\n\xff",
+        [("127.0.0.1", 53)],
+    ),
+    ("", [("127.0.0.1", 53)]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), RESOLV_CONF)
+def test_resolv_conf(tmp_path: Path, text: str, expected: list[tuple[str, int]]) -> None:
+    (tmp_path / "resolv.conf").write_text(text, encoding="latin-1")
+    assert smtprelay.system_dns_servers(str(tmp_path / "resolv.conf")) == expected
+
+
+def test_no_resolv_conf(tmp_path: Path) -> None:
+    assert smtprelay.system_dns_servers(str(tmp_path / "none")) == [("127.0.0.1", 53)]
+
+
+# The reader under fire
+
+
+def sample_answers(query: bytes) -> list[bytes]:
+    """Answers with every kind of record and with pointers into each other."""
+    mx = b"\xc0\x0c" + struct.pack("!HHIH", MX, 1, 60, 7) + b"\0\x0a\2mx\xc0\x0c"
+    alias = b"\xc0\x0c" + struct.pack("!HHIH", CNAME, 1, 60, 4) + b"\1y\xc0\x0e"
+    return [
+        dns_answer(query, mx, mx, alias, dns_record("y.test", MX, "5 a1.test")),
+        dns_answer(query, dns_record("x.test", A, GOOD_ADDRESS), dns_record("x.test", AAAA, "::1")),
+        dns_answer(query, dns_record("test", SOA, "30"), flags=RA | NXDOMAIN, authority=1),
+    ]
+
+
+def damage(rng: random.Random, message: bytes) -> bytes:
+    octets = bytearray(message)
+    for _ in range(rng.choice((0, 1, 1, 2, 8))):
+        octets[rng.randrange(len(octets))] = rng.choice((0, 1, 0x3F, 0x40, 0xC0, 0xFF, rng.getrandbits(8)))
+    start = rng.randrange(len(octets))
+    piece = octets[start : start + rng.randrange(40)]
+    cut = rng.choice((len(octets), rng.randrange(len(octets) + 1)))
+    return bytes(octets[:cut] + (piece if rng.random() < 0.2 else b""))
+
+
+def test_damaged_answers_raise_nothing_but_value_error() -> None:
+    rng, began, read = random.Random(20261121), time.monotonic(), 0
+    samples = sample_answers(b"\0\1" + bytes(10) + dns_name("x.test") + b"\0\x0f\0\1")
+    for _ in range(10000):
+        with contextlib.suppress(ValueError):
+            answer = smtprelay.parse_answer(damage(rng, rng.choice(samples)))
+            assert len(answer.records) <= smtprelay.MAX_HOSTS
+            read += 1
+    assert read > 500
+    assert time.monotonic() - began < 10
+
+
+def test_damaged_answers_end_as_resolve_errors() -> None:
+    rng = random.Random(20261121)
+
+    def script(query: bytes, transport: str) -> list[bytes]:
+        message = damage(rng, rng.choice(sample_answers(query)))
+        return [framed(message) if transport == TCP else message]
+
+    with FakeDns(script) as server:
+        for _ in range(50):
+            began, resolver = time.monotonic(), resolver_of(server, timeout=0.03)
+            outcome(lambda: list(resolver.targets(resolver.mx_hosts("x.test"))))  # noqa: B023
+            assert time.monotonic() - began < 2
+
+
+def chained_answer(pointers: int) -> bytes:
+    """An answer of 512 records whose owners are that many pointers away from the question."""
+    head = b"\0\1\x81\x80\0\1\2\0\0\0\0\0" + dns_name("x") + b"\0\1\0\1"
+    start = len(head) + 11  # of the first record's data, of a type that is not read
+    targets = [12, *range(start, start + 2 * pointers, 2)]
+    chain = b"".join(struct.pack("!H", 0xC000 | target) for target in targets)
+    first = b"\0" + struct.pack("!HHIH", 99, 1, 60, 2 * pointers) + chain[: 2 * pointers]
+    rest = chain[2 * pointers :] + struct.pack("!HHIH", A, 1, 60, 4) + bytes(4)
+    return head + first + rest * 511
+
+
+def test_the_worst_message_is_read_in_bounded_time() -> None:
+    began = time.monotonic()
+    answer = smtprelay.parse_answer(chained_answer(200))
+    assert len(answer.records) == smtprelay.MAX_HOSTS
+    with pytest.raises(ValueError, match="too many parts"):
+        smtprelay.parse_answer(chained_answer(300))
+    many = chained_answer(1)
+    with pytest.raises(ValueError, match="too many records"):
+        smtprelay.parse_answer(many[:6] + b"\2\1" + many[8:] + many[-16:])
+    assert time.monotonic() - began < 1
+
+
+# A real server
+
+DNSMASQ = shutil.which("dnsmasq", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+DNSMASQ_ZONE = [
+    "--local=/test/",
+    "--mx-host=one.test,mx.one.test,10",
+    "--host-record=mx.one.test,192.0.2.1,2001:db8::1",
+    "--mx-host=order.test,b.test,20",
+    "--mx-host=order.test,a.test,10",
+    "--host-record=implicit.test,192.0.2.3",
+    "--dns-rr=null.test,15,000000",
+    "--cname=alias.test,implicit.test",
+    "--txt-record=empty.test,x",
+    "--mx-host=dead.test,nowhere.test,10",
+    *[f"--mx-host=many.test,host{n}.a-long-enough-name.test,{n}" for n in range(1, 41)],
+]
+REAL = [
+    ("one.test", [("mx.one.test", "2001:db8::1"), ("mx.one.test", "192.0.2.1")]),
+    ("implicit.test", [("implicit.test", "192.0.2.3")]),
+    ("alias.test", [("alias.test", "192.0.2.3")]),
+    ("null.test", (556, "5.1.10")),
+    ("nowhere.test", (550, "5.1.2")),
+    ("empty.test", (550, "5.4.4")),
+    ("dead.test", (550, "5.4.4")),
+    ("elsewhere.example", (451, "4.4.3")),
+]
+
+
+def is_up(server: tuple[str, int]) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(server, 1).close()
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def dnsmasq() -> Iterator[tuple[str, int]]:
+    if not DNSMASQ:
+        pytest.skip("dnsmasq is not installed (Debian: dnsmasq-base)")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        server = sock.getsockname()
+    where = [f"--port={server[1]}", "--listen-address=127.0.0.1", "--bind-interfaces", "--pid-file"]
+    plain = ["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]
+    command = [
+        DNSMASQ,
+        *plain,
+        *where,
+        f"--user={getpass.getuser()}",
+        "--log-facility=-",
+        *DNSMASQ_ZONE,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        ends = time.monotonic() + 10
+        while not is_up(server) and time.monotonic() < ends:
+            assert process.poll() is None
+            time.sleep(0.02)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.parametrize(("domain", "expected"), REAL)
+def test_dnsmasq(dnsmasq: tuple[str, int], domain: str, expected: object) -> None:
+    resolver = smtprelay.Resolver([dnsmasq], 2)
+    found = outcome(lambda: [(h.name, a) for h, a in resolver.targets(resolver.mx_hosts(domain))])
+    assert found == expected
+
+
+def test_dnsmasq_long_answer_over_tcp(dnsmasq: tuple[str, int]) -> None:
+    hosts = smtprelay.Resolver([dnsmasq], 2).mx_hosts("many.test")
+    assert [host.preference for host in hosts] == list(range(1, 17))
+
+
+# === DELIVERY ================================================================
 BUSY = "450 4.2.1 busy"
 PASSING = [  # trouble that comes once: the message arrives all the same
-    *[(stage, act) for stage in ("greeting", "ehlo", "mail", "rcpt", "data", "end") for act in
-      ("drop", "reset", "421 4.3.2 closing", "drop 421 4.3.2 bye", "451 4.3.0 later", "raw \\xff\\x00\\r\\n", "endless 250-more\\r\\n",
-       "endless x", "hang")],
-    ("connect", "drop"), ("greeting", "554 5.3.2 no service"), ("greeting", "trickle 220 hop.test"), ("ehlo", "502 5.5.1 what?"),
-    ("ehlo", "trickle 250 hop.test"), ("mail", "trickle 250 2.1.0 ok"), ("rcpt bob@hop.test", BUSY),
-    ("rcpt bob@hop.test", "452 4.5.3 too many"), ("end", "trickle 250 2.0.0 ok"), ("end", "451 4.3.0 one\n451 4.3.0 two"),
-    ("quit", "hang"), ("quit", "500 5.5.2 no"),
-]  # fmt: skip
+    *[
+        (stage, act)
+        for stage in ("greeting", "ehlo", "mail", "rcpt", "data", "end")
+        for act in (
+            "drop",
+            "reset",
+            "421 4.3.2 closing",
+            "drop 421 4.3.2 bye",
+            "451 4.3.0 later",
+            "raw \\xff\\x00\\r\\n",
+            "endless 250-more\\r\\n",
+            "endless x",
+            "hang",
+        )
+    ],
+    ("connect", "drop"),
+    ("greeting", "554 5.3.2 no service"),
+    ("greeting", "trickle 220 hop.test"),
+    ("ehlo", "502 5.5.1 what?"),
+    ("ehlo", "trickle 250 hop.test"),
+    ("mail", "trickle 250 2.1.0 ok"),
+    ("rcpt bob@hop.test", BUSY),
+    ("rcpt bob@hop.test", "452 4.5.3 too many"),
+    ("end", "trickle 250 2.0.0 ok"),
+    ("end", "451 4.3.0 one\n451 4.3.0 two"),
+    ("quit", "hang"),
+    ("quit", "500 5.5.2 no"),
+]
 
 
 @pytest.mark.parametrize(("stage", "act"), PASSING)
 @pytest.mark.parametrize("offers", ["PIPELINING 8BITMIME SIZE", ""], ids=["pipelined", "plain"])
-def test_passing_trouble(start: Callable[..., Any], hop: Callable[..., FakeHop], stage: str, act: str, offers: str) -> None:
+def test_passing_trouble(
+    start: Callable[..., Any], hop: Callable[..., FakeHop], stage: str, act: str, offers: str
+) -> None:
     next_hop = hop(script={stage: [act]}, offers=offers)
-    relay = start(SMTP_STORAGE="memory", SMTP_RELAY_TIMEOUT="0.3s", **next_hop.settings())
+    relay = start(SMTP_STORAGE="memory", SMTP_RELAY_TIMEOUT="0.2s", **next_hop.settings())
     said(relay, to=("bob@hop.test", "carol@hop.test"))
     wait_until(lambda: set(next_hop.delivered()) == {"bob@hop.test", "carol@hop.test"})
     wait_until(lambda: metric(relay, "smtp_messages_delivered_total") == 1 and metric(relay, "smtp_queue_depth") == 0)
@@ -1587,7 +4251,9 @@ def test_lasting_trouble(start: Callable[..., Any], tmp_path: Path, hop: Callabl
     assert all(any(word in str(record["recipients"]) for word in wanted[:1]) for _ in wanted)
 
 
-def test_no_answer_after_the_final_dot_may_be_a_duplicate(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
+def test_no_answer_after_the_final_dot_may_be_a_duplicate(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
     next_hop = hop(script={"end": ["drop"]})
     relay = program(**next_hop.settings())
     said(relay)
@@ -1604,7 +4270,7 @@ def test_content_arrives_octet_by_octet(start: Callable[..., Any], hop: Callable
     assert re.fullmatch(rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*", got[: len(got) - len(content)])
 
 
-OFFERS = [  # (what the next hop offers, parameters of MAIL that came in, what must and may not be in MAIL that goes out)
+OFFERS = [  # (what the next hop offers, parameters of MAIL that came in, what must and may not be in MAIL that goes out)  # noqa: E501
     ("", "", "", "SIZE BODY SMTPUTF8"),
     ("SIZE", "", "SIZE=", "BODY SMTPUTF8"),
     ("8BITMIME SIZE", " BODY=8BITMIME", "SIZE= BODY=8BITMIME", "SMTPUTF8"),
@@ -1626,7 +4292,9 @@ def test_parameters_only_where_offered(start: Callable[..., Any], hop: Callable[
     assert [word for word in may_not.split() if word in mail] == []
 
 
-def test_utf8_addresses_need_smtputf8_at_the_next_hop(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
+def test_utf8_addresses_need_smtputf8_at_the_next_hop(
+    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]
+) -> None:
     next_hop = hop(offers="8BITMIME")
     with hello(start(SMTP_BOUNCE="0", **next_hop.settings())) as client:
         client.ask("MAIL FROM:<ann@client.test> SMTPUTF8", "250")
@@ -1662,8 +4330,17 @@ TLS_CASES = [  # (tls, pair, implicit, more settings, True: over TLS, False: in 
 
 
 @pytest.mark.parametrize(("tls", "pair", "implicit", "more", "secure"), TLS_CASES)
-def test_tls_to_the_next_hop(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop], pairs: dict[str, Pair], tls: str,
-                             pair: str, implicit: bool, more: dict[str, str], secure: bool | None) -> None:  # fmt: skip
+def test_tls_to_the_next_hop(
+    start: Callable[..., Any],
+    tmp_path: Path,
+    hop: Callable[..., FakeHop],
+    pairs: dict[str, Pair],
+    tls: str,
+    pair: str,
+    implicit: bool,
+    more: dict[str, str],
+    secure: bool | None,
+) -> None:
     spool = Spool(tmp_path / "spool")
     next_hop = hop(tls=pairs[pair].server if pair else None, implicit=implicit)
     settings = next_hop.settings(**{**more, **({"SMTP_RELAY_TLS": tls} if tls else {})})
@@ -1679,11 +4356,20 @@ def test_tls_to_the_next_hop(start: Callable[..., Any], tmp_path: Path, hop: Cal
         assert [got.secure for got in next_hop.messages] == [secure]
 
 
-@pytest.mark.parametrize(("methods", "asked", "used"), [
-    ("PLAIN LOGIN CRAM-MD5", "plain", "PLAIN"), ("PLAIN LOGIN CRAM-MD5", "login", "LOGIN"),
-    ("PLAIN LOGIN CRAM-MD5", "cram-md5", "CRAM-MD5"), ("LOGIN", "auto", "LOGIN"), ("PLAIN", "auto", "PLAIN"), ("LOGIN", "", "LOGIN"),
-])  # fmt: skip
-def test_login_at_the_next_hop(start: Callable[..., Any], hop: Callable[..., FakeHop], methods: str, asked: str, used: str) -> None:
+@pytest.mark.parametrize(
+    ("methods", "asked", "used"),
+    [
+        ("PLAIN LOGIN CRAM-MD5", "plain", "PLAIN"),
+        ("PLAIN LOGIN CRAM-MD5", "login", "LOGIN"),
+        ("PLAIN LOGIN CRAM-MD5", "cram-md5", "CRAM-MD5"),
+        ("LOGIN", "auto", "LOGIN"),
+        ("PLAIN", "auto", "PLAIN"),
+        ("LOGIN", "", "LOGIN"),
+    ],
+)
+def test_login_at_the_next_hop(
+    start: Callable[..., Any], hop: Callable[..., FakeHop], methods: str, asked: str, used: str
+) -> None:
     next_hop = hop(users={"ann": "pass word"}, methods=methods)
     login = {"SMTP_RELAY_USERNAME": "ann", "SMTP_RELAY_PASSWORD": "pass word"}
     said(start(**next_hop.settings(), **login, **({"SMTP_RELAY_AUTH": asked} if asked else {})))
@@ -1691,7 +4377,9 @@ def test_login_at_the_next_hop(start: Callable[..., Any], hop: Callable[..., Fak
     assert next_hop.logins == [(used, "ann")]
 
 
-def test_a_refused_login_is_the_hosts_trouble(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
+def test_a_refused_login_is_the_hosts_trouble(
+    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]
+) -> None:
     next_hop, login = hop(users={"ann": "new"}), {"SMTP_RELAY_USERNAME": "ann", "SMTP_RELAY_PASSWORD": "old"}
     said(start(SMTP_RETRY_MAX_ATTEMPTS="1", **next_hop.settings(), **login))
     wait_until(lambda: len(next_hop.logins) >= 2)
@@ -1700,11 +4388,16 @@ def test_a_refused_login_is_the_hosts_trouble(start: Callable[..., Any], tmp_pat
     assert Spool(tmp_path / "spool").await_status("forwarded")["attempts"] == 1
 
 
-def test_connections_are_reused_and_a_lost_one_costs_nothing(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
-    spool, next_hop = Spool(tmp_path / "spool"), hop(script={"end": ["250 2.0.0 ok", "250 2.0.0 ok", "drop 250 2.0.0 bye"]})
+def test_connections_are_reused_and_a_lost_one_costs_nothing(
+    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]
+) -> None:
+    spool, next_hop = (
+        Spool(tmp_path / "spool"),
+        hop(script={"end": ["250 2.0.0 ok", "250 2.0.0 ok", "drop 250 2.0.0 bye"]}),
+    )
     relay = start(SMTP_WORKERS="1", SMTP_RELAY_CONNECTIONS="1", SMTP_RETRY_MAX_ATTEMPTS="1", **next_hop.settings())
     for _ in range(4):
-        spool.await_status("forwarded", *said(relay))
+        spool.await_status("forwarded", said(relay)[0])
     assert next_hop.connections == 2
     assert next_hop.delivered() == {"bob@hop.test": 3}  # the third got its 250 as the connection went
 
@@ -1719,15 +4412,1011 @@ def test_many_messages_arrive_once_each(start: Callable[..., Any], hop: Callable
     assert next_hop.connections <= 4
 
 
+QUICK_LANES = {
+    "SMTP_RETRY_INITIAL_DELAY": "30ms",
+    "SMTP_RETRY_MAX_DELAY": "100ms",
+    "SMTP_RETRY_JITTER": "0",
+    "SMTP_HOSTNAME": "relay.test",
+}
+
+
+def send_to(
+    relay: smtprelay.Relay,
+    *to: str,
+    sender: str = "me@here.test",
+    content: bytes = b"Subject: hi\r\n\r\nhello\r\n",
+    mail: list[str] | None = None,
+    rcpt: list[str] | None = None,
+) -> str:
+    with smtplib.SMTP(relay.host, relay.port, timeout=5) as client:
+        client.sendmail(sender, list(to), content, mail or [], rcpt or [])
+    return newest(relay)
+
+
+def newest(relay: smtprelay.Relay) -> str:
+    return max(stem for stem, _ in relay.parts.spool.names())
+
+
+def record_of(relay: smtprelay.Relay, stem: str) -> smtprelay.Message:
+    return relay.parts.spool.load(stem)
+
+
+def statuses(relay: smtprelay.Relay, stem: str) -> dict[str, str]:
+    return {r.address.partition("@")[0]: r.status.value for r in record_of(relay, stem).recipients}
+
+
+def finished(relay: smtprelay.Relay, stem: str) -> smtprelay.Message:
+    wait_until(
+        lambda: record_of(relay, stem).status in (smtprelay.Status.FORWARDED, smtprelay.Status.FAILED),
+        shown=lambda: record_of(relay, stem),
+    )
+    return record_of(relay, stem)
+
+
+@contextlib.contextmanager
+def relaying(*hops: FakeHop | str, **settings: str) -> Iterator[smtprelay.Relay]:
+    places = ",".join(h if isinstance(h, str) else h.place for h in hops)
+    with smtprelay.start(
+        **{**QUICK_LANES, "SMTP_RELAY_HOST": places, "SMTP_RELAY_TIMEOUT": "300ms", **settings}
+    ) as relay:
+        yield relay
+
+
+# -- every failure at every stage --
+
+HOST, LATER, NEVER, DONE = "host", "retrying", "failed", "forwarded"
+SILENT = ("drop", "hang", "drip", "garbage", "long", "endless 250-more\\r\\n")
+TABLE = [
+    *((stage, how, HOST) for stage in ("greeting", "ehlo") for how in (*SILENT, "421 going", "554 no")),
+    *(("mail", how, LATER) for how in (*SILENT, "451 later")),
+    ("mail", "421 going", HOST),
+    ("mail", "530 log in", HOST),
+    ("mail", "550 no", NEVER),
+    *(("rcpt", how, LATER) for how in (*SILENT, "450 grey", "452 many", "552 many")),
+    ("rcpt", "550 no", NEVER),
+    ("rcpt", "421 going", HOST),
+    *(("data", how, LATER) for how in (*SILENT, "451 later")),
+    ("data", "554 no", NEVER),
+    *(("end", how, LATER) for how in (*SILENT, "451 later", "452 full")),
+    ("end", "554 spam", NEVER),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=" ".join)
+def test_what_a_failure_means(row: tuple[str, str, str]) -> None:
+    """The first time it goes wrong, then it goes well; a host's trouble is no attempt of the message."""
+    stage, how, meaning = row
+    extension = ("PIPELINING", "8BITMIME")[TABLE.index(row) % 2]
+    with FakeHop({stage: [how]}, extension) as hop, relaying(hop, SMTP_BOUNCE="0", SMTP_RELAY_TIMEOUT="120ms") as relay:
+        message = finished(relay, send_to(relay, "bob@there.test"))
+        assert message.status.value == (NEVER if meaning == NEVER else DONE)
+        assert message.attempts == (2 if meaning == LATER else 1)
+        assert len(hop.mails) == (0 if meaning == NEVER else 1)
+
+
+def test_one_recipient_fails_alone() -> None:
+    script = {"rcpt grey@x.test": ["450 later"], "rcpt no@x.test": "550 5.1.1 no such user"}
+    with FakeHop(script) as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        stem = send_to(relay, "yes@x.test", "grey@x.test", "no@x.test")
+        message = finished(relay, stem)
+        assert statuses(relay, stem) == {"yes": DONE, "grey": DONE, "no": NEVER}
+        assert [rs for rs, _ in hop.mails] == [["yes@x.test"], ["grey@x.test"]]
+        assert message.recipients[2].reply == "5.1.1 no such user"
+
+
+def test_no_answer_after_the_dot_is_sent_again() -> None:
+    with FakeHop({"end": ["take"]}) as hop, relaying(hop) as relay:
+        assert finished(relay, send_to(relay, "bob@x.test")).status is smtprelay.Status.FORWARDED
+        assert len(hop.mails) == 2
+
+
+def test_the_transcript_is_kept_and_shows_no_secret() -> None:
+    with (
+        FakeHop({"mail": ["451 4.7.1 come back"]}, users={"app": "geheim"}, methods="PLAIN") as hop,
+        relaying(hop, SMTP_RELAY_USERNAME="app", SMTP_RELAY_PASSWORD="geheim") as relay,
+    ):
+        lines = finished(relay, send_to(relay, "bob@x.test")).transcript
+        assert "S: 451 4.7.1 come back" in lines and "C: AUTH PLAIN ***" in lines
+        assert lines[0].startswith("-- 2") and lines[0].endswith(hop.place)
+        assert sum(line.startswith("-- ") for line in lines) == 2
+
+
+# -- one dead next hop --
+
+
+def test_a_dead_host_costs_one_connection_a_step() -> None:
+    with (
+        FakeHop({"greeting": ["554 no"] * 3}) as hop,
+        relaying(hop, SMTP_RETRY_INITIAL_DELAY="100ms", SMTP_RETRY_MULTIPLIER="1") as relay,
+    ):
+        with smtplib.SMTP(relay.host, relay.port) as client:
+            for i in range(100):
+                client.sendmail("me@here.test", [f"u{i}@x.test"], b"\r\nhello\r\n")
+        wait_until(lambda: hop.connections == 2)
+        wait_until(lambda: relay.delivering.scheduler.lanes["smarthost"].steps == 2)
+        wait_until(lambda: len(hop.mails) == 100)
+        assert hop.connections <= 3 + 4
+        wait_until(lambda: {relay.parts.spool.load(stem).attempts for stem, _ in relay.parts.spool.names()} == {1})
+
+
+def test_failover_and_back() -> None:
+    with FakeHop({"greeting": ["421 busy"]}) as first, FakeHop() as second, relaying(first, second) as relay:
+        assert finished(relay, send_to(relay, "a@x.test")).recipients[0].host == "127.0.0.1"
+        assert (len(first.mails), len(second.mails)) == (0, 1)
+        finished(relay, send_to(relay, "b@x.test"))
+        assert (len(first.mails), len(second.mails)) == (1, 1)
+
+
+def test_a_host_that_hangs_is_tried_last_for_a_while() -> None:
+    with (
+        FakeHop({"greeting": ["hang"] * 9}) as first,
+        FakeHop() as second,
+        relaying(first, second, SMTP_RELAY_TIMEOUT="1100ms") as relay,
+    ):
+        for to in "abc":
+            finished(relay, send_to(relay, f"{to}@x.test"))
+        assert (first.connections, len(second.mails)) == (1, 3)
+
+
+def test_xoauth2_rereads_its_token(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("old\n")
+    with (
+        FakeHop({"auth": ["334 eyJzdGF0dXMiOiI0MDEifQ=="], "empty": ["535 5.7.8 expired"]}, "AUTH=XOAUTH2") as hop,
+        relaying(
+            hop,
+            SMTP_RELAY_AUTH="xoauth2",
+            SMTP_RELAY_USERNAME="me",
+            SMTP_RELAY_PASSWORD_FILE=str(token),
+            SMTP_RETRY_INITIAL_DELAY="200ms",
+        ) as relay,
+    ):
+        stem = send_to(relay, "bob@x.test")
+        wait_until(lambda: record_of(relay, stem).last_error)
+        assert "535" in record_of(relay, stem).last_error
+        token.write_text("new\n")
+        finished(relay, stem)
+        said = [smtprelay.base64.b64decode(c.split()[2]) for c in hop.commands if c.startswith("AUTH")]
+        assert said == [b"user=me\1auth=Bearer old\1\1", b"user=me\1auth=Bearer new\1\1"]
+
+
+# -- what is sent, and to whom --
+
+
+def test_rewriting() -> None:
+    with (
+        FakeHop(offers="") as hop,
+        relaying(hop, SMTP_RELAY_RETURN_PATH="bounces@here.test", SMTP_RELAY_REDIRECT_TO="dev@here.test") as relay,
+    ):
+        stem = send_to(relay, "a@x.test", "b@x.test")
+        finished(relay, stem)
+        assert statuses(relay, stem) == {"a": DONE, "b": DONE}
+        assert hop.mails[0][0] == ["dev@here.test"]
+        assert hop.mails[0][1].startswith(b"X-Original-To: a@x.test\r\nX-Original-To: b@x.test\r\nReceived: ")
+        assert "MAIL FROM:<bounces@here.test>" in hop.commands
+        finished(relay, send_to(relay, "c@x.test", sender=""))
+        assert "MAIL FROM:<>" in hop.commands
+
+
+def test_only_allowed_recipients_are_sent_to() -> None:
+    with FakeHop() as hop, relaying(hop, SMTP_RELAY_ALLOWED_RECIPIENTS=r"@ok\.test$") as relay:
+        stem = send_to(relay, "a@ok.test", "b@x.test")
+        wait_until(lambda: record_of(relay, stem).status is smtprelay.Status.HELD)
+        assert statuses(relay, stem) == {"a": DONE, "b": "held"}
+        smtprelay.Backstage(relay.delivering).release(record_of(relay, stem).id, [])
+        finished(relay, stem)
+        assert [rs for rs, _ in hop.mails] == [["a@ok.test"], ["b@x.test"]]
+
+
+# -- MX mode --
+
+
+def zone(**records: str) -> Callable[[bytes, str], list[bytes]]:
+    """A DNS script: mx_<domain> and a_<host> with _ for dots; what is not named does not exist."""
+
+    def script(query: bytes, transport: str) -> list[bytes]:
+        name, kind = dns_question(query)
+        key = {MX: "mx_", A: "a_"}.get(kind, "?") + name.replace(".", "_")
+        values = records.get(key, "").split(",")
+        if values == [""]:
+            known = any(k.endswith("_" + name.replace(".", "_")) for k in records)
+            return [dns_answer(query, flags=0x80 if known else 0x83)]
+        return [] if values == ["silence"] else [dns_answer(query, *(dns_record(name, kind, v) for v in values))]
+
+    return script
+
+
+@contextlib.contextmanager
+def by_mx(port: int, script: Callable[[bytes, str], list[bytes]], **settings: str) -> Iterator[smtprelay.Relay]:
+    with FakeDns(script) as dns:
+        more = {
+            "SMTP_DELIVERY": "mx",
+            "SMTP_MX_PORT": str(port),
+            "SMTP_DNS_SERVER": smtprelay.host_port(*dns.server),
+            "SMTP_RELAY_TIMEOUT": "500ms",
+        }
+        with smtprelay.start(**{**QUICK_LANES, **more, **settings}) as relay:
+            yield relay
+
+
+def test_mail_goes_to_the_best_mx_that_answers() -> None:
+    with (
+        FakeHop({"greeting": "554 no"}, host="127.0.0.2") as first,
+        FakeHop(host="127.0.0.3", port=first.port) as second,
+        by_mx(
+            first.port,
+            zone(mx_x_test="10 mx1.test,20 mx2.test", a_mx1_test="127.0.0.2", a_mx2_test="127.0.0.3"),
+        ) as relay,
+    ):
+        r = finished(relay, send_to(relay, "bob@x.test")).recipients[0]
+        assert (r.host, r.ip, r.tls, r.verified) == ("mx2.test", "127.0.0.3", "", False)
+        assert first.connections == 1 and len(second.mails) == 1
+
+
+def test_domains_with_the_same_hosts_share_a_transaction_and_a_dead_one_holds_nobody() -> None:
+    script = zone(
+        mx_x_test="10 mx.test",
+        mx_y_test="10 mx.test",
+        mx_dead_test="10 dead.test",
+        a_mx_test="127.0.0.2",
+        a_dead_test="127.0.0.9",
+        mx_null_test="0 ",
+    )
+    with FakeHop(host="127.0.0.2") as hop, by_mx(hop.port, script, SMTP_BOUNCE="0") as relay:
+        stem = send_to(relay, "a@dead.test", "b@x.test", "c@y.test", "d@null.test", "e@none.test")
+        wait_until(
+            lambda: (
+                list(statuses(relay, stem).values()) == ["retrying", DONE, DONE, NEVER, NEVER]
+                or statuses(relay, stem)["a"] == "received"
+                and list(statuses(relay, stem).values())[1:] == [DONE, DONE, NEVER, NEVER]
+            )
+        )
+        assert hop.mails[0][0] == ["b@x.test", "c@y.test"]
+        assert (
+            record_of(relay, stem).status in (smtprelay.Status.RETRYING, smtprelay.Status.FORWARDING)
+            and record_of(relay, stem).attempts == 1
+        )
+        wait_until(lambda: relay.delivering.scheduler.lanes["dead.test"].steps > 0)
+
+
+def test_a_refusal_for_now_is_waited_out_in_each_lane() -> None:
+    script = zone(mx_x_test="10 mx.test", mx_y_test="10 mx.test", a_mx_test="127.0.0.2")
+    with (
+        FakeHop({"rcpt": ["450 grey", "450 grey"]}, host="127.0.0.2") as hop,
+        by_mx(hop.port, script) as relay,
+    ):
+        message = finished(relay, send_to(relay, "b@x.test", "c@y.test"))
+        assert [r.attempts for r in message.recipients] == [2, 2]
+        assert sum(c.startswith("RCPT") for c in hop.commands) == 4
+
+
+def test_we_do_not_deliver_to_ourselves() -> None:
+    with by_mx(
+        0, zone(a_own_test="127.0.0.1", mx_named_test="5 relay.test", a_relay_test="127.0.0.5"), SMTP_BOUNCE="0"
+    ) as relay:
+        relay.delivering.delivery.settings = smtprelay.dataclasses.replace(relay.parts.settings, mx_port=relay.port)
+        for domain in ("own.test", "named.test"):
+            message = finished(relay, send_to(relay, "bob@" + domain))
+            assert message.status is smtprelay.Status.FAILED and "5.4.6" in message.last_error
+    with (
+        FakeHop({"ehlo": "250 RELAY.test"}, host="127.0.0.2") as hop,
+        by_mx(hop.port, zone(a_x_test="127.0.0.2"), SMTP_BOUNCE="0") as relay,
+    ):
+        assert "5.4.6" in finished(relay, send_to(relay, "bob@x.test")).last_error
+
+
+def test_a_failed_handshake_never_falls_back_to_plaintext() -> None:
+    with (
+        FakeHop({"starttls": "drop 220 go"}, "STARTTLS", host="127.0.0.2") as hop,
+        by_mx(hop.port, zone(a_x_test="127.0.0.2")) as relay,
+    ):
+        stem = send_to(relay, "bob@x.test")
+        wait_until(lambda: "TLS failed" in record_of(relay, stem).last_error, shown=lambda: record_of(relay, stem))
+        assert not any(c.startswith("MAIL") for c in hop.commands) and record_of(relay, stem).attempts == 0
+
+
+# -- TLS to MX hosts, with another relay as the host --
+
+
+def test_tls_is_used_and_verified_when_offered(tmp_path: Path) -> None:
+    cert, key = smtprelay.self_signed(str(tmp_path), "mx.test")
+    script = zone(mx_x_test="10 mx.test", a_mx_test="127.0.0.2")
+    with smtprelay.start(SMTP_PORT="127.0.0.2:0", SMTP_TLS_CERT=cert, SMTP_TLS_KEY=key, SMTP_HOSTNAME="mx.test") as mx:
+        for more, expected in ({"SMTP_RELAY_CA_FILE": cert}, True), ({"SMTP_RELAY_TLS_VERIFY": "0"}, False):
+            with by_mx(mx.port, script, **more) as relay:
+                r = finished(relay, send_to(relay, "bob@x.test")).recipients[0]
+                assert (r.host, r.ip, r.tls, r.verified) == ("mx.test", "127.0.0.2", "TLSv1.3", expected)
+        with by_mx(mx.port, script) as relay:
+            stem = send_to(relay, "bob@x.test")
+            wait_until(lambda: "certificate" in record_of(relay, stem).last_error.lower())
+            assert record_of(relay, stem).attempts == 0
+
+
+# -- a real Postfix, as smart host and as MX, and a real dnsmasq --
+
+MAIN_CF = """
+compatibility_level = 3.6
+queue_directory = {top}/queue
+data_directory = {top}/data
+command_directory = /usr/sbin
+daemon_directory = /usr/lib/postfix/sbin
+mail_owner = {owner}
+setgid_group = {group}
+myhostname = mx.pf.test
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks = 127.0.0.0/8
+local_header_rewrite_clients =
+smtpd_relay_restrictions = permit_mynetworks, reject
+virtual_mailbox_domains = x.test, y.test
+virtual_mailbox_maps = inline:{{bob@x.test=box/, bob@y.test=box/}}
+virtual_mailbox_base = {top}/mail
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
+virtual_minimum_uid = 100
+maillog_file = {top}/log
+maillog_file_prefixes = /
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = {top}/cert.pem
+smtpd_tls_key_file = {top}/cert.pem
+"""
+
+
+def some_owner() -> tuple[str, str]:
+    """Postfix wants an owner and a group of its own; where it was never configured, any will do."""
+    for user, group in (("postfix", "postdrop"), ("uucp", "staff")):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(user).pw_name, grp.getgrnam(group).gr_name
+    pytest.skip("no user for Postfix")
+
+
+@pytest.fixture(scope="module")
+def postfix() -> Iterator[tuple[str, int, str]]:
+    """Start a Postfix on loopback; give its port and its directory with cert.pem, log and mail."""
+    dist = Path("/usr/share/postfix/master.cf.dist")
+    if not shutil.which("postfix", path="/usr/sbin") or not dist.exists() or os.getuid():
+        pytest.skip("needs Postfix, and root")
+    owner, group = some_owner()
+    with tempfile.TemporaryDirectory(prefix="pf") as top:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        for name in ("etc", "queue/pid", "data", "mail/box"):
+            os.makedirs(f"{top}/{name}")
+        os.chmod(top, 0o755)
+        shutil.chown(f"{top}/data", owner)
+        for name in ("mail", "mail/box"):
+            os.chown(f"{top}/{name}", 65534, 65534)
+        os.rename(smtprelay.self_signed(top, "mx.pf.test")[0], f"{top}/cert.pem")
+        Path(f"{top}/etc/main.cf").write_text(MAIN_CF.format(top=top, owner=owner, group=group))
+        master = re.sub(r"(?m)^smtp      inet", f"{port}      inet", dist.read_text())
+        Path(f"{top}/etc/master.cf").write_text(re.sub(r"(?m)^(\S+ +\S+ +\S+ +\S+ +)y( )", r"\1n\2", master))
+        Path(f"{top}/etc/dynamicmaps.cf").touch()
+        run = functools.partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        started = run(["/usr/sbin/postfix", "-c", f"{top}/etc", "start"])
+        try:
+            assert started.returncode == 0, started.stderr
+            yield "127.0.0.1", port, top
+        finally:
+            run(["/usr/sbin/postfix", "-c", f"{top}/etc", "stop"])
+
+
+def delivered(top: str) -> list[bytes]:
+    return (
+        [path.read_bytes() for path in Path(top, "mail/box/new").glob("*")]
+        if Path(top, "mail/box/new").exists()
+        else []
+    )
+
+
+def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
+    host, port, top = postfix
+    content = b"Subject: dots\r\n\r\n.\r\n..two\r\nend" + b"\r\nline" * 20000 + b"\r\n"
+    with smtprelay.start(
+        SMTP_RELAY_HOST=f"{host}:{port}", SMTP_RELAY_TLS="starttls", SMTP_RELAY_TLS_VERIFY="0", **QUICK_LANES
+    ) as relay:
+        before = len(delivered(top))
+        stem = send_to(relay, "bob@x.test", "nobody@x.test", content=content)
+        message = finished(relay, stem)
+        assert statuses(relay, stem) == {"bob": DONE, "nobody": NEVER}
+        assert (message.recipients[0].tls, message.recipients[0].verified) == ("TLSv1.3", False)
+        assert message.recipients[1].code == 550 and "unknown in virtual mailbox table" in message.recipients[1].reply
+        wait_until(lambda: len(delivered(top)) > before, 10)
+        assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
+
+
+def knows(port: int, domain: str) -> bool:
+    """Tell whether a DNS server is up."""
+    with contextlib.suppress(smtprelay.ResolveError):
+        return bool(smtprelay.Resolver([("127.0.0.1", port)], 0.3).mx_hosts(domain))
+    return False
+
+
+def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
+    host, port, top = postfix
+    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
+    if not dnsmasq:
+        pytest.skip("needs dnsmasq")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        dns = probe.getsockname()[1]
+    records = [
+        "--mx-host=x.test,mx.pf.test,10",
+        "--mx-host=x.test,down.test,5",
+        "--mx-host=y.test,mx.pf.test,10",
+        "--mx-host=y.test,down.test,5",
+        f"--host-record=mx.pf.test,{host}",
+        "--host-record=down.test,127.0.0.5",
+        "--local=/test/",
+    ]
+    server = subprocess.Popen(
+        [
+            dnsmasq,
+            "-k",
+            "-C",
+            "/dev/null",
+            "--no-hosts",
+            "--no-resolv",
+            "--listen-address=127.0.0.1",
+            "--bind-interfaces",
+            "--user=root",
+            "--pid-file=",
+            f"--port={dns}",
+            *records,
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: knows(dns, "x.test"))
+        with smtprelay.start(
+            SMTP_DELIVERY="mx",
+            SMTP_MX_PORT=str(port),
+            SMTP_DNS_SERVER=f"127.0.0.1:{dns}",
+            SMTP_RELAY_CA_FILE=f"{top}/cert.pem",
+            SMTP_BOUNCE="0",
+            **QUICK_LANES,
+        ) as relay:
+            before = len(delivered(top))
+            stem = send_to(relay, "bob@x.test", "bob@y.test", "bob@gone.test")
+            message = finished(relay, stem)
+            assert [r.status.value for r in message.recipients] == [DONE, DONE, NEVER]
+            r = message.recipients[0]
+            assert (r.host, r.ip, r.tls, r.verified) == ("mx.pf.test", host, "TLSv1.3", True)
+            assert message.recipients[2].reply.startswith("5.1.2 gone.test")
+            wait_until(lambda: len(delivered(top)) == before + 2, 10)
+            assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
+    finally:
+        server.terminate()
+        server.wait()
+
+
+# -- many next hops at once --
+
+
+def test_two_hanging_hosts_hold_up_nobody() -> None:
+    script = zone(a_slow1_test="127.0.0.5", a_slow2_test="127.0.0.6", a_good_test="127.0.0.7")
+    with (
+        FakeHop({"greeting": "hang"}, host="127.0.0.5") as slow,
+        FakeHop({"rcpt": "hang"}, "8BITMIME", host="127.0.0.6", port=slow.port),
+        FakeHop(host="127.0.0.7", port=slow.port) as good,
+        by_mx(slow.port, script, SMTP_RELAY_TIMEOUT="2s") as relay,
+    ):
+        for i in range(10):
+            send_to(relay, f"u{i}@slow1.test")
+            send_to(relay, f"u{i}@slow2.test")
+        began = time.monotonic()
+        for i in range(10):
+            finished(relay, send_to(relay, f"u{i}@good.test"))
+        assert time.monotonic() - began < 1.8 and len(good.mails) == 10
+        assert slow.connections == 1
+
+
+def test_what_was_delivered_stays_so_after_a_restart(tmp_path: Path) -> None:
+    script = zone(a_grey_test="127.0.0.5", a_good_test="127.0.0.5")
+    with FakeHop({"rcpt a@grey.test": ["450 later"]}, host="127.0.0.5") as hop:
+        settings = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(tmp_path), "SMTP_FSYNC": "0"}
+        with by_mx(
+            hop.port,
+            script,
+            SMTP_RETRY_INITIAL_DELAY="300ms",
+            SMTP_RETRY_MAX_DELAY="1s",
+            SMTP_MAX_SIZE="1MiB",
+            **settings,
+        ) as relay:
+            stem = send_to(relay, "a@grey.test", "b@good.test")
+            wait_until(lambda: statuses(relay, stem) == {"a": LATER, "b": DONE})
+        with by_mx(hop.port, script, **settings) as relay:
+            message = finished(relay, stem)
+        assert statuses(relay, stem) == {"a": DONE, "b": DONE} and message.recipients[0].attempts == 2
+        assert sorted(rs for rs, _ in hop.mails) == [["a@grey.test"], ["b@good.test"]]
+
+
+def test_an_account_may_have_a_host_of_its_own(tmp_path: Path) -> None:
+    with FakeHop() as common, FakeHop(users={"u": "w"}, methods="PLAIN") as own:
+        users = tmp_path / "users.json"
+        users.write_text(
+            smtprelay.json.dumps(
+                {
+                    "app": {"password": "p", "relay_host": own.place, "relay_username": "u", "relay_password": "w"},
+                    "b": {"password": "p"},
+                }
+            )
+        )
+        users.chmod(0o600)
+        with relaying(common, SMTP_USERS_FILE=str(users), SMTP_AUTH_INSECURE="1") as relay:
+            for name in ("app", "b"):
+                with smtplib.SMTP(relay.host, relay.port) as client:
+                    client.login(name, "p")
+                    client.sendmail("me@here.test", ["bob@x.test"], b"\r\nhello\r\n")
+                finished(relay, newest(relay))
+        assert (len(common.mails), len(own.mails)) == (1, 1)
+        assert any(c.startswith("AUTH PLAIN ") for c in own.commands)
+
+
+# === REPORTS =================================================================
+# -- reports --
+
+
+def test_a_failure_is_reported_once() -> None:
+    script = {"rcpt a@x.test": "550 5.1.1 nobody", "rcpt b@x.test": "550 5.1.1 nobody"}
+    with FakeHop(script, "DSN") as hop, relaying(hop) as relay:
+        stem = send_to(relay, "a@x.test", "b@x.test", "c@x.test", mail=["ENVID=abc"], rcpt=["ORCPT=rfc822;o@x.test"])
+        finished(relay, stem)
+        wait_until(lambda: len(hop.mails) == 2)
+        to, text = hop.mails[1]
+        assert to == ["me@here.test"] and "MAIL FROM:<>" in hop.commands
+        assert text.count(b"Action: failed") == 2 and b"Final-Recipient: rfc822; b@x.test" in text
+        assert b"Original-Envelope-Id: abc" in text and b"Original-Recipient: rfc822; o@x.test" in text
+        assert b"Subject: hi" in text and b"\r\nhello\r\n" not in text
+        wait_until(lambda: record_of(relay, newest(relay)).status is smtprelay.Status.FORWARDED)
+
+
+@pytest.mark.parametrize(
+    "sender, settings, rcpt",
+    [
+        ("", {}, []),
+        ("me@here.test", {"SMTP_BOUNCE": "0"}, []),
+        ("me@here.test", {}, ["NOTIFY=NEVER"]),
+        ("me@here.test", {}, ["NOTIFY=DELAY"]),
+    ],
+)
+def test_no_report(sender: str, settings: dict[str, str], rcpt: list[str]) -> None:
+    with FakeHop({"rcpt a@x.test": "550 no"}) as hop, relaying(hop, **settings) as relay:
+        finished(relay, send_to(relay, "a@x.test", sender=sender, rcpt=rcpt))
+        assert len(list(relay.parts.spool.names())) == 1
+
+
+def test_dsn_is_passed_on_where_it_is_offered() -> None:
+    mail, rcpt = ["RET=HDRS", "ENVID=e1"], ["NOTIFY=SUCCESS,FAILURE", "ORCPT=rfc822;x@y.test"]
+    with FakeHop({}, "DSN") as able, relaying(able) as relay:
+        finished(relay, send_to(relay, "a@x.test", mail=mail, rcpt=rcpt))
+        assert "MAIL FROM:<me@here.test> RET=HDRS ENVID=e1" in able.commands
+        assert "RCPT TO:<a@x.test> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;x@y.test" in able.commands
+        assert len(list(relay.parts.spool.names())) == 1
+    with FakeHop(offers="") as unable, relaying(unable) as relay:
+        finished(relay, send_to(relay, "a@x.test", mail=mail, rcpt=rcpt))
+        wait_until(lambda: len(unable.mails) == 2)
+        assert b"Action: relayed" in unable.mails[1][1] and "MAIL FROM:<me@here.test>" in unable.commands
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "MAIL FROM:<a@b> RET=ALL",
+        "MAIL FROM:<a@b> ENVID=+0D+0A",
+        "MAIL FROM:<a@b> ENVID=" + "x" * 101,
+        "RCPT TO:<a@b> NOTIFY=NEVER,DELAY",
+        "RCPT TO:<a@b> ORCPT=nothing",
+        "RCPT TO:<a@b> ORCPT=rfc822;+0A",
+    ],
+)
+def test_bad_dsn_parameters(command: str) -> None:
+    with smtprelay.start() as relay, smtplib.SMTP(relay.host, relay.port) as client:
+        client.ehlo("x")
+        assert client.has_extn("dsn")
+        if command.startswith("RCPT"):
+            client.mail("a@b.test")
+        assert client.docmd(command)[0] == 501
+
+
+def test_dsn_survives_without_the_record(tmp_path: Path) -> None:
+    settings = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(tmp_path), "SMTP_FSYNC": "0"}
+    with smtprelay.start(**settings) as relay:
+        stem = send_to(
+            relay, '"a b"@x.test', mail=["RET=FULL", "ENVID=e+2B"], rcpt=["NOTIFY=FAILURE", "ORCPT=rfc822;<x>"]
+        )
+        wait_until(lambda: list(tmp_path.glob("2*/*.json")))
+        next(tmp_path.glob("2*/*.json")).unlink()
+        m = record_of(relay, stem)
+        assert (m.ret, m.envid, m.recipients[0].address, m.recipients[0].notify, m.recipients[0].orcpt) == (
+            "FULL",
+            "e+2B",
+            '"a b"@x.test',
+            "FAILURE",
+            "rfc822;<x>",
+        )
+
+
+NOW = datetime(2026, 11, 21, 3, 0, tzinfo=timezone.utc)
+HEAD = b"From: ann@example.org\r\nSubject: Hello\r\n\tworld\r\nMessage-ID: <1@example.org>\r\n\r\n"
+FULL_MAIL = HEAD + b"Hi Bob,\r\n..\r\n\r\nbye\r\n"
+FAILED, FORWARDED = smtprelay.Status.FAILED, smtprelay.Status.FORWARDED
+
+
+def bob(**changes: Any) -> smtprelay.Recipient:
+    values = {
+        "address": "bob@example.com",
+        "status": FAILED,
+        "code": 550,
+        "reply": "5.1.1 <bob@example.com>: user unknown",
+        "host": "mx.example.com",
+    }
+    return smtprelay.Recipient(**{**values, **changes})
+
+
+def message(*recipients: smtprelay.Recipient, **changes: Any) -> smtprelay.Message:
+    values = {
+        "id": "660c1121a94a1216",
+        "size": 1234,
+        "status": FAILED,
+        "received_at": "2026-11-21T02:00:00Z",
+        "reverse_path": "ann@example.org",
+        "recipients": list(recipients) or [bob()],
+    }
+    return smtprelay.Message(**{**values, **changes})
+
+
+def reported(record: smtprelay.Message, head: bytes = HEAD, full: bytes | None = None) -> bytes:
+    raw = smtprelay.build_report(record, head if full is None else full, "relay.example", NOW)
+    well_formed(raw)
+    return raw
+
+
+def well_formed(raw: bytes) -> None:
+    """Holds for every report, whatever went in."""
+    assert raw.endswith(b"--\r\n") and b"\0" not in raw
+    assert not re.search(rb"\r(?!\n)|(?<!\r)\n", raw)
+    assert max(map(len, raw.split(b"\r\n"))) <= 998
+    mail = parse(raw)
+    assert not mail.defects and not any(part.defects for part in mail.iter_parts())
+    assert len(list(mail.iter_parts())) == 3
+    assert set(mail.keys()) == {
+        *("From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted", "MIME-Version"),
+        "Content-Type",
+    }
+    rfc_3464(groups(raw), mail["Content-Type"].params["report-type"])
+    for part in raw.split(mail.get_boundary("").encode())[2:-1]:
+        declared, _, body = part.partition(b"\r\n\r\n")
+        assert (b"Encoding: 7bit" in declared) == body.isascii()
+
+
+ONCE = {"Final-Recipient", "Action", "Status", "Diagnostic-Code"}
+FIELDS = ONCE | {"Original-Recipient", "Remote-MTA"}
+TYPED = re.compile(r"(dns|rfc822|RFC822|utf-8|smtp|x-smtprelay|[\w ]+);\s.*", re.S)
+
+
+def rfc_3464(fields: list[Message], kind: str) -> None:
+    """Holds the groups of fields against sections 2.2 and 2.3."""
+    whole, *each = fields
+    assert whole.keys()[0] == "Reporting-MTA" and str(whole["Reporting-MTA"]).startswith("dns; ")
+    assert set(whole.keys()) <= {"Reporting-MTA", "Original-Envelope-Id", "Arrival-Date"}
+    assert each, "a report is on one recipient at least"
+    for group in each:
+        assert len(group.keys()) == len(set(group.keys())) and ONCE <= set(group.keys()) <= FIELDS
+        assert group["Action"] == "failed" and re.fullmatch(r"[45](\.\d{1,3}){2}", group["Status"])
+        assert all(TYPED.fullmatch(str(group[name])) for name in FIELDS & set(group.keys()) - PLAIN_FIELDS)
+        assert kind != "delivery-status" or str(group).isascii()
+
+
+PLAIN_FIELDS = {"Action", "Status"}
+
+
+def parse(raw: bytes) -> EmailMessage:
+    mail = email.message_from_bytes(raw, policy=email.policy.SMTP)
+    assert isinstance(mail, EmailMessage)
+    return mail
+
+
+def groups(raw: bytes) -> list[Message]:
+    """Reads the groups of fields of the second part, either type."""
+    part = list(parse(raw).iter_parts())[1]
+    if part.get_content_type() == "message/delivery-status":
+        return part.get_payload()  # type: ignore[return-value]
+    boundary = parse(raw).get_boundary("").encode()
+    body = raw.split(b"--" + boundary)[2].partition(b"\r\n\r\n")[2]
+    return [email.message_from_bytes(group) for group in body.split(b"\r\n\r\n") if group.strip()]
+
+
+def words(raw: bytes) -> str:
+    return str(next(iter(parse(raw).iter_parts())).get_content()).replace("\r\n", "\n")
+
+
+def test_report_is_a_multipart_report() -> None:
+    mail = parse(reported(message()))
+    assert mail.get_content_type() == "multipart/report"
+    assert mail.get_param("report-type") == "delivery-status"
+    assert [part.get_content_type() for part in mail.iter_parts()] == [
+        *("text/plain", "message/delivery-status", "text/rfc822-headers")
+    ]
+    assert mail["To"] == "ann@example.org" and mail["Auto-Submitted"] == "auto-replied"
+    assert mail["From"].addresses[0].addr_spec == "MAILER-DAEMON@relay.example"
+    assert mail["Date"].datetime == NOW
+    assert mail["Message-ID"] == "<report.660c1121a94a1216@relay.example>"
+
+
+def test_fields_for_programs() -> None:
+    record = message(
+        bob(orcpt="rfc822;bob+2Blist@example.net"),
+        bob(address="carl@example.com", code=0, reply="too old", host=""),
+        bob(address="dora@example.com", status=FORWARDED),
+        envid="QQ+2B31",
+    )
+    whole, first, second = groups(reported(record))
+    assert whole.items() == [
+        ("Reporting-MTA", "dns; relay.example"),
+        ("Original-Envelope-Id", "QQ+31"),
+        ("Arrival-Date", "Sat, 21 Nov 2026 02:00:00 +0000"),
+    ]
+    assert first.items() == [
+        ("Original-Recipient", "rfc822; bob+list@example.net"),
+        ("Final-Recipient", "rfc822; bob@example.com"),
+        ("Action", "failed"),
+        ("Status", "5.1.1"),
+        ("Remote-MTA", "dns; mx.example.com"),
+        ("Diagnostic-Code", "smtp; 550 5.1.1 <bob@example.com>: user unknown"),
+    ]
+    assert second.items() == [
+        ("Final-Recipient", "rfc822; carl@example.com"),
+        ("Action", "failed"),
+        ("Status", "4.4.0"),
+        ("Diagnostic-Code", "x-smtprelay; too old"),
+    ]
+
+
+def test_words_say_who_why_and_what_to_do() -> None:
+    told = words(reported(message(bob(), bob(address="eve@example.com", status=FORWARDED))))
+    assert "\nbob@example.com\n    The mail server mx.example.com said:\n" in told
+    assert "\n        550 5.1.1 <bob@example.com>: user unknown\n" in told
+    assert "What to do: Their server does not know this address." in told
+    assert "Sat, 21 Nov 2026 02:00:00 +0000 (1234 octets)" in told
+    assert "660c1121a94a1216" in told and "eve@" not in told
+
+
+STATUS = [
+    (550, "5.1.1 no", "5.1.1", "does not know this address"),
+    (550, "550 5.1.1 no", "5.1.1", "does not know this address"),
+    (550, "550-5.1.1 no", "5.1.1", "does not know this address"),
+    (550, "no such user", "5.0.0", "no such address"),
+    (550, "4.1.1 a lie", "5.0.0", "no such address"),
+    (550, "2.1.5 a lie", "5.0.0", "no such address"),
+    (550, "5.\u0661.1 odd", "5.0.0", "no such address"),
+    (550, "5.1.1: no", "5.1.1", "does not know this address"),
+    (550, "5.1.1000 odd", "5.0.0", "no such address"),
+    (550, "5.4.1 Recipient address rejected", "5.4.1", "no such address"),
+    (556, "5.1.10 null MX", "5.1.10", "takes no mail at all"),
+    (552, "5.2.2 full", "5.2.2", "mailbox is full"),
+    (452, "4.2.2 full", "4.2.2", "mailbox is full"),
+    (552, "too much", "5.0.0", "full, or the message is too big"),
+    (552, "5.3.4 big", "5.3.4", "Send a smaller one"),
+    (451, "try later", "4.0.0", "No more is known"),
+    (0, "4.4.1 no answer", "4.4.1", "not to be reached"),
+    (0, "", "4.4.0", "not to be reached"),
+    (0, "5.1.2 no such domain", "5.1.2", "after the @"),
+    (550, "5.7.26 no SPF", "5.7.26", "Their rules refuse it"),
+    (550, "5.6.7 no", "5.6.7", "such letters"),
+    (554, "5.9.9 what", "5.9.9", "No more is known"),
+]
+
+
+@pytest.mark.parametrize("code, reply, status, advice", STATUS)
+def test_status_and_advice(code: int, reply: str, status: str, advice: str) -> None:
+    raw = reported(message(bob(code=code, reply=reply)))
+    assert groups(raw)[1]["Status"] == status
+    assert advice in " ".join(words(raw).split())
+
+
+def test_original_headers_alone() -> None:
+    for record, full in (
+        (message(), FULL_MAIL),
+        (message(ret="HDRS"), FULL_MAIL),
+    ):
+        part = list(parse(reported(record, full=full)).iter_parts())[2]
+        assert part.get_content_type() == "text/rfc822-headers"
+        assert part.get_content().split("\r\n")[1:3] == ["Subject: Hello", " world"]
+
+
+def test_full_original_is_returned_octet_for_octet() -> None:
+    for full in (FULL_MAIL, HEAD + b"caf\xc3\xa9 \xff\r\n"):
+        raw = reported(message(ret="FULL"), full=full)
+        boundary = parse(raw).get_boundary("").encode()
+        assert raw.split(b"\r\n--" + boundary)[3].partition(b"\r\n\r\n")[2] == full
+        assert list(parse(raw).iter_parts())[2].get_content_type() == "message/rfc822"
+
+
+MISFITS = {
+    "long": b"x" * 999,
+    "NUL": b"\0",
+    "bare LF": b"a\nb\r\n",
+    "bare CR": b"a\rb\r\n",
+    "big": b"y\r\n" * 400_000,
+}
+
+
+@pytest.mark.parametrize("body", MISFITS.values(), ids=MISFITS)
+def test_full_original_that_does_not_fit_leaves_its_headers(body: bytes) -> None:
+    raw = reported(message(ret="FULL"), full=HEAD + body)
+    assert list(parse(raw).iter_parts())[2].get_content_type() == "text/rfc822-headers"
+    assert len(raw) < 4096
+
+
+def test_smtputf8_way_back_gets_a_global_report() -> None:
+    record = message(
+        bob(address="b\xf6b+x@ex\xe4mple.com", orcpt=r"utf-8;b\x{F6}b@x.test", reply="5.1.1 n\xf6"),
+        reverse_path="\u5c0f\u660e@example.org",
+        ret="FULL",
+    )
+    head = "Subject: caf\xe9\r\n\r\n".encode()
+    raw = reported(record, head, head)
+    mail = parse(raw)
+    assert mail.get_param("report-type") == "global-delivery-status"
+    assert [part.get_content_type() for part in mail.iter_parts()] == [
+        *("text/plain", "message/global-delivery-status", "message/global")
+    ]
+    assert "\r\nTo: <\u5c0f\u660e@example.org>\r\n".encode() in raw
+    assert "\r\nFinal-Recipient: utf-8; b\xf6b\\x{2B}x@ex\xe4mple.com\r\n".encode() in raw
+    assert "\r\nDiagnostic-Code: smtp; 550 5.1.1 n\xf6\r\n".encode() in raw
+
+
+def test_ascii_way_back_gets_ascii_fields() -> None:
+    record = message(bob(address="b\xf6b@example.com", orcpt="utf-8;b\xf6b@x", reply="5.1.1 n\xf6"))
+    raw = reported(record, "Subject: caf\xe9\r\n\r\n".encode())
+    group = groups(raw)[1]
+    assert group["Final-Recipient"] == r"utf-8; b\x{F6}b@example.com"
+    assert group["Original-Recipient"] == r"utf-8; b\x{F6}b@x"
+    assert group["Diagnostic-Code"] == r"smtp; 550 5.1.1 n\xf6"
+    assert "b\xf6b@example.com" in words(raw)
+    kinds = [part.get_content_type() for part in parse(raw).iter_parts()]
+    assert kinds[1:] == ["message/delivery-status", "message/global-headers"]
+
+
+EVIL_NAME = "a\r\nBcc: all@example.com\r\n\r\n--x\r\n\0\x85\u2028\u202e\udcff=?utf-8?q?=0D=0ABcc:_e?= "
+
+
+def test_hostile_text_adds_no_field() -> None:
+    record = message(
+        bob(address=EVIL_NAME, reply=EVIL_NAME, host=EVIL_NAME, orcpt=EVIL_NAME),
+        bob(address="\xe9" + EVIL_NAME, reply=EVIL_NAME * 1000, orcpt="utf-8;" + EVIL_NAME, code=0),
+        reverse_path=EVIL_NAME,
+        envid=EVIL_NAME,
+        id=EVIL_NAME,
+        received_at=EVIL_NAME,
+        ret="FULL",
+    )
+    for way_back in (EVIL_NAME, "\xe9" + EVIL_NAME):
+        record.reverse_path = way_back
+        raw = smtprelay.build_report(record, EVIL_NAME[-40:].encode("utf-8", "replace"), EVIL_NAME, NOW)
+        well_formed(raw)
+        assert b"\r\nBcc" not in raw and "\u202e".encode() not in raw
+
+
+def test_encoded_words_in_a_reply_stay_as_they_are() -> None:
+    reply = "5.7.1 =?utf-8?q?=0D=0AX:_y?= see https://example.com/" + "x" * 200
+    raw = reported(message(bob(reply=reply)))
+    assert f"smtp; 550 {reply}".encode() in raw.replace(b"\r\n ", b" ")
+
+
+def test_long_address_is_never_broken() -> None:
+    address = "x" * 64 + "@" + "y" * 180 + ".example"
+    raw = reported(message(bob(address=address), reverse_path=address))
+    assert groups(raw)[1]["Final-Recipient"].split() == ["rfc822;", address]
+    assert parse(raw)["To"].addresses[0].addr_spec == address
+
+
+def test_size_is_bounded() -> None:
+    wide = "\u5c0f" * 80
+    many = [bob(address=f"{wide}{n}@x.test", reply=wide * 100) for n in range(600)]
+    head = b"X: " + b"y" * 5000 + b"\r\n" + b"A: b\r\n" * 100_000
+    raw = smtprelay.build_report(message(*many), head, "relay.example", NOW)
+    assert len(raw) < 2 * 1024 * 1024 and max(map(len, raw.split(b"\r\n"))) <= 998
+    assert raw.count(b"\r\nFinal-Recipient:") == 500 and b"and 100 more." in raw
+
+
+def test_a_part_cannot_hold_the_boundary() -> None:
+    first = parse(reported(message())).get_boundary("").encode()
+    raw = reported(message(), HEAD.replace(b"Hello", b"Hello\r\n--" + first + b"--"))
+    assert parse(raw).get_boundary("").encode() != first
+
+
+WANTS = [
+    ("refused", message(), 1),
+    ("null sender", message(reverse_path=""), 0),
+    ("NOTIFY=NEVER", message(bob(notify="NEVER")), 0),
+    ("no FAILURE", message(bob(notify="SUCCESS,DELAY")), 0),
+    ("FAILURE", message(bob(notify="DELAY,FAILURE")), 1),
+    ("each his own", message(bob(notify="NEVER"), bob(), bob(status=FORWARDED)), 1),
+    ("delivered", message(bob(status=FORWARDED)), 0),
+    ("still owed", message(bob(), bob(status=smtprelay.Status.RETRYING)), 0),
+    ("held besides", message(bob(), bob(status=smtprelay.Status.HELD)), 1),
+    ("told", message(history=[{"status": "failed", "detail": smtprelay.REPORTED}]), 0),
+]
+
+
+@pytest.mark.parametrize("record, count", [row[1:] for row in WANTS], ids=[row[0] for row in WANTS])
+def test_wants_report(record: smtprelay.Message, count: int) -> None:
+    assert len(smtprelay.wants_report(record)) == count
+
+
+def test_cap_allows_so_many_an_hour() -> None:
+    now = [0.0]
+    cap = smtprelay.ReportCap(2, lambda: now[0])
+    assert [cap.take(), cap.take(), cap.take()] == [True, True, False]
+    now[0] = 3599.0
+    assert not cap.take()
+    now[0] = 3600.0
+    assert [cap.take(), cap.take(), cap.take()] == [True, True, False]
+    assert not smtprelay.ReportCap(0).take()
+
+
+# === FAULTS ==================================================================
+# -- scripted failures --
+
+FAULT_RULES = "rcpt to=*@slow.test 450 4.2.0 greylisted first 2; mail from=bad@* 550 no; end to=lost@* drop kept; data to=full@* 452; rcpt to=wait@* delay 40ms"  # noqa: E501
+
+
+def test_scripted_failures() -> None:
+    with smtprelay.start(SMTP_FAULTS=FAULT_RULES) as relay, smtplib.SMTP(relay.host, relay.port) as c:
+        c.ehlo("x")
+        assert c.mail("bad@x.test") == (550, b"5.0.0 no")
+        assert c.mail("good@x.test")[0] == 250
+        assert [c.rcpt("a@slow.test") for _ in range(3)] == [(450, b"4.2.0 greylisted")] * 2 + [
+            (250, b"2.1.5 Recipient ok")
+        ]
+        assert c.rcpt("b@SLOW.test")[0] == 450
+        began = time.monotonic()
+        assert c.rcpt("wait@x.test")[0] == 250 and time.monotonic() - began >= 0.04
+        assert c.rcpt("full@x.test")[0] == 250
+        assert c.docmd("DATA")[0] == 452
+        assert c.docmd("DATA")[0] == 503
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            c.sendmail("good@x.test", ["lost@x.test"], b"\r\nhello\r\n")
+        assert len(list(relay.parts.spool.names())) == 1
+
+
+def test_a_fault_at_the_greeting() -> None:
+    with smtprelay.start(SMTP_FAULTS="connect 421 busy first 1; connect drop first 1") as relay:
+        for expected in (smtplib.SMTPConnectError, smtplib.SMTPServerDisconnected):
+            with pytest.raises(expected):
+                smtplib.SMTP(relay.host, relay.port)
+        smtplib.SMTP(relay.host, relay.port).close()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "nowhere 450",
+        "rcpt",
+        "rcpt 250 ok",
+        "connect to=x drop",
+        "mail drop kept",
+        "rcpt 450 a first x",
+        "rcpt delay x",
+        "rcpt 450 \xe9",
+    ],
+)
+def test_wrong_rules_are_reported(rules: str) -> None:
+    with pytest.raises(smtprelay.SettingsError, match="SMTP_FAULTS: rule 2"):
+        smtprelay.Faults("mail 450 x; " + rules)
+
+
 # === SESSION =================================================================
-
-
 def test_the_final_reply_names_the_queue_id_in_the_files(holding: Any, held: Spool) -> None:
     [queue_id] = said(holding)
     assert [path.name.split("_")[0] for path in held.files(f"{queue_id}_*.eml")] == [queue_id]
 
 
-@pytest.mark.parametrize(("count", "where", "want"), [(50, "head", "250"), (51, "head", "554 5.4.6"), (60, "body", "250")])
+@pytest.mark.parametrize(
+    ("count", "where", "want"), [(50, "head", "250"), (51, "head", "554 5.4.6"), (60, "body", "250")]
+)
 def test_a_loop_is_seen(holding: Any, count: int, where: str, want: str) -> None:
     trace = b"Received: from a by b;\r\n\tdate\r\n" * count
     with hello(holding) as client:
@@ -1776,9 +5465,514 @@ def test_a_client_that_goes_away_inside_a_message_leaves_nothing(start: Callable
     assert metric(relay, "smtp_messages_received_total") == 0
 
 
+GOOD_LOGIN = plain("old", "tanstaaftanstaaf")
+NULL = "\\0"
+B_APP, B_WORD = b64("app").decode(), b64("grün").decode()
+AUTHS = {
+    "initial response": f"C: {plain('app', 'grün')}\nS: 235 2.7.0",
+    "in two steps": f"C: AUTH PLAIN\nS: 334 \nC: {plain('app', 'grün')[11:]}\nS: 235 2.7.0",
+    "lower case": f"C: auth plain {plain('app', 'grün')[11:]}\nS: 235",
+    "login": f"C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: {B_APP}\nS: 334 UGFzc3dvcmQ6\nC: {B_WORD}\nS: 235 2.7.0",
+    "login with user": f"C: AUTH LOGIN {B_APP}\nS: 334 UGFzc3dvcmQ6\nC: {B_WORD}\nS: 235 2.7.0",
+    "key as user": f"C: {plain(API_KEY, 'grün')}\nS: 235",
+    "key as both": f"C: {plain(API_KEY, API_KEY)}\nS: 235",
+    "own authzid": f"C: AUTH PLAIN {b64('app' + chr(0) + 'app' + chr(0) + 'grün').decode()}\nS: 235",
+    "another's authzid": f"C: AUTH PLAIN {b64('old' + chr(0) + 'app' + chr(0) + 'grün').decode()}\nS: 535 5.7.8",
+    "wrong": f"C: {plain('app', 'x')}\nS: 535 5.7.8 Authentication credentials invalid",
+    "unknown user": f"C: {plain('nobody', 'x')}\nS: 535 5.7.8 Authentication credentials invalid",
+    "wrong, then right": f"C: {plain('app', 'x')}\nS: 535\nC: {GOOD_LOGIN}\nS: 235",
+    "cram, wrong": f"C: AUTH CRAM-MD5\nS: 334 \nC: {b64('old 00').decode()}\nS: 535 5.7.8",
+    "cram with initial response": f"C: AUTH CRAM-MD5 {b64('old 00').decode()}\nS: 501 5.5.2",
+    "cancelled": "C: AUTH PLAIN\nS: 334\nC: *\nS: 501 5.7.0\nC: NOOP\nS: 250",
+    "cancelled late": f"C: AUTH LOGIN {B_APP}\nS: 334\nC: *\nS: 501\nC: NOOP\nS: 250",
+    "bad base64": "C: AUTH PLAIN !!!\nS: 501 5.5.2\nC: AUTH LOGIN\nS: 334\nC: YQ\nS: 501 5.5.2\nC: NOOP\nS: 250",
+    "empty": "C: AUTH PLAIN =\nS: 501 5.5.2\nC: AUTH PLAIN\nS: 334\nC: =\nS: 501 5.5.2",
+    "two parts": f"C: AUTH PLAIN {b64('app' + chr(0) + 'x').decode()}\nS: 501 5.5.2",
+    "unknown mechanism": "C: AUTH XOAUTH2 YQ==\nS: 504 5.5.4\nC: AUTH GSSAPI\nS: 504",
+    "no mechanism": "C: AUTH\nS: 501 5.5.4",
+    "line of 20 KB": f"C: AUTH PLAIN {'A' * 20000}\nS: 500 5.5.2\nC: NOOP\nS: 250",
+    "answer of 20 KB": f"C: AUTH PLAIN\nS: 334\nC: {'A' * 20000}\nS: 500 5.5.2\nC: NOOP\nS: 250",
+    "answer of 12 KB": f"C: AUTH PLAIN\nS: 334\nC: {'AAAA' * 3000}\nS: 501 5.5.2\nC: NOOP\nS: 250",
+    "twice": f"C: {GOOD_LOGIN}\nS: 235\nC: {GOOD_LOGIN}\nS: 503 5.5.1",
+    "twice, after EHLO": f"C: {GOOD_LOGIN}\nS: 235\nC: EHLO x\nS: 250\nC: {GOOD_LOGIN}\nS: 503 5.5.1",
+    "in a transaction": f"C: {GOOD_LOGIN}\nS: 235\nC: MAIL FROM:<a@b.test>\nS: 250\nC: {GOOD_LOGIN}\nS: 503 5.5.1",
+    "after HELO": f"C: HELO x\nS: 250\nC: {GOOD_LOGIN}\nS: 503 5.5.1",
+    "login first": "C: MAIL FROM:<a@b.test>\nS: 530 5.7.0\nC: MAIL nonsense\nS: 530\nC: RCPT TO:<a@b.test>\nS: 503",
+    "login still first": f"C: {plain('app', 'x')}\nS: 535\nC: MAIL FROM:<a@example.com>\nS: 530 5.7.0",
+    "AUTH=": f"C: {GOOD_LOGIN}\nS: 235\nC: MAIL FROM:<a@b.test> AUTH=<>\nS: 250\nC: RSET\nS: 250\n"
+    "C: MAIL FROM:<a@b.test> AUTH=e+3Dmc2@example.com\nS: 250\nC: RSET\nS: 250\n"
+    "C: MAIL FROM:<a@b.test> AUTH=e+zz\nS: 501 5.5.4",
+    "domain": f"C: {plain('app', 'grün')}\nS: 235\nC: MAIL FROM:<a@other.test>\nS: 550 5.7.1\n"
+    "C: MAIL FROM:<>\nS: 550 5.7.1\nC: MAIL FROM:<a@example.com>\nS: 250\nC: RSET\nS: 250\n"
+    "C: MAIL FROM:<a@other.test>\nS: 550 5.7.1\nC: RCPT TO:<b@c.test>\nS: 503",
+    "domain of the second message": f"C: {plain('app', 'grün')}\nS: 235\nC: MAIL FROM:<a@EXAMPLE.com>\nS: 250\n"
+    "C: RCPT TO:<b@c.test>\nS: 250\nC: DATA\nS: 354\nC: x\\r\\n.\nS: 250\nC: MAIL FROM:<a@other.test>\nS: 550 5.7.1",
+    "null sender without a list": f"C: {GOOD_LOGIN}\nS: 235\nC: MAIL FROM:<>\nS: 250",
+}
+
+
+@pytest.mark.parametrize("name", AUTHS)
+def test_auth(doors: Any, name: str) -> None:
+    with greeted(doors) as client:
+        client.play(AUTHS[name], random.Random(name))
+
+
+def test_auth_comes_after_ehlo(doors: Any) -> None:
+    with Dialogue((doors.host, doors.port)) as client:
+        client.ask(GOOD_LOGIN, "503 5.5.1")
+        client.ask("STARTTLS", "503 5.5.1")
+
+
+def test_unknown_user_and_wrong_password_sound_alike(doors: Any) -> None:
+    def refused(user: str, password: str) -> str:
+        with greeted(doors) as client:
+            return client.ask(plain(user, password), "535")
+
+    assert len({refused(*login) for login in [("app", "x"), ("nobody", "x"), ("", ""), ("old", ""), ("job", "x")]}) == 1
+
+
+FAR = "198.51.100.7"
+FAR_DOORS = [
+    ("PLAIN needs TLS", "", plain("old", "x"), "538 5.7.11"),
+    ("LOGIN needs TLS", "", "AUTH LOGIN", "538 5.7.11"),
+    ("CRAM-MD5 does not", "", "AUTH CRAM-MD5", "334"),
+    ("PLAIN under TLS", "tls", GOOD_LOGIN, "235"),
+    ("no login, no mail", "", "MAIL FROM:<a@b.test>", "530 5.7.0"),
+    ("nor under TLS", "tls", "MAIL FROM:<a@b.test>", "530 5.7.0"),
+]
+
+
+@pytest.mark.parametrize("client", [FAR, "2001:db8::7"])
+@pytest.mark.parametrize("name, tls, line, want", FAR_DOORS)
+def test_from_afar(doors: Any, pair: str, client: str, name: str, tls: str, line: str, want: str) -> None:
+    with greeted(doors, client, pair if tls else "") as dialogue:
+        dialogue.ask(line, want)
+
+
+def test_ehlo_offers_what_can_be_used_now(doors: Any, pair: str) -> None:
+    heard = []
+    for client, tls in (("", ""), ("", pair), (FAR, ""), (FAR, pair)):
+        with greeted(doors, client, tls) as dialogue:
+            lines = dialogue.ask("EHLO x", "250").split("\n")
+            heard.append([line[4:] for line in lines if line[4:].startswith(("AUTH", "STARTTLS"))])
+    assert heard == [["STARTTLS", "AUTH PLAIN LOGIN"], ["AUTH PLAIN LOGIN"], ["STARTTLS"], ["AUTH PLAIN LOGIN"]]
+
+
+def test_auth_insecure(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_AUTH_INSECURE="1", SMTP_AUTH_USER="ann", SMTP_AUTH_PASSWORD="x", SMTP_ALLOW_NETWORKS="0.0.0.0/0")
+    with greeted(relay, FAR) as client:
+        assert "AUTH PLAIN LOGIN CRAM-MD5" in client.ask("EHLO x", "250")
+        client.ask(plain("ann", "x"), "235")
+
+
+def test_without_accounts_or_pair_there_is_neither(start: Callable[..., Any]) -> None:
+    with greeted(start()) as client:
+        assert not re.search("AUTH|STARTTLS", client.ask("EHLO x", "250"))
+        client.ask(GOOD_LOGIN, "502 5.5.1")
+        client.ask("STARTTLS", "502 5.5.1")
+        client.ask("MAIL FROM:<a@b.test>", "250")
+
+
+def test_tls_required(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_TLS_REQUIRED="1", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair, SMTP_AUTH_ANY="1")
+    with greeted(relay) as client:
+        assert "AUTH" not in client.ask("EHLO x", "250")
+        for line in (
+            "HELO x",
+            "MAIL FROM:<a@b.test>",
+            "RCPT TO:<a@b.test>",
+            "DATA",
+            GOOD_LOGIN,
+            "VRFY a",
+            "HELP",
+            "BDAT 0",
+        ):
+            client.ask(line, "530 5.7.0")
+        for line in ("EHLO x", "NOOP", "RSET"):
+            client.ask(line, "250")
+        start_tls(client, pair)
+        client.ask("EHLO x", "250")
+        client.ask(GOOD_LOGIN, "235")
+        assert "ESMTPSA" in sent(relay, client)
+
+
+def sent(relay: Any, client: Dialogue, sender: str = "a@example.com") -> str:
+    """Send a message; return the headers that it got."""
+    reply = client.mail(b"Subject: x\r\n\r\nx\r\n", sender)
+    assert reply.startswith("250"), reply
+    (stem,) = (
+        (s for s in relay.parts.spool.contents if reply.split()[-1] in s)
+        if relay.parts.settings.storage == "memory"
+        else ("",)
+    )
+    if stem:
+        return str(relay.parts.spool.contents[stem].decode())
+    (path,) = Path(relay.parts.settings.spool).glob(f"*/{reply.split()[-1]}*.eml")
+    return path.read_text()
+
+
+# -- STARTTLS --
+
+
+def test_everything_is_forgotten_at_starttls(doors: Any, pair: str) -> None:
+    with greeted(doors) as client:
+        client.ask(GOOD_LOGIN, "235")
+        client.ask("MAIL FROM:<a@b.test>", "250")
+        start_tls(client, pair)
+        client.ask("MAIL FROM:<a@b.test>", "503 5.5.1")  # no EHLO
+        client.ask("AUTH PLAIN", "503 5.5.1")
+        client.ask("RCPT TO:<a@b.test>", "503 5.5.1")
+        client.ask("EHLO x", "250")
+        client.ask("MAIL FROM:<a@b.test>", "530 5.7.0")  # no login
+        client.ask("STARTTLS", "503 5.5.1")
+        client.ask("STARTTLS now", "501 5.5.4")
+        client.ask(GOOD_LOGIN, "235")
+        assert "ESMTPSA" in sent(doors, client)
+    assert doors.parts.accounts.get("old") and reserved_nothing(doors)
+
+
+def reserved_nothing(relay: Any) -> bool:
+    return bool(wait_until(lambda: not relay.receiving.reception.guard.quotas._reserved))
+
+
+INJECTED = [b"NOOP\r\n", b"RSET\r\nMAIL FROM:<evil@x>\r\n", b"x", b"\r\n"]
+
+
+@pytest.mark.parametrize("more", INJECTED)
+def test_plaintext_after_starttls_ends_the_session(doors: Any, more: bytes) -> None:
+    with greeted(doors) as client:
+        client.send(b"STARTTLS\r\n" + more)
+        assert client.reply().startswith("554 5.5.1") and client.closed()
+
+
+def test_plaintext_that_comes_late_is_no_command(doors: Any, pair: str) -> None:
+    """A command slipped in between STARTTLS and the handshake is heard neither before nor after it."""
+    before = metric(doors, "smtp_tls_sessions_total")
+    with greeted(doors) as client:
+        client.ask("STARTTLS", "220")
+        client.send(b"NOOP\r\nEHLO evil\r\n")
+        with contextlib.suppress(OSError):
+            answer = client.sock.recv(4096)
+            assert not re.search(b"(?m)^[2-5][0-9][0-9] ", answer)
+    assert metric(doors, "smtp_tls_sessions_total") == before
+
+
+def test_nothing_is_answered_in_clear_after_the_220(doors: Any) -> None:
+    with greeted(doors) as client:
+        client.ask("STARTTLS", "220")
+        client.sock.shutdown(socket.SHUT_WR)
+        assert not re.search(b"(?m)^[2-5][0-9][0-9]", client.sock.recv(4096))
+
+
+def test_the_handshake_has_the_command_deadline(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_COMMAND_TIMEOUT="0.2s", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair, SMTP_SMTPS_PORT="127.0.0.1:0")
+    for port, starttls in ((relay.port, True), (relay.parts.smtps[0].getsockname()[1], False)):
+        client = Dialogue((relay.host, port))
+        if starttls:
+            client.reply()
+            client.ask("EHLO x", "250")
+            client.ask("STARTTLS", "220")
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while client.sock.send(b"\x16"[:1]) and time.monotonic() < began + 5:  # a hello that never ends
+                client.sock.settimeout(0.04)
+                with contextlib.suppress(socket.timeout):
+                    if not client.sock.recv(100):
+                        break
+        assert time.monotonic() - began < 2
+        client.sock.close()
+
+
+@pytest.mark.parametrize("politely", [True, False])
+def test_a_tls_close_inside_a_message_is_no_message(doors: Any, pair: str, politely: bool) -> None:
+    before = metric(doors, "smtp_messages_received_total")
+    with greeted(doors, pair=pair) as client:
+        client.ask(GOOD_LOGIN, "235")
+        client.envelope()
+        client.ask("DATA", "354")
+        client.send(b"Subject: x\r\n\r\nhalf\r\n")
+        if politely:
+            with contextlib.suppress(OSError):
+                client.sock.settimeout(0.2)
+                assert isinstance(client.sock, ssl.SSLSocket)
+                client.sock.unwrap()
+        else:
+            socket.socket.shutdown(client.sock, socket.SHUT_RDWR)
+    assert reserved_nothing(doors)
+    assert metric(doors, "smtp_messages_received_total") == before
+
+
+def test_an_idle_tls_session_hears_421_at_the_end(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair)
+    with greeted(relay, pair=pair) as client, greeted(relay, pair=pair) as other:
+        other.envelope()
+        began = time.monotonic()
+        threading.Thread(target=relay.receiving.stop).start()
+        assert client.reply().startswith("421 4.3.2") and other.reply().startswith("421 4.3.2")
+        assert time.monotonic() - began < 2
+
+
+def test_a_message_under_tls_with_pipelining_and_a_large_body(doors: Any, pair: str) -> None:
+    with greeted(doors, pair=pair) as client:
+        client.ask(GOOD_LOGIN, "235")
+        body = b"Subject: x\r\n\r\n" + b"y" * 998 + b"\r\n"
+        client.send(b"MAIL FROM:<a@b.test>\r\nRCPT TO:<b@c.test>\r\nDATA\r\n")
+        assert [client.reply()[:3] for _ in range(3)] == ["250", "250", "354"]
+        client.send(body * 3000 + b".\r\nNOOP\r\n", None)
+        assert [client.reply()[:3] for _ in range(2)] == ["250", "250"]
+
+
+# -- no open relay --
+
+WAYS: list[tuple[str, dict[str, str], int, str]] = [
+    ("every interface", {"SMTP_PORT": ":2525"}, 78, "SMTP_PORT: expected accounts"),
+    ("every interface in words", {"SMTP_PORT": "0.0.0.0:2525"}, 78, "SMTP_PORT: expected accounts"),
+    ("IPv6", {"SMTP_PORT": "[::]:2525"}, 78, "SMTP_PORT: expected accounts"),
+    ("one of a list", {"SMTP_PORT": "2525,192.0.2.9:25"}, 78, "SMTP_PORT: expected accounts"),
+    ("smtps", {"SMTP_SMTPS_PORT": ":465", "SMTP_TLS_SELF_SIGNED": "1"}, 78, "SMTP_PORT: expected accounts"),
+    ("no login wanted", {"SMTP_PORT": ":2525", "SMTP_AUTH_REQUIRED": "0"}, 78, "SMTP_PORT: expected accounts"),
+    ("any login", {"SMTP_PORT": ":2525", "SMTP_AUTH_ANY": "1"}, 78, "SMTP_AUTH_ANY=1: expected loopback"),
+    (
+        "any login, networks",
+        {"SMTP_PORT": ":2525", "SMTP_AUTH_ANY": "1", "SMTP_ALLOW_NETWORKS": "0.0.0.0/0"},
+        78,
+        "SMTP_AUTH_ANY=1: expected loopback",
+    ),
+    (
+        "any login, smtps",
+        {"SMTP_SMTPS_PORT": ":465", "SMTP_AUTH_ANY": "1", "SMTP_TLS_SELF_SIGNED": "1"},
+        78,
+        "SMTP_AUTH_ANY=1",
+    ),
+    ("loopback", {"SMTP_PORT": "2525"}, 0, "fine"),
+    ("a socket", {"SMTP_PORT": "unix:/run/smtp.sock"}, 0, "fine"),
+    ("networks", {"SMTP_PORT": ":2525", "SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, 0, "fine"),
+    ("an account", {"SMTP_PORT": ":2525", "SMTP_AUTH_USER": "a", "SMTP_AUTH_PASSWORD": "x"}, 0, "fine"),
+    ("half an account", {"SMTP_AUTH_USER": "a"}, 78, "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD"),
+    ("TLS required without", {"SMTP_TLS_REQUIRED": "1"}, 78, "SMTP_TLS_REQUIRED, SMTP_SMTPS_PORT: expected"),
+]
+
+
+@pytest.mark.parametrize("name, settings, status, words", WAYS)
+def test_doors_that_do_not_open_by_mistake(name: str, settings: dict[str, str], status: int, words: str) -> None:
+    try:
+        smtprelay.Settings.read(settings)
+        assert status == 0
+    except smtprelay.SettingsError as e:
+        assert status == 78 and any(words in problem for problem in e.problems), e.problems
+
+
+def test_the_program_refuses_to_be_an_open_relay() -> None:
+    done = run(SMTP_PORT=":0", SMTP_HEALTH_ADDR="off")
+    assert done.returncode == 78 and "SMTP_PORT: expected accounts" in done.stderr
+
+
+ANYBODY = "0.0.0.0/0,::/0"
+BRIDGE = "172.17.0.1"
+VISITS = [
+    ({}, FAR, "554 5.7.1"),
+    ({"SMTP_AUTH_REQUIRED": "0"}, FAR, "554 5.7.1"),
+    ({"SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, FAR, "554 5.7.1"),
+    ({"SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, "127.0.0.1", "554 5.7.1"),
+    ({"SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, BRIDGE, "530 5.7.0"),
+    ({"SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, "local", "250"),
+    ({"SMTP_ALLOW_NETWORKS": "172.17.0.0/16", "SMTP_AUTH_REQUIRED": "0"}, BRIDGE, "250"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY}, FAR, "530 5.7.0"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY}, "2001:db8::1", "530 5.7.0"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY}, "127.0.0.1", "250"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY, "SMTP_AUTH_ANY": "1"}, FAR, "554 5.7.1"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY, "SMTP_AUTH_ANY": "1", "SMTP_AUTH_REQUIRED": "0"}, "::2", "554 5.7.1"),
+    ({"SMTP_AUTH_ANY": "1"}, "127.0.0.1", "530 5.7.0"),
+    ({"SMTP_AUTH_ANY": "1", "SMTP_AUTH_REQUIRED": "0"}, "::1", "250"),
+    ({"SMTP_AUTH_REQUIRED": "1"}, "127.0.0.1", "530 5.7.0"),
+]
+
+
+@pytest.mark.parametrize("settings, client, want", VISITS)
+def test_who_may_come_and_send(start: Callable[..., Any], settings: dict[str, str], client: str, want: str) -> None:
+    relay = start(**settings)
+    with Visitor(relay, client) as visitor:
+        if want.startswith("554"):
+            assert visitor.greeting.startswith(want) and visitor.closed()
+            assert metric(relay, "smtp_connections_refused_total") == 1
+            return
+        visitor.ask("EHLO x", "250")
+        visitor.ask("MAIL FROM:<a@b.test>", want)
+
+
+@pytest.mark.parametrize(
+    "header, want",
+    [
+        (b"PROXY TCP4 198.51.100.7 127.0.0.1 1 2\r\n", "554 5.7.1"),
+        (b"PROXY TCP4 172.17.0.1 127.0.0.1 1 2\r\n", "530 5.7.0"),
+        (b"PROXY TCP6 ::ffff:172.17.0.1 ::1 1 2\r\n", "530 5.7.0"),
+        (b"PROXY UNKNOWN\r\n", "530 5.7.0"),
+        (b"PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n", "250"),
+    ],
+)
+def test_a_balancer_on_loopback_makes_nobody_local(start: Callable[..., Any], header: bytes, want: str) -> None:
+    relay = start(SMTP_PROXY_NETWORKS="loopback", SMTP_ALLOW_NETWORKS="loopback,172.17.0.0/16")
+    client = Dialogue((relay.host, relay.port))
+    client.send(header)
+    greeting = client.reply()
+    if want.startswith("554"):
+        assert greeting.startswith(want)
+    else:
+        client.ask("EHLO x", "250")
+        client.ask("MAIL FROM:<a@b.test>", want)
+    client.__exit__()
+
+
+def own_address() -> str:
+    """Return an address of this machine that is not loopback; skip the test when it has none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("203.0.113.1", 9))
+        if not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+            return str(sock.getsockname()[0])
+    pytest.skip("this machine has no address but loopback")
+
+
+def test_a_real_client_from_beyond_loopback(start: Callable[..., Any], pair: str) -> None:
+    address = own_address()
+    relay = start(SMTP_PORT=f"{address}:0", SMTP_AUTH_USER="ann", SMTP_AUTH_PASSWORD="x", SMTP_TLS_CERT=pair,
+                  SMTP_TLS_KEY=pair, SMTP_ALLOW_NETWORKS=f"{address}/32")  # fmt: skip
+    with greeted(relay) as client:
+        client.ask("MAIL FROM:<a@b.test>", "530 5.7.0")
+        client.ask(plain("ann", "x"), "538 5.7.11")
+        start_tls(client, pair)
+        client.ask("EHLO x", "250")
+        client.ask(plain("ann", "x"), "235")
+        client.ask("MAIL FROM:<a@b.test>", "250")
+
+
+# -- limits --
+
+
+def test_failed_logins_end_in_421_for_the_address(start: Callable[..., Any], tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+    relay = start(SMTP_AUTH_USER="ann", SMTP_AUTH_PASSWORD="x", SMTP_AUTH_FAILURES="2", SMTP_AUDIT_LOG=str(audit),
+                  SMTP_ALLOW_NETWORKS=ANYBODY, SMTP_AUTH_INSECURE="1")  # fmt: skip
+    for _ in range(3):  # neither a good login nor one that was given up counts
+        with greeted(relay, FAR) as client:
+            client.ask("AUTH PLAIN", "334")
+            client.ask("*", "501")
+            client.ask(plain("ann", "x"), "235")
+        with greeted(relay, FAR) as client:
+            client.ask("AUTH PLAIN", "334")
+    for _ in range(2):
+        with greeted(relay, FAR) as client:
+            client.ask(plain("ann", "wrong"), "535")
+    with greeted(relay, FAR) as client:
+        client.ask(plain("ann", "x"), "421 4.7.0")
+        assert client.closed()
+    with greeted(relay, "198.51.100.8") as client:
+        client.ask(plain("ann", "x"), "235")
+    assert metric(relay, "smtp_auth_attempts_total") == {"success": 4, "failure": 2}
+    assert any(line["event"] == "blocked" and line["client"] == FAR for line in audited(audit))
+
+
+def test_failures_are_answered_ever_more_slowly(doors: Any) -> None:
+    took = []
+    with greeted(doors) as client:
+        for _ in range(4):
+            began = time.monotonic()
+            client.ask(plain("app", "x"), "535")
+            took.append(time.monotonic() - began)
+    assert took[3] > 0.3 > took[0] and took[2] > took[0]
+
+
+def test_too_many_errors(start: Callable[..., Any]) -> None:
+    with greeted(start(SMTP_MAX_ERRORS="2", SMTP_AUTH_ANY="1")) as client:
+        client.ask("MAIL FROM:<a@b.test>", "530")
+        client.ask("AUTH FOO", "504")
+        client.ask("AUTH PLAIN !", "421 4.7.0")
+        assert client.closed()
+
+
+@pytest.mark.parametrize(
+    "first, second, third",
+    [(FAR, FAR, "198.51.100.8"), ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"), ("local", "local", "127.0.0.1")],
+)
+def test_connections_per_client(start: Callable[..., Any], first: str, second: str, third: str) -> None:
+    relay = start(SMTP_MAX_CONNECTIONS_PER_CLIENT="1", SMTP_ALLOW_NETWORKS=ANYBODY)
+    with Visitor(relay, first):
+        with Visitor(relay, second) as one_too_many:
+            assert one_too_many.greeting.startswith("421 4.3.2") and one_too_many.closed()
+        with Visitor(relay, third) as other:
+            assert other.greeting.startswith("220")
+    assert metric(relay, "smtp_connections_refused_total") == 1
+    wait_until(lambda: not relay.receiving.reception.clients)
+    with Visitor(relay, second) as again:
+        assert again.greeting.startswith("220")
+
+
+def test_rate_limit_and_burst(start: Callable[..., Any], tmp_path: Path) -> None:
+    relay = start(SMTP_RATE_LIMIT="1", SMTP_RATE_BURST="2", SMTP_AUDIT_LOG=str(tmp_path / "audit"))
+    with greeted(relay) as client, greeted(relay, "127.0.0.9") as other:
+        assert [client.mail()[:9] for _ in range(2)] == ["250 2.0.0"] * 2
+        client.ask("MAIL FROM:<a@b.test>", "450 4.7.1")
+        assert other.mail().startswith("250")
+    assert metric(relay, "smtp_rate_limited_total") == 1
+    assert [line["limit"] for line in audited(tmp_path / "audit") if line["event"] == "quota"] == ["rate"]
+
+
+def test_rates_are_by_account_where_there_is_one(start: Callable[..., Any], tmp_path: Path) -> None:
+    relay = start(SMTP_RATE_LIMIT="1", SMTP_RATE_BURST="1", SMTP_USERS_FILE=users_file(tmp_path, USERS))
+    for login, want in ((GOOD_LOGIN, "250"), (GOOD_LOGIN, "450 4.7.1"), (plain("job", "mp_live_77"), "250")):
+        with greeted(relay) as client:
+            client.ask(login, "235")
+            client.ask("MAIL FROM:<a@b.test>", want)
+
+
+def test_a_quota_is_charged_at_the_250_alone(start: Callable[..., Any], tmp_path: Path) -> None:
+    relay = start(SMTP_USERS_FILE=users_file(tmp_path, {"a": {"password": "x", "quota_daily": 2}}), SMTP_MAX_SIZE="100")
+    quotas = relay.receiving.reception.guard.quotas
+    ends = ["RSET", "EHLO x", "NOOP", "MAIL FROM:<second@b.test>"]
+    with greeted(relay) as client:
+        client.ask(plain("a", "x"), "235")
+        for end in ends:
+            client.ask("MAIL FROM:<a@b.test>", "250")
+            client.ask(end, "250|503")
+            client.ask("RSET", "250")
+            assert not quotas._reserved
+        assert client.mail(b"x" * 200 + b"\r\n").startswith("552")
+        assert client.mail(b"x\ny\r\n").startswith("554")
+        client.ask("MAIL FROM:<a@b.test>", "250")
+        client.ask("RCPT TO:<a@b.test>", "250")
+        client.send(b"BDAT 3\r\nx\r\nBDAT 200 LAST\r\n" + b"x" * 200)
+        assert [client.reply()[:3] for _ in range(2)] == ["250", "552"]
+        client.ask("MAIL FROM:<a@b.test>", "250")
+    assert reserved_nothing(relay) and quotas.today("a") == {}
+    with greeted(relay) as client, greeted(relay) as other:
+        for one in (client, other):
+            one.ask(plain("a", "x"), "235")
+            one.ask("MAIL FROM:<a@b.test>", "250")
+        with greeted(relay) as third:
+            third.ask(plain("a", "x"), "235")
+            third.ask("MAIL FROM:<a@b.test>", "450 4.7.1")  # two are under way
+    assert reserved_nothing(relay) and quotas.today("a") == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_quotas_over_a_restart(program: Callable[..., Program], tmp_path: Path, number: int) -> None:
+    users = {"day": {"password": "x", "quota_daily": 2}, "minute": {"password": "x", "quota_per_minute": 2}}
+    relay = program(SMTP_USERS_FILE=users_file(tmp_path, users))
+    counts = relay.spool.root / "usage"
+    for sends in ([0, 1], []):
+        for user in users:
+            with greeted(relay) as client:
+                client.ask(plain(user, "x"), "235")
+                assert [client.mail()[:3] for _ in sends] == ["250" for _ in sends]
+                client.ask("MAIL FROM:<a@b.test>", "450 4.7.1")
+        if sends:
+            if number == signal.SIGKILL:  # what happened in the last second is forgotten
+                wait_until(lambda: "".join(p.read_text() for p in counts.glob("2*.r.json")).count('"received": 2') == 2)
+                wait_until(lambda: '"minute"' in (counts / "minutes.r.json").read_text())
+            relay.stop(number)
+            relay.start()
+
+
 # === LISTENER ================================================================
-
-
 def test_one_session_too_many_gets_421(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory", SMTP_MAX_CONNECTIONS="2")
     with dial(relay) as first, dial(relay):
@@ -1835,13 +6029,1288 @@ def test_many_sessions_at_once(holding: Any) -> None:
         assert all(client.reply().startswith("250") for client in clients)
 
 
+# === INBOX ===================================================================
+def record_for(id: str, raw: bytes, to: tuple[str, ...] = ("bob@example.com",), **more: Any) -> Any:
+    """A spool record for a message."""
+    values: dict[str, Any] = {
+        "id": id,
+        "status": smtprelay.Status.HELD,
+        "received_at": "2026-11-21T10:00:00.000Z",
+        "client": "127.0.0.1",
+        "helo": "box",
+        "protocol": "ESMTP",
+        "user": "",
+        "reverse_path": "alice@example.com",
+        "size": len(raw),
+    }
+    people = [smtprelay.Recipient(address) for address in to]
+    return smtprelay.Message(**{**values, "recipients": people, **more})
+
+
+class Box:
+    """An inbox over messages in a dict, being its spool too; an id may be of any length."""
+
+    def __init__(self) -> None:
+        self.raws: dict[str, bytes] = {}
+        self.records: dict[str, Any] = {}
+        self.opened = 0
+        self.trouble: OSError | None = None
+        self.inbox = smtprelay.Inbox(self, smtprelay.Log(logging.getLogger("a relay under test")))  # type: ignore[arg-type]
+
+    def load(self, stem: str) -> Any:
+        return self.records[stem[11:]]
+
+    def content(self, stem: str) -> BinaryIO:
+        if self.trouble:
+            raise self.trouble
+        self.opened += 1
+        return io.BytesIO(self.raws[stem[11:]])
+
+    def put(self, raw: bytes, id: str = "", **more: Any) -> str:
+        id = id or f"m{len(self.raws)}"
+        self.raws[id], self.records[id] = raw, record_for(id, raw, **more)
+        self.inbox.add("2026-11-21/" + id)
+        return id
+
+
+@pytest.fixture
+def box() -> Iterator[Box]:
+    box = Box()
+    yield box
+    box.inbox.close()
+
+
+PLAIN_MAIL = (
+    b"Received: from box\r\nFrom: Alice <alice@example.com>\r\n"
+    b'To: "Doe, Bob" <bob@example.com>, carol@example.com\r\n'
+    b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?= from\r\n =?utf-8?b?w4RseQ==?=\r\n"
+    b"Message-ID: <1@example.com>\r\nDate: Sat, 21 Nov 2026 10:00:00 +0100\r\n"
+    b"\r\nHello Bob,\r\nsee you.\r\n"
+)
+MIME_TREE = (
+    b"From: a@b.example\r\nTo: c@d.example\r\nSubject: tree\r\nMIME-Version: 1.0\r\n"
+    b'Content-Type: multipart/mixed; boundary="out"\r\n\r\npreamble\r\n'
+    b"--out\r\nContent-Type: multipart/related; boundary=outer\r\n\r\n"
+    b"--outer\r\nContent-Type: multipart/alternative; boundary=x\r\n\r\n"
+    b"--x\r\nContent-Type: text/plain; charset=iso-8859-1\r\n"
+    b"Content-Transfer-Encoding: quoted-printable\r\n\r\nna=EFve=\r\n text\r\n"
+    b'--x\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<p>na\xc3\xafve <img src="cid:logo%40x">'
+    b" <a href='https://x.example/?a=1&amp;b=2'>go</a>\r\n"
+    b"--x--\r\n--outer\r\nContent-Type: image/png; name=logo.png\r\nContent-ID: <logo@x>\r\n"
+    b"Content-Transfer-Encoding: base64\r\n\r\niVBO\r\nRw==\r\n--outer--\r\n"
+    b"--out\r\nContent-Type: application/pdf\r\n"
+    b"Content-Disposition: attachment; filename*=utf-8''r%C3%A9sum%C3%A9.pdf\r\n\r\n%PDF\r\n"
+    b"--out\r\nContent-Type: message/rfc822\r\n\r\nSubject: inner\r\n\r\nbody\r\n"
+    b"--out--\r\nepilogue"
+)
+
+
+def test_read_plain() -> None:
+    mail = smtprelay.read_mail(PLAIN_MAIL)
+    assert mail.subject == "Grüße from Äly"
+    assert people(mail.people("to")) == [("Doe, Bob", "bob@example.com"), ("", "carol@example.com")]
+    assert mail.text == "Hello Bob,\nsee you.\n"
+    assert mail.date == "2026-11-21T10:00:00+01:00"
+    assert mail.message_id == "1@example.com"
+    assert [p.number for p in mail.parts] == ["0"]
+    assert [name for name, _ in mail.headers][:2] == ["Received", "From"]
+
+
+def test_read_tree() -> None:
+    mail = smtprelay.read_mail(MIME_TREE)
+    shape = [(p.number, p.content_type, p.role, p.filename) for p in mail.parts]
+    assert shape == [
+        ("1.1.1", "text/plain", "body", ""),
+        ("1.1.2", "text/html", "body", ""),
+        ("1.2", "image/png", "inline", "logo.png"),
+        ("2", "application/pdf", "attachment", "résumé.pdf"),
+        ("3", "message/rfc822", "attachment", ""),
+    ]
+    assert mail.text == "naïve text"
+    assert [p.content for p in mail.parts[2:]] == [
+        b"\x89PNG",
+        b"%PDF",
+        b"Subject: inner\r\n\r\nbody",
+    ]
+    assert '<img src="data:image/png;base64,iVBORw==">' in smtprelay.view_html(mail)
+    assert smtprelay.links(mail.text, mail.html) == ["https://x.example/?a=1&b=2"]
+
+
+READ = [  # (content, text, attachments)
+    (b"", "", 0),
+    (b"\r\n", "", 0),
+    (b"just words", "just words", 0),
+    (b"Subject: x\r\nno header here\r\nmore", "no header here\nmore", 0),
+    (b"Subject: x\n\nbare\n", "bare\n", 0),
+    (b"Content-Type: text/plain; charset=nonsense\r\n\r\n\xe9\xc3\xa9", "\ufffdé", 0),
+    (b"Content-Type: text/plain; charset=punycode\r\n\r\nabc", "abc", 0),
+    (b"Content-Type: text/plain; charset=utf-16\r\n\r\n\xff\xfea\0", "a", 0),
+    (
+        b"Content-Type: text/html\r\n\r\n<p>a<br>b</p><style>x{}</style><!-- <b>no --><td>c<td>d",
+        "a\nb\nc d",
+        0,
+    ),
+    (b"Content-Type: multipart/mixed\r\n\r\nno boundary", "no boundary", 0),
+    (b"Content-Type: multipart/mixed; boundary=b\r\n\r\nnever there", "never there", 0),
+    (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\nunclosed", "unclosed", 0),
+    (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n--b\r\n--b--\r\n", "", 0),
+    (
+        b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\none\n--b \nContent-Type: x/y\n\n2\n--b--",
+        "one",
+        1,
+    ),
+    (b"Content-Type: application/pdf\r\n\r\n%PDF", "", 1),
+    (b'Content-Type: text/plain; name="a.txt"\r\n\r\nfile', "", 1),
+    (b"Content-Transfer-Encoding: base64\r\n\r\naGVsbG8*gd29ybGQ", "hello world", 0),
+    (b"Content-Transfer-Encoding: base64\r\n\r\naGVsbG8gd29ybGQX=YW", "hello world\x17a", 0),
+    (b"Content-Transfer-Encoding: quoted-printable\r\n\r\na=ZZ=\r\nb=", "a=ZZb", 0),
+    (b"Content-Transfer-Encoding: x-unknown\r\n\r\nabc", "abc", 0),
+    (b"Content-Type: text/<script>\r\n\r\nx", "", 1),
+]
+
+
+@pytest.mark.parametrize("raw, text, attachments", READ)
+def test_read(raw: bytes, text: str, attachments: int) -> None:
+    mail = smtprelay.read_mail(raw)
+    assert (mail.text, len(mail.having("attachment"))) == (text, attachments)
+
+
+ADDRESS_LISTS = [
+    ("a@b.example", [("", "a@b.example")]),
+    (
+        "=?utf-8?q?J=2C_x=40y?= <j@b.example>, k@b.example",
+        [("J, x@y", "j@b.example"), ("", "k@b.example")],
+    ),
+    ("team: a@b.example, c@d.example;", [("", "a@b.example"), ("", "c@d.example")]),
+    ("undisclosed-recipients:;", []),
+    ("(" * 20000, []),
+    ("a:" * 8000, []),
+    ("<" * 8000, []),
+]
+
+
+@pytest.mark.parametrize("value, expected", ADDRESS_LISTS)
+def test_addresses_of_a_header(value: str, expected: list[tuple[str, str]]) -> None:
+    found = people(smtprelay.addresses(value))
+    assert found == expected or (not expected and len(found) < 10)
+
+
+def people(found: list[dict[str, str]]) -> list[tuple[str, str]]:
+    return [(person["Name"], person["Address"]) for person in found]
+
+
+CODES = [
+    # (text, codes)
+    ("Your verification code is 123456.", ["123456"]),
+    ("Your verification code is:\n\n    482913\n\nIt expires in 10 minutes.", ["482913"]),
+    ("482913 is your Acme verification code.", ["482913"]),
+    ("G-284719 is your Google verification code.", ["G-284719"]),
+    ("Use code ABC-123 to sign in.", ["ABC-123"]),
+    ("Your one-time code: 123 456", ["123456"]),
+    ("Your code: 1 2 3 4 5 6", ["123456"]),
+    ("Enter 7731 as your PIN", ["7731"]),
+    ("PIN: 2024", ["2024"]),
+    ("Your OTP is 00123456", ["00123456"]),
+    ("Code: x7k9q2", ["x7k9q2"]),
+    ("Your confirmation code for Acme Inc. is X7K9QZ", ["X7K9QZ"]),
+    ("To sign in enter the code WDJB-MJHT on your TV.", ["WDJB-MJHT"]),
+    ("Ihr Bestätigungscode lautet 553311", ["553311"]),
+    ("Tu código de verificación es 553311", ["553311"]),
+    ("您的验证码是 553311,请勿泄露", ["553311"]),
+    (
+        "Here is the code you asked for. Do not share it with anyone.\n\n91 Main St\n\n771204",
+        ["771204"],
+    ),
+    ("Backup codes:\n1234-5678\n2345-6789\n3456-7890", ["1234-5678", "2345-6789", "3456-7890"]),
+    ("Order 48291 confirmed. Your code is 553311.", ["553311"]),
+    (
+        "Your code is 553311.\n\n(c) 2026 Acme, 1600 Amphitheatre Parkway, Mountain View, CA 94043",
+        ["553311"],
+    ),
+    ("Your code is 553311. Questions? Call +1 (555) 123-4567 or 555-123-4567.", ["553311"]),
+    ("Use 204060 to verify your password.", ["204060"]),
+    ("Your login code is\n\n*123456*\n", ["123456"]),
+    ("Security code 123456; expires 2026-11-21 10:30", ["123456"]),
+    # none at all
+    ("Welcome to Acme! Founded 2019, (c) 2026.", []),
+    ("Your order 482913 of $1234.50 has shipped.", []),
+    ("Invoice #482913 is due on 2026-11-21.", []),
+    ("Call 555-123-4567 with your zip code 94107", []),
+    ("Our postal code: 94107", []),
+    ("Error code 404123? See status code 5001.", []),
+    ("color: #123456; the code is in the repository", []),
+    ("Your promo saves 1500 points", []),
+    ("https://x.example/verify?code=123456 is your verification link", []),
+    ("Your code expires in 3600 seconds", []),
+    ("Reset your password within 1440 minutes", []),
+    ("Meeting in room 1204 at 1430", []),
+    ("Transfer of 5000 EUR: no code needed", []),
+]
+
+
+@pytest.mark.parametrize("text, found", CODES)
+def test_codes(text: str, found: list[str]) -> None:
+    assert smtprelay.codes(text) == found
+    page = "<html><title>Code 999999</title><body><p>" + text.replace("\n", "<br>") + "</p>"
+    assert smtprelay.codes("", page) == found
+
+
+def test_codes_look_at_the_subject_and_the_html() -> None:
+    assert smtprelay.codes("See above.", "", "123456 is your code") == ["123456"]
+    assert smtprelay.codes("See the HTML part.", "<p>Code</p><b>123456</b>") == ["123456"]
+    digits = "".join(f"<td>{n}</td>" for n in (4, 8, 2, 9, 1, 3))
+    assert smtprelay.codes("", f"<p>Your code:</p><table><tr>{digits}</table>") == ["482913"]
+
+
+LINKS = [  # (text, html, links)
+    ("go to https://x.example/a?b=1.", "", ["https://x.example/a?b=1"]),
+    (
+        "(see https://x.example/a_(b)) <https://y.example/>",
+        "",
+        ["https://x.example/a_(b)", "https://y.example/"],
+    ),
+    (
+        "https://t.example",
+        '<a class=b href="https://h.example/?a&amp;b">',
+        ["https://h.example/?a&b", "https://t.example"],
+    ),
+    ("", "<A HREF=https://h.example>x</A><a href='https://h.example'>", ["https://h.example"]),
+    (
+        "",
+        "<a href='javascript:alert(1)'><a href=mailto:x@y><img src=https://i.example><link href=https://l.example>",
+        [],
+    ),
+    ("", "<!-- <a href=https://no.example> --><script><a href=https://no.example></script>", []),
+]
+
+
+@pytest.mark.parametrize("text, page, found", LINKS)
+def test_links(text: str, page: str, found: list[str]) -> None:
+    assert smtprelay.links(text, page) == found
+
+
+FILENAMES = [
+    ("report.pdf", "report.pdf"),
+    ("../../etc/passwd", "passwd"),
+    ("C:\\evil\\a.exe", "a.exe"),
+    (".bashrc", "bashrc"),
+    ('a"b;c\r\nX: y.txt', "a_b_c__X_ y.txt"),
+    ("résumé \u202egpj.exe", "résumé _gpj.exe"),
+    ("", "attachment"),
+    ("..", "attachment"),
+    ("x" * 300 + ".tar", "x" * 96 + ".tar"),
+    ("." + "y" * 300, "y" * 100),
+]
+
+
+@pytest.mark.parametrize("name, safe", FILENAMES)
+def test_safe_filename(name: str, safe: str) -> None:
+    assert smtprelay.safe_filename(name) == safe
+
+
+SERVED = [  # (Content-Type, served as, disposition)
+    ("image/png", "image/png", "inline"),
+    ("text/plain; charset=latin-1", "text/plain; charset=latin-1", "inline"),
+    ('text/plain; charset="x y"', "text/plain; charset=utf-8", "inline"),
+    ("application/pdf", "application/pdf", "attachment"),
+    ("text/html", "application/octet-stream", "attachment"),
+    ("image/svg+xml", "application/octet-stream", "attachment"),
+    ("text/xml", "application/octet-stream", "attachment"),
+    ("application/xhtml+xml", "application/octet-stream", "attachment"),
+    ("text/javascript", "application/octet-stream", "attachment"),
+    ("multipart/x-mixed-replace; boundary=q", "text/plain; charset=utf-8", "inline"),
+]
+
+
+@pytest.mark.parametrize("sent, served, disposition", SERVED)
+def test_part_headers(sent: str, served: str, disposition: str) -> None:
+    raw = f'Content-Type: {sent}\r\nContent-Disposition: attachment; filename="a\\"\u00e9.x"\r\n\r\nx'
+    headers = smtprelay.part_headers(smtprelay.read_mail(raw.encode()).parts[0])
+    assert headers["Content-Type"] == served
+    assert headers["Content-Disposition"].startswith(disposition + '; filename="a__.x"')
+    assert all(value.isascii() and value.isprintable() for value in headers.values())
+    assert "sandbox" in headers["Content-Security-Policy"]
+
+
+SEARCHES = [  # (query, ids found)
+    ("", "dcba"),
+    ("from:alice", "ba"),
+    ("FROM:Alice", "ba"),
+    ("-from:alice", "dc"),
+    ("!from:alice", "dc"),
+    ("to:bob", "dba"),
+    ("cc:carol", "b"),
+    ("bcc:hidden@example.com", "c"),
+    ("recipient:hidden", "c"),
+    ("reply-to:desk", "b"),
+    ("addressed:carol", "b"),
+    ("subject:invoice", "b"),
+    ('subject:"your invoice"', "b"),
+    ('"your invoice"', "b"),
+    ("message-id:b@x", "b"),
+    ("message-id:<b@x>", "b"),
+    ("is:read", "a"),
+    ("-is:read", "dcb"),
+    ("is:unread from:alice", "b"),
+    ("is:tagged", "cb"),
+    ("tag:Urgent", "b"),
+    ("-tag:urgent", "dca"),
+    ("has:attachment", "d"),
+    ("has:attachments", "d"),
+    ("-has:attachment", "cba"),
+    ("has:inline", "d"),
+    ("report.pdf", "d"),
+    ("larger:1kb", "d"),
+    ("smaller:1k", "cba"),
+    ("larger:0.5M", ""),
+    ("before:2026-11-20", "a"),
+    ("after:2026-11-21T10:00:00Z", "dcb"),
+    ("after:2026/11/22", "d"),
+    ("before:1700000000", ""),
+    ("before:nonsense", ""),
+    ('after:"2026-11-19 00:00" before:"2026-11-20 00:00"', "a"),
+    ("far away", "a"),
+    ('"far away"', "a"),
+    ("away far", "a"),
+    ("-far", "dcb"),
+    ("grüße", "b"),
+    ("GRÜSSE", ""),
+    ("unknown:word", ""),
+    ('- ! : " ""', "dcba"),
+    ("*", "dcba"),
+]
+
+
+@pytest.fixture
+def four(box: Box) -> Box:
+    long = b"word " * 90 + b"far away\r\n"
+    box.put(
+        b"From: Alice <alice@example.com>\r\nTo: bob@example.com\r\n\r\n" + long,
+        "a",
+        received_at="2026-11-19T08:00:00Z",
+    )
+    box.put(
+        b"From: alice@example.com\r\nTo: bob@example.com\r\nCc: Carol <carol@example.com>\r\n"
+        b"Reply-To: desk@x\r\nSubject: =?utf-8?q?Gr=C3=BC=C3=9Fe=2C?= your invoice\r\n"
+        b"Message-ID: <b@x>\r\nX-Tags: Urgent, x/y\r\n\r\nshort",
+        "b",
+    )
+    box.put(
+        b"From: dave@x.example\r\nTo: list@example.com\r\n\r\nblind",
+        "c",
+        to=("list@example.com", "hidden@example.com"),
+    )
+    box.put(
+        MIME_TREE.replace(b"filename*=utf-8''r%C3%A9sum%C3%A9.pdf", b"filename=report.pdf").replace(
+            b"c@d.example", b"bob@example.com"
+        )
+        + b" " * 500,
+        "d",
+        received_at="2026-11-23T00:00:00Z",
+    )
+    box.inbox.mark(["a"], True)
+    box.inbox.tag(["c", "nobody"], ["Second", "bad/tag"])
+    return box
+
+
+@pytest.mark.parametrize("query, found", SEARCHES)
+def test_search(four: Box, query: str, found: str) -> None:
+    page = four.inbox.search(smtprelay.compile_query(query, "UTC"))
+    assert "".join(item.id for item in page.items) == found
+    assert page.total == len(found)
+    assert page.unread == len(found.replace("a", ""))
+
+
+def test_moment_knows_time_zones() -> None:
+    assert smtprelay.search_moment("2026-11-21", "Pacific/Auckland") == "2026-11-20T11:00:00"
+    assert smtprelay.search_moment("2026-11-21t10:00+02:00", "Mars/Olympus") == "2026-11-21T08:00:00"
+    assert smtprelay.search_moment("2026-11-21", "../../etc/passwd") == smtprelay.search_moment("2026-11-21")
+    assert smtprelay.search_moment("1763719200000") == smtprelay.search_moment("1763719200") == "2025-11-21T10:00:00"
+    assert [smtprelay.search_size(v) for v in ("2kb", "1.5m", "10", "1 m", "x", "1g")] == [
+        2048,
+        1572864,
+        10,
+        1048576,
+        0,
+        0,
+    ]
+
+
+PLACES = [  # (fields and body, where its text is found)
+    (b"\r\nshort", "snippet"),
+    (b"\r\n" + b"word " * 90, "raw"),
+    (
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\nsplit nee=\r\ndle h=C3=A9 " + b"word " * 90,
+        "raw",
+    ),
+    (b"Content-Transfer-Encoding: quoted-printable\r\n\r\n=6eeedle " + b"word " * 90, "parts"),
+    (b"Content-Transfer-Encoding: base64\r\n\r\n" + base64.b64encode(b"needle " * 90), "parts"),
+    (b"Content-Type: text/html\r\n\r\n<b>nee</b>dle " + b"word " * 90, "parts"),
+    (
+        b"Content-Type: text/plain; charset=utf-16\r\n\r\n" + ("needle " * 90).encode("utf-16"),
+        "parts",
+    ),
+    (b"Content-Type: text/plain; charset=latin-1\r\n\r\nneedle h\xe9 " + b"word " * 90, "raw"),
+    (b"Content-Type: application/pdf; name=needle.pdf\r\n\r\n", "parts"),
+]
+
+
+@pytest.mark.parametrize("raw, place", PLACES)
+def test_search_finds_words_wherever_they_are(box: Box, raw: bytes, place: str) -> None:
+    box.put(b"Subject: x\r\n" + raw)
+    latest = box.inbox.get("latest")
+    assert latest and latest.summary["place"] == place
+    held = {q: box.inbox.search(smtprelay.compile_query(q)).total for q in ("needle", "-needle", "absent", "é")}
+    needle = int(place != "snippet" and (b"word" not in raw or b"nee" in raw or b"=6ee" in raw))
+    assert held == {"needle": needle, "-needle": 1 - needle, "absent": 0, "é": int(b"\xe9" in raw or b"=C3=A9" in raw)}
+
+
+def test_search_opens_nothing_it_knows(four: Box) -> None:
+    four.inbox.search(smtprelay.compile_query("from:x"))
+    before = four.opened
+    four.inbox.search(smtprelay.compile_query("from:alice short"))
+    assert four.opened == before + 1  # a's text is longer than its snippet
+    four.inbox.search(smtprelay.compile_query("subject:nothing far"))
+    assert four.opened == before + 1
+
+
+def test_nothing_is_read_on_the_way_in(box: Box) -> None:
+    for _ in range(100):
+        box.put(PLAIN_MAIL)
+    assert box.opened == 0
+    assert [item.id for item in box.inbox.search(limit=2).items] == ["m99", "m98"]
+    assert box.opened == 2
+    assert [item.id for item in box.inbox.search(start=98, limit=50).items] == ["m1", "m0"]
+    assert len(box.inbox.search(limit=0).items) == 100
+
+
+def test_sequence_numbers_are_never_reused(box: Box) -> None:
+    box.put(PLAIN_MAIL, "a")
+    box.put(PLAIN_MAIL, "b")
+    assert box.inbox.delete(["b", "nobody"]) == ["b"]
+    box.put(PLAIN_MAIL, "c")
+    assert box.inbox.add("2026-11-21/c") == box.inbox.last == 3
+    assert box.inbox.delete() == ["a", "c"]
+    assert (box.inbox.search().total, box.inbox.deleted) == (0, 3)
+    assert box.inbox.get("latest") is None
+
+
+def test_a_message_that_is_gone_is_forgotten(box: Box) -> None:
+    box.put(PLAIN_MAIL, "a")
+    box.put(PLAIN_MAIL, "b")
+    del box.raws["b"]
+    latest = box.inbox.get("latest")
+    assert latest and latest.id == "a"
+    assert box.inbox.search().total == 1
+    assert box.inbox.get("b") is None
+
+
+def test_a_message_that_cannot_be_read_is_kept(box: Box) -> None:
+    box.put(PLAIN_MAIL, "a")
+    box.trouble = OSError(24, "too many open files")
+    assert box.inbox.search().items == []
+    box.trouble = None
+    assert len(box.inbox.search().items) == 1
+
+
+def test_tags(four: Box) -> None:
+    four.inbox.search(smtprelay.compile_query("from:x"))
+    assert four.inbox.counts() == (4, 3, {"Second": 1, "Urgent": 1})
+    four.inbox.rename_tag("Urgent", "Later")
+    four.inbox.rename_tag("Second")
+    assert four.inbox.counts()[2] == {"Later": 1}
+    four.inbox.mark(None, True)
+    assert four.inbox.counts()[1] == 0
+
+
+# -- waiting
+
+
+def later(call: Any, *args: Any) -> threading.Thread:
+    thread = threading.Timer(0.02, call, args)
+    thread.start()
+    return thread
+
+
+def test_wait_finds_what_is_there_or_comes(box: Box) -> None:
+    to_bob = smtprelay.compile_query("to:bob")
+    assert box.inbox.wait(to_bob, timeout=0.01) is None
+    first, second = box.put(PLAIN_MAIL), box.put(PLAIN_MAIL)
+    newest = box.inbox.wait(to_bob, timeout=0)
+    assert newest and newest.id == second
+    oldest = box.inbox.wait(to_bob, since=0, timeout=0)
+    assert oldest and oldest.id == first
+    following = box.inbox.wait(to_bob, since=oldest.sequence, timeout=0)
+    assert following and following.id == second
+    thread = later(box.put, PLAIN_MAIL, "new")
+    found = box.inbox.wait(to_bob, since=following.sequence, timeout=5)
+    assert found and found.id == "new"
+    thread.join()
+
+
+def test_wait_sleeps_through_other_mail(box: Box) -> None:
+    thread = later(lambda: [box.put(PLAIN_MAIL.replace(b"bob@", b"x%d@" % n)) for n in range(50)])
+    assert box.inbox.wait(smtprelay.compile_query("to:bob@"), timeout=0.1) is None
+    thread.join()
+    assert box.opened <= 50
+
+
+def test_wait_does_not_poll(box: Box) -> None:
+    before = time.thread_time()
+    assert box.inbox.wait(smtprelay.compile_query("to:bob"), timeout=0.2) is None
+    assert time.thread_time() - before < 0.02
+
+
+def test_close_wakes_the_waiters(box: Box) -> None:
+    thread = later(box.inbox.close)
+    begun = time.monotonic()
+    assert box.inbox.wait(smtprelay.compile_query("to:bob"), timeout=10) is None
+    assert time.monotonic() - begun < 5
+    thread.join()
+
+
+def test_parallel_waiters_each_get_their_own_while_pruning(box: Box) -> None:
+    found: dict[int, str] = {}
+    ready = threading.Barrier(21)
+
+    def wait(n: int) -> None:
+        ready.wait()
+        item = box.inbox.wait(smtprelay.compile_query(f"to:user{n}@"), since=0, timeout=10)
+        found[n] = item.id if item else "nothing"
+
+    threads = [threading.Thread(target=wait, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    for n in range(200):
+        box.put(PLAIN_MAIL.replace(b"bob@", b"user%d@" % n), f"id{n}")
+        if n > 100:
+            box.inbox.delete([f"id{n - 50}"])
+    for thread in threads:
+        thread.join()
+    assert found == {n: f"id{n}" for n in range(20)}
+
+
+def test_email(box: Box) -> None:
+    box.put(MIME_TREE + b"", "m7")
+    item = box.inbox.get("m7")
+    assert item
+    mail = box.inbox.email(item)
+    assert (mail.from_, mail.to, mail.subject) == ("a@b.example", ["c@d.example"], "tree")
+    assert (mail.reverse_path, mail.recipients) == ("alice@example.com", ["bob@example.com"])
+    assert [(p.filename, len(p.content)) for p in mail.attachments][:2] == [
+        ("logo.png", 4),
+        ("résumé.pdf", 4),
+    ]
+    assert mail.headers["subject"] == "tree"
+    assert (mail.links, mail.codes, mail.raw) == (["https://x.example/?a=1&b=2"], [], MIME_TREE)
+    assert repr(mail) == "<Email 'tree' from 'a@b.example' to ['bob@example.com'] id m7>"
+    assert "Found: https://x.example/?a=1&b=2\n\nnaïve text" in str(mail)
+
+
+# -- JSON
+
+
+SUMMARY_TYPES = {
+    "ID": str,
+    "MessageID": str,
+    "Read": bool,
+    "From": dict,
+    "To": list,
+    "Cc": list,
+    "Bcc": list,
+    "ReplyTo": list,
+    "Subject": str,
+    "Created": str,
+    "Username": str,
+    "Tags": list,
+    "Size": int,
+    "Attachments": int,
+    "Snippet": str,
+}
+MESSAGE_TYPES = {
+    "ID": str,
+    "MessageID": str,
+    "From": dict,
+    "To": list,
+    "Cc": list,
+    "Bcc": list,
+    "ReplyTo": list,
+    "ReturnPath": str,
+    "Subject": str,
+    "ListUnsubscribe": dict,
+    "Date": str,
+    "Tags": list,
+    "Username": str,
+    "Text": str,
+    "HTML": str,
+    "Size": int,
+    "Inline": list,
+    "Attachments": list,
+}
+
+
+def types(value: dict[str, Any]) -> dict[str, type]:
+    return {name: type(member) for name, member in value.items()}
+
+
+def test_mailpit_json(four: Box) -> None:
+    listing = smtprelay.messages_json(four.inbox, smtprelay.compile_query("to:bob"), 0, 2)
+    assert json.loads(json.dumps(listing)) == listing
+    counts = {name: listing[name] for name in listing if name != "messages"}
+    assert counts == {
+        "total": 4,
+        "unread": 3,
+        "count": 2,
+        "messages_count": 3,
+        "messages_unread": 2,
+        "start": 0,
+        "tags": ["Second", "Urgent"],
+    }
+    d, b = listing["messages"]
+    assert types(d) == types(b) == SUMMARY_TYPES
+    assert b["From"] == {"Name": "", "Address": "alice@example.com"}
+    assert (b["Cc"], b["Tags"]) == ([{"Name": "Carol", "Address": "carol@example.com"}], ["Urgent"])
+    item = four.inbox.get("d")
+    assert item
+    whole = smtprelay.message_json(item, four.inbox.mail("d"), four.records["d"])
+    assert types(whole) == MESSAGE_TYPES
+    assert types(whole["ListUnsubscribe"]) == {
+        "Header": str,
+        "Links": list,
+        "Errors": str,
+        "HeaderPost": str,
+    }
+    logo = whole["Inline"][0]
+    sums = {name: hashlib.new(name, b"\x89PNG").hexdigest() for name in ("MD5", "SHA1", "SHA256")}
+    assert logo.pop("Checksums") == sums
+    assert logo == {
+        "PartID": "1.2",
+        "FileName": "logo.png",
+        "ContentType": "image/png",
+        "ContentID": "logo@x",
+        "Size": 4,
+    }
+    assert [a["FileName"] for a in whole["Attachments"]] == ["report.pdf", "part-3"]
+    waited = smtprelay.waited_json(item, four.inbox.mail("d"), four.records["d"])
+    assert (waited["Sequence"], waited["Links"], waited["Codes"]) == (
+        4,
+        ["https://x.example/?a=1&b=2"],
+        [],
+    )
+
+
+def test_headers_and_info_json(four: Box) -> None:
+    mail = smtprelay.read_mail(
+        b"MIME-version: 1.0\r\nmessage-ID: <x>\r\nReceived: a\r\nreceived: b\r\n c\r\n"
+        b"X-\xc3\xa9: this begins the body\r\nlast: d\r\n\r\n"
+    )
+    assert smtprelay.headers_json(mail) == {
+        "Message-Id": ["<x>"],
+        "Mime-Version": ["1.0"],
+        "Received": ["a", "b c"],
+    }
+    info = smtprelay.info_json(four.inbox, "1.0", "spool", DatabaseSize=9, Uptime=5)
+    assert set(info) == {
+        "Version",
+        "LatestVersion",
+        "Database",
+        "DatabaseSize",
+        "Messages",
+        "Unread",
+        "Tags",
+        "RuntimeStats",
+    }
+    assert set(info["RuntimeStats"]) == {
+        "Uptime",
+        "Memory",
+        "MessagesDeleted",
+        "SMTPAccepted",
+        "SMTPAcceptedSize",
+        "SMTPRejected",
+        "SMTPIgnored",
+    }
+    assert (
+        info["Messages"],
+        info["Unread"],
+        info["RuntimeStats"]["Uptime"],
+        info["DatabaseSize"],
+    ) == (4, 3, 5, 9)
+
+
+def test_mailhog_json(box: Box) -> None:
+    box.put(MIME_TREE)
+    box.put(PLAIN_MAIL)
+    listing = smtprelay.mailhog_json(box.inbox, smtprelay.ALL, 0, 2)
+    assert json.loads(json.dumps(listing)) == listing
+    assert (listing["total"], listing["count"], listing["start"]) == (2, 2, 0)
+    plain, tree = listing["items"]
+    assert plain["Content"]["Headers"]["Message-ID"] == ["<1@example.com>"]
+    assert plain["Content"]["Body"] == "Hello Bob,\r\nsee you.\r\n"
+    assert plain["Raw"]["Data"] == PLAIN_MAIL.decode()
+    assert plain["To"] == [{"Relays": None, "Mailbox": "bob", "Domain": "example.com", "Params": ""}]
+    assert plain["MIME"] is None
+    assert len(tree["MIME"]["Parts"]) == 5
+
+
+# -- sending
+
+
+SEND: dict[str, Any] = {
+    "From": {"Name": "Jöhn, D", "Email": "john@example.com"},
+    "To": [{"Name": "Jane", "Email": "jane@example.com"}],
+    "Cc": [{"Email": "cc@example.com"}],
+    "Bcc": ["bcc@example.com"],
+    "ReplyTo": [{"Email": "desk@example.com"}],
+    "Subject": "Grüße\r\nX-Evil: yes",
+    "Text": "Hëllo",
+    "HTML": "<p>Hi <img src='cid:logo'>",
+    "Headers": {"X-IP": "1.2.3.4\r\nBcc: evil@example.com"},
+    "Tags": ["Tag 1", "bad\r\ntag"],
+    "Attachments": [
+        {"Content": "iVBORw==", "Filename": "logo.png", "ContentID": "logo"},
+        {
+            "Content": "data:text/plain;base64,aGk=",
+            "Filename": "../a.txt",
+            "ContentType": "text/x-thing",
+        },
+    ],
+}
+
+
+def test_compose() -> None:
+    raw, reverse_path, recipients = smtprelay.compose(SEND)
+    assert reverse_path == "john@example.com"
+    assert recipients == ["jane@example.com", "cc@example.com", "bcc@example.com"]
+    assert b"\n" not in raw.replace(b"\r\n", b"") and raw.endswith(b"\r\n")
+    mail = smtprelay.read_mail(raw)
+    names = [name for name, _ in mail.headers]
+    assert "Bcc" not in names and "X-Evil" not in names
+    assert people(mail.people("from")) == [("Jöhn, D", "john@example.com")]
+    assert mail.subject == "Grüße  X-Evil: yes"
+    assert (mail.text, mail.html) == ("Hëllo\n", "<p>Hi <img src='cid:logo'>\n")
+    found = [(p.filename, p.content_type, p.role, p.content) for p in mail.parts if p.role != "body"]
+    assert found == [
+        ("logo.png", "image/png", "inline", b"\x89PNG"),
+        ("a.txt", "text/x-thing", "attachment", b"hi"),
+    ]
+    assert smtprelay.header(mail.headers, "x-tags") == "Tag 1"
+    assert smtprelay.header(mail.headers, "message-id").endswith("@example.com>")
+    assert "data:image/png;base64," in smtprelay.view_html(mail)
+
+
+MINIMAL: dict[str, Any] = {"from": {"email": "a@b.example"}, "to": [{"email": "c@d.example"}]}
+REFUSED_SENDS = [  # (change, error begins with)
+    ([], "body: must be an object"),
+    ({"From": None}, "From.Email: invalid address ''"),
+    ({"From": "a@b.example"}, "From: must be of type dict"),
+    ({"From": {"Email": "nobody"}}, "From.Email: invalid address 'nobody'"),
+    ({"From": {"Email": "a@b\r\nc"}}, "From.Email: invalid address"),
+    ({"To": None}, "To: no recipients"),
+    ({"To": {}}, "To: must be of type list"),
+    ({"To": ["a@b.example"]}, "To[0]: must be an object"),
+    ({"To": [{"Email": "a b@c"}]}, "To[0].Email: invalid address"),
+    ({"To": [{"Email": "ä@b.example"}]}, "To[0].Email: invalid address"),
+    ({"Bcc": [1]}, "Bcc[0]: invalid address '1'"),
+    ({"Subject": 1}, "Subject: must be of type str"),
+    ({"Headers": {"To": "x"}}, "Headers: cannot set 'To'"),
+    ({"Headers": {"X y": "x"}}, "Headers: cannot set 'X y'"),
+    ({"Headers": {"Received": "x"}}, "Headers: cannot set 'Received'"),
+    ({"Attachments": [{"Content": "*"}]}, "Attachments[0].Content: not base64"),
+    ({"Attachments": [{"Content": "", "ContentType": "\r\n"}]}, "body: "),
+    ({"Text": "\ud800"}, "body: "),
+]
+
+
+@pytest.mark.parametrize("change, error", REFUSED_SENDS)
+def test_compose_refuses(change: Any, error: str) -> None:
+    lowered = {name.lower(): value for name, value in change.items()} if change else {}
+    with pytest.raises(smtprelay.BadRequest) as refused:
+        smtprelay.compose({**MINIMAL, **lowered} if change else change)
+    assert str(refused.value).startswith(error)
+
+
+def test_compose_takes_the_least() -> None:
+    raw, _, recipients = smtprelay.compose(MINIMAL)
+    assert recipients == ["c@d.example"] and smtprelay.read_mail(raw).plain == "\n"
+    html_only = smtprelay.read_mail(smtprelay.compose({**MINIMAL, "HTML": "<b>x"})[0])
+    assert (html_only.plain, html_only.html) == ("", "<b>x\n")
+
+
+def test_release_to() -> None:
+    assert smtprelay.release_to({"To": ["a@b.example"]}) == ["a@b.example"]
+    bodies: tuple[Any, ...] = ({}, {"To": []}, {"To": ["x"]}, [], None)
+    for body in bodies:
+        with pytest.raises(smtprelay.BadRequest):
+            smtprelay.release_to(body)
+
+
+# -- hostile mail: nothing may raise, hang, or grow out of proportion
+
+
+def bomb(depth: int) -> bytes:
+    """A multipart inside a multipart, and so on."""
+    head = (b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (n, n) for n in range(depth))
+    return b"".join(head) + b"\r\ndeep"
+
+
+MEGABYTE = 1 << 20
+MULTIPART = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"
+HTML_HEAD = b"Content-Type: text/html\r\n\r\n"
+HOSTILE = {
+    "deep": bomb(2000),
+    "deep and long": bomb(16) + b"\r\n--b" * (MEGABYTE // 5),
+    "messages in messages": b"Content-Type: message/rfc822\r\n\r\n" * 10000,
+    "10,000 parts": MULTIPART + b"--b\r\n\r\nx\r\n" * 10000,
+    "empty parts": MULTIPART + b"--b\n" * (MEGABYTE // 4),
+    "one line of boundaries": MULTIPART + b"--b" * (MEGABYTE // 3),
+    "boundary of dashes": MULTIPART.replace(b"=b", b"=------") + b"\n-" * (MEGABYTE // 2),
+    "header without end": b"X: " + b"a" * MEGABYTE,
+    "folded header": b"Subject: a\r\n" + b" b\r\n" * (MEGABYTE // 4),
+    "many headers": b"a:\r\n" * (MEGABYTE // 4),
+    "encoded words": b"Subject: " + b"=?a?q?x" * 20000,
+    "encoded words 2": b"Subject: " + b"=?utf-8?q?x?= " * 20000,
+    "encoded words 3": b"From: " + b"=?utf-8?b?!!!!?= <" * 20000,
+    "comments": b"From: " + b"(" * MEGABYTE,
+    "groups": b"To: " + b"a:" * MEGABYTE,
+    "quotes": b"To: " + b'"a\\' * MEGABYTE,
+    "recipients": b"To: " + b"a@b.example," * 90000,
+    "parameters": b"Content-Type: text/plain" + b'; a="b;c' * 100000,
+    "continuations": b"Content-Type: text/plain" + b"; name*0*=utf-8''a; name*1=b; name*x=c" * 1000,
+    "bad continuation": b"Content-Type: a/b; name*=a; name*0=x; charset*=punycode''utf-8\r\n\r\nx",
+    "tags": HTML_HEAD + b"<" * MEGABYTE,
+    "comments in html": HTML_HEAD + b"<!-- " * (MEGABYTE // 5),
+    "scripts in html": HTML_HEAD + b"<script>" * (MEGABYTE // 8),
+    "anchors": HTML_HEAD + b"<a href='https://x.example/" * (MEGABYTE // 27),
+    "hrefs in one": b"Content-Type: text/html\r\n\r\n<a " + b"href=\"href='" * (MEGABYTE // 12),
+    "entities": HTML_HEAD + b"&#" * (MEGABYTE // 2),
+    "urls": b"\r\n" + b"https://" * (MEGABYTE // 8),
+    "codes": b"\r\n" + b"code is 123456 " * (MEGABYTE // 15),
+    "almost codes": b"\r\n" + b"code to a a a a A1B2 " * (MEGABYTE // 21),
+    "digits": b"\r\n" + b"1 " * (MEGABYTE // 2),
+    "spaces": b"\r\ncode" + b" " * MEGABYTE + b"123456",
+    "base64": b"Content-Transfer-Encoding: base64\r\n\r\n" + b"=" * MEGABYTE + b"A",
+    "nul": b"Subject: \0\r\n\0: x\r\n\r\n\0",
+    "cids": HTML_HEAD + b"cid:" * (MEGABYTE // 4),
+}
+
+
+def read_all(raw: bytes) -> None:
+    """Do with a message all that this chapter can."""
+    box = Box()
+    id = box.put(raw)
+    item = box.inbox.get(id)
+    assert item
+    mail = box.inbox.email(item)
+    outputs = [
+        smtprelay.summary_json(item),
+        smtprelay.waited_json(item, mail.mail, box.records[id]),
+        smtprelay.headers_json(mail.mail),
+        smtprelay.mailhog_json(box.inbox, smtprelay.ALL),
+        [smtprelay.part_headers(p) for p in mail.attachments],
+    ]
+    json.dumps(outputs).encode()
+    str(mail), repr(mail), mail.headers.items(), smtprelay.view_html(mail.mail)
+    box.inbox.search(smtprelay.compile_query("nothing -subject:x has:attachment"))
+    box.inbox.search(smtprelay.compile_query("nothing"))
+    assert len(mail.mail.parts) <= smtprelay.PART_LIMIT
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(name: str) -> None:
+    begun = time.process_time()
+    read_all(HOSTILE[name])
+    spent = time.process_time() - begun
+    assert spent < 20  # a hang, not a speed
+
+
+def test_hostile_on_a_small_stack() -> None:
+    done: list[str] = []
+    old = threading.stack_size(128 * 1024)
+    try:
+        thread = threading.Thread(target=read_some, args=(done,))
+        thread.start()
+    finally:
+        threading.stack_size(old)
+    thread.join()
+    assert len(done) == 4
+
+
+def read_some(done: list[str]) -> None:
+    for name in ("deep", "comments", "groups", "quotes"):
+        read_all(HOSTILE[name])
+        done.append(name)
+
+
+WORDS = [
+    b"Content-Type: ",
+    b"multipart/mixed",
+    b"text/html",
+    b"; boundary=",
+    b"b",
+    b'"',
+    b"\r\n",
+    b"\r\n\r\n",
+    b"--b",
+    b"--",
+    b"Content-Transfer-Encoding: base64",
+    b"utf-8''",
+    b"%ff",
+    b"?=",
+    b"Content-Disposition: attachment; filename*0*=",
+    b"=?utf-8?q?",
+    b"=?utf-8?b?",
+    b"\xff\xfe",
+    b"\0",
+    b"From: ",
+    b"<",
+    b">",
+    b"@",
+    b"(",
+    b"\\",
+    b"a",
+    b"code is 123456",
+    b"https://x",
+    b" ",
+    b"<a href=",
+    b"Subject: ",
+    b"Content-ID: <",
+    b"; charset=",
+    b"utf-7",
+    b"iso-2022-jp",
+    b"cid:",
+    b"Date: ",
+    b"99999999999",
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mail(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(60):
+        raw = b"".join(rng.choices(WORDS, k=rng.randrange(80)))
+        read_all(raw)
+        read_all(bytes(rng.choice(MIME_TREE) if rng.random() < 0.03 else octet for octet in MIME_TREE))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tree_is_the_one_the_email_package_sees(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        message = grow(rng, 3)
+        raw = message.as_bytes()
+        leaves = [p.get_payload(decode=True) for p in message.walk() if not p.is_multipart()]
+        assert [p.content for p in smtprelay.read_mail(raw).parts] == leaves
+
+
+def grow(rng: random.Random, depth: int) -> email.message.EmailMessage:
+    message = email.message.EmailMessage()
+    if not depth or rng.random() < 0.3:
+        kind = rng.choice(("base64", "quoted-printable"))
+        message.set_content("".join(rng.choices("aé =-\n", k=rng.randrange(60))), cte=kind)
+        return message
+    message.make_mixed()
+    for _ in range(rng.randrange(1, 4)):
+        message.attach(grow(rng, depth - 1))
+    return message
+
+
+VIEWS = [  # (HTML part, the page made of it)
+    ("<p>x", "<base target=_blank><p>x"),
+    ("<!doctype html><p>", "<!doctype html><base target=_blank><p>"),
+    ("<META http-equiv=refresh content=0>", "<base target=_blank><x-META http-equiv=refresh content=0>"),
+    ("<lin<link x>k rel=preconnect>", "<base target=_blank><lin<x-link x>k rel=preconnect>"),
+    ("<link rel=stylesheet href=x><base href=y>", "<base target=_blank><link rel=stylesheet href=x><x-base href=y>"),
+    (
+        "<img src=cid:none><img src='CID:pic'>",
+        "<base target=_blank><img src=cid:none><img src='data:image/png;base64,iVBORw=='>",
+    ),
+    ("<img src=cid:evil>", "<base target=_blank><img src=cid:evil>"),
+]
+
+
+@pytest.mark.parametrize(("page", "shown"), VIEWS)
+def test_view_html(page: str, shown: str) -> None:
+    image = "\r\n--b\r\nContent-Type: image/{}\r\nContent-ID: <{}>\r\nContent-Transfer-Encoding: base64\r\n\r\niVBORw=="
+    raw = f"Content-Type: multipart/related; boundary=b\r\n\r\n--b\r\nContent-Type: text/html\r\n\r\n{page}"
+    raw += image.format("png", "pic") + image.format("svg+xml", "evil")
+    assert smtprelay.view_html(smtprelay.read_mail(raw.encode())) == shown
+
+
+def test_an_image_that_is_shown_often_does_not_swell_the_page(box: Box) -> None:
+    image = b"\r\n--b\r\nContent-Type: image/png\r\nContent-ID: <i>\r\n\r\n" + b"x" * 100_000
+    page = b"--b\r\nContent-Type: text/html\r\n\r\n" + b"<img src=cid:i>" * 10_000
+    mail = smtprelay.read_mail(b"Content-Type: multipart/related; boundary=b\r\n\r\n" + page + image)
+    assert len(smtprelay.view_html(mail)) < smtprelay.EMBEDDED_LIMIT + 300_000
+
+
+def test_ten_thousand_messages(box: Box) -> None:
+    """The list answers in 50 ms, a search in 500 ms; a message costs less than 1 KiB. Generous here: machines differ."""  # noqa: E501
+    samples = [letter(n) for n in range(50)]
+    for n in range(2000):
+        box.raws[f"{n:016d}"], box.records[f"{n:016d}"] = samples[n % 50], record_for(f"{n:016d}", samples[n % 50])
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for id in box.raws:
+        box.inbox.add("2026-11-21/" + id)
+    box.inbox.search(smtprelay.compile_query("subject:nothing"))
+    spent = (tracemalloc.get_traced_memory()[0] - before) / 2000
+    tracemalloc.stop()
+    assert spent < 1024
+    times = []
+    for query in (
+        smtprelay.ALL,
+        smtprelay.compile_query("subject:visit"),
+        smtprelay.compile_query("insurance -nowhere"),
+    ):
+        begun = time.process_time()
+        smtprelay.messages_json(box.inbox, query)
+        times.append(time.process_time() - begun)
+    assert times[0] < 0.05 and max(times) < 0.5, times
+
+
+# === PAGE ====================================================================
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABgAAAAYCAMAAADXqc3KAAAABlBMVEWKOxL///82E77gAAAAQElEQVR42mNgxAEY6CTBgAHIlmDE"
+    "Ig61HFOcEaoLVRxhB7IMhA+zHCED5cJdBZOB8RDORZFH8QeyXTQIkoGKWgCgkAFjTm4sFwAAAABJRU5ErkJggg=="
+)
+PEOPLE = (
+    "Ada Park",
+    "Bruno Keller",
+    "Chidi Okafor",
+    "Dana Whitfield",
+    "Elif Demir",
+    "Farah Aziz",
+    "Goran Petrov",
+    "Hana Sato",
+)
+LETTER_SENDERS = (
+    ("Northwind Books", "orders@northwind.example"),
+    ("Accounts", "no-reply@app.example"),
+    ("Tidewater Health", "visits@tidewater.example"),
+    ("Build server", "ci@build.example"),
+    ("", "cron@db-3.internal.example"),
+    ("Larkspur Travel", "hello@larkspur.example"),
+)
+LETTERS = (  # sender, subject, text
+    (
+        0,
+        "Your order {n} is on its way",
+        "Two parcels, arriving Tuesday. Track them at https://shop.example/track/{n}.\n\nThis is the plain text.",
+    ),
+    (1, "Confirm your address", "Your code is {code}. It is good for ten minutes."),
+    (2, "Your visit on Thursday at 09:40", "Please bring your insurance card and arrive ten minutes early."),
+    (3, "main: build {n} passed", "412 tests, 3 skipped, 4 min 12 s."),
+    (4, "Backup finished", "14.2 GiB in 22 min. Oldest kept: 30 days."),
+    (5, "Lisbon in March: three quiet hotels", "We kept the list short this time, and all three take dogs."),
+    (0, "Invoice {n}", "Attached, due in 30 days. Thank you for reading with us."),
+    (1, "Someone logged in from a new device", "Firefox on Linux, near Utrecht. Not you? Change your password."),
+    (3, "main: build {n} failed", "test_queue_survives_restart: expected 3 messages owed, found 2."),
+)
+LOOK = """<!doctype html><html><head><style>
+body{{margin:0;background:#f3efe8;font:16px/1.55 Georgia,serif;color:#2b2622}}
+.card{{max-width:560px;margin:0 auto;background:#fff;padding:36px 40px}}
+h1{{font-size:26px;font-weight:400;margin:0 0 12px}}.s{{color:#857b70;font-size:13px}}
+.b{{display:inline-block;background:#8a3b12;color:#fff;padding:11px 22px;border-radius:4px;text-decoration:none;margin:16px 0}}
+td{{padding:8px 0;border-bottom:1px solid #eee6da}}table{{width:100%;border-collapse:collapse;font-size:15px}}
+</style></head><body><div class="card"><img id="logo" src="cid:logo" width="36" height="36" alt="">{}
+<img src="http://remote.test/pixel.png" width="1" height="1" alt=""></div></body></html>"""  # noqa: E501
+ORDER = LOOK.format("""<h1>Your order is on its way</h1>
+<p>Two parcels left our warehouse this morning. They should be with you on <b>Tuesday</b>.</p>
+<table><tr><td>The Old Ways<td align=right>1 &times; 14.00</tr><tr><td>Sea Room<td align=right>1 &times; 12.50</tr>
+<tr><td>A Month in the Country<td align=right>2 &times; 9.00</tr></table>
+<a class="b" href="https://shop.example/track/88213">Follow the parcels</a>
+<p class="s">Northwind Books, 4 Harbour Street. You get this because you ordered something.</p>""")
+VISIT = LOOK.format("""<h1>We look forward to your visit</h1>
+<p>Dr. Ruth Amadi will see you on <b>Thursday at 09:40</b>, second floor.</p>
+<p>Please bring your insurance card and arrive ten minutes early.</p>
+<a class="b" href="https://tidewater.example/visits/3391">Change the time</a>
+<p class="s">Tidewater Health, 12 Quay Road.</p>""")
+EVIL_HOST = "http://evil.test"
+HOSTILE_HTML = f"""<script>top.pwned=1;alert(1);fetch('{EVIL_HOST}/s')</script><img src=x onerror="alert(2)">
+<img src="{EVIL_HOST}/i.png"><link rel=stylesheet href="{EVIL_HOST}/c.css"><link rel=prefetch href="{EVIL_HOST}/p">
+<link rel=preconnect href="{EVIL_HOST}"><link rel="dns-prefetch" href="{EVIL_HOST}"><style>@import url({EVIL_HOST}/im.css);body{{background:url({EVIL_HOST}/b.png)}}
+@font-face{{font-family:x;src:url({EVIL_HOST}/f.woff)}}p{{font-family:x}}</style>
+<meta http-equiv=refresh content="0;url={EVIL_HOST}/r"><me<meta x>ta http-equiv=refresh content="0;url={EVIL_HOST}/r2"><base href="{EVIL_HOST}/" target=_top>
+<form action="{EVIL_HOST}/form" target=_top><input name=a autofocus onfocus="alert(3)"><button id=go>Win</button></form>
+<iframe src="{EVIL_HOST}/frame"></iframe><iframe srcdoc="<script>alert(4)</script>"></iframe>
+<object data="{EVIL_HOST}/o"></object><embed src="{EVIL_HOST}/e"><video poster="{EVIL_HOST}/v"></video><audio src="{EVIL_HOST}/a" autoplay></audio>
+<svg onload="alert(5)"><image href="{EVIL_HOST}/svg.png"/><use href="{EVIL_HOST}/u#x"/></svg>
+<a id=out href="{EVIL_HOST}/click" target=_top>click</a> <a id=js href="javascript:alert(6)" target=_top>js</a>
+<p>hostile body</p></script></style></textarea></title><img src=x onerror=alert(7)>"""  # noqa: E501
+NASTY = (
+    "</script><script>alert(8)</script><img src=x onerror=alert(9)>\u202egnp.exe \U0001f608 "
+    + "Z\u0351\u036b\u0343" * 40
+    + "A" * 3000
+)
+
+
+def letter(n: int) -> bytes:
+    """Return the nth message of an invented company's day."""
+    kind = (n * 7 + n // 9) % len(LETTERS) if n else 0
+    sender, subject, text = LETTERS[kind]
+    values = {"n": 88000 + n, "code": n * 7919 % 900000 + 100000}
+    name = PEOPLE[n * 3 % len(PEOPLE)]
+    body: dict[str, Any] = {
+        "From": {"Name": LETTER_SENDERS[sender][0], "Email": LETTER_SENDERS[sender][1]},
+        "To": [{"Name": name, "Email": name.split()[0].lower() + "@example.com"}],
+        "Subject": subject.format(**values),
+        "Text": text.format(**values),
+    }
+    if kind in (0, 2):
+        logo = {"Content": base64.b64encode(PNG).decode(), "Filename": "logo.png", "ContentID": "logo"}
+        body.update(HTML=VISIT if kind else ORDER, Attachments=[logo])
+    if "Invoice" in subject:
+        body.update(Attachments=[{"Content": "JVBERg==", "Filename": "invoice.pdf"}])
+    return smtprelay.compose(body)[0]
+
+
+def hostile_letter() -> bytes:
+    """Return a message that tries to script the page, to tell on its reader, to break out, to be endless."""
+    head = f'From: "{NASTY}" <mallory@evil.test>\r\nTo: "<svg onload=alert(11)>" <x@y.test>{", z@y.test" * 400}\r\nSubject: {NASTY}\r\n'  # noqa: E501
+    parts = [
+        f"Content-Type: text/html; charset=utf-8\r\n\r\n{HOSTILE_HTML}",
+        "Content-Type: text/plain; charset=utf-8\r\n\r\njavascript:alert(13) data:text/html,x https://ok.example/<script>",
+    ]
+    name = "<img src=x onerror=alert(17)>/../../etc/passwd"
+    parts += [
+        f'Content-Type: text/html; name="{name}"\r\nContent-Disposition: attachment\r\n\r\n<script>alert(18)</script>'
+    ] * 10000
+    mail = f"{head}MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n" + "\r\n--b\r\n".join(
+        parts
+    )
+    return mail.encode("utf-8")
+
+
+class PastIds:
+    """Queue ids of the last day, so that a new spool looks lived in."""
+
+    def __init__(self, times: Iterator[float]) -> None:
+        self.times = times
+
+    def next(self) -> str:
+        return f"{int(next(self.times) * 1e6):013x}abc"
+
+
+def fill_spool(path: Path, letters: list[bytes]) -> None:
+    """Put held messages into a spool, the first the oldest, spread over the last day."""
+    rng, end = random.Random(7), time.time() - 60
+    ages = sorted((rng.random() ** 1.15 * 82000 for _ in letters), reverse=True)
+    settings = smtprelay.Settings.read({"SMTP_SPOOL": str(path), "SMTP_FSYNC": "0"})
+    spool = smtprelay.FileSpool(settings, smtprelay.open_log(settings))
+    spool.ids = PastIds(end - age for age in ages)  # type: ignore[assignment]
+    spool.open()
+    for content in letters:
+        mail = smtprelay.read_mail(content)
+        to = [person["Address"] for person in mail.people("to")[:3]]
+        draft = spool.draft(
+            smtprelay.Envelope(
+                mail.people("from")[0]["Address"], "127.0.0.1", "app", "ESMTP", flags=("HOLD",), recipients=to
+            )
+        )
+        draft.write(content)
+        draft.commit()
+    spool.close()
+
+
+def chromium() -> str:
+    """Return the browser; skip the test where it, node or playwright-core is missing."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+    if not browser or not shutil.which("node") or not (MODULES / "playwright-core").is_dir():
+        pytest.skip("needs chromium, node, and playwright-core in .ci/node_modules (see .ci/install)")
+    return browser
+
+
+def test_the_page_in_a_real_browser(
+    program: Callable[..., Program], hop: Callable[..., FakeHop], tmp_path: Path
+) -> None:
+    """SMTP_TEST_SHOTS names a directory for the README's screenshots, which this run makes."""
+    browser = chromium()
+    busy = {
+        f"rcpt busy{n}@example.com": ["450 4.2.1 The mailbox is busy, try again later"]
+        for n in ("-1", "-2", "-3", "-4", "-last")
+    }
+    next_hop = hop(**{"script": busy})
+    relays = {
+        "SMTP_RELAY_HOST": f"127.0.0.1:{next_hop.port}",
+        "SMTP_RETRY_INITIAL_DELAY": "1h",
+        "SMTP_RETRY_MAX_DELAY": "1h",
+    }
+    fill_spool(tmp_path / "held", [*map(letter, range(118, 60, -1)), hostile_letter(), *map(letter, range(60, -1, -1))])
+    held = program(**relays, SMTP_DELIVERY="hold", SMTP_SPOOL=str(tmp_path / "held"))
+    users = tmp_path / "users.json"
+    users.write_text(
+        json.dumps({"shop": {"password": "a long one", "allowed_domains": ["shop.example"], "quota_daily": 500}})
+    )
+    users.chmod(0o600)
+    owed = program(**relays, SMTP_API_TOKEN="a token", SMTP_USERS_FILE=str(users))
+    for n in range(1, 5):
+        api(
+            owed,
+            "POST",
+            "/api/v1/send",
+            {
+                "From": {"Email": "ann@example.com"},
+                "To": [{"Email": f"busy-{n}@example.com"}],
+                "Subject": f"Reminder {n}",
+                "Text": "Sent.",
+                "HTML": "<p>Sent.",
+            },
+            token="a token",
+        )
+    env = {
+        "PATH": os.environ["PATH"],
+        "HELD": held.http_url,
+        "OWED": owed.http_url,
+        "TOKEN": "a token",
+        "CHROMIUM": browser,
+        "SHOTS": os.environ.get("SMTP_TEST_SHOTS", ""),
+        "HOME": str(tmp_path),
+    }
+    run = subprocess.run(["node", str(ROOT / ".ci" / "page.mjs")], env=env, capture_output=True, text=True, timeout=120)
+    print(run.stdout, run.stderr)
+    assert run.returncode == 0 and "all is well" in run.stdout
+    assert "_bug" not in held.log() + owed.log()
+
+
+def api(relay: Any, method: str, path: str, body: Any = None, token: str = "", **headers: str) -> Any:
+    """Make a request of a relay's API; return its status with the JSON or the text it answers."""
+    host, _, port = relay.http_url[7:].rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    if token:
+        given["Authorization"] = f"Bearer {token}"
+    connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), given)
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(data) if is_json else data.decode("utf-8", "replace")
+
+
 # === HTTP ====================================================================
-
-
-@pytest.mark.parametrize(("method", "path", "status"), [
-    *[("GET", path, 200) for path in ("/healthz", "/health", "/readyz", "/livez", "/metrics", "/debug/vars", "/metrics?format=prometheus")],
-    ("HEAD", "/healthz", 200), ("GET", "/nothing", 404), ("POST", "/healthz", 405), ("DELETE", "/metrics", 405), ("GET", "/../etc/passwd", 404),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        *[
+            ("GET", path, 200)
+            for path in (
+                "/healthz",
+                "/health",
+                "/readyz",
+                "/livez",
+                "/metrics",
+                "/debug/vars",
+                "/metrics?format=prometheus",
+            )
+        ],
+        ("HEAD", "/healthz", 200),
+        ("GET", "/nothing", 404),
+        ("POST", "/healthz", 405),
+        ("DELETE", "/metrics", 405),
+        ("GET", "/../etc/passwd", 404),
+    ],
+)
 def test_paths(holding: Any, method: str, path: str, status: int) -> None:
     assert fetch(holding, path, method)[0] == status
 
@@ -1860,10 +7329,26 @@ def test_not_ready_without_a_spool(start: Callable[..., Any], tmp_path: Path) ->
     assert fetch(relay, "/livez")[0] == 200
 
 
-METRICS = """smtp_messages_received_total smtp_messages_queued_total smtp_messages_delivered_total smtp_messages_deferred_total
-    smtp_messages_failed_total smtp_messages_expired_total smtp_messages_rejected_total smtp_delivery_failures_total
-    smtp_bytes_received_total smtp_queue_depth smtp_queue_oldest_age_seconds smtp_sessions_active smtp_connections_total
-    smtp_connections_refused_total smtp_delivery_duration_seconds smtp_disk_free_bytes smtp_uptime_seconds smtp_build_info""".split()
+METRICS = [
+    "smtp_messages_received_total",
+    "smtp_messages_queued_total",
+    "smtp_messages_delivered_total",
+    "smtp_messages_deferred_total",
+    "smtp_messages_failed_total",
+    "smtp_messages_expired_total",
+    "smtp_messages_rejected_total",
+    "smtp_delivery_failures_total",
+    "smtp_bytes_received_total",
+    "smtp_queue_depth",
+    "smtp_queue_oldest_age_seconds",
+    "smtp_sessions_active",
+    "smtp_connections_total",
+    "smtp_connections_refused_total",
+    "smtp_delivery_duration_seconds",
+    "smtp_disk_free_bytes",
+    "smtp_uptime_seconds",
+    "smtp_build_info",
+]
 
 
 def test_metrics_in_both_forms(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
@@ -1872,18 +7357,23 @@ def test_metrics_in_both_forms(start: Callable[..., Any], hop: Callable[..., Fak
     said(relay, MAIL, to=("carol@hop.test",))
     with hello(relay) as client:
         assert client.mail(b"x" * 200 + b"\r\n").startswith("552")
-    for name, value in {"received": 2, "delivered": 1, "failed": 1}.items():
-        wait_until(lambda name=name, value=value: metric(relay, f"smtp_messages_{name}_total") == value)
+    wanted = {"received": 2, "delivered": 1, "failed": 1}
+    wait_until(lambda: {name: metric(relay, f"smtp_messages_{name}_total") for name in wanted} == wanted)
     flat = json.loads(fetch(relay, "/debug/vars")[2])
     assert {"cmdline", "memstats"} <= set(flat)
     assert [name for name in METRICS if not any(key.startswith(name) for key in flat)] == []
     assert metric(relay, "smtp_bytes_received_total") >= 2 * len(MAIL)
-    for text in (fetch(relay, "/metrics?format=prometheus"), fetch(relay, "/metrics", Accept="text/plain;version=0.0.4")):
+    for text in (
+        fetch(relay, "/metrics?format=prometheus"),
+        fetch(relay, "/metrics", Accept="text/plain;version=0.0.4"),
+    ):
         assert text[1].startswith("text/plain") and "version=0.0.4" in text[1]
         assert [name for name in METRICS if f"# TYPE {name} " not in text[2]] == []
         assert re.search(r'(?m)^smtp_messages_rejected_total\{code="552"\} 1$', text[2])
         assert "@" not in text[2]
-    checked = subprocess.run([need("promtool"), "check", "metrics"], input=text[2], capture_output=True, text=True, timeout=20)
+    checked = subprocess.run(
+        [need("promtool"), "check", "metrics"], input=text[2], capture_output=True, text=True, timeout=20
+    )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
@@ -1900,16 +7390,553 @@ def test_a_slow_http_client_holds_nobody(holding: Any) -> None:
 
 def test_garbage_on_the_http_port(holding: Any) -> None:
     host, port = holding.http_url.split("//")[1].split(":")
-    for data in (b"\x00\xff\r\n\r\n", b"GET " + b"/" * 100000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 500 + b"\r\n"):
+    for data in (
+        b"\x00\xff\r\n\r\n",
+        b"GET " + b"/" * 100000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 500 + b"\r\n",
+    ):
         with socket.create_connection((host, int(port)), 8) as client, contextlib.suppress(ConnectionError):
             client.sendall(data)
-            assert re.match(rb"HTTP/1\.[01] 4\d\d|.*Error code: 4\d\d|$", client.recv(4096), re.S)
+            assert re.match(rb'HTTP/1\.[01] 4\d\d|.*"Error": "|$', client.recv(4096), re.S)
     assert fetch(holding, "/livez")[0] == 200
 
 
+API = (
+    "/api/v1/messages",
+    "/api/v1/info",
+    "/api/v1/message/latest",
+    "/api/v1/events",
+    "/api/v1/queue",
+    "/api/v1/users",
+    "/api/v1/chaos",
+    "/view/latest.html",
+    "/view/latest.txt",
+    "/api/v2/messages",
+)
+
+
+def mailed(relay: Any, *letters: bytes, to: tuple[str, ...] = ("bob@example.com",)) -> None:
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        for content in letters or (b"From: ann@example.com\r\nSubject: hi\r\n\r\nhi\r\n",):
+            client.sendmail("envelope@example.com", to, content)
+
+
+@pytest.mark.parametrize(
+    ("headers", "get", "delete"),
+    [
+        ({}, 200, 200),
+        ({"Host": "localhost:1"}, 200, 200),
+        ({"Host": "[::1]:99"}, 200, 200),
+        ({"Host": "relay.test"}, 200, 200),
+        ({"Host": "evil.test"}, 403, 403),
+        ({"Host": "127.0.0.1.evil.test"}, 403, 403),
+        ({"Host": "["}, 403, 403),
+        ({"Origin": "http://evil.test"}, 200, 403),
+        ({"Origin": "null"}, 200, 403),
+        ({"Origin": "http://127.0.0.1"}, 200, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200, 200),
+    ],
+)
+def test_other_sites_and_rebound_names_are_kept_out(
+    start: Callable[..., Any], headers: dict[str, str], get: int, delete: int
+) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    assert (
+        fetch(relay, "/api/v1/messages", **headers)[0],
+        fetch(relay, "/api/v1/messages", "DELETE", **headers)[0],
+    ) == (get, delete)
+    assert fetch(relay, "/livez", **headers)[0] == fetch(relay, "/metrics", **headers)[0] == 200
+    own = headers.get("Host", relay.http_url[7:])
+    assert fetch(relay, "/api/v1/messages", "DELETE", **{**headers, "Origin": f"http://{own}"})[0] == (
+        200 if get == 200 else 403
+    )
+
+
+def test_a_link_from_elsewhere_may_open_the_page(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    assert fetch(relay, "/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
+    assert fetch(relay, "/", Host="evil.test")[0] == 403
+
+
+def test_the_token_opens_everything(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret")
+    mailed(relay)
+    bearer, basic = (
+        {"Authorization": "Bearer secret"},
+        {"Authorization": "Basic " + base64.b64encode(b"any:secret").decode()},
+    )
+    for path in API:
+        for wrong in (
+            {},
+            {"Authorization": "Bearer secre"},
+            {"Authorization": "Basic secret"},
+            {"Authorization": "Digest secret"},
+        ):
+            assert fetch(relay, path, **wrong)[0] == 401, path
+        if path != "/api/v1/events":
+            assert fetch(relay, path, **bearer)[0] == fetch(relay, path, **basic, Host="relay.lan")[0] == 200, path
+    status, kind, page = fetch(relay, "/", Host="relay.lan")
+    assert (status, kind, page) == (401, "text/html; charset=utf-8", smtprelay.PAGE)
+    assert fetch(relay, "/", **bearer)[0] == 200
+    assert fetch(relay, "/api/v1/messages", "DELETE", **bearer, Origin="http://evil.test")[0] == 403
+
+
+def test_the_view_key_opens_one_message(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret")
+    mailed(relay)
+    mailed(relay)
+    _, listed = api(relay, "GET", "/api/v1/messages", token="secret")
+    one, other = (message["ID"] for message in listed["messages"])
+    key = api(relay, "GET", f"/api/v1/message/{one}", token="secret")[1]["ViewKey"]
+    assert fetch(relay, f"/view/{one}.html?key={key}")[0] == 200
+    for path in (
+        f"/view/{other}.html?key={key}",
+        f"/view/{one}.html?key=",
+        f"/view/{one}.txt?key={key}",
+        f"/api/v1/message/{one}?key={key}",
+    ):
+        assert fetch(relay, path)[0] == 401
+
+
+def test_without_a_token_strangers_are_not_served(program: Callable[..., Program]) -> None:
+    relay = program(SMTP_HEALTH_ADDR="0.0.0.0:0 127.0.0.1:0")
+    assert "SMTP_API_TOKEN: the page and /api serve this machine alone" in relay.log()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
+        probe.connect(("192.0.2.1", 9))
+        own = probe.getsockname()[0]
+    if smtprelay.is_loopback(own):
+        pytest.skip("this machine has no address beyond loopback")
+    relay.http_url = f"http://{own}:" + relay.log().partition("http://0.0.0.0:")[2].split()[0]
+    assert [fetch(relay, path)[0] for path in ("/", "/api/v1/messages", "/livez", "/metrics")] == [403, 403, 200, 200]
+
+
+def test_security_headers(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, MIME_TREE)
+    policies = {}
+    for path in (
+        "/",
+        "/api/v1/messages",
+        "/view/latest.html",
+        "/view/latest.html?remote=1",
+        "/view/latest.txt",
+        "/nothing",
+        "/api/v1/message/latest/raw",
+        "/api/v1/message/latest/part/2",
+    ):
+        with contextlib.closing(http.client.HTTPConnection(relay.http_url[7:], timeout=8)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert (answer.headers["X-Content-Type-Options"], answer.headers["Referrer-Policy"]) == (
+                "nosniff",
+                "no-referrer",
+            )
+            policies[path] = answer.headers["Content-Security-Policy"]
+            body = answer.read()
+        if path.endswith("/part/2"):
+            assert answer.headers["Content-Disposition"].startswith("attachment;")
+        if path == "/":
+            script = body.partition(b"<script>")[2].partition(b"</script>")[0]
+            assert base64.b64encode(hashlib.sha256(script).digest()).decode() in policies["/"]
+            assert "unsafe" not in policies["/"] and b"http://" not in body.replace(b"http://www.w3.org", b"").replace(
+                b"http://${", b""
+            )
+    assert "sandbox" in policies["/view/latest.html"] and "script" not in policies["/view/latest.html?remote=1"]
+    assert "*" not in policies["/view/latest.html"] and "img-src data: cid: *" in policies["/view/latest.html?remote=1"]
+
+
+def watch_events(relay: Any, *sent: bytes, patience: float = 5.0) -> bytes:
+    """Send octets to the HTTP side; return all that comes until it closes or nothing more does."""
+    host, port = relay.http_url[7:].split(":")
+    heard = b""
+    with socket.create_connection((host, int(port)), patience) as client, contextlib.suppress(OSError):
+        for data in sent:
+            client.sendall(data)
+        while data := client.recv(65536):
+            heard += data
+    return heard
+
+
+@pytest.mark.parametrize(
+    ("request_text", "first"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", b" 403 "),
+        (b"GET http://[/ HTTP/1.1\r\n\r\n", b" 400 "),
+        (b"PATCH /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n\r\n", b" 405 "),
+        (b"BREW /pot HTTP/1.1\r\n\r\n", b" 501 "),
+        (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", b" 413 "),
+        (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b" 411 "),
+        (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", b" 411 "),
+        (b"GET /livez HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b" 431 "),
+        (b"DELETE /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n", b""),  # cut short: not obeyed
+    ],
+)
+def test_odd_requests(start: Callable[..., Any], request_text: bytes, first: bytes) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay)
+    host, port = relay.http_url[7:].split(":")
+    with socket.create_connection((host, int(port)), 5) as client:
+        client.sendall(request_text)
+        client.shutdown(socket.SHUT_WR)
+        heard = client.makefile("rb").readline()
+    assert first in heard and (first or not heard)
+    assert api(relay, "GET", "/api/v1/messages")[1]["total"] == 1
+
+
+def test_connections_are_kept_and_heads_have_no_body(start: Callable[..., Any]) -> None:
+    heard = watch_events(
+        start(SMTP_STORAGE="memory"),
+        b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /livez HTTP/1.1\r\n\r\n"
+        b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n",
+    )
+    assert heard.count(b"HTTP/1.1 200") == 3 and b"<html" not in heard and heard.endswith(b"OK\n")
+
+
+def test_continue_is_said_only_to_who_may_go_on(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    head = b"PUT /api/v1/messages HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"  # noqa: E501
+    assert watch_events(relay, head % b"localhost", b"{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+    assert watch_events(relay, head % b"evil.test").startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.parametrize(
+    "trickle",
+    [b"GET / HTTP/1.1\r\nX-", b"PUT /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"],
+)
+def test_deadlines_are_for_the_whole_request(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, trickle: bytes
+) -> None:
+    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.3)
+    host, port = start(SMTP_STORAGE="memory").http_url[7:].split(":")
+    begun = time.monotonic()
+    with socket.create_connection((host, int(port)), 5) as client, contextlib.suppress(OSError):
+        client.sendall(trickle)
+        client.settimeout(0.02)
+        while time.monotonic() < begun + 3:
+            client.sendall(b"a")
+            with contextlib.suppress(socket.timeout):
+                if not client.recv(100):
+                    break
+    assert time.monotonic() < begun + 2
+
+
+def test_who_does_not_read_is_cut_off(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.3)
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, b"Subject: big\r\n\r\n" + b"x" * 70 * 1_000 + b"\r\n" + (b"y" * 76 + b"\r\n") * 100_000)
+    host, port = relay.http_url[7:].split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.sendall(b"GET /api/v1/message/latest/raw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        room = relay.delivering.web[0].room
+        wait_until(lambda: room._value < smtprelay.HTTP_CONNECTIONS)
+        wait_until(lambda: room._value == smtprelay.HTTP_CONNECTIONS, 4)
+
+
+def test_event_streams_are_bounded_and_end(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    for _ in range(smtprelay.EVENT_STREAMS + 2):
+        assert fetch(relay, "/api/v1/events", "HEAD")[0] == 200  # leaves none behind
+    streams = [http.client.HTTPConnection(relay.http_url[7:], timeout=8) for _ in range(smtprelay.EVENT_STREAMS)]
+    for stream in streams:
+        stream.request("GET", "/api/v1/events")
+    answers = [stream.getresponse() for stream in streams]
+    assert {answer.status for answer in answers} == {200} and answers[0].readline() == b": hello\n"
+    assert api(relay, "GET", "/api/v1/events")[0] == 503
+    mailed(relay)
+    lines = [answers[0].readline() for _ in range(3)]
+    assert lines[1] == b"event: received\n" and set(json.loads(lines[2][6:])) == {"type", "id", "seq", "at", "detail"}
+    for answer, stream in zip(answers, streams):
+        answer.close()
+        stream.close()
+
+
+def test_the_life_of_a_message_as_events(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
+    relay = start(**hop(script={"rcpt bob@example.com": ["450 4.2.1 later"]}).settings())
+    events = relay.delivering.feed.subscribe(100)
+    mailed(relay)
+    assert [events.get(timeout=5)["type"] for _ in range(5)] == [
+        "received",
+        "forwarding",
+        "retrying",
+        "forwarding",
+        "forwarded",
+    ]
+
+
+class Hook(http.server.ThreadingHTTPServer):
+    """A web server that fails twice before it takes what is POSTed."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HookHandler)
+        self.refusals, self.got = 2, list[Any]()
+
+
+class HookHandler(http.server.BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.refusals -= 1
+        if self.server.refusals < 0:
+            self.server.got.append(body)
+        self.send_response(500 if self.server.refusals >= 0 else 204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_webhook_is_tried_again(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "WEBHOOK_PAUSES", (0.01, 0.01))
+    with Hook() as hook:
+        threading.Thread(target=hook.serve_forever, args=(0.02,), daemon=True).start()
+        relay = start(SMTP_STORAGE="memory", SMTP_WEBHOOK_URL=f"http://127.0.0.1:{hook.server_port}/hook")
+        mailed(relay)
+        wait_until(lambda: hook.got)
+        hook.shutdown()
+    assert [(event["type"], len(event["id"])) for event in hook.got] == [("received", 16)]
+
+
+def test_changes_over_http_are_audited(start: Callable[..., Any], tmp_path: Path) -> None:
+    relay = start(SMTP_STORAGE="memory", SMTP_AUDIT_LOG=str(tmp_path / "audit"))
+    api(relay, "DELETE", "/api/v1/messages?x=\n".strip())
+    api(relay, "DELETE", "/api/v1/messages", Host="evil.test")
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_text().split("\n") if line]
+    changes = [(line["event"], line["status"], line["path"]) for line in lines if "method" in line]
+    assert changes == [("changed", 200, "/api/v1/messages"), ("change_refused", 403, "/api/v1/messages")]
+
+
+BAD = [  # (method, path, body, status, words)
+    ("PUT", "/api/v1/messages", b"[1]", 400, "expected an object"),
+    ("PUT", "/api/v1/messages", b"{", 400, "expected JSON"),
+    ("PUT", "/api/v1/messages", b"[" * 100_000, 400, "expected JSON"),
+    ("DELETE", "/api/v1/messages", b'{"IDs": "x"}', 400, "list of ids"),
+    ("GET", "/api/v1/messages?limit=-1", None, 400, "limit"),
+    ("GET", "/api/v1/wait?timeout=x", None, 400, "timeout"),
+    ("GET", "/api/v1/wait?timeout=0", None, 408, "no message matched"),
+    ("GET", "/api/v1/message/latest", None, 404, "not found"),
+    ("GET", "/view/nope.html", None, 404, "not found"),
+    ("POST", "/api/v1/message/nope/release", b'{"To": ["a@b.test"]}', 404, "not found"),
+    ("POST", "/api/v1/send", b"{}", 400, "From.Email"),
+    ("PUT", "/api/v1/tags", b'{"Tags": [1]}', 400, "list of tags"),
+    ("POST", "/api/v1/queue/nope/retry", b"", 404, "not found"),
+    ("POST", "/api/v1/users", b'{"name": "a"}', 400, "SMTP_USERS_FILE"),
+    ("PUT", "/api/v1/faults", b'{"rules": ["sometimes"]}', 400, "expected a stage"),
+    ("PUT", "/api/v1/faults", b"{}", 400, "list of rules"),
+    ("PUT", "/api/v1/chaos", b'{"Sender": {"Probability": 101}}', 400, "Sender"),
+    ("PUT", "/api/v1/chaos", b'{"Sender": 1}', 400, ""),
+]
+
+
+def test_errors_are_shaped_as_mailpits(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    for method, path, body, status, words in BAD:
+        got, answer = api(relay, method, path, body)
+        assert (got, list(answer)) == (status, ["Error"]) and words in answer["Error"], (method, path, answer)
+
+
+def test_waiting_for_a_message_with_its_link_and_code(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    thread = later(
+        mailed,
+        relay,
+        b"From: a@b.test\r\nTo: bob@example.com\r\nSubject: Welcome\r\n\r\nYour code is 123456, or https://x.test/go\r\n",
+    )
+    status, found = api(relay, "GET", "/api/v1/wait?query=to:bob+subject:welcome&since=0&timeout=5")
+    assert (status, found["Codes"], found["Links"], found["ReturnPath"]) == (
+        200,
+        ["123456"],
+        ["https://x.test/go"],
+        "envelope@example.com",
+    )
+    assert api(relay, "GET", f"/api/v1/wait?query=to:bob&since={found['Sequence']}&timeout=0.05")[0] == 408
+    thread.join()
+
+
+def test_scripted_failures_over_http(program: Callable[..., Program]) -> None:
+    """The receiving process hears of rules that were changed at the other, and so does a later session."""
+    relay = program(SMTP_FAULTS="rcpt to=kept@* 452 4.3.1 kept")
+    assert api(relay, "PUT", "/api/v1/chaos", {"Sender": {"ErrorCode": 450, "Probability": 50}})[1]["Sender"] == {
+        "ErrorCode": 450,
+        "Probability": 50,
+    }
+    assert api(relay, "GET", "/api/v1/faults")[1] == {
+        "rules": ["rcpt to=kept@* 452 4.3.1 kept", "mail 450 Chaos share 50"]
+    }
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        client.ehlo()
+        codes = []
+        for _ in range(4):
+            codes.append(client.mail("a@b.test")[0])
+            client.rset()
+    assert codes == [250, 450, 250, 450]
+    assert api(relay, "PUT", "/api/v1/faults", {"rules": ["rcpt to=*@slow.test 451 4.7.1 slow"]})[0] == 200
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        client.ehlo()
+        client.mail("a@b.test")
+        assert [client.rcpt(to)[0] for to in ("x@slow.test", "kept@b.test")] == [451, 250]
+    assert api(relay, "GET", "/api/v1/chaos")[1]["Sender"] == {"ErrorCode": 451, "Probability": 0}
+
+
+MAILPIT = """
+import { MailpitClient } from 'mailpit-api';
+const mailpit = new MailpitClient(process.env.RELAY, { auth: { username: 'any', password: 'a token' } });
+const out = {};
+const step = async (name, work) => { out[name] = await work(); };
+await step('sent', () => mailpit.sendMessage({ From: { Email: 'a@b.test', Name: 'Ann' }, To: [{ Email: 'c@d.test' }], Subject: 'Sent',
+  Text: 'text', HTML: '<p>page <img src="cid:i">', Tags: ['one'], Headers: { 'X-Own': 'yes' },
+  Attachments: [{ Content: 'iVBORw==', Filename: 'i.png', ContentID: 'i' }, { Content: 'aGk=', Filename: 'a.txt' }] }));
+await step('found', () => mailpit.waitForMessage({ query: 'subject:sent has:attachment' }, { timeout: 2000, interval: 20 }));
+await step('list', () => mailpit.listMessages(0, 10));
+await step('search', () => mailpit.searchMessages({ query: 'from:ann is:read', start: 0, limit: 5 }));
+await step('headers', () => mailpit.getMessageHeaders());
+await step('source', () => mailpit.getMessageSource());
+await step('html', () => mailpit.renderMessageHTML());
+await step('text', () => mailpit.renderMessageText());
+await step('part', async () => (await mailpit.getMessageAttachment(out.found.ID, out.found.Attachments[0].PartID)).text());
+await step('thumb', async () => (await mailpit.getAttachmentThumbnail(out.found.ID, out.found.Inline[0].PartID)).type);
+await step('unread', () => mailpit.setReadStatus({ IDs: [out.found.ID], Read: false }));
+await step('unreads', async () => (await mailpit.searchMessages({ query: 'is:unread' })).messages_count);
+await step('readAll', () => mailpit.setReadStatus({ Read: true, Search: 'subject:sent' }));
+await step('reads', async () => (await mailpit.searchMessages({ query: 'is:read' })).messages_count);
+await step('tag', () => mailpit.setTags({ IDs: [out.found.ID], Tags: ['two'] }));
+await step('rename', () => mailpit.renameTag('two', 'three'));
+await step('tags', () => mailpit.getTags());
+await step('untag', () => mailpit.deleteTag('three'));
+await step('release', () => mailpit.releaseMessage(out.found.ID, { To: ['z@d.test'] }));
+await step('info', () => mailpit.getInfo());
+await step('webui', () => mailpit.getConfiguration());
+await step('chaos', () => mailpit.setChaosTriggers({ Recipient: { ErrorCode: 451, Probability: 100 } }));
+await step('calm', () => mailpit.setChaosTriggers());
+await step('deleted', () => mailpit.deleteMessagesBySearch({ query: 'to:nobody' }));
+await step('gone', () => mailpit.deleteMessages({ IDs: [out.found.ID] }));
+await step('error', () => mailpit.getMessageSummary('nope').catch(error => error.message));
+console.log(JSON.stringify(out));
+"""  # noqa: E501
+
+
+def test_mailpits_own_client_works_unchanged(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
+    if not shutil.which("node") or not (MODULES / "mailpit-api").is_dir():
+        pytest.skip("needs node, and mailpit-api in .ci/node_modules (see .ci/install)")
+    next_hop = hop()
+    relay = start(SMTP_STORAGE="memory", SMTP_DELIVERY="hold", SMTP_API_TOKEN="a token", **next_hop.settings())
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", MAILPIT],
+        cwd=MODULES.parent,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PATH": os.environ["PATH"], "RELAY": relay.http_url},
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    found, listed = out["found"], out["list"]["messages"][0]
+    assert found["ID"] == out["sent"]["ID"] == listed["ID"] and types(listed) == {**SUMMARY_TYPES, "Status": str}
+    assert MESSAGE_TYPES.items() <= types(found).items()
+    assert (found["From"], found["Tags"], found["Subject"]) == ({"Name": "Ann", "Address": "a@b.test"}, ["one"], "Sent")
+    assert [part["FileName"] for part in found["Attachments"] + found["Inline"]] == ["a.txt", "i.png"]
+    assert (
+        out["search"]["messages_count"] == 1 and out["headers"]["X-Own"] == ["yes"] and "Subject: Sent" in out["source"]
+    )
+    assert "data:image/png;base64,iVBORw==" in out["html"] and out["text"].strip() == "text"
+    assert (out["part"], out["thumb"]) == ("hi", "image/png")
+    assert (out["unreads"], out["reads"], out["tags"]) == (1, 1, ["three"])
+    assert {out[name] for name in ("unread", "readAll", "tag", "rename", "untag", "release", "deleted", "gone")} == {
+        "ok"
+    }
+    assert out["info"]["Messages"] == 2 and out["webui"]["MessageRelay"]["Enabled"] is True
+    assert (
+        out["chaos"]["Recipient"] == {"ErrorCode": 451, "Probability": 100}
+        and out["calm"]["Recipient"]["Probability"] == 0
+    )
+    assert "404" in out["error"]
+    wait_until(lambda: next_hop.delivered() == {"z@d.test": 1})
+
+
+def test_mailhogs_addresses(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, to=("bob@example.com", "carol@example.com"))
+    found = api(relay, "GET", "/api/v2/messages")[1]
+    assert found["total"] == 1 and found["items"][0]["Raw"]["To"] == ["bob@example.com", "carol@example.com"]
+    assert api(relay, "DELETE", "/api/v1/messages")[0] == 200 and api(relay, "GET", "/api/v2/messages")[1]["total"] == 0
+
+
+def test_held_mail_says_so_and_can_be_released(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
+    next_hop = hop()
+    relay = start(SMTP_DELIVERY="hold", **next_hop.settings())
+    mailed(relay)
+    seen = api(relay, "GET", "/api/v1/message/latest")[1]
+    assert [r["status"] for r in seen["Delivery"]["recipients"]] == ["held"] == [seen["Delivery"]["status"]]
+    path = f"/api/v1/message/{seen['ID']}"
+    assert api(relay, "POST", path + "/release", {})[0] == 200
+    wait_until(lambda: api(relay, "GET", path)[1]["Status"] == "forwarded")
+    after = api(relay, "GET", path)[1]["Delivery"]
+    assert (after["recipients"][0]["status"], after["recipients"][0]["code"]) == ("forwarded", 250) and after[
+        "transcript"
+    ]
+    assert api(relay, "POST", path + "/release", {"To": ["eve@example.com"]})[0] == 200
+    wait_until(lambda: next_hop.delivered() == {"bob@example.com": 1, "eve@example.com": 1})
+    wait_until(lambda: smtprelay_depth(relay) == 0)
+
+
+def smtprelay_depth(relay: Any) -> int:
+    return int(json.loads(fetch(relay, "/metrics")[2])["smtp_queue_depth"])
+
+
+def test_the_queue_is_listed_retried_and_emptied(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
+    next_hop = hop(script={f"rcpt {name}@example.com": ["450 4.2.1 busy"] for name in ("a", "b", "c", "d")})
+    relay = start(**next_hop.settings(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h"))
+    for name in ("a", "b", "c", "d"):
+        mailed(relay, to=(name + "@example.com",))
+    wait_until(
+        lambda: len([m for m in api(relay, "GET", "/api/v1/queue")[1]["messages"] if m["status"] == "retrying"]) == 4
+    )
+    shown = api(relay, "GET", "/api/v1/queue?limit=3")[1]
+    first, second, third = shown["messages"]
+    assert (
+        shown["total"] == 4
+        and (first["attempts"], first["recipients"]) == (1, ["a@example.com"])
+        and "450" in first["last_error"]
+    )
+    assert api(relay, "POST", f"/api/v1/queue/{first['id']}/retry")[1] == {"retried": 1}
+    wait_until(lambda: next_hop.delivered()["a@example.com"] == 1)
+    assert (
+        api(relay, "DELETE", f"/api/v1/queue/{second['id']}")[0] == 200
+        and api(relay, "GET", f"/api/v1/message/{second['id']}")[0] == 404
+    )
+    assert api(relay, "POST", "/api/v1/queue/all/retry")[1] == {"retried": 2}
+    wait_until(lambda: next_hop.delivered() == {"a@example.com": 1, "c@example.com": 1, "d@example.com": 1})
+    wait_until(lambda: api(relay, "GET", "/api/v1/queue")[1]["total"] == 0)
+
+
+def test_an_accounts_own_mail_and_figures(start: Callable[..., Any], tmp_path: Path) -> None:
+    users = tmp_path / "users.json"
+    users.write_text(
+        json.dumps(
+            {
+                "app": {"password": "a long one", "api_key": "mp_live_app", "quota_daily": 5},
+                "other": {"password": "b long one"},
+            }
+        )
+    )
+    users.chmod(0o600)
+    relay = start(SMTP_STORAGE="memory", SMTP_USERS_FILE=str(users))
+    for name in ("app", "other"):
+        with smtplib.SMTP(relay.host, relay.port) as client:
+            client.login(name, {"app": "a long one", "other": "b long one"}[name])
+            client.sendmail("a@b.test", ["c@d.test"], f"Subject: by {name}\r\n\r\nx\r\n")
+    status, own = api(relay, "GET", "/api/emails", token="mp_live_app", Host="relay.lan")
+    assert (status, own["total"], own["emails"][0]["subject"]) == (200, 1, "by app")
+    assert api(relay, "GET", "/api/stats", token="mp_live_app")[1]["left_today"] == 4
+    assert api(relay, "GET", "/api/emails", token="wrong")[0] == api(relay, "GET", "/api/stats")[0] == 401
+    assert api(relay, "GET", "/api/emails", token="mp_live_app", Sec_Fetch_Site="cross-site")[0] == 403
+
+
 # === RELAY ===================================================================
-
-
 def need(program: str) -> str:
     """Return where a program is; skip the test when it is nowhere."""
     path = shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/usr/lib/postfix/sbin")
@@ -1933,8 +7960,14 @@ def test_start_reads_no_environment_and_leaves_nothing_behind(monkeypatch: pytes
         socket.create_connection((one.host, one.port), 1).close()
 
 
-def test_a_stop_waits_for_nobody_longer_than_ten_seconds(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
+def test_a_stop_waits_for_nobody_longer_than_its_patience(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
     relay = program(**hop(script={"end": "hang"}).settings())
+    relay.stop()
+    impatient = "for h in (smtprelay.Receiving, smtprelay.Delivering): h.stop.__defaults__ = (1.0,)"
+    relay.code = ONE_LINER.replace("; sys.exit", f"\n{impatient}\nsys.exit")
+    relay.start()
     said(relay)
     with hello(relay) as inside, hello(relay) as idle:
         inside.envelope()
@@ -1945,7 +7978,7 @@ def test_a_stop_waits_for_nobody_longer_than_ten_seconds(program: Callable[..., 
         inside.sock.settimeout(11)
         assert inside.reply()[:3] in ("421", "")
     assert relay.process.wait(11) == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -2009,12 +8042,19 @@ def test_a_socket_from_systemd_is_used(program: Callable[..., Program]) -> None:
     relay = program()
     relay.stop()
     with socket.create_server(("127.0.0.1", 0)) as given:
-        code = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True);"
-                "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, sys.argv[2]])")  # fmt: skip
+        code = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True);"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, sys.argv[2]])"  # noqa: E501
+        )
         command = [sys.executable, "-c", code, str(given.fileno()), str(PROGRAM)]
         with relay.output.open("wb") as output:
-            relay.process = subprocess.Popen(command, env={"PATH": os.environ["PATH"], **relay.env}, stdout=output, stderr=output,
-                                             pass_fds=[given.fileno()])  # fmt: skip
+            relay.process = subprocess.Popen(
+                command,
+                env={"PATH": os.environ["PATH"], **relay.env},
+                stdout=output,
+                stderr=output,
+                pass_fds=[given.fileno()],
+            )
         wait_until(relay.ready)
         relay.port = given.getsockname()[1]
     said(relay)
@@ -2034,45 +8074,44 @@ def load(relay: Program, acknowledged: set[str], stop: threading.Event, name: st
         stop.wait(0.02)
 
 
-def test_nothing_acknowledged_is_lost_by_sigkill(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
-    next_hop, rng, stop = hop(script={"end": ["451 4.3.0 later", "drop"] * 20}), random.Random(7), threading.Event()
-    relay, acknowledged = program(SMTP_FSYNC="1", **next_hop.settings()), set[str]()
-    clients = [threading.Thread(target=load, args=(relay, acknowledged, stop, name), daemon=True) for name in "abc"]
-    for client in clients:
-        client.start()
-    for _ in range(3):
-        enough = len(acknowledged) + rng.randint(20, 60)
-        wait_until(lambda enough=enough: len(acknowledged) >= enough)
-        relay.stop(signal.SIGKILL)
-        relay.start()
-    stop.set()
-    for client in clients:
-        client.join(10)
-
-    def arrived() -> set[str]:
-        return {got.content.split(b"Subject: ")[1].split(b"\r\n")[0].decode() for got in list(next_hop.messages)}
-
-    wait_until(lambda: acknowledged <= arrived(), 20)
-    assert len(acknowledged) > 60
-    assert set(os.listdir(relay.spool.root / "bad")) == set() or all("part" in str(p) for p in (relay.spool.root / "bad").rglob("*.*"))
-
-
-LETTER = b"From: ann@client.test\nTo: bob@hop.test\nSubject: gr\xc3\xbc\xc3\x9fe\n\n.\n..\nbody \xe2\x82\xac\n" + b"y" * 900 + b"\n"
+LETTER = (
+    b"From: ann@client.test\nTo: bob@hop.test\nSubject: gr\xc3\xbc\xc3\x9fe\n\n.\n..\nbody \xe2\x82\xac\n"
+    + b"y" * 900
+    + b"\n"
+)
 
 
 def by_curl(relay: Any, letter: Path) -> None:
-    command = [need("curl"), "-sS", "--crlf", f"smtp://127.0.0.1:{relay.port}/client.test", "--mail-from", "ann@client.test"]
+    command = [
+        need("curl"),
+        "-sS",
+        "--crlf",
+        f"smtp://127.0.0.1:{relay.port}/client.test",
+        "--mail-from",
+        "ann@client.test",
+    ]
     subprocess.run([*command, "--mail-rcpt", "bob@hop.test", "-T", str(letter)], check=True, timeout=20)
 
 
 def by_swaks(relay: Any, letter: Path) -> None:
-    command = [need("swaks"), "--server", f"127.0.0.1:{relay.port}", "--from", "ann@client.test", "--to", "bob@hop.test", "--pipeline"]
+    command = [
+        need("swaks"),
+        "--server",
+        f"127.0.0.1:{relay.port}",
+        "--from",
+        "ann@client.test",
+        "--to",
+        "bob@hop.test",
+        "--pipeline",
+    ]
     subprocess.run([*command, "--data", f"@{letter}"], check=True, capture_output=True, timeout=20)
 
 
 def by_smtplib(relay: Any, letter: Path) -> None:
     with smtplib.SMTP(relay.host, relay.port) as client:
-        client.sendmail("ann@client.test", ["bob@hop.test"], letter.read_bytes().replace(b"\n", b"\r\n"), ["BODY=8BITMIME"])
+        client.sendmail(
+            "ann@client.test", ["bob@hop.test"], letter.read_bytes().replace(b"\n", b"\r\n"), ["BODY=8BITMIME"]
+        )
 
 
 @pytest.mark.parametrize("client", [by_curl, by_swaks, by_smtplib])
@@ -2088,6 +8127,10 @@ def test_real_clients(holding: Any, held: Spool, tmp_path: Path, client: Callabl
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def free_place() -> str:
+    return f"127.0.0.1:{free_port()}"
 
 
 def answers(port: int) -> bool:
@@ -2110,81 +8153,22 @@ def test_forwarding_into_smtp_sink(start: Callable[..., Any], tmp_path: Path) ->
         relay = start(SMTP_RELAY_HOST=f"127.0.0.1:{port}", SMTP_RELAY_TLS="none")
         said(relay, *[MAIL] * 20)
         wait_until(lambda: metric(relay, "smtp_messages_delivered_total") == 20)
-        dumps = wait_until(lambda: [p.read_bytes() for p in tmp_path.glob("[0-9]*.*") if b"One line." in p.read_bytes()])
+        dumps = wait_until(
+            lambda: [p.read_bytes() for p in tmp_path.glob("[0-9]*.*") if b"One line." in p.read_bytes()]
+        )
         assert len(dumps) == 20
     finally:
         sink.kill()
         sink.wait()
 
 
-POSTFIX_MAIN = """
-compatibility_level = 3.6
-queue_directory = {home}/queue
-data_directory = {home}/data
-command_directory = /usr/sbin
-daemon_directory = /usr/lib/postfix/sbin
-maillog_file = {home}/log
-maillog_file_prefixes = {home}
-myhostname = postfix.test
-mynetworks = 127.0.0.0/8
-inet_interfaces = 127.0.0.1
-mydestination =
-virtual_mailbox_domains = hop.test
-virtual_mailbox_base = {home}/mail
-virtual_mailbox_maps = static:box/
-virtual_uid_maps = static:65534
-virtual_gid_maps = static:65534
-smtpd_recipient_restrictions = permit_mynetworks, reject
-local_header_rewrite_clients =
-"""
-POSTFIX_MASTER = """
-127.0.0.1:{port} inet n - n - - smtpd
-pickup unix n - n 60 1 pickup
-cleanup unix n - n - 0 cleanup
-qmgr unix n - n 300 1 qmgr
-proxymap unix - - n - - proxymap
-rewrite unix - - n - - trivial-rewrite
-bounce unix - - n - 0 bounce
-defer unix - - n - 0 bounce
-error unix - - n - - error
-virtual unix - n n - - virtual
-anvil unix - - n - 1 anvil
-postlog unix-dgram n - n - 1 postlogd
-"""
-
-
-@pytest.fixture
-def postfix(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """Run a Postfix of our own; yield its port and its one maildir."""
-    command, port, home = need("postfix"), free_port(), tmp_path / "postfix"
-    if os.geteuid() != 0:
-        pytest.skip("Postfix must be started by root")
-    for name, user in (("etc", "root"), ("queue", "root"), ("data", "postfix"), ("mail", "nobody")):
-        (home / name).mkdir(parents=True)
-        shutil.chown(home / name, user)
-    for parent in [home, *list(home.parents)[:-2]]:
-        parent.chmod(parent.stat().st_mode | 0o055)
-    (home / "etc/main.cf").write_text(POSTFIX_MAIN.format(home=home))
-    (home / "etc/master.cf").write_text(POSTFIX_MASTER.format(port=port))
-    control = [command, "-c", str(home / "etc")]
-    subprocess.run([*control, "start"], check=True, capture_output=True, timeout=20)
-    try:
-        wait_until(lambda: answers(port))
-        yield port, home / "mail/box/new"
-    finally:
-        subprocess.run([*control, "stop"], check=True, capture_output=True, timeout=20)
-
-
-def test_forwarding_into_postfix(start: Callable[..., Any], tmp_path: Path, postfix: tuple[int, Path]) -> None:
-    port, box = postfix
-    relay = start(SMTP_RELAY_HOST=f"127.0.0.1:{port}")
-    content = LETTER.replace(b"\n", b"\r\n")
-    said(relay, *[content] * 10)
-    wait_until(lambda: box.exists() and len(list(box.iterdir())) == 10)
-    assert all(path.read_bytes().endswith(LETTER) for path in box.iterdir())
-    with hello(relay) as client:
-        client.ask("MAIL FROM:<> BODY=8BITMIME", "250")
-        client.ask("RCPT TO:<stranger@elsewhere.test>", "250")
+def test_forwarding_into_postfix(start: Callable[..., Any], postfix: tuple[str, int, str]) -> None:
+    host, port, top = postfix
+    before = set(delivered(top))
+    relay = start(SMTP_RELAY_HOST=f"{host}:{port}", SMTP_RELAY_TLS="none")
+    said(relay, *[LETTER.replace(b"\n", b"\r\n")] * 10, to=("bob@x.test",))
+    wait_until(lambda: len(set(delivered(top)) - before) == 10)
+    assert all(content.endswith(LETTER) for content in set(delivered(top)) - before)
     assert wait_until(lambda: metric(relay, "smtp_messages_delivered_total") == 10)
 
 
@@ -2201,18 +8185,1049 @@ def test_forwarding_into_a_second_smtprelay(program: Callable[..., Program]) -> 
     assert last.spool.known()["helo"] == "first.test"
 
 
+# === CLIENTS =================================================================
+# Each mechanism in each TLS mode, by programs that people use.
+
+WORD = "Kennwort & Co"
+TLS_MODES = ["clear", "starttls", "tls"]
+METHODS = ["PLAIN", "LOGIN", "CRAM-MD5"]
+
+
+@pytest.fixture(scope="module")
+def open_house(tmp_path_factory: pytest.TempPathFactory, pair: str) -> Iterator[Any]:
+    """A relay with one account and every mechanism, in clear, with STARTTLS, and on a TLS port."""
+    settings = {
+        **QUICK,
+        "SMTP_STORAGE": "memory",
+        "SMTP_TLS_CERT": pair,
+        "SMTP_TLS_KEY": pair,
+        "SMTP_SMTPS_PORT": "127.0.0.1:0",
+        "SMTP_AUTH_USER": "ann",
+        "SMTP_AUTH_PASSWORD": WORD,
+        "SMTP_AUTH_FAILURES": "1000",
+    }
+    with smtprelay.start(**settings) as relay:
+        yield relay
+
+
+def door(relay: Any, mode: str) -> int:
+    return int(relay.parts.smtps[0].getsockname()[1] if mode == "tls" else relay.port)
+
+
+def login_by_curl(relay: Any, pair: str, mode: str, method: str, word: str, home: Path) -> int:
+    (home / "letter").write_text("Subject: x\r\n\r\nx\r\n")
+    scheme = "smtps" if mode == "tls" else "smtp"
+    command = [
+        need("curl"),
+        "-sS",
+        f"{scheme}://127.0.0.1:{door(relay, mode)}",
+        "--cacert",
+        pair,
+        "--user",
+        f"ann:{word}",
+        "--login-options",
+        f"AUTH={method}",
+        "--mail-from",
+        "a@b.test",
+        "--mail-rcpt",
+        "c@d.test",
+        "-T",
+        str(home / "letter"),
+    ]
+    return subprocess.run(command + ["--ssl-reqd"] * (mode == "starttls"), capture_output=True, timeout=20).returncode
+
+
+def login_by_swaks(relay: Any, pair: str, mode: str, method: str, word: str, home: Path) -> int:
+    tls = {"clear": [], "starttls": ["-tls"], "tls": ["--tls-on-connect"]}[mode]
+    command = [need("swaks"), "--server", f"127.0.0.1:{door(relay, mode)}", "--from", "a@b.test", "--to", "c@d.test",
+               "--auth", method, "--auth-user", "ann", "--auth-password", word, *tls]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if "not available" in done.stdout + done.stderr:
+        pytest.skip("swaks lacks a Perl module: " + done.stderr.strip()[-100:])
+    return done.returncode
+
+
+def login_by_msmtp(relay: Any, pair: str, mode: str, method: str, word: str, home: Path) -> int:
+    tls = {"clear": "tls off", "starttls": "tls on\ntls_starttls on", "tls": "tls on\ntls_starttls off"}[mode]
+    config = home / "msmtprc"
+    config.write_text(
+        f"account default\nhost 127.0.0.1\nport {door(relay, mode)}\nfrom a@b.test\nauth {method.lower()}\nuser ann\n"
+        f'passwordeval "cat {home}/word"\n{tls}\n' + ("" if mode == "clear" else f"tls_trust_file {pair}\n")
+    )
+    config.chmod(0o600)
+    (home / "word").write_text(word + "\n")
+    command = [need("msmtp"), "-C", str(config), "c@d.test"]
+    return subprocess.run(command, input=b"Subject: x\n\nx\n", capture_output=True, timeout=20).returncode
+
+
+def login_by_smtplib(relay: Any, pair: str, mode: str, method: str, word: str, home: Path) -> int:
+    context = smtprelay.client_context(pair)
+    port = door(relay, mode)
+    with (
+        smtplib.SMTP_SSL("127.0.0.1", port, context=context)
+        if mode == "tls"
+        else smtplib.SMTP("127.0.0.1", port) as client
+    ):
+        if mode == "starttls":
+            client.starttls(context=context)
+        client.ehlo()
+        client.user, client.password = "ann", word
+        try:
+            client.auth(method, getattr(client, "auth_" + method.lower().replace("-", "_")))
+        except smtplib.SMTPAuthenticationError as e:
+            return e.smtp_code
+        client.sendmail("a@b.test", ["c@d.test"], b"Subject: x\r\n\r\nx\r\n")
+    return 0
+
+
+NODE = """
+const nodemailer = require('nodemailer');
+const [cases, ca] = [JSON.parse(process.argv[1]), require('fs').readFileSync(process.argv[2])];
+(async () => { for (const c of cases) {
+  const t = nodemailer.createTransport({host: '127.0.0.1', port: c.port, secure: c.mode === 'tls', ignoreTLS: c.mode === 'clear',
+    requireTLS: c.mode === 'starttls', tls: {ca}, authMethod: c.method, auth: {user: 'ann', pass: c.word}});
+  try { await t.sendMail({from: 'a@b.test', to: 'c@d.test', subject: 'x', text: 'x'}); console.log(0); }
+  catch (e) { console.log(e.responseCode || e.message); }
+} })();
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("client", [login_by_curl, login_by_swaks, login_by_msmtp, login_by_smtplib])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", TLS_MODES)
+def test_each_mechanism_in_each_mode(
+    open_house: Any, pair: str, tmp_path: Path, client: Any, method: str, mode: str
+) -> None:
+    before = metric(open_house, "smtp_messages_received_total")
+    assert client(open_house, pair, mode, method, WORD, tmp_path) == 0
+    assert metric(open_house, "smtp_messages_received_total") == before + 1
+
+
+@pytest.mark.parametrize("client", [login_by_curl, login_by_swaks, login_by_msmtp, login_by_smtplib])
+def test_each_client_understands_a_refused_login(open_house: Any, pair: str, tmp_path: Path, client: Any) -> None:
+    before = metric(open_house, "smtp_auth_attempts_total")["failure"]
+    assert client(open_house, pair, "starttls", "PLAIN", "falsch", tmp_path) != 0
+    assert metric(open_house, "smtp_auth_attempts_total")["failure"] > before
+
+
+def test_nodemailer(open_house: Any, pair: str) -> None:
+    modules = next(
+        (str(p / ".ci/node_modules") for p in Path(__file__).resolve().parents if (p / ".ci/node_modules").is_dir()),
+        os.environ.get("NODE_PATH", ""),
+    )
+    if not (Path(modules) / "nodemailer").is_dir():
+        pytest.skip("nodemailer is not installed (npm ci in .ci)")
+    cases = [
+        {"mode": mode, "port": door(open_house, mode), "method": method, "word": word}
+        for mode in TLS_MODES
+        for method, word in [*((m, WORD) for m in METHODS), ("PLAIN", "falsch")]
+    ]
+    done = subprocess.run([need("node"), "-e", NODE, json.dumps(cases), pair], env={**os.environ, "NODE_PATH": modules},
+                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert done.stdout.split() == ["0", "0", "0", "535"] * 3, (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("mode", ["starttls", "tls"])
+def test_openssl_s_client(open_house: Any, pair: str, mode: str) -> None:
+    how = ["-starttls", "smtp"] if mode == "starttls" else []
+    talk = subprocess.run(
+        [
+            need("openssl"),
+            "s_client",
+            "-connect",
+            f"127.0.0.1:{door(open_house, mode)}",
+            *how,
+            "-CAfile",
+            pair,
+            "-verify_return_error",
+            "-verify_hostname",
+            "relay.example",
+            "-crlf",
+            "-quiet",
+        ],
+        input="EHLO x\nQUIT\n",
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert "250-ENHANCEDSTATUSCODES" in talk.stdout and "221 2.0.0" in talk.stdout
+    assert "STARTTLS" not in talk.stdout and "AUTH PLAIN" in talk.stdout
+
+
+# === LIBRARY =================================================================
+CODE_MAIL = b"From: me@x.example\r\nTo: bob@b.example\r\nSubject: Your code\r\n\r\nYour code is 482913, or go to https://x.example/in?t=1\r\n"
+
+
+def mail_to(relay: smtprelay.Relay, *recipients: str, content: bytes = CODE_MAIL) -> None:
+    with smtplib.SMTP(relay.host, relay.port, timeout=5) as smtp:
+        smtp.sendmail("me@x.example", recipients or ["bob@b.example"], content)
+
+
+def test_a_test_waits_for_its_mail(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail = relay.wait(to="bob@b.example", subject="code", timeout=5)
+    assert (mail.codes, mail.links, mail.reverse_path, mail.recipients) == (
+        ["482913"],
+        ["https://x.example/in?t=1"],
+        "me@x.example",
+        ["bob@b.example"],
+    )
+    assert (mail.subject, mail.from_, mail.to, mail.html, mail.attachments) == (
+        "Your code",
+        "me@x.example",
+        ["bob@b.example"],
+        "",
+        [],
+    )
+    assert mail.headers["subject"] == "Your code" and mail.raw.endswith(CODE_MAIL) and "482913" in mail.text
+    assert [m.id for m in relay.messages] == [mail.id]
+    with pytest.raises(TimeoutError, match=r"to='ann'.* what came: <Email 'Your code'"):
+        relay.wait(to="ann", timeout=0.01)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="bob", timeout=0.01, after=mail)
+    with pytest.raises(TimeoutError):
+        relay.wait(to="ob@b.example", timeout=0.01)
+    threading.Timer(0.02, mail_to, (relay,)).start()
+    assert relay.wait(to="bob", after=mail).sequence > mail.sequence
+    relay.clear()
+    assert relay.messages == []
+
+
+def test_bcc_is_waited_for_by_the_envelope(relay: smtprelay.Relay) -> None:
+    mail_to(relay, "bob@b.example", "Blind@c.example")
+    assert relay.wait(to="blind@c.example", timeout=1).recipients == ["bob@b.example", "Blind@c.example"]
+
+
+def test_held_mail_is_released_to_the_simulated_smart_host(relay: smtprelay.Relay) -> None:
+    mail_to(relay)
+    mail_to(relay, "ann@b.example")
+    assert relay.upstream.received == []
+    assert relay.release(relay.wait(to="ann")) == 1
+    assert [t.recipients for t in relay.upstream.wait(1)] == [["ann@b.example"]]
+    assert relay.release() == 1
+    taken = relay.upstream.wait(2)[1]
+    assert (taken.reverse_path, taken.recipients) == ("me@x.example", ["bob@b.example"]) and taken.raw.endswith(
+        CODE_MAIL
+    )
+
+
+SCRIPTS = [  # steps, how the message ends, attempts, copies taken
+    ([], "forwarded", 1, 1),
+    (["451 busy"] * 3, "forwarded", 4, 1),
+    (["550 no"], "failed", 1, 0),
+    (["rcpt 550 who?"], "failed", 1, 0),
+    (["mail 451 later", "data 421 going"], "forwarded", 3, 1),
+    (["drop", "accept"], "forwarded", 2, 1),
+    (["mail drop", "connect 421 busy", "connect 554 go away", "rcpt 450 grey"], "forwarded", 3, 1),
+]
+
+
+@pytest.mark.parametrize("steps, status, attempts, copies", SCRIPTS)
+def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: str, attempts: int, copies: int) -> None:
+    with smtprelay.start(SMTP_DELIVERY="relay", SMTP_TIME_SCALE="1000", SMTP_SEED="1", SMTP_BOUNCE="0") as relay:
+        relay.upstream.script(*steps)
+        mail_to(relay)
+        id = relay.wait().id
+        wait_until(lambda: relay.backstage.status_of(id) == status)
+        assert (relay.upstream.attempts, len(relay.upstream.received)) == (attempts, copies)
+
+
+def test_eight_hours_of_back_off_pass_in_a_second() -> None:
+    waits = []
+    for _ in range(2):
+        with smtprelay.start(
+            SMTP_DELIVERY="relay", SMTP_TIME_SCALE="50000", SMTP_SEED="7", SMTP_RETRY_JITTER="0.1"
+        ) as relay:
+            relay.upstream.script(*["451 busy"] * 16)
+            started = time.monotonic()
+            mail_to(relay)
+            relay.upstream.wait(1)
+            assert time.monotonic() - started < 5
+            waits.append(relay.delivering.scheduler.rng.random())
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("step", ["", "reject", "rcpt", "rcpt no", "999 x", "250x"])
+def test_a_step_that_is_none_is_refused(relay: smtprelay.Relay, step: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        relay.upstream.script(step)
+
+
+def test_a_real_smart_host_is_not_simulated() -> None:
+    with smtprelay.start(SMTP_RELAY_HOST=free_place()) as relay:
+        assert relay.parts.settings.delivery == "relay"
+        with pytest.raises(AttributeError, match="SMTP_RELAY_HOST"):
+            assert relay.upstream
+
+
+def test_relays_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_PORT", "1")
+    monkeypatch.setenv("SMTP_HOSTNAME", "elsewhere.example")
+    with smtprelay.start(SMTP_HOSTNAME="one.example") as one, smtprelay.start() as two:
+        assert len({one.port, two.port, one.http_url, two.http_url}) == 4
+        assert (one.settings.hostname, "elsewhere" in two.settings.hostname) == ("one.example", False)
+        mail_to(one)
+        assert one.wait() and two.messages == []
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def is_as(before: object) -> bool:
+    return (set(threading.enumerate()), open_files()) == before
+
+
+def test_nothing_is_left_behind_and_it_is_quick() -> None:
+    for _ in range(2):  # the first one imports and caches
+        before = (set(threading.enumerate()), open_files())
+        relay = smtprelay.start(SMTP_DELIVERY="relay", SMTP_TLS_SELF_SIGNED="0")
+        keeps = http.client.HTTPConnection(relay.host, int(relay.http_url.rpartition(":")[2]), timeout=5)
+        keeps.request("GET", "/livez")
+        assert keeps.getresponse().read() == b"OK\n"
+        idle = socket.create_connection((relay.host, relay.port))
+        mail_to(relay)
+        relay.upstream.wait(1)
+        relay.stop()
+        keeps.close()
+        idle.close()
+        gc.collect()
+        wait_until(functools.partial(is_as, before), 2)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        smtprelay.start().stop()
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.03
+
+
+def test_a_wrong_setting_leaves_nothing_either() -> None:
+    before = (set(threading.enumerate()), open_files())
+    for wrong in ({"SMTP_MAX_SIZE": "big"}, {"SMTP_MAX_SIZ": "1K"}):
+        with pytest.raises(smtprelay.SettingsError, match="SMTP_MAX_SIZ"):
+            smtprelay.start(**wrong)
+    assert (set(threading.enumerate()), open_files()) == before
+
+
+def run_pytest(tmp_path: Path, test: str, *flags: str, conftest: str = "") -> str:
+    (tmp_path / "test_it.py").write_text(test)
+    (tmp_path / "conftest.py").write_text(conftest)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, str(tmp_path)],
+        capture_output=True,
+        timeout=60,
+        cwd=tmp_path,
+        env=clean_env(PYTHONPATH=str(ROOT), SMTP_PORT="1", PYTHONDONTWRITEBYTECODE="1"),
+    )
+    return done.stdout.decode() + done.stderr.decode()
+
+
+PLUGIN_TEST = """
+import smtplib, pytest
+
+def send(relay):
+    with smtplib.SMTP(relay.host, relay.port) as smtp:
+        smtp.sendmail("me@x.example", ["bob@b.example"], b"Subject: Shown\\r\\n\\r\\nhello\\r\\n")
+
+@pytest.mark.parametrize("n", range(4))
+def test_each_has_its_own(smtp_relay, n):
+    send(smtp_relay)
+    smtp_relay.wait(to="bob@b.example")
+    assert len(smtp_relay.messages) == 1
+
+@pytest.mark.smtp_relay(SMTP_DELIVERY="relay")
+def test_marked(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.upstream.wait()
+
+def test_session(smtp_relay_session):
+    send(smtp_relay_session)
+
+def test_failing(smtp_relay):
+    send(smtp_relay)
+    assert smtp_relay.messages == []
+"""
+
+
+@pytest.mark.parametrize(
+    "flags, conftest",
+    [
+        (["-p", "smtprelay", "--strict-markers"], ""),
+        ([], "from smtprelay import smtp_relay, smtp_relay_session"),
+        (["-p", "smtprelay", "-n", "2"], ""),
+    ],
+)
+def test_pytests_fixtures(tmp_path: Path, flags: list[str], conftest: str) -> None:
+    if "-n" in flags:
+        pytest.importorskip("xdist")
+    said = run_pytest(tmp_path, PLUGIN_TEST, *flags, conftest=conftest)
+    assert "1 failed, 6 passed" in said, said
+    assert "mail received (1)" in said and "Subject: Shown" in said and "test_failing" in said
+
+
+def test_without_pytest_there_are_no_fixtures() -> None:
+    run_command(
+        sys.executable,
+        "-c",
+        "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules",
+        env=clean_env(),
+    )
+
+
+# === SENDMAIL ================================================================
+Mail = tuple[smtprelay.Message, bytes]
+
+
+def mails(relay: smtprelay.Relay) -> list[Mail]:
+    """What a relay has, without the Received header that it added."""
+    spool = relay.parts.spool
+    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
+
+
+def without_trace(content: bytes) -> bytes:
+    lines = content.split(b"\r\n")
+    return b"\r\n".join(lines[3 + (b"\tfor <" in lines[2]) :] if lines[0].startswith(b"Received: from") else lines)
+
+
+def clean_env(**env: str) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SMTP_", "XDG_"))}, **env}
+
+
+@pytest.fixture
+def relay() -> Iterator[smtprelay.Relay]:
+    with smtprelay.start() as relay:
+        yield relay
+
+
+@pytest.fixture
+def env(relay: smtprelay.Relay, tmp_path: Path) -> dict[str, str]:
+    """The environment of a program that sends by sendmail, to the relay of this test."""
+    script = tmp_path / "bin" / "sendmail"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{ONE_LINER}" sendmail "$@"\n')
+    script.chmod(0o755)
+    return clean_env(
+        SMTP_PORT=f"127.0.0.1:{relay.port}",
+        SMTP_HOSTNAME="box.example",
+        HOME=str(tmp_path),
+        PATH=f"{script.parent}:{os.environ['PATH']}",
+        SENDMAIL=str(script),
+        TZ="UTC",
+        LOGNAME="me",
+        USER="me",
+    )
+
+
+def run_command(*command: str, env: Mapping[str, str], stdin: bytes = b"", status: int = 0, cwd: object = None) -> str:
+    done = subprocess.run(command, env=env, input=stdin, capture_output=True, timeout=30, cwd=str(cwd or ROOT))
+    assert done.returncode == status, (done.stdout, done.stderr)
+    return done.stdout.decode()
+
+
+ERRANDS = [  # what programs call sendmail with: sender, recipients, -t, a dot ends it
+    ("-t -i", None, [], True, False),  # PHP
+    ("-ti", None, [], True, False),
+    ("-FCronDaemon -i -B8BITMIME -oem root", None, ["root"], False, False),  # cron, Debian's
+    ("-FCronDaemon -odi -oem -oi -t -f root", "root", [], True, False),  # cron, cronie's
+    ("-oem -oi -f me@x.example -- a@b.example c", "me@x.example", ["a@b.example", "c"], False, False),  # mutt
+    ("-oem -oi -N failure,delay -R hdrs -B8BITMIME -- a", None, ["a"], False, False),  # mutt with DSN
+    ("-i -f me@x.example a@b.example", "me@x.example", ["a@b.example"], False, False),  # git send-email
+    ("-i -m -v -r me -- a", "me", ["a"], False, False),  # s-nail
+    ("-f<> a", "", ["a"], False, True),
+    ("-f  a", "", ["a"], False, True),
+    ("-fme a b", "me", ["a", "b"], False, True),
+    (
+        "-O DeliveryMode=b -OIgnoreDots=1 -X /dev/null -V id -L tag -h 3 -p smtp:x -Am -G -U -n -x0 a",
+        "unknown",
+        [],
+        False,
+        False,
+    ),
+    (
+        "-O DeliveryMode=b -OIgnoreDots=1 -X /dev/null -V id -L tag -h 3 -p smtp:x -Am -GUn -d0.1 a",
+        None,
+        ["a"],
+        False,
+        False,
+    ),
+    ("-o i a", None, ["a"], False, False),
+    ("-f", "needs a value", [], False, False),
+    ("-bd", "serve", [], False, False),
+]
+
+
+@pytest.mark.parametrize("line, sender, recipients, from_headers, dot_ends", ERRANDS)
+def test_sendmails_flags_are_read_in_every_spelling(
+    line: str, sender: str | None, recipients: list[str], from_headers: bool, dot_ends: bool
+) -> None:
+    words = line.split(" ")
+    if sender in ("unknown", "needs a value", "serve"):
+        with pytest.raises(ValueError, match=sender):
+            smtprelay.read_errand(words)
+        return
+    errand = smtprelay.read_errand(words)
+    assert (errand.sender, errand.recipients, errand.from_headers, errand.dot_ends) == (
+        sender,
+        recipients,
+        from_headers,
+        dot_ends,
+    )
+
+
+SENDMAIL_MODES = [
+    ("-bp", "queue"),
+    ("-bi", "nothing"),
+    ("-I", "nothing"),
+    ("-bs", "smtp"),
+    ("-q", "flush"),
+    ("-q30m", "flush"),
+    ("-qRx", "flush"),
+    ("-bm", "deliver"),
+    ("-bv", "deliver"),
+]
+
+
+@pytest.mark.parametrize("flag, mode", SENDMAIL_MODES)
+def test_sendmails_modes(flag: str, mode: str) -> None:
+    assert smtprelay.read_errand([flag]).mode == mode
+
+
+SENDMAIL_LETTERS = [  # what is written, flags: who gets it, what must be in it, what must not
+    (
+        b"To: a@b.example, Carl <c>\nCc: d@e.example\nBcc: f@g.example\nSubject: s\n\nbody\n",
+        "-t",
+        ["a@b.example", "c@box", "d@e.example", "f@g.example"],
+        [b"\r\n\r\nbody\r\n"],
+        [b"f@g"],
+    ),
+    (
+        b"To: old@b.example\nResent-To: new@b.example\nResent-Bcc: blind@b.example\n\nx\n",
+        "-t",
+        ["new@b.example", "blind@b.example"],
+        [b"To: old@b.example\r\n"],
+        [b"blind"],
+    ),
+    (b"To: a@b.example\nX: 1\n\nx\n", "-t extra@b.example", ["extra@b.example", "a@b.example"], [], []),
+    (
+        b"no header at all\n",
+        "a",
+        ["a@box"],
+        [b"\r\n\r\nno header at all\r\n", b"From: me@box\r\n", b"Date: ", b"Message-ID: <"],
+        [],
+    ),
+    (b"From me Mon Jan 1\nSubject: mbox\n\nx\n", "a", ["a@box"], [b"Subject: mbox\r\n"], [b"From me"]),
+    (b"Subject: x\n\none\n.\ntwo\n", "a", ["a@box"], [b"one\r\n"], [b"two"]),
+    (b"Subject: x\n\none\n.\ntwo\n", "-i a", ["a@box"], [b"one\r\n.\r\ntwo\r\n"], []),
+    (b"Subject: x\r\n\r\none\r\ntwo\rthree", "a", ["a@box"], [b"one\r\ntwo\r\nthree\r\n"], [b"\r\r"]),
+    (
+        b"Subject: x\nFrom: Own <own@x.example>\nDate: d\nMessage-ID: <m@x>\n\nx\n",
+        "-F Other a",
+        ["a@box"],
+        [b"From: Own <own@x.example>\r\n"],
+        [b"Other", b"+0000"],
+    ),
+    (b"\nx\n", "-F Cron -f root a", ["a@box"], [b"From: Cron <root@box>\r\n"], []),
+    (
+        b"Subject: folded\n words\n\n\nx\n",
+        "a,b",
+        ["a@box", "b@box"],
+        [b"Subject: folded\r\n words\r\n", b"\r\n\r\n\r\nx\r\n"],
+        [],
+    ),
+    (b"", "a", ["a@box"], [b"From: "], []),
+]
+
+
+@pytest.mark.parametrize("raw, flags, recipients, has, lacks", SENDMAIL_LETTERS)
+def test_a_message_is_completed(
+    raw: bytes, flags: str, recipients: list[str], has: list[bytes], lacks: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "me")
+    letter = smtprelay.write_letter(raw, smtprelay.read_errand(flags.split()), "box")
+    assert letter.recipients == recipients
+    assert all(part in letter.content for part in has), letter.content
+    assert not any(part in letter.content for part in lacks), letter.content
+    assert letter.content.count(b"\n") == letter.content.count(b"\r\n") == letter.content.count(b"\r")
+
+
+def test_nobody_to_send_to_is_a_mistake_of_usage(env: dict[str, str]) -> None:
+    run_command("sendmail", "-t", env=env, stdin=b"Subject: x\n\nx\n", status=64)
+
+
+def test_sendmail_hands_over_to_the_relay_by_smtp(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command("sendmail", "-oi", "-F", "J\u00fcrgen", "bob", env=env, stdin="Subject: \u00fc\n\n.\n..\n".encode())
+    ((record, content),) = mails(relay)
+    assert (record.reverse_path, [r.address for r in record.recipients], record.protocol) == (
+        "me@box.example",
+        ["bob@box.example"],
+        "ESMTP",
+    )
+    assert record.flags == ("8BITMIME", "HOLD")
+    assert content.endswith(b"\r\n\r\n.\r\n..\r\n") and b"From: =?utf-8?" in content
+
+
+def test_sendmail_passes_on_what_the_sender_wants_to_be_told(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command("sendmail", "-N", "failure,delay", "-Rhdrs", "bob", env=env, stdin=b"x\n")
+    ((record, _),) = mails(relay)
+    assert (record.recipients[0].notify, record.ret) == ("FAILURE,DELAY", "HDRS")
+
+
+def test_sendmail_takes_portions(env: dict[str, str]) -> None:
+    with smtprelay.start(SMTP_MAX_RECIPIENTS="2") as relay:
+        run_command(
+            "sendmail", "a", "b", "c", "d", "e", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n"
+        )
+        assert sorted(len(record.recipients) for record, _ in mails(relay)) == [1, 2, 2]
+
+
+def test_what_the_relay_refuses_sendmail_refuses(env: dict[str, str]) -> None:
+    with smtprelay.start(SMTP_MAX_SIZE="1K") as relay:
+        run_command(
+            "sendmail", "a", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n" * 1000, status=69
+        )
+        assert mails(relay) == []
+
+
+def spooled(path: Path) -> list[Mail]:
+    spool = smtprelay.FileSpool(settings_of(SMTP_SPOOL=str(path)), smtprelay.Log(logging.getLogger("test")))
+    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
+
+
+def test_sendmail_spools_itself_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    run_command("sendmail", "-f", "me@x.example", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
+    ((record, content),) = spooled(tmp_path / "spool")
+    assert (record.status.value, record.client, record.flags) == ("received", "local", ())
+    assert content.endswith(b"\r\n\r\nhello\r\n")
+    with smtprelay.start(
+        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
+    ) as relay:
+        wait_until(lambda: len(relay.delivering.scheduler) == 1)
+
+
+def test_a_running_relay_finds_what_was_spooled_beside_it(env: dict[str, str], tmp_path: Path) -> None:
+    with smtprelay.start(
+        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
+    ) as relay:
+        wait_until(lambda: relay.delivering.rescans == 0.0)
+        run_command(
+            "sendmail",
+            "bob",
+            env={**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")},
+            stdin=b"x\n",
+        )
+        wait_until(lambda: len(relay.delivering.scheduler) == 1)
+
+
+NO_SPOOL: list[dict[str, str]] = [{}, {"SMTP_STORAGE": "memory"}, {"SMTP_SPOOL": "/proc/nowhere"}]
+
+
+@pytest.mark.parametrize("more", NO_SPOOL)
+def test_sendmail_that_can_do_neither_says_75(env: dict[str, str], tmp_path: Path, more: dict[str, str]) -> None:
+    run_command(
+        "sendmail", "bob", env={**env, "SMTP_PORT": free_place(), **more}, stdin=b"x\n", status=75, cwd=tmp_path
+    )
+    assert not (tmp_path / "data").exists()
+
+
+def test_sendmail_goes_by_its_own_names(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    names = {}
+    for name in ("sendmail", "mailq", "newaliases"):
+        (tmp_path / name).symlink_to(PROGRAM)
+        names[name] = str(tmp_path / name)
+    env["SMTP_SPOOL"] = str(tmp_path / "spool")
+    run_command(sys.executable, names["sendmail"], "bob", env=env, stdin=b"x\n")
+    run_command(sys.executable, names["newaliases"], env=env)
+    run_command(sys.executable, names["sendmail"], "bob", env={**env, "SMTP_PORT": free_place()}, stdin=b"x\n")
+    assert len(mails(relay)) == 1
+    listed = run_command(sys.executable, names["mailq"], env={**env, "SMTP_HEALTH_ADDR": "off"})
+    assert "to bob@box.example" in listed and "1 message" in listed
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_sendmail_speaks_smtp_on_its_standard_streams(
+    relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path, running: bool
+) -> None:
+    if not running:
+        env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    said = run_command(
+        "sendmail",
+        "-bs",
+        env=env,
+        stdin=b"EHLO me\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nX: y\r\n\r\nx\r\n.\r\nQUIT\r\n",
+    )
+    assert re.fullmatch(r"220 .*250 2.0.0 Ok: queued as \w+\r\n221 [^\n]*\n", said.replace("\r\r", "\r"), re.S), said
+    ((record, content),) = mails(relay) if running else spooled(tmp_path / "spool")
+    assert content == b"X: y\r\n\r\nx\r\n"
+
+
+def the_only(relay: smtprelay.Relay) -> tuple[list[str], str, bytes]:
+    ((record, content),) = mails(relay)
+    return [r.address for r in record.recipients], record.reverse_path, content
+
+
+def test_mutt(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "muttrc").write_text(
+        f'set sendmail="{env["SENDMAIL"]} -oem -oi"\nset from=me@x.example\nset use_envelope_from=yes\nset copy=no\n'
+    )
+    run_command(
+        need("mutt"),
+        "-n",
+        "-F",
+        str(tmp_path / "muttrc"),
+        "-s",
+        "Hello",
+        "-b",
+        "blind@d.example",
+        "--",
+        "a@b.example",
+        env=env,
+        stdin="K\u00e4se\n".encode(),
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
+    assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+
+def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command(
+        need("s-nail"),
+        "-n",
+        "-S",
+        f"mta={env['SENDMAIL']}",
+        "-s",
+        "Hello",
+        "-r",
+        "me@x.example",
+        "-c",
+        "c@d.example",
+        "a@b.example",
+        env=env,
+        stdin=b"x\n.\ny\n",
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "c@d.example"}, "me@x.example")
+    assert content.endswith(b"\r\n\r\nx\r\n.\r\ny\r\n")
+
+
+def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    git = need("git")
+    if subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode > 1:
+        pytest.skip("git send-email is not installed")
+    for command in (
+        "init -q .",
+        "config user.name Me",
+        "config user.email me@x.example",
+        "commit -q --allow-empty -m First",
+        "-c core.hooksPath=/dev/null commit -q --allow-empty -m Second",
+    ):
+        run_command(git, *command.split(), env=env, cwd=tmp_path)
+    (tmp_path / "file").write_text("x\n")
+    run_command(git, "add", "file", env=env, cwd=tmp_path)
+    run_command(git, "commit", "-q", "-m", "Add a file", env=env, cwd=tmp_path)
+    run_command(
+        git,
+        "send-email",
+        "--quiet",
+        "--confirm=never",
+        "--envelope-sender=bounce@x.example",
+        f"--smtp-server={env['SENDMAIL']}",
+        "--to=a@b.example",
+        "-1",
+        env=env,
+        cwd=tmp_path,
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "me@x.example"}, "bounce@x.example")
+    assert b"Subject: [PATCH] Add a file\r\n" in content
+
+
+def test_php_mail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    script = r'var_dump(mail("a@b.example", "Hello", "one\r\n.\ntwo", "From: me@x.example\r\nBcc: blind@d.example", "-fbounce@x.example"));'  # noqa: E501
+    assert "true" in run_command(need("php"), "-d", f"sendmail_path={env['SENDMAIL']} -t -i", "-r", script, env=env)
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["a@b.example", "blind@d.example"], "bounce@x.example")
+    assert content.endswith(b"\r\n\r\none\r\n.\r\ntwo\r\n") and b"blind" not in content
+
+
+def test_cron(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    job = "From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@box> backup\nContent-Type: text/plain; charset=UTF-8\n\ndone\n"  # noqa: E501
+    run_command("sh", "-c", f"printf '{job}' | {env['SENDMAIL']} -FCronDaemon -i -B8BITMIME -oem root", env=env)
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["root@box.example"], "me@box.example")
+    assert b"From: root (Cron Daemon)\r\n" in content
+
+
+def test_django(relay: smtprelay.Relay) -> None:
+    pytest.importorskip("django")
+    script = """
+import sys
+from django.conf import settings
+settings.configure(EMAIL_HOST="127.0.0.1", EMAIL_PORT=int(sys.argv[1]), DEFAULT_CHARSET="utf-8")
+from django.core.mail import EmailMultiAlternatives
+mail = EmailMultiAlternatives("Gr\\u00fc\\u00dfe", "text", "Me <me@x.example>", ["a@b.example"], bcc=["blind@d.example"])
+mail.attach_alternative("<b>html</b>", "text/html")
+assert mail.send() == 1
+"""  # noqa: E501
+    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["a@b.example", "blind@d.example"], "me@x.example")
+    assert b"<b>html</b>" in content and b"blind" not in content
+
+
+def test_flask_mail(relay: smtprelay.Relay) -> None:
+    pytest.importorskip("flask_mail")
+    script = """
+import sys
+from flask import Flask
+from flask_mail import Mail, Message
+app = Flask("app")
+app.config.update(MAIL_SERVER="127.0.0.1", MAIL_PORT=int(sys.argv[1]), MAIL_DEFAULT_SENDER="me@x.example")
+with app.app_context():
+    Mail(app).send(Message("Hello", ["a@b.example"], "text", bcc=["blind@d.example"]))
+"""
+    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
+    assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+
+# === DOCTOR ==================================================================
+def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, tuple[str, str, str]], int]:
+    """Run the doctor here, and return its findings by what they are about, with its exit status."""
+    read = settings_of(**env)
+    status = smtprelay.doctor(read, argparse.Namespace(json=True, domain=None))
+    listed = json.loads(capsys.readouterr().out)
+    return {f["about"]: (f["mark"], f["found"], f["advice"]) for f in listed}, status
+
+
+def test_the_doctor_finds_all_well_and_sends_nothing(
+    relay: smtprelay.Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = {"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path)}
+    found, status = findings(capsys, **env)
+    assert status == 0 and {f[0] for f in found.values()} == {"ok"}, found
+    assert list(found) == ["spool", "name", "IPv4", "egress", "greeting", "clock", "EHLO", "TLS", "size"]
+    assert "ESMTP" in found["greeting"][1] and "SIZE 10485760" in found["EHLO"][1]
+    assert relay.messages == []
+
+
+DIAGNOSES: list[
+    tuple[dict[str, str], dict[str, str], str, str, str]
+] = [  # the server's settings, ours, what is found: about, mark, in its advice
+    ({"SMTP_MAX_SIZE": "1K"}, {}, "size", "warn", "SMTP_MAX_SIZE=1024"),
+    ({"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"}, {}, "login", "warn", "set it"),
+    (
+        {"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"},
+        {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "right"},
+        "login",
+        "ok",
+        "",
+    ),
+    (
+        {"SMTP_AUTH_USER": "me", "SMTP_AUTH_PASSWORD": "right"},
+        {"SMTP_RELAY_USERNAME": "me", "SMTP_RELAY_PASSWORD": "wrong"},
+        "login",
+        "fail",
+        "app password",
+    ),
+    ({}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_TLS="),
+    ({"SMTP_TLS_SELF_SIGNED": "1"}, {"SMTP_RELAY_TLS": "starttls"}, "starttls", "fail", "SMTP_RELAY_CA_FILE"),
+    (
+        {"SMTP_TLS_SELF_SIGNED": "1"},
+        {"SMTP_RELAY_TLS": "starttls", "SMTP_RELAY_TLS_VERIFY": "0"},
+        "certificate",
+        "warn",
+        "SMTP_RELAY_TLS_VERIFY=1",
+    ),
+    ({}, {"SMTP_STORAGE": "memory"}, "spool", "warn", "SMTP_STORAGE=file"),
+    ({}, {"SMTP_SPOOL": "/proc/nowhere"}, "spool", "fail", "SMTP_SPOOL"),
+    ({}, {"SMTP_RELAY_HOST": "unused"}, "IPv4", "fail", "SMTP_RELAY_PORT"),
+    ({}, {"SMTP_RELAY_HOST": "no-such-host.invalid"}, "no-such-host.invalid:587", "fail", "resolv.conf"),
+    ({}, {"SMTP_DELIVERY": "hold"}, "delivery", "warn", "SMTP_RELAY_HOST"),
+    ({}, {"SMTP_DELIVERY": "mx"}, "delivery", "warn", "doctor example.com"),
+]
+
+
+@pytest.mark.parametrize("theirs, ours, about, mark, advice", DIAGNOSES)
+def test_the_doctor_says_what_to_do(
+    theirs: dict[str, str],
+    ours: dict[str, str],
+    about: str,
+    mark: str,
+    advice: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with smtprelay.start(**theirs) as relay:
+        ours = {k: free_place() if v == "unused" else v for k, v in ours.items()}
+        found, status = findings(
+            capsys, **{"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path), **ours}
+        )
+    assert found[about][0] == mark and advice in found[about][2], found
+    assert status == (mark == "fail")
+
+
+CLOCKS = [  # a greeting, the time here, what is found
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795230000.0, "ok"),
+    ("220 a ESMTP Exim Sat, 21 Nov 2026 03:00:00 +0000", 1795233600.0, "warn"),
+    ("220 a ESMTP", 0.0, "ok"),
+]
+
+
+@pytest.mark.parametrize("greeting, now, mark", CLOCKS)
+def test_the_doctor_compares_clocks(greeting: str, now: float, mark: str) -> None:
+    assert smtprelay.examine_clock(greeting, now).mark == mark
+
+
 # === COMMAND LINE ============================================================
-
-
 def test_first_lines_name_what_was_bound_where_mail_goes_and_the_spool(program: Callable[..., Program]) -> None:
     for settings, words in (({}, "held"), ({"SMTP_RELAY_HOST": "127.0.0.1:9"}, "127.0.0.1:9")):
         relay = program(**settings)
-        wait_until(lambda relay=relay, words=words: words in relay.log() and str(relay.spool.root) in relay.log())
+        wait_until(lambda: words in relay.log() and str(relay.spool.root) in relay.log())  # noqa: B023
 
 
 def test_verification_that_is_off_is_a_warning(program: Callable[..., Program]) -> None:
     relay = program(SMTP_RELAY_TLS_VERIFY="0", **DEAF)
     wait_until(lambda: re.search(r"(?i)warn.*SMTP_RELAY_TLS_VERIFY", relay.log()))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a relay that runs as a program, with one message held in it."""
+    place = tmp_path_factory.mktemp("served")
+    smtp, http_ = free_place(), free_place()
+    env = clean_env(
+        SMTP_PORT=smtp,
+        SMTP_HEALTH_ADDR=http_,
+        SMTP_SPOOL=str(place / "spool"),
+        SMTP_API_TOKEN="t0ken",
+        SMTP_HOSTNAME="box.example",
+    )
+    with subprocess.Popen([sys.executable, PROGRAM], env=env, stderr=subprocess.DEVNULL) as program:
+        verb(env, "healthcheck", "--wait")
+        verb(env, "sendmail", "bob", stdin=CODE_MAIL.replace(b"\r\n", b"\n"))
+        yield env
+        program.terminate()
+
+
+def verb(env: Mapping[str, str], *words: str, status: int = 0, stdin: bytes = b"") -> str:
+    """Run a verb in this process, as a user would with this environment."""
+    out, given = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.TextIOWrapper(io.BytesIO(stdin))
+    with (
+        mock.patch.dict(os.environ, env, clear=True),
+        mock.patch.object(sys, "stdin", given),
+        contextlib.redirect_stdout(out),
+    ):
+        try:
+            ended: object = smtprelay.main(list(words))
+        except SystemExit as e:
+            ended = e.code
+    assert ended == status
+    out.seek(0)
+    return out.read()
+
+
+def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
+    assert "to bob@box.example" in verb(served, "queue")
+    (entry,) = json.loads(verb(served, "queue", "--json"))
+    assert "482913" in verb(served, "show", entry["id"])
+    assert json.loads(verb(served, "show", entry["id"], "--json"))["status"] == "held"
+    assert verb(served, "wait", "--to", "bob", "--code") == "482913\n"
+    assert verb(served, "wait", "--subject", "your code", "--link") == "https://x.example/in?t=1\n"
+    verb(served, "wait", "--to", "ann", "--timeout", "10ms", status=1)
+    verb(served, "retry", entry["id"], status=1)  # nowhere to send it
+    verb({**served, "SMTP_API_TOKEN": "wrong"}, "queue", status=1)
+    verb(served, "remove", "0" * 16, status=1)
+    verb(served, "remove", entry["id"])
+    assert verb(served, "queue") == "the queue is empty\n"
+
+
+def test_the_verbs_read_the_spool_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": free_place(), "SMTP_HEALTH_ADDR": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    verb(env, "queue", status=69)
+    verb(env, "wait", status=69)
+    run_command("sendmail", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
+    (entry,) = json.loads(verb(env, "queue", "--json"))
+    assert (entry["status"], entry["recipients"]) == ("received", ["bob@box.example"])
+    assert verb(env, "show", entry["id"]).endswith("\n\nhello\n")
+    verb(env, "retry", "all")
+    verb(env, "retry", "nothing", status=1)
+    with smtprelay.start(SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool")):
+        verb(env, "remove", entry["id"], status=75)  # a relay has it, but cannot be spoken to
+    verb(env, "remove", entry["id"])
+    assert verb(env, "queue") == "the queue is empty\n"
+
+
+def test_accounts_are_managed_in_their_file(tmp_path: Path) -> None:
+    env = clean_env(SMTP_USERS_FILE=str(tmp_path / "users.json"))
+    key = verb(
+        env, "user", "add", "app", "--domain", "x.example", "--daily", "5", "--api-key", stdin=b"secret\n"
+    ).strip()
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert account["api_key"] == key and smtprelay.check_password("secret", account["password"])
+    assert json.loads(verb(env, "user", "list", "--json")) == [
+        {"name": "app", "allowed_domains": ["x.example"], "quota_daily": 5}
+    ]
+    verb(env, "user", "add", "app", stdin=b"x\n", status=1)
+    verb(env, "user", "passwd", "app", stdin=b"new\n")
+    account = smtprelay.read_users(str(tmp_path / "users.json"))["app"]
+    assert smtprelay.check_password("new", account["password"]) and account["quota_daily"] == 5
+    verb(env, "user", "passwd", "app", stdin=b"\n", status=65)
+    verb(env, "user", "remove", "app")
+    assert verb(env, "user", "list") == ""
+    verb(clean_env(), "user", "list", status=78)
+
+
+CLI_MISTAKES = [
+    (["--bogus"], 64),
+    (["quue"], 64),
+    (["queue", "--bogus"], 64),
+    (["retry"], 64),
+    (["wait", "--timeout", "x"], 64),
+    (["queue", "--help"], 0),
+    (["--version"], 0),
+]
+
+
+@pytest.mark.parametrize("words, status", CLI_MISTAKES)
+def test_mistakes_of_usage(words: list[str], status: int) -> None:
+    verb(clean_env(), *words, status=status)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_for_the_shell(shell: str) -> None:
+    path, script = need(shell), smtprelay.completion(shell)
+    assert all(name in script for name in (*smtprelay.COMMANDS, "sendmail", "--subject"))
+    run_command(path, "-n", env=clean_env(), stdin=script.encode())
+    if shell == "bash":
+        said = run_command(
+            path,
+            "-c",
+            script + "\nCOMP_WORDS=(smtprelay.py wait --t) COMP_CWORD=2; _smtprelay; echo ${COMPREPLY[@]}",
+            env=clean_env(),
+        )
+        assert said == "--to --timeout\n"
+
+
+SHOWN = [
+    (smtprelay.size_shown, 999, "999"),
+    (smtprelay.size_shown, 1200, "1.2K"),
+    (smtprelay.size_shown, 35 << 20, "35M"),
+    (smtprelay.time_shown, 45, "45s"),
+    (smtprelay.time_shown, 150, "2m"),
+    (smtprelay.time_shown, 3 * 86400, "3d"),
+    (smtprelay.time_shown, -5, "0s"),
+]
+
+
+@pytest.mark.parametrize("shown, value, text", SHOWN)
+def test_figures_for_people(shown: Callable[[float], str], value: float, text: str) -> None:
+    assert shown(value) == text
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
 
 
 # === SHAPE ===================================================================
@@ -2242,16 +9257,30 @@ def test_chapters_use_only_earlier_chapters() -> None:
     chapter = lambda node: sum(start < node.lineno for start in starts)  # noqa: E731
     home: dict[str, int] = {}
     for node in TREE.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else [node]
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else [node]
+        )
         for target in targets:
-            name = getattr(target, "id", None) or getattr(target, "name", "")
+            name = str(getattr(target, "id", "") or getattr(target, "name", ""))
             home.setdefault(name, chapter(node))
     local = {name.arg for name in ast.walk(TREE) if isinstance(name, ast.arg)}
     local |= {n.id for f in FUNCTIONS for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    notes = [a.annotation for a in ast.walk(TREE) if isinstance(a, (ast.arg, ast.AnnAssign))] + [f.returns for f in FUNCTIONS]
+    notes = [a.annotation for a in ast.walk(TREE) if isinstance(a, (ast.arg, ast.AnnAssign))] + [
+        f.returns for f in FUNCTIONS
+    ]
     local |= {n.id for note in notes if note for n in ast.walk(note) if isinstance(n, ast.Name)}  # types may look ahead
-    late = {f"{node.id} in line {node.lineno}" for node in ast.walk(TREE)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and home.get(node.id, 0) > chapter(node) and node.id not in local}  # fmt: skip
+    late = {
+        f"{node.id} in line {node.lineno}"
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Load)
+        and home.get(node.id, 0) > chapter(node)
+        and node.id not in local
+    }
     assert late == set()
 
 
@@ -2263,7 +9292,12 @@ def test_functions_are_short() -> None:
 
 
 def test_every_signature_has_its_types() -> None:
-    bare = [f.name for f in FUNCTIONS for a in [*f.args.args, *f.args.kwonlyargs] if not a.annotation and a.arg not in ("self", "cls")]
+    bare = [
+        f.name
+        for f in FUNCTIONS
+        for a in [*f.args.args, *f.args.kwonlyargs]
+        if not a.annotation and a.arg not in ("self", "cls")
+    ]
     assert bare + [f.name for f in FUNCTIONS if f.returns is None] == []
 
 
@@ -2282,11 +9316,19 @@ def test_keys_of_tables_are_unique() -> None:
         keys = []
         if isinstance(node, ast.Dict):
             keys = [ast.dump(key) for key in node.keys if key]
-        elif isinstance(node, (ast.Tuple, ast.List)) and node.elts and all(isinstance(e, (ast.Tuple, ast.Call)) for e in node.elts):
+        elif (
+            isinstance(node, (ast.Tuple, ast.List))
+            and node.elts
+            and all(isinstance(e, (ast.Tuple, ast.Call)) for e in node.elts)
+        ):
             rows = [e.elts if isinstance(e, ast.Tuple) else e.args for e in node.elts]  # type: ignore[attr-defined]
             said = [[getattr(e, "value", None) for e in row] for row in rows if row]
-            keys = [str(row[:2] if row[0] in ("GET", "POST", "PUT", "DELETE") else row[0]) for row in said if isinstance(row[0], str)]
-        assert [key for key, times in collections.Counter(keys).items() if times > 1] == [], node.lineno
+            keys = [
+                str(row[:2] if row[0] in ("GET", "POST", "PUT", "DELETE") else row[0])
+                for row in said
+                if isinstance(row[0], str)
+            ]
+        assert [key for key, times in collections.Counter(keys).items() if times > 1] == []
 
 
 def test_readme_and_help_name_the_same_settings() -> None:
@@ -2297,6 +9339,943 @@ def test_readme_and_help_name_the_same_settings() -> None:
 def test_the_service_file_is_hardened() -> None:
     unit = PROGRAM.with_name("smtprelay.service")
     assert {"DynamicUser", "StateDirectory"} <= set(re.findall(r"(?m)^(\w+)=", unit.read_text()))
-    done = subprocess.run([need("systemd-analyze"), "security", "--offline=true", str(unit)], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [need("systemd-analyze"), "security", "--offline=true", str(unit)], capture_output=True, text=True, timeout=20
+    )
     exposure = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
     assert exposure and float(exposure[1]) <= 1.5, done.stdout[-300:] + done.stderr
+
+
+# === BREAKING ================================================================
+#
+# Everything here runs the real thing and hurts it. With BREAKING=long the same
+# tests do many more rounds (.ci/break).
+
+MANY_ROUNDS = os.environ.get("BREAKING") == "long"
+
+
+class BookHop(FakeHop):
+    """A next hop that keeps a book of what it answered 250, and fails as often as `flaky` says."""
+
+    def __init__(self, flaky: float = 0.0, seed: int = 1) -> None:
+        self.flaky, self.rng, self.down = flaky, random.Random(seed), False
+        self.taken: collections.Counter[str] = collections.Counter()
+        self.cut: collections.Counter[str] = collections.Counter()
+        super().__init__(offers="")
+
+    def __enter__(self) -> BookHop:
+        return self
+
+    def next_act(self, stages: list[str], usual: str) -> str:
+        stage = stages[-1]
+        if self.down and stage == "connect":
+            return "drop"
+        if stage in ("mail", "rcpt", "data", "end") and self.rng.random() < self.flaky:
+            return "drop" if stage == "end" or self.rng.random() < 0.3 else "451 4.3.0 later"
+        return usual
+
+    def note(self, got: Got, taken: bool) -> None:
+        super().note(got, taken)
+        (self.taken if taken else self.cut)[re.findall(rb"(?m)^X-Book: (\S+)", got.content)[0].decode()] += 1
+
+
+class Victim:
+    """The program as a user runs it, on one spool and one port for its whole life."""
+
+    def __init__(self, folder: Path, prelude: str = "", **settings: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as smtp, socket.create_server(("127.0.0.1", 0)) as http:
+            self.port, self.http = smtp.getsockname()[1], http.getsockname()[1]
+        self.spool, self.log, self.prelude = folder / "spool", folder / "log", prelude
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SMTP_")}
+        self.env = {
+            **clean,
+            "SMTP_SPOOL": str(self.spool),
+            "SMTP_PORT": f"127.0.0.1:{self.port}",
+            "SMTP_HEALTH_ADDR": f"127.0.0.1:{self.http}",
+            "SMTP_RETRY_INITIAL_DELAY": "20ms",
+            "SMTP_RETRY_MAX_DELAY": "300ms",
+            "SMTP_SPOOL_MIN_FREE": "0",
+            **settings,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        self.under: list[str] = []
+
+    def start(self) -> Victim:
+        code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport smtprelay\n{self.prelude}\nsys.exit(smtprelay.main(['serve']))"  # noqa: E501
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.under, sys.executable, "-c", code], env=self.env, stdout=log, stderr=log, cwd="/"
+            )
+        wait_until(self.answers, 20)
+        return self
+
+    def answers(self) -> bool:
+        assert self.process and self.process.poll() is None, self.log.read_text()
+        try:
+            with self.connect(1):
+                return True
+        except (OSError, smtplib.SMTPException):
+            return False
+
+    def connect(self, timeout: float = 10) -> smtplib.SMTP:
+        return smtplib.SMTP("127.0.0.1", self.port, "client.example", timeout)
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def figure(self, name: str) -> float:
+        return float(json.loads(self.get("/debug/vars")[1])[name])
+
+    def children(self) -> list[int]:
+        assert self.process
+        pid = self.process.pid
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process
+        self.process.terminate()
+        return self.process.wait(15)
+
+    def __enter__(self) -> Victim:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process and self.process.poll() is None:
+            self.kill()
+
+    def owed(self) -> set[str]:
+        """Return the third book: the recipients' keys of all messages that are not finished."""
+        keys, key = set(), bytes.fromhex(self.env.get("SMTP_SPOOL_KEY", ""))
+        for path in self.spool.glob("*-*-*/*.eml"):
+            with contextlib.suppress(FileNotFoundError):
+                if not path.with_suffix(".forwarded.json").exists():
+                    file = path.open("rb")
+                    with sealer(key).reader(file, f"{path.parent.name}/{path.name}") as text:
+                        keys |= set(re.findall(r"X-Envelope-To: <(\w+)@", text.read(2000).decode("latin-1")))
+        return keys
+
+
+def booked(key: str, size: int = 100) -> bytes:
+    return f"X-Book: {key}\r\nSubject: test\r\n\r\n".encode() + b"line of text\r\n" * (size // 14)
+
+
+def send_keyed(client: smtplib.SMTP, key: str, size: int = 100) -> int:
+    """Send one message to key@example.com; return the code of the last reply."""
+    for code, _ in (client.mail("a@example.com"), client.rcpt(f"{key}@example.com")):
+        if code != 250:
+            client.rset()
+            return code
+    return client.data(booked(key, size))[0]
+
+
+class Clients:
+    """Eight clients that send without end, and keep the first book: what was acknowledged."""
+
+    def __init__(self, program: Victim, count: int = 8) -> None:
+        self.program, self.acknowledged, self.over = program, set[str](), threading.Event()
+        self.threads = [threading.Thread(target=self.work, args=(n,), daemon=True) for n in range(count)]
+
+    def work(self, number: int) -> None:
+        rng, turn = random.Random(number), 0
+        while not self.over.is_set():
+            with contextlib.suppress(OSError, smtplib.SMTPException), self.program.connect(2) as client:
+                client.ehlo()
+                while not self.over.is_set():
+                    turn += 1
+                    key = f"k{number}x{turn}"
+                    if send_keyed(client, key, rng.choice([10, 2000, 2000, 400_000])) == 250:
+                        self.acknowledged.add(key)
+                    self.over.wait(rng.random() * 0.02)
+            self.over.wait(0.01)
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(20)
+
+
+def kill_campaign(folder: Path, rounds: int, alone: bool, **settings: str) -> None:
+    """Kill the program, or one of its halves, at seeded moments; balance the books after each and at the end."""
+    rng, excused = random.Random(rounds), collections.Counter[str]()
+    with BookHop(0.15) as hop, Victim(folder, SMTP_RELAY_HOST=hop.place, SMTP_FSYNC="0", **settings) as program:
+        with Clients(program) as clients:
+            for _ in range(rounds):
+                time.sleep(rng.random() * 0.25)
+                if alone:
+                    children = program.children()
+                    victim = rng.choice(children)
+                    os.kill(victim, signal.SIGKILL)
+                    wait_until(lambda: len(program.children()) == 2 and victim not in program.children())  # noqa: B023
+                else:
+                    program.kill()
+                    known = set(clients.acknowledged)
+                    wait_until(lambda: not in_use(program.spool))
+                owed = program.owed()
+                excused.update(key for key in list(hop.taken) if key in owed)  # said 250, not written down
+                if not alone:
+                    assert known <= owed | set(hop.taken)
+                    program.start()
+        hop.flaky = 0.0
+        wait_until(lambda: program.figure("smtp_queue_depth") == 0 and not program.owed(), 60)
+        twice = {k: n for k, n in hop.taken.items() if n > 1 + excused[k] + hop.cut[k]}
+        assert clients.acknowledged - set(hop.taken) == set()
+        assert twice == {}
+        assert program.figure("smtp_queue_depth") == 0
+        assert "_bug" not in program.log.read_text()
+        assert not [p for p in (program.spool / "bad").iterdir() if p.name.endswith(".eml")]
+        print(
+            f"{rounds} kills: {len(clients.acknowledged)} acknowledged, {len(hop.taken)} taken, "
+            f"{sum(hop.taken.values()) - len(hop.taken)} second copies"
+        )
+
+
+def in_use(spool: Path) -> bool:
+    with (spool / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_break_by_sigkill(tmp_path: Path, alone: bool) -> None:
+    kill_campaign(tmp_path, (50 if alone else 100) if MANY_ROUNDS else 3, alone)
+
+
+def test_break_by_sigkill_when_sealed(tmp_path: Path) -> None:
+    kill_campaign(tmp_path, 20 if MANY_ROUNDS else 1, False, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+
+
+class FaultyOs:
+    """The os module, but for what is in `trouble`: {function: errno, or a function in its place}."""
+
+    def __init__(self) -> None:
+        self.trouble: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        real, wrong = getattr(os, name), self.trouble.get(name)
+        if callable(wrong):
+            return wrong
+        return functools.partial(self.fail, name, real) if wrong else real
+
+    def fail(self, name: str, real: Any, *args: Any, **more: Any) -> Any:
+        reading = name == "open" and not args[1] & os.O_CREAT
+        if reading or name not in self.trouble or name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return real(*args, **more)
+        raise OSError(self.trouble[name], os.strerror(self.trouble[name]))
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
+    faulty = FaultyOs()
+    monkeypatch.setattr(smtprelay, "os", faulty)
+    return faulty
+
+
+class Caught(logging.Handler):
+    """What the library's relays have logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def bugs(self) -> list[str]:
+        return [line for line in self.lines if "_bug" in line]
+
+
+@pytest.fixture
+def log() -> Iterator[Caught]:
+    logger, caught = logging.getLogger("smtprelay.library"), Caught()
+    logger.addHandler(caught)
+    yield caught
+    logger.removeHandler(caught)
+
+
+def relay_at(folder: Path, hop: BookHop | None = None, **settings: str) -> smtprelay.Relay:
+    more = {"SMTP_RELAY_HOST": hop.place} if hop else {}
+    return smtprelay.start(
+        **{
+            "SMTP_STORAGE": "file",
+            "SMTP_SPOOL": str(folder / "spool"),
+            "SMTP_RETRY_INITIAL_DELAY": "20ms",
+            "SMTP_RETRY_MAX_DELAY": "100ms",
+            "SMTP_SPOOL_MIN_FREE": "0",
+            **more,
+            **settings,
+        }
+    )
+
+
+def submit(relay: smtprelay.Relay, key: str, size: int = 100) -> int:
+    with smtplib.SMTP(relay.host, relay.port, "client.example", 10) as client:
+        client.ehlo()
+        code = send_keyed(client, key, size)
+        assert client.noop()[0] == 250  # in step, whatever the disk does
+        return code
+
+
+def readiness(relay: smtprelay.Relay) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(relay.http_url + "/readyz", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+DISK_FAULTS = [
+    ("open", errno.ENOSPC, 452),
+    ("open", errno.EROFS, 451),
+    ("open", errno.EMFILE, 451),
+    ("write", errno.ENOSPC, 452),
+    ("write", errno.EDQUOT, 452),
+    ("write", errno.EIO, 451),
+    ("fsync", errno.EIO, 451),
+    ("fsync", errno.ENOSPC, 452),
+    ("rename", errno.EIO, 451),
+    ("makedirs", errno.ENOSPC, 452),
+]
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_break_by_a_failing_disk(
+    tmp_path: Path, faulty: FaultyOs, log: Caught, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtprelay, "WRITE_AGAIN", 0.02)
+    with BookHop() as hop, relay_at(tmp_path, hop) as relay:
+        for n, (name, error, code) in enumerate(DISK_FAULTS):
+            faulty.trouble[name] = error
+            relay.parts.spool.day = ""  # type: ignore[union-attr]  # as at midnight
+            assert submit(relay, f"bad{n}", size) == code, (name, errno.errorcode[error])
+            if name in ("open", "write"):
+                assert readiness(relay) == (503, f"spool: cannot write: {os.strerror(error)}\n")
+            faulty.trouble["unlink"] = errno.EROFS  # not even tidying up works
+            assert submit(relay, f"worse{n}", size) == code
+            faulty.trouble.clear()
+            assert submit(relay, f"good{n}", size) == 250
+            assert readiness(relay) == (200, "OK\n")
+        wait_until(lambda: sum(hop.taken.values()) >= len(DISK_FAULTS))
+        wait_until(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        wait_until(lambda: not relay.delivering.unwritten)
+    refused = {f"worse{n}" for n, fault in enumerate(DISK_FAULTS) if fault[0] == "fsync"}  # could not be taken back
+    assert {f"good{n}": 1 for n in range(len(DISK_FAULTS))} == {k: n for k, n in hop.taken.items() if k not in refused}
+    assert log.bugs() == []
+    spool = smtprelay.FileSpool(settings_at(tmp_path), relay.parts.log)
+    assert {status for _, status in spool.names()} <= {smtprelay.Status.FORWARDED, None}
+
+
+def test_break_by_a_disk_that_takes_little_at_a_time(tmp_path: Path, faulty: FaultyOs) -> None:
+    faulty.trouble["write"] = lambda fd, data: os.write(fd, data[:1000])
+    with BookHop() as hop, relay_at(tmp_path, hop) as relay:
+        assert submit(relay, "big", 50_000) == 250
+        wait_until(lambda: hop.taken["big"] == 1)
+        assert hop.messages[0].content.endswith(booked("big", 50_000))
+
+
+def test_break_by_a_disk_that_fills_when_mail_was_delivered(
+    tmp_path: Path, faulty: FaultyOs, log: Caught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtprelay, "WRITE_AGAIN", 0.02)
+    with BookHop() as hop, relay_at(tmp_path, hop) as relay:
+        hop.down = True
+        assert submit(relay, "one") == 250
+        wait_until(lambda: list((tmp_path / "spool").glob("*-*/*.json")))
+        faulty.trouble["open"] = errno.ENOSPC
+        hop.down = False
+        wait_until(lambda: hop.taken["one"])
+        wait_until(lambda: sum("record_not_written" in line for line in log.lines) > 3)
+        assert relay.delivering.metrics.get("smtp_queue_depth") == 1
+        faulty.trouble.clear()
+        wait_until(lambda: list((tmp_path / "spool").glob("*-*/*.forwarded.json")))
+        wait_until(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        assert relay.delivering.unwritten == {}
+    assert hop.taken == {"one": 1}
+    assert log.bugs() == []
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small file system at a folder, where that is allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "least", "code", "reason"),
+    [
+        ("size=16m", 400_000, "0", 452, ""),
+        ("size=16m", 400_000, "1MiB", 452, "less free space than SMTP_SPOOL_MIN_FREE"),
+        ("size=16m,nr_inodes=200", 100, "0", 452, "cannot write: No space left on device"),
+    ],
+)
+def test_break_by_a_full_disk(tmp_path: Path, options: str, size: int, least: str, code: int, reason: str) -> None:
+    with small_disk(tmp_path / "disk", options) as disk, BookHop() as hop:
+        hop.down = True
+        with Victim(
+            disk, SMTP_RELAY_HOST=hop.place, SMTP_LOG_FILE=str(tmp_path / "log"), SMTP_SPOOL_MIN_FREE=least
+        ) as program:
+            program.log = tmp_path / "log"
+            answers: list[int] = []
+            for n in range(300):
+                with program.connect() as client:
+                    client.ehlo()
+                    answers.append(send_keyed(client, f"k{n}", size))
+                if len(answers) > 30 and 250 not in answers[-5:]:
+                    break
+            kept = {f"k{n}" for n, answer in enumerate(answers) if answer == 250}
+            assert set(answers) == {250, code}
+            assert program.get("/readyz") == (
+                (503, f"spool: {reason}\n") if reason else (200, "OK\n")
+            )  # small mail fits
+            subprocess.run(["mount", "-o", "remount,rw,size=64m,nr_inodes=9999", disk], check=True)
+            hop.down = False
+            assert program.get("/readyz")[0] == 200
+            wait_until(lambda: set(hop.taken) == kept, 20)
+            wait_until(lambda: program.figure("smtp_queue_depth") == 0)
+            with program.connect() as client:
+                client.ehlo()
+                assert send_keyed(client, "after", size) == 250
+            wait_until(lambda: hop.taken["after"] == 1)
+            assert program.stop() == 0
+        assert set(hop.taken.values()) == {1}
+        assert "_bug" not in (tmp_path / "log").read_text()
+
+
+def test_break_by_a_read_only_disk_at_start(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        spool_of(disk).close()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        env = {**os.environ, "SMTP_SPOOL": str(disk / "spool"), "SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "off"}
+        ran = subprocess.run([sys.executable, smtprelay.__file__], env=env, capture_output=True, text=True, timeout=20)
+        assert (ran.returncode, ran.stderr.count("\n")) == (69, 1)
+        assert "Read-only file system" in ran.stderr
+
+
+# -- junk, power, clock --
+
+GOOD_STEM = "0123456789abcdef_0123456789abcdef"
+BAD_STEM = "0123456789abcde{}_0123456789abcdef"
+
+
+def test_break_by_junk_in_the_spool(tmp_path: Path, log: Caught) -> None:
+    spool = spool_of(tmp_path)
+    good = keep(spool, booked("good"))
+    torn, day = keep(spool, booked("torn")), tmp_path / "spool" / good[:10]
+    spool.close()
+    (tmp_path / "spool" / f"{torn}.eml").write_bytes(b"X-Envelope-Size: 000000000099")
+    stems = [BAD_STEM.format(f"{n:x}") for n in range(8)]
+    for stem, data in zip(stems, (b"", b"\0" * 4096, b"X-Envelope-Size: 1\r\n" * 10_000, MAGIC_ONLY, noise(5000))):
+        (day / f"{stem}.eml").write_bytes(data)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"not ours")
+    (day / f"{stems[5]}.eml").symlink_to(outside / "file")
+    os.mkfifo(day / f"{stems[6]}.eml")
+    (day / f"{stems[7]}.eml").mkdir()
+    (tmp_path / "spool" / f"{good}.json").write_bytes(b'{"id":' + b"[" * 9_000_000)
+    (tmp_path / "spool" / f"{good}.tmp").write_bytes(b"{")
+    for name in (
+        "README",
+        "core.1",
+        ".hidden",
+        "\udcff.eml",
+        GOOD_STEM,
+        f"{GOOD_STEM}.json.bak",
+        f"{GOOD_STEM}.deadbeef.part",
+    ):
+        (day / name).write_bytes(b"foreign")
+    (tmp_path / "spool" / "notes.txt").write_bytes(b"foreign")
+    (tmp_path / "spool" / "2026-13-45").symlink_to(outside)
+    os.mkfifo(tmp_path / "spool" / "2026-01-01")
+    (day / f"{GOOD_STEM}.json").write_bytes(b"")  # its message is gone
+    with BookHop() as hop, relay_at(tmp_path, hop) as relay:
+        wait_until(lambda: hop.taken["good"] == 1)
+        wait_until(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+        wait_until(lambda: readiness(relay)[0] == 200)
+    left = {path.name for path in day.iterdir()}
+    assert left == {f"{good[11:]}.eml", f"{good[11:]}.forwarded.json"}
+    bad = [path.name for path in (tmp_path / "spool" / "bad").iterdir()]
+    assert len(bad) == 8 + 1 + 7 + 3  # nothing was removed that held anything
+    assert sum("set_aside " in line for line in log.lines) == len(bad)
+    assert (outside / "file").read_bytes() == b"not ours" and len(list(outside.iterdir())) == 1  # links lead nowhere
+    assert log.bugs() == []
+
+
+MAGIC_ONLY = smtprelay.MAGIC + bytes(100)
+
+
+def test_break_by_a_message_of_another_owner(tmp_path: Path, log: Caught, faulty: FaultyOs) -> None:
+    spool = spool_of(tmp_path)
+    keep(spool, booked("theirs"))
+    spool.close()
+
+    def refuse(path: str, flags: int, *mode: int, **more: Any) -> int:
+        if path.endswith(".eml"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return os.open(path, flags, *mode, **more)
+
+    faulty.trouble["open"] = refuse
+    with BookHop() as hop, relay_at(tmp_path, hop):
+        wait_until(lambda: sum("spool_error" in line for line in log.lines) > 2)
+        faulty.trouble.clear()
+        wait_until(lambda: hop.taken["theirs"] == 1)
+    assert log.bugs() == []
+
+
+class ShiftedTime:
+    """The time module with another time of day."""
+
+    def __init__(self, at: float) -> None:
+        self.shift = at - time.time()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return time.time() + self.shift
+
+    def time_ns(self) -> int:
+        return time.time_ns() + int(self.shift * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (NOON, NOON - 3600),
+        (NOON, NOON + 86400),
+        (NOON, NOON + 365 * 86400),
+        (NOON, NOON - 365 * 86400),
+        (60.0, NOON),
+        (NOON, 60.0),
+        (NOON + 43199.9, NOON + 43200.1),
+    ],
+)
+def test_break_by_setting_the_clock(
+    tmp_path: Path, log: Caught, monkeypatch: pytest.MonkeyPatch, before: float, after: float
+) -> None:
+    clock = ShiftedTime(before)
+    monkeypatch.setattr(smtprelay, "time", clock)
+    monkeypatch.setattr(smtprelay, "SWEEP_EVERY", 0.02)
+    with BookHop() as hop:
+        hop.down = True
+        with relay_at(tmp_path, hop) as relay:
+            assert submit(relay, "one") == submit(relay, "two") == 250
+            wait_until(lambda: any("next_hop_throttled" in line for line in log.lines))
+            clock.shift = after - time.time()
+            assert submit(relay, "three", 300_000) == 250
+            tries = sum("next_hop_throttled" in line for line in log.lines)
+            time.sleep(0.3)
+            assert sum("next_hop_throttled" in line for line in log.lines) - tries <= 8  # no storm
+            assert hop.taken == {}
+        hop.down = before < 1e7  # what is too old is tried once more; the age of what came in 1970 is not known
+        with relay_at(tmp_path, hop) as relay:  # what it finds tells it nothing false
+            time.sleep(0.05)
+            hop.down = False
+            wait_until(lambda: len(hop.taken) == 3)
+            wait_until(lambda: relay.delivering.metrics.get("smtp_queue_depth") == 0)
+    assert set(hop.taken.values()) == {1}
+    assert log.bugs() == []
+
+
+# -- power --
+
+
+class RecordingOs:
+    """The os module, noting what is done to files, in order, so that a crash can be played at any point."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.paths: dict[int, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        fd = os.open(path, flags, mode)
+        if flags & (os.O_CREAT | os.O_DIRECTORY):
+            self.paths[fd] = path
+            self.done.append(("open", path, bool(flags & os.O_DIRECTORY)))
+        return fd
+
+    def write(self, fd: int, data: Any) -> int:
+        self.done.append(("write", self.paths.get(fd), -1, bytes(data)))
+        return os.write(fd, data)
+
+    def pwrite(self, fd: int, data: bytes, at: int) -> int:
+        self.done.append(("write", self.paths.get(fd), at, data))
+        return os.pwrite(fd, data, at)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new)
+        self.paths = {fd: new if path == old else path for fd, path in self.paths.items()}
+        self.done.append(("rename", old, new))
+
+    def fsync(self, fd: int) -> None:
+        self.done.append(("fsync", self.paths[fd]))
+
+    def makedirs(self, path: str, *more: Any, **named: Any) -> None:
+        self.done.append(("makedirs", path))
+        os.makedirs(path, *more, **named)
+
+
+FileTree = dict[str, bytes]  # path: content; a directory's ends with a slash
+
+
+def after_crash(done: list[tuple[Any, ...]]) -> Iterator[FileTree]:
+    """Yield what may be on the disk when the power goes: all that was synced, and any kind of part of the rest."""
+    live: FileTree = {}
+    safe: FileTree = {}
+    for step in done:
+        path = step[1]
+        if step[0] == "makedirs":
+            live[path + "/"] = b""
+        elif step[0] == "open" and not step[2]:
+            live[path] = b""
+        elif step[0] == "write" and path:
+            data = live.get(path, b"")
+            at = len(data) if step[2] < 0 else step[2]
+            live[path] = data[:at] + step[3] + data[at + len(step[3]) :]
+        elif step[0] == "rename":
+            live[step[2]] = live.pop(path)
+            if path in safe:
+                safe[step[2]] = safe.pop(path)
+        elif (
+            step[0] == "fsync"
+            and path + "/" in {os.path.dirname(p.rstrip("/")) + "/" for p in live}
+            and path not in live
+        ):
+            safe.update({p: b"" for p in live if p.endswith("/") and os.path.dirname(p[:-1]) == path})
+        elif step[0] == "fsync":
+            safe[path] = live[path]
+    yield live
+    yield safe
+    for torn in (
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: bytes(len(data)),
+        lambda data: data[:-1],
+    ):
+        yield {
+            p: data if p in safe and safe[p] == data else safe[p] if p in safe else torn(data)
+            for p, data in live.items()
+        }
+    yield {p: data for p, data in live.items() if not p.endswith(".json")}  # names that were never written
+    yield {p: data for p, data in live.items() if p in safe or p.endswith(("/", ".json", ".tmp"))}
+
+
+def plant(root: Path, tree: FileTree) -> bool:
+    """Make a tree on the disk; a file whose directory was lost is lost with it."""
+    for path in sorted(tree):
+        if path.endswith("/"):
+            Path(path).mkdir(parents=True, exist_ok=True)
+        elif Path(path).parent.is_dir() and Path(path).is_relative_to(root):
+            Path(path).write_bytes(tree[path])
+    return True
+
+
+@pytest.mark.parametrize("key", ["", SEAL_KEY.hex()])
+def test_break_by_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    disk = RecordingOs()
+    spool = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+    monkeypatch.setattr(smtprelay, "os", disk)
+    disk.done.append(("makedirs", str(tmp_path / "spool/bad")))
+    disk.done.append(("fsync", str(tmp_path / "spool")))
+    for size in (10, 300_000, 10):
+        stem = keep(spool, b"x" * size)
+        disk.done.append(("said", stem))
+        message = spool.load(stem)
+        for attempts in (1, 2) if size != 300_000 else ():
+            message.attempts = attempts
+            spool.save(message)
+        if size == 300_000:
+            message.move(smtprelay.Status.FORWARDING)
+            message.move(smtprelay.Status.FORWARDED)
+            spool.save(message)
+    monkeypatch.setattr(smtprelay, "os", os)
+    spool.close()
+    mark = {p: p.read_bytes() for p in [tmp_path / "spool/key.check"] if key}
+    states = [tree for n in range(2, len(disk.done) + 1) for tree in after_crash(disk.done[:n])]
+    lengths = [n for n in range(2, len(disk.done) + 1) for _ in after_crash(disk.done[:n])]
+    for tree, n in zip(states, lengths):
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").mkdir()
+        for path, data in mark.items():
+            path.write_bytes(data)
+        plant(tmp_path / "spool", tree)
+        said = {step[1] for step in disk.done[:n] if step[0] == "said"}
+        after = spool_of(tmp_path, SMTP_SPOOL_KEY=key)
+        found = {}
+        for stem, _ in after.names():
+            with contextlib.suppress(smtprelay.SpoolError):
+                found[stem] = after.load(stem).size
+        after.close()
+        assert said <= found.keys(), (n, disk.done[n - 1], sorted(tree))
+        assert set(found.values()) <= {10, 300_000}
+    assert len(states) > 100
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("fsync", ["1", "0"])
+def test_break_by_looking_for_the_sync(tmp_path: Path, fsync: str) -> None:
+    trace = tmp_path / "trace"
+    program = Victim(tmp_path, SMTP_FSYNC=fsync)
+    calls = "trace=write,pwrite64,rename,renameat,renameat2,fsync,fdatasync,sendto"
+    program.under = ["strace", "-D", "-f", "-s", "60", "-e", calls, "-o", str(trace)]
+    with program, program.connect() as client:
+        client.ehlo()
+        assert [send_keyed(client, f"k{n}", size) for n, size in enumerate((10, 300_000, 10, 2000))] == [250] * 4
+    wait_until(lambda: trace.read_text(errors="replace").count("+++ ") > 2)
+    lines = trace.read_text(errors="replace").splitlines()
+    said = [n for n, line in enumerate(lines) if "queued as" in line]
+    assert len(said) == 4
+    for start, end in zip([0, *said], said):
+        steps = [
+            word for line in lines[start:end] for word in ("rename", "fsync(") if word in line and ".tmp" not in line
+        ]
+        synced = steps[-2:] == ["rename", "fsync("]  # the content and, with it, its last name
+        assert synced == (fsync == "1"), lines[start:end]
+        if fsync == "1":
+            last = max(
+                n for n in range(start, end) if "write" in lines[n] and "X-Env" in lines[n] or "pwrite64" in lines[n]
+            )
+            assert last < max(n for n in range(start, end) if "fsync(" in lines[n])
+
+
+# -- descriptors, threads, memory --
+
+LIMITS = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_{name}, ({limit}, {limit}))
+{more}
+"""
+OPEN_SPOOL = "import ctypes, encodings.idna; os.setgid(65534); os.setuid(65534)"
+
+
+def crowd(program: Victim, count: int) -> tuple[list[socket.socket], int]:
+    """Connect many clients that say nothing; return those that were greeted, and how many were refused or left waiting."""  # noqa: E501
+    held, refused = [], 0
+    for _ in range(count):
+        sock = socket.socket()
+        sock.settimeout(0.5)
+        try:
+            sock.connect(("127.0.0.1", program.port))
+            greeted = sock.recv(3) == b"220"
+        except OSError:
+            greeted = False
+        held.append(sock) if greeted else sock.close()
+        refused += not greeted
+    return held, refused
+
+
+def processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def descriptors_of(pids: list[int]) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "more"),
+    [
+        ("NOFILE", 64, ""),
+        ("NPROC", 80, OPEN_SPOOL),
+        pytest.param("AS", 700 << 20, "", marks=pytest.mark.skipif(not MANY_ROUNDS, reason="takes long: .ci/break")),
+    ],
+)
+def test_break_by_limits(tmp_path: Path, name: str, limit: int, more: str) -> None:
+    if name == "NPROC":
+        if os.getuid():
+            pytest.skip("the limit counts all processes of this user")
+        tmp_path = Path(tempfile.mkdtemp(prefix="break-"))  # one that another user may enter
+        os.chown(tmp_path, 65534, 65534)
+        os.chmod(tmp_path, 0o700)
+    with (
+        BookHop() as hop,
+        Victim(
+            tmp_path, LIMITS.format(name=name, limit=limit, more=more), SMTP_RELAY_HOST=hop.place, SMTP_WORKERS="4"
+        ) as program,
+    ):
+        children = program.children()
+        with program.connect() as client:
+            client.ehlo()
+            assert send_keyed(client, "before") == 250
+            wait_until(lambda: hop.taken["before"] == 1)
+            descriptors = descriptors_of(children)
+            hop.down = True
+            assert send_keyed(client, "waiting") == 250
+            held, refused = crowd(program, 200)
+            assert held and (refused or name == "AS")
+            used = sum(map(processor_time, children))
+            time.sleep(0.5)
+            assert sum(map(processor_time, children)) - used < 0.25  # no spin
+            hop.down = False
+            assert send_keyed(client, "during") == 250
+            wait_until(lambda: hop.taken["during"] == hop.taken["waiting"] == 1)
+            for sock in held:
+                sock.close()
+            wait_until(
+                lambda: program.figure("smtp_sessions_active") == 1, shown=lambda: program.log.read_text()[-2000:]
+            )
+            wait_until(lambda: descriptors_of(children) <= descriptors + 4)  # no leak
+        with program.connect() as client:
+            client.ehlo()
+            assert send_keyed(client, "after", 200_000) == 250
+        wait_until(lambda: hop.taken["after"] == 1)
+        assert program.children() == children
+        assert program.stop() == 0
+        assert "_bug" not in program.log.read_text()
+
+
+def test_break_by_trouble_inside_the_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the content must never be taken for commands."""
+
+    def fail(self: smtprelay.Content, block: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(smtprelay.Content, "take", fail)
+    with smtprelay.start() as relay, socket.create_connection((relay.host, relay.port), 5) as sock:
+        assert sock.recv(100).startswith(b"220")
+        sock.sendall(b"HELO me\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n")
+        wait_until(lambda: b"354" in sock.recv(10_000))
+        sock.sendall(b"Subject: x\r\n\r\nMAIL FROM:<evil@example.com>\r\n" * 1000 + b".\r\n")
+        answer = b"".join(iter(lambda: sock.recv(1000), b""))
+        assert answer.startswith(b"451") and answer.count(b"\r\n") == 1
+
+
+@pytest.mark.skipif(not MANY_ROUNDS, reason="takes 10 s: .ci/break")
+def test_break_by_big_mail_in_little_memory(tmp_path: Path) -> None:
+    """Forty clients send 10 MiB at once, where there is memory for a fraction of it."""
+    with Victim(tmp_path, LIMITS.format(name="AS", limit=300 << 20, more="")) as program:
+        children, codes = program.children(), list[int]()
+
+        def work() -> None:
+            with contextlib.suppress(OSError, smtplib.SMTPException), program.connect(60) as client:
+                client.ehlo()
+                codes.append(send_keyed(client, "big", 10_000_000))
+
+        threads = [threading.Thread(target=work) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert program.children() == children
+        assert 250 in codes and set(codes) <= {250, 421, 451}
+        with program.connect() as client:
+            client.ehlo()
+            assert send_keyed(client, "after") == 250
+        assert len(list(program.spool.glob("*-*/*.eml"))) == codes.count(250) + 1
+        assert not list(program.spool.glob("*-*/*.part"))
+
+
+# -- backlog --
+
+
+def pile(folder: Path, count: int) -> list[str]:
+    """Fill a spool with messages that are owed; return their stems in order."""
+    spool = spool_of(folder, SMTP_FSYNC="0")
+    envelope = smtprelay.Envelope("a@example.com", "127.0.0.1", "me", recipients=["b@example.com"])
+    stems = []
+    for n in range(count):
+        draft = spool.draft(envelope)
+        draft.write(booked(f"n{n}"))
+        stems.append(draft.commit())
+    spool.close()
+    return stems
+
+
+def memory_of(pid: int) -> float:
+    """Return what a process has of its own, in MiB."""
+    return float(
+        sum(int(x) for x in re.findall(r"Private_\w+: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())) / 1024
+    )
+
+
+def test_break_by_a_backlog(tmp_path: Path) -> None:
+    count = 100_000 if MANY_ROUNDS else 5_000
+    pile(tmp_path, count)
+    with BookHop() as hop:
+        hop.down = True
+        program = Victim(tmp_path, SMTP_RELAY_HOST=hop.place, SMTP_LOG_LEVEL="error", SMTP_RETRY_MAX_DELAY="1s")
+        started = time.monotonic()
+        program.start()
+        slowest = 0.0
+        while program.figure("smtp_queue_depth") < count:
+            before = time.monotonic()
+            program.connect(5).close()
+            slowest = max(slowest, time.monotonic() - before)
+            assert time.monotonic() - started < 10
+        known = time.monotonic() - started
+        memory = max(map(memory_of, program.children()))
+        print(f"{count} messages: known after {known:.2f} s, {memory:.0f} MiB, port within {slowest * 1000:.0f} ms")
+        with program:
+            pass
+    assert known < 2.0 + 1.0  # the second is for Python itself on a busy machine
+    assert slowest < 0.3
+    assert memory < 60
+
+
+def test_break_by_flapping(tmp_path: Path) -> None:
+    """The next hop goes and comes; a second here stands for a minute."""
+    count, turns = (20_000, 60) if MANY_ROUNDS else (200, 3)
+    pile(tmp_path, count)
+    with (
+        BookHop() as hop,
+        Victim(tmp_path, SMTP_RELAY_HOST=hop.place, SMTP_LOG_LEVEL="error", SMTP_RETRY_MAX_DELAY="100ms") as program,
+    ):
+        for turn in range(turns):
+            hop.down = turn % 2 == 0
+            time.sleep(1.0 if MANY_ROUNDS else 0.1)
+        hop.down = False
+        wait_until(lambda: len(hop.taken) == count and program.figure("smtp_queue_depth") == 0, 120)
+        assert set(hop.taken.values()) == {1}
+        order = [int(re.findall(rb"X-Book: n(\d+)", body)[0]) for _, body in hop.mails]
+        late = sum(abs(place - n) for place, n in enumerate(order)) / count
+        assert late < 100  # oldest first, but for those that several connections pass at once
+        assert "_bug" not in program.log.read_text()
+
+
+def test_break_by_restarts_in_the_middle_of_a_delay(tmp_path: Path) -> None:
+    rounds = 50 if MANY_ROUNDS else 4
+    with BookHop(1.0) as hop:
+        more = {"SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_RETRY_MAX_DELAY": "2h", "SMTP_RETRY_JITTER": "0"}
+        with relay_at(tmp_path, hop, **more) as relay:
+            assert [submit(relay, f"k{n}") for n in range(5)] == [250] * 5
+            wait_until(lambda: len(list((tmp_path / "spool").glob("*-*/*.json"))) == 5)
+        before = {p: json.loads(p.read_bytes()) for p in (tmp_path / "spool").glob("*-*/*.json")}
+        for _ in range(rounds):
+            with relay_at(tmp_path, hop, **more) as relay:
+                wait_until(lambda: len(relay.delivering.scheduler.heap) == 5)
+                dues = sorted(relay.delivering.scheduler.heap)
+                left = [due - time.monotonic() for due, _, _ in dues]
+                assert all(3500 < seconds < 3601 for seconds in left)
+        assert {p: json.loads(p.read_bytes()) for p in (tmp_path / "spool").glob("*-*/*.json")} == before
+        assert {record["attempts"] for record in before.values()} == {1}
+        hop.flaky = 0.0
+        with relay_at(tmp_path, hop, **more) as relay:
+            wait_until(lambda: len(relay.delivering.scheduler.heap) == 5)
+            relay.delivering.flush()
+            wait_until(lambda: sum(hop.taken.values()) == 5)
