@@ -141,13 +141,18 @@ class Reply(NamedTuple):
 
     def wire(self) -> bytes:
         """Return the reply as it is sent (RFC 5321 4.2.1)."""
-        lines = self.text.split("\n")
-        mark = f"{self.enhanced} " if self.enhanced else ""
-        head = [f"{self.code}-{mark}{line}\r\n" for line in lines[:-1]]
-        return "".join([*head, f"{self.code} {mark}{lines[-1]}\r\n"]).encode("utf-8", "replace")
+        return reply_octets(self)
 
     def __str__(self) -> str:
         return " ".join(part for part in (str(self.code), self.enhanced, self.text) if part)
+
+
+@functools.lru_cache(maxsize=128)
+def reply_octets(reply: Reply) -> bytes:
+    lines = reply.text.split("\n")
+    mark = f"{reply.enhanced} " if reply.enhanced else ""
+    head = [f"{reply.code}-{mark}{line}\r\n" for line in lines[:-1]]
+    return "".join([*head, f"{reply.code} {mark}{lines[-1]}\r\n"]).encode("utf-8", "replace")
 
 
 BYE = Reply(221, "2.0.0", "Bye")
@@ -238,8 +243,13 @@ def unix_time(text: str) -> float:
 @functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
-    hashed = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hashed}"
+    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden(recipient)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def hidden(address: str) -> str:
+    """Return the hash that stands for an address in a name."""
+    return hashlib.sha256(address.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def id_of(stem: str) -> str:
@@ -757,6 +767,7 @@ class Settings:
     time_scale: float = setting("1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
     seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
+    processes: int = setting("1", positive, "receiving processes that share the listening sockets; SMTP_RATE_LIMIT, SMTP_AUTH_FAILURES, SMTP_MAX_CONNECTIONS_PER_CLIENT and quota_per_minute hold for each of them")
     health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
     api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
@@ -808,6 +819,7 @@ def machine_name() -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
 
+@functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address is this machine, without asking DNS."""
     try:
@@ -831,6 +843,8 @@ CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
      "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
     (lambda s: bool(s.relay_username) and not s.relay_password,
      "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
+    (lambda s: s.processes > 1 and s.storage == "memory",
+     "SMTP_PROCESSES: expected 1 with SMTP_STORAGE=memory, which processes cannot share"),
     (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
     (lambda s: is_open(s) and s.allow_networks == networks("loopback") and not (s.auth_user or s.users_file),
      "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
@@ -1018,7 +1032,8 @@ class Metric(NamedTuple):
     values: tuple[str, ...] = ()
 
 
-CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553", "554", "555")
+CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553", "554", "555",
+         "other")  # of SMTP_FAULTS
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 METRICS = (
     Metric("smtp_messages_received_total", "counter", "Messages that got their 250."),
@@ -1091,6 +1106,12 @@ class Metrics:
     def own(self, name: str) -> float:
         """Return this process's part of a metric."""
         return self.cells[self.base + CELLS[name, ""]]
+
+    def others(self, name: str) -> float:
+        """Return all the other processes' part of a metric."""
+        parts = self.each(name)
+        del parts[self.base // len(CELLS)]
+        return sum(parts)
 
     def each(self, name: str) -> list[float]:
         """Return every process's part of a metric."""
@@ -1193,6 +1214,7 @@ class Wire:
         self.start = self.end = 0
         self.out: list[bytes] = []
         self.timeout = 0.0  # the one that the socket has; 0.0: not known
+        self.bulk = False  # content is read: large blocks pay
 
     def fill(self) -> None:
         """Read what there is, once, after sending what waits."""
@@ -1229,9 +1251,9 @@ class Wire:
             self.sock.settimeout(self.timeout)
 
     def make_room(self) -> None:
-        """Move what is unread to the front of a larger buffer: this one was filled."""
+        """Move what is unread to the front, of a larger buffer for content or a long line: this one was filled."""
         unread = self.buffer[self.start:self.end]
-        if len(self.buffer) < BLOCK_MOST:
+        if len(self.buffer) < BLOCK_MOST and (self.bulk or len(unread) > len(self.buffer) // 2):
             self.buffer = bytearray(len(self.buffer) * 4)
         self.buffer[:len(unread)] = unread
         self.start, self.end = 0, len(unread)
@@ -1454,7 +1476,9 @@ def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
 
 LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
-SIMPLE_PATH = re.compile(r"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@[A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*)>")
+SIMPLE_LABEL = r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"
+SIMPLE_PATH = re.compile(
+    rf"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@{SIMPLE_LABEL}(?:\.{SIMPLE_LABEL})*)>")
 ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
@@ -3117,8 +3141,7 @@ class Quotas:
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
         with self._lock:
-            used = self._sum(self._day(), name)["received"] + self._reserved[name]
-            if limit and used >= limit:
+            if limit and self._sum(self._day(), name)["received"] + self._reserved[name] >= limit:
                 return False
             self._reserved[name] += 1
         return True
@@ -3138,7 +3161,9 @@ class Quotas:
         with self._lock:
             names = self._days.setdefault((day, self._part), {})
             name = name if name in names or len(names) < USAGE_NAMES else ""
-            names.setdefault(name, collections.Counter())[what] += 1
+            if name not in names:
+                names[name] = collections.Counter()
+            names[name][what] += 1
             self._unsaved.add(day)
 
     def today(self, name: str | None = None) -> dict[str, int]:
@@ -3185,7 +3210,7 @@ class Quotas:
             self._log.error("counts_lost", file=self._minutes_file, error=error)
 
     def _day(self) -> str:
-        return time.strftime("%Y-%m-%d", time.gmtime(self._now()))
+        return iso_second(int(self._now()))[:10]
 
     def _sum(self, day: str, name: str | None) -> collections.Counter[str]:
         total: collections.Counter[str] = collections.Counter()
@@ -5235,15 +5260,13 @@ class Faults:
 
     def reread(self) -> None:
         """Take over rules that were changed in the other process."""
-        stamp = file_stamp(self.path)
+        stamp = file_stamp(self.path) if self.path else None
         if stamp and stamp != self.stamp:
             self.stamp = stamp
             self.take(read_whole(self.path).decode())
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
-        if not self.rules:
-            return None
         delay = 0.0
         with self.lock:
             for number, fault in enumerate(self.rules):
@@ -5279,6 +5302,7 @@ class Faults:
 # a new message by its stem alone, through a Link.
 
 HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
+UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
 HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -5289,19 +5313,19 @@ LINK_LINE = len(stem_of("0" * 16, "")) + 1
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
 
 
-PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
 
 
-def keep_together(crowded: bool, pick: Callable[[set[int]], int]) -> None:
+def keep_together(crowded: bool, pick: int) -> None:
     """Bind the calling thread to one processor when there is a crowd.
 
-    Threads that pass the interpreter's lock between processors do half the work. Each half of
-    the program picks another processor; where binding is not to be had, only speed is lost.
+    Threads that pass the interpreter's lock between processors do half the work. Each process
+    of the program picks another processor (-1 is the last); where binding is not to be had, only speed is lost.
     """
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {pick(PROCESSORS)} if crowded else PROCESSORS)
+            os.sched_setaffinity(0, (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS)
 
 
 class Link:
@@ -5401,16 +5425,16 @@ class Reception:
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked = (-math.inf, True)
+        self.pick = 0  # the processor that a crowd of sessions keeps to
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
     def lets_in(self, client: str) -> bool:
         """Tell whether a client's address may connect; where any login is good, none from outside may."""
         if client == "local":
             return True
-        address = ipaddress.ip_address(client)
-        if self.settings.auth_any and not address.is_loopback:
+        if self.settings.auth_any and not is_loopback(client):
             return False
-        return any(address in network for network in self.settings.allow_networks)
+        return in_networks(client, self.settings.allow_networks)
 
     def turned_away(self, client: str, reply: Reply) -> None:
         """Note a connection that gets no service."""
@@ -5420,7 +5444,7 @@ class Reception:
     def is_balancer(self, client: str) -> bool:
         """Tell whether a connection from here opens with a PROXY header."""
         nets = self.settings.proxy_networks
-        return bool(nets) and client != "local" and any(ipaddress.ip_address(client) in net for net in nets)
+        return bool(nets) and client != "local" and in_networks(client, nets)
 
     def rename(self, session: Session, client: str) -> bool:
         """Count a session for the client that a balancer named; False when that one has too many."""
@@ -5436,8 +5460,8 @@ class Reception:
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") >= self.most_sessions
-                    or 0 < limit <= self.clients[key])
+            full = (len(self.sessions) >= self.most_sessions - self.metrics.others("smtp_sessions_active")
+                    or 0 < limit <= self.clients.get(key, 0))
             if not full:
                 self.sessions.add(session)
                 self.clients[key] += 1
@@ -5593,9 +5617,12 @@ class Session:
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
+        faults = self.reception.faults
         if stage in ("connect", "mail"):
-            self.reception.faults.reread()
-        answer = self.reception.faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
+            faults.reread()
+        if not faults.rules:
+            return None
+        answer = faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
         if not answer:
             return None
         end = time.monotonic() + answer.delay
@@ -5641,15 +5668,16 @@ class Session:
         """Check what every command must pass, then let its method answer."""
         if len(line) > LINE_LIMIT and line[:5].upper() != b"AUTH ":
             return LINE_TOO_LONG
-        if not line.endswith(b"\r\n") or BAD_OCTETS.search(line, 0, len(line) - 2):
+        command = line[:-2].rstrip(b" \t")  # white space at the end means nothing, RFC 5321 4.1.1
+        if not line.endswith(b"\r\n") or BAD_OCTETS.search(command):
             return BAD_LINE
-        name, argument = split_command(line[:-2])
+        name, argument = split_command(command)
         verb = VERBS.get(name)
         if verb is None:
             return self.unknown(name)
-        if not argument.isascii() and name not in ("MAIL", "RCPT"):  # RFC 6531 allows it there
+        if not argument.isascii() and name not in UTF8_VERBS:
             return BAD_LINE
-        if self.settings.tls_required and not verb.before_tls and not isinstance(self.wire.sock, ssl.SSLSocket):
+        if not verb.before_tls and self.needs_tls():
             return TLS_FIRST
         if verb.needs_argument and not argument or verb.needs_argument is False and argument:
             return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
@@ -5661,6 +5689,9 @@ class Session:
             return SEQUENCE._replace(text="Only BDAT may follow BDAT")
         return verb.method(self, argument)
 
+    def needs_tls(self) -> bool:
+        return self.settings.tls_required and not isinstance(self.wire.sock, ssl.SSLSocket)
+
     def unknown(self, name: str) -> Reply:
         if name in HTTP_VERBS:
             self.over = True
@@ -5670,7 +5701,8 @@ class Session:
     def answer_with(self, reply: Reply) -> None:
         """Write a reply, counting refusals; too many end the session."""
         if reply.code >= 400:
-            self.reception.metrics.inc("smtp_messages_rejected_total", 1, str(reply.code))
+            code = str(reply.code)
+            self.reception.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
             self.reception.log.info("refused", client=self.client, reply=reply)
             self.reception.audit.write("refused", client=self.client, user=self.user, reply=str(reply))
             if reply.code >= 500:
@@ -5920,6 +5952,8 @@ class Session:
             raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
         try:
             address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"))
+        except UnicodeDecodeError:
+            raise Refused(bad._replace(text=f"{bad.text}: not UTF-8")) from None
         except ValueError as e:
             raise Refused(bad._replace(text=f"{bad.text}: {e}")) from None
         try:
@@ -6019,7 +6053,7 @@ class Session:
 
     def bdat_refusal(self) -> Reply | None:
         if self.envelope is None:
-            return SEQUENCE._replace(text="Say MAIL first")
+            return TLS_FIRST if self.needs_tls() else SEQUENCE._replace(text="Say MAIL first")
         if not self.envelope.recipients:
             return NO_RECIPIENTS
         return self.fault("data", *self.envelope.recipients) if self.content is None else None
@@ -6032,14 +6066,14 @@ class Session:
     def read(self, reader: Callable[..., None], content: Content, *more: int) -> None:
         """Read content under its own deadline."""
         self.wire.deadline = Deadline(self.settings.data_timeout, self.latest)
-        self.in_content = True
+        self.in_content = self.wire.bulk = True
         try:
             reader(self.wire, content, *more)
         except Exception:
             self.over = True  # what is left of the content must not be taken for commands
             raise
         finally:
-            self.in_content = False
+            self.in_content = self.wire.bulk = False
             self.wire.shrink()
 
     def keep(self, block: bytes) -> None:
@@ -6076,7 +6110,7 @@ class Session:
         self.forget()
         if scripted is LOST and not fault:
             raise PeerGone("dropped by SMTP_FAULTS")
-        return fault or OK._replace(text=f"Ok: queued as {draft.id if draft else ''}")
+        return fault or Reply(250, "2.0.0", f"Ok: queued as {draft.id if draft else ''}")
 
 
 class Verb(NamedTuple):
@@ -6096,7 +6130,7 @@ VERBS: dict[str, Verb] = {
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
     "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
     "DATA": Verb(Session.data, "mail", False, "DATA"),
-    "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]"),
+    "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]", True),  # which looks for TLS itself
     "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
     "AUTH": Verb(Session.auth, "hello", True, "AUTH mechanism [initial response]"),
     "RSET": Verb(Session.rset, "", False, "RSET", True),
@@ -6141,10 +6175,19 @@ def shut(sock: socket.socket, how: int) -> None:
 
 def client_name(family: int, address: Any) -> str:
     """Return a client's address as text; IPv4 in IPv6's clothes is IPv4."""
-    if family == socket.AF_UNIX:
-        return "local"
-    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    return "local" if family == socket.AF_UNIX else plain_address(str(address[0]))
+
+
+@functools.lru_cache(maxsize=1024)
+def plain_address(text: str) -> str:
+    ip = ipaddress.ip_address(text.partition("%")[0])
     return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
+
+
+@functools.lru_cache(maxsize=1024)
+def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
+    address = ipaddress.ip_address(client)
+    return any(address in network for network in networks)
 
 
 def spoke_early(sock: socket.socket) -> bool:
@@ -6198,6 +6241,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def work(self) -> None:
         """Accept and hold one session after the other, until enough other threads wait."""
+        bound = None  # unknown: a thread begins where the one that started it was bound to
         while not self.reception.stopping:
             with self.lock:
                 if self.waiting >= SPARE_THREADS:
@@ -6206,15 +6250,15 @@ class Listener(socketserver.ThreadingTCPServer):
             try:
                 request, client = self.get_request()
             except OSError:
-                request = None
-            with self.lock:
-                self.waiting -= 1
-            if request:
-                try:
-                    self.process_request(request, client)
-                except Exception as e:  # no memory for a session: this thread goes on accepting
-                    self.reception.log.error("session_not_started", error=e)
-                    self.turn_away(request)
+                continue
+            finally:
+                with self.lock:
+                    self.waiting -= 1
+            crowded = len(self.reception.sessions) >= CROWD
+            if crowded != bound:
+                keep_together(crowded, self.reception.pick)
+                bound = crowded
+            self.process_request(request, client)
 
     def relieved(self) -> bool:
         """Make sure that another thread accepts while this one is busy; False when none can be had."""
@@ -6252,11 +6296,15 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hold a session on the thread of the caller, or turn it away."""
-        session = Session(self.reception, request, client_address, self.tls)
-        if self.reception.stopping or not self.relieved() or not self.reception.enter(session):
+        try:
+            session = Session(self.reception, request, client_address, self.tls)
+            if self.reception.stopping or not self.relieved() or not self.reception.enter(session):
+                self.turn_away(request)
+            else:
+                self.hold(session)
+        except Exception as e:  # the next connection may find more memory
+            self.reception.log.error("session_not_started", error=e)
             self.turn_away(request)
-        else:
-            self.hold(session)
 
     def turn_away(self, request: socket.socket) -> None:
         """Send 421 to one connection too many, without waiting for it."""
@@ -6267,7 +6315,6 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def hold(self, session: Session) -> None:
         """Run a session to its end."""
-        keep_together(len(self.reception.sessions) >= CROWD, min)
         try:
             self.finish_request(session.wire.sock, session)
         except Exception as e:
@@ -9615,7 +9662,7 @@ class Delivering:
                 task = self.scheduler.take(5.0)
                 crowded = len(self.scheduler.active) >= CROWD
                 if crowded != bound:
-                    keep_together(crowded, max)
+                    keep_together(crowded, -1)
                     bound = crowded
                 if task:
                     self.work_at(task)
@@ -10225,7 +10272,7 @@ class Backstage:
         return m
 
 
-DELIVERING_ROW, RECEIVING_ROW = 0, 1  # who writes which row of the counters
+DELIVERING_ROW, RECEIVING_ROW = 0, 1  # who writes which row of the counters; a row for each of SMTP_PROCESSES
 
 
 class Parts:
@@ -10234,7 +10281,7 @@ class Parts:
     def __init__(self, settings: Settings, log: Log) -> None:
         self.settings, self.log = settings, log
         self.spool = MemorySpool(settings, log) if settings.storage == "memory" else FileSpool(settings, log)
-        self.metrics = Metrics(rows=RECEIVING_ROW + 1)
+        self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
         self.metrics.set("started", time.monotonic())
         self.smtp: list[socket.socket] = []
         self.smtps: list[socket.socket] = []
@@ -10328,10 +10375,12 @@ class Parts:
         self.shared_quotas = self.shared_quotas or Quotas("", self.log)
         return self.shared_quotas
 
-    def receiving(self) -> Receiving:
-        metrics = self.metrics.row(RECEIVING_ROW)
-        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, self.guard("r"))
-        reception.faults = self.faults
+    def receiving(self, number: int = 0) -> Receiving:
+        """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
+        metrics = self.metrics.row(RECEIVING_ROW + number)
+        guard = self.guard(f"r{number or ''}")
+        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, guard)
+        reception.faults, reception.pick = self.faults, number
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
@@ -10366,7 +10415,6 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
-ROLES = ("deliver", "receive")
 
 
 def block_signals() -> None:
@@ -10379,6 +10427,7 @@ class Supervisor:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.roles = ["deliver", *(f"receive {number}" for number in range(parts.settings.processes))]
         self.children: dict[int, str] = {}
         self.alive_pipe = os.pipe()
         self.stopping = False
@@ -10426,7 +10475,7 @@ class Supervisor:
 
     def spawn_missing(self) -> None:
         """Make the halves that are not there; where no process can be had, try again later."""
-        for role in ROLES:
+        for role in self.roles:
             if role not in self.children.values():
                 try:
                     self.spawn(role)
@@ -10452,10 +10501,13 @@ class Supervisor:
         """Be a half of the program until told to stop, or until the supervisor is gone."""
         os.close(self.alive_pipe[1])
         threading.Thread(target=self.outlive_nobody, name="supervisor-watch", daemon=True).start()
-        if role == "receive":
-            self.parts.metrics.clear_row(RECEIVING_ROW)
+        if isinstance(self.parts.spool, FileSpool):
+            self.parts.spool.ids = IdMaker()  # another name in the ids of each process
+        if role != "deliver":
+            number = int(role.split()[1])
+            self.parts.metrics.clear_row(RECEIVING_ROW + number)
             close_all(self.parts.http)
-            half: Receiving | Delivering = self.parts.receiving()
+            half: Receiving | Delivering = self.parts.receiving(number)
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
