@@ -8218,8 +8218,7 @@ def test_forwarding_into_a_second_smtprelay(program: Callable[..., Program]) -> 
     assert last.spool.known()["helo"] == "first.test"
 
 
-# === CLIENTS =================================================================
-# Each mechanism in each TLS mode, by programs that people use.
+# -- each mechanism in each TLS mode, by programs that people use --
 
 WORD = "Kennwort & Co"
 TLS_MODES = ["clear", "starttls", "tls"]
