@@ -72,6 +72,7 @@ TREE = ast.parse(SOURCE)
 MAIL = b"From: ann@client.test\r\nSubject: hello\r\n\r\nOne line.\r\n"
 NOON = 1_795_262_400.0  # 2026-11-21 12:00:00 UTC
 
+
 # === STAGE ===================================================================
 # What the tests play on. Everything waits with wait_until(), in steps of 10 ms.
 
@@ -690,6 +691,8 @@ def test_every_reply_has_a_code_and_an_enhanced_code_of_its_class(holding: Any) 
 
 
 # === SETTINGS ================================================================
+
+
 WRONG = {
     "SMTP_PORT": "99999", "SMTP_MAX_SIZE": "ten", "SMTP_MAX_RECIPIENTS": "-1", "SMTP_COMMAND_TIMEOUT": "5 parsecs",
     "SMTP_STORAGE": "tape", "SMTP_DELIVERY": "pigeon", "SMTP_RELAY_TLS": "perhaps", "SMTP_RELAY_PORT": "0x19",
@@ -796,6 +799,8 @@ def test_waits_are_scaled_and_a_seed_repeats_them() -> None:
 
 
 # === OBSERVING ===============================================================
+
+
 def test_nothing_a_client_sends_can_forge_a_log_line(program: Callable[..., Program]) -> None:
     relay = program(SMTP_DEBUG="1", SMTP_LOG_LEVEL="debug")
     with hello(relay) as client:
@@ -1023,6 +1028,8 @@ def test_metrics_of_the_doors(start: Callable[..., Any], pair: str) -> None:
 
 
 # === WIRE ====================================================================
+
+
 TALK = {
     "the usual": """
         C: EHLO client.test
@@ -1616,6 +1623,8 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
 
 
 # === GRAMMAR =================================================================
+
+
 LONG = "x" * 64
 GOOD_PATHS = {
     "<ann@b.test>": "ann@b.test",
@@ -1872,6 +1881,8 @@ def test_hostile_values_take_no_time() -> None:
 
 
 # === SEALING =================================================================
+
+
 SEAL_KEY, OTHER_KEY = bytes(range(32)), bytes(32)
 CHUNK, FULL_CHUNK = smtprelay.CHUNK_SIZE, smtprelay.SEALED_CHUNK
 ALTERED = "was cut or altered"
@@ -2303,6 +2314,8 @@ def test_10_mib_stream_in_little_memory(tmp_path: Path) -> None:
 
 
 # === SPOOL ===================================================================
+
+
 DEAF = {"SMTP_RELAY_HOST": "127.0.0.1:9", "SMTP_DELIVERY": "relay"}  # discard: nobody listens there
 
 
@@ -2547,6 +2560,8 @@ def test_memory_leaves_nothing_on_disk(start: Callable[..., Any], tmp_path: Path
 
 
 # === ACCOUNTS ================================================================
+
+
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 LOG = smtprelay.Log(logging.getLogger("a relay under test"))
 API_KEY = "mp_live_4242"
@@ -3128,6 +3143,8 @@ def test_a_quota_holds_however_many_come_at_once() -> None:
 
 
 # === TLS =====================================================================
+
+
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> Any:
     """Shake hands over a socketpair; returns the client's protocol and compression, or its error."""
     left, right = socket.socketpair()
@@ -3251,6 +3268,8 @@ def test_a_changed_pair_is_reread(tmp_path: Path, pair: str, caplog: pytest.LogC
 
 
 # === SCHEDULER ===============================================================
+
+
 def test_attempts_are_counted_and_end(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
     next_hop = hop(script={"mail": "450 4.2.0 never"})
     said(start(SMTP_RETRY_MAX_ATTEMPTS="3", SMTP_BOUNCE="0", **next_hop.settings()))
@@ -4175,6 +4194,8 @@ def test_dnsmasq_long_answer_over_tcp(dnsmasq: tuple[str, int]) -> None:
 
 
 # === DELIVERY ================================================================
+
+
 BUSY = "450 4.2.1 busy"
 PASSING = [  # trouble that comes once: the message arrives all the same
     *[
@@ -5409,6 +5430,8 @@ def test_wrong_rules_are_reported(rules: str) -> None:
 
 
 # === SESSION =================================================================
+
+
 def test_the_final_reply_names_the_queue_id_in_the_files(holding: Any, held: Spool) -> None:
     [queue_id] = said(holding)
     assert [path.name.split("_")[0] for path in held.files(f"{queue_id}_*.eml")] == [queue_id]
@@ -5973,6 +5996,8 @@ def test_quotas_over_a_restart(program: Callable[..., Program], tmp_path: Path, 
 
 
 # === LISTENER ================================================================
+
+
 def test_one_session_too_many_gets_421(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory", SMTP_MAX_CONNECTIONS="2")
     with dial(relay) as first, dial(relay):
@@ -6030,6 +6055,8 @@ def test_many_sessions_at_once(holding: Any) -> None:
 
 
 # === INBOX ===================================================================
+
+
 def record_for(id: str, raw: bytes, to: tuple[str, ...] = ("bob@example.com",), **more: Any) -> Any:
     """A spool record for a message."""
     values: dict[str, Any] = {
@@ -7070,6 +7097,8 @@ def test_ten_thousand_messages(box: Box) -> None:
 
 
 # === PAGE ====================================================================
+
+
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAABgAAAAYCAMAAADXqc3KAAAABlBMVEWKOxL///82E77gAAAAQElEQVR42mNgxAEY6CTBgAHIlmDE"
     "Ig61HFOcEaoLVRxhB7IMhA+zHCED5cJdBZOB8RDORZFH8QeyXTQIkoGKWgCgkAFjTm4sFwAAAABJRU5ErkJggg=="
@@ -7289,6 +7318,8 @@ def api(relay: Any, method: str, path: str, body: Any = None, token: str = "", *
 
 
 # === HTTP ====================================================================
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -7937,6 +7968,8 @@ def test_an_accounts_own_mail_and_figures(start: Callable[..., Any], tmp_path: P
 
 
 # === RELAY ===================================================================
+
+
 def need(program: str) -> str:
     """Return where a program is; skip the test when it is nowhere."""
     path = shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/usr/lib/postfix/sbin")
@@ -8185,8 +8218,7 @@ def test_forwarding_into_a_second_smtprelay(program: Callable[..., Program]) -> 
     assert last.spool.known()["helo"] == "first.test"
 
 
-# === CLIENTS =================================================================
-# Each mechanism in each TLS mode, by programs that people use.
+# -- each mechanism in each TLS mode, by programs that people use --
 
 WORD = "Kennwort & Co"
 TLS_MODES = ["clear", "starttls", "tls"]
@@ -8355,6 +8387,8 @@ def test_openssl_s_client(open_house: Any, pair: str, mode: str) -> None:
 
 
 # === LIBRARY =================================================================
+
+
 CODE_MAIL = b"From: me@x.example\r\nTo: bob@b.example\r\nSubject: Your code\r\n\r\nYour code is 482913, or go to https://x.example/in?t=1\r\n"
 
 
@@ -8575,6 +8609,8 @@ def test_without_pytest_there_are_no_fixtures() -> None:
 
 
 # === SENDMAIL ================================================================
+
+
 Mail = tuple[smtprelay.Message, bytes]
 
 
@@ -8993,6 +9029,8 @@ with app.app_context():
 
 
 # === DOCTOR ==================================================================
+
+
 def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, tuple[str, str, str]], int]:
     """Run the doctor here, and return its findings by what they are about, with its exit status."""
     read = settings_of(**env)
@@ -9081,6 +9119,8 @@ def test_the_doctor_compares_clocks(greeting: str, now: float, mark: str) -> Non
 
 
 # === COMMAND LINE ============================================================
+
+
 def test_first_lines_name_what_was_bound_where_mail_goes_and_the_spool(program: Callable[..., Program]) -> None:
     for settings, words in (({}, "held"), ({"SMTP_RELAY_HOST": "127.0.0.1:9"}, "127.0.0.1:9")):
         relay = program(**settings)
