@@ -9391,9 +9391,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request(request, client_address)
-        except BaseException:  # no thread to be had
+        except RuntimeError as e:
             self.room.release()
-            raise
+            self.relay.log.warn("no_thread_for_http", error=e)
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

@@ -10580,3 +10580,393 @@ def test_break_by_hostile_addresses() -> None:
         with contextlib.suppress(ValueError):
             smtprelay.parse_path(evil)
         assert time.perf_counter() - started < 0.05
+
+
+# === REVIEWS =================================================================
+#
+# What fresh eyes have found: each of these failed once.
+
+
+DAY = 86400.0
+STEM = "2026-11-21/" + "0" * 16 + "_" + "0" * 16
+
+
+def settings(**given: str) -> smtprelay.Settings:
+    return smtprelay.Settings.read(given)
+
+
+def spooled_in_review(spool: Any, *to: str, flags: tuple[str, ...] = (), id: str = "") -> str:
+    """Put a message into a spool behind the relay's back; return its stem."""
+    envelope = smtprelay.Envelope("ann@x.test", "127.0.0.1", "x", "ESMTP", "", flags, list(to) or ["bob@hop.test"])
+    draft = spool.draft(envelope)
+    if id:
+        draft = type(draft)(spool, envelope, id)
+    draft.write(MAIL)
+    return str(draft.commit())
+
+
+def relaying_in_review(start: Any, hop: Any, **more: str) -> Any:
+    return start(SMTP_DELIVERY="relay", **hop.settings(**{"SMTP_RELAY_TLS": "none", **more}))
+
+
+def status(relay: Any, stem: str) -> smtprelay.Status:
+    return relay.delivering.spool.load(stem).status
+
+
+def aged_id(age: float) -> str:
+    return f"{int((time.time() - age) * 1e6):013x}abc"
+
+
+def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    d = relay.delivering
+    stem = spooled_in_review(d.spool)
+    d.find()  # as after an overflow of the Link, or another's sendmail
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    d.metrics.inc("smtp_queue_depth")  # as the session does
+    relay.parts.link.announce(stem)
+    last = said(relay)[0]
+    wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
+    assert len(h.messages) == 2
+    d.metrics.inc("smtp_queue_depth", -1)
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_after_an_attempt_repeats_no_delivery(start: Any, hop: Any, error: Exception, monkeypatch: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h)
+    count = relay.delivering.guard.quotas.count
+    bugs = [error]
+
+    def stumbling(*given: Any) -> None:
+        if bugs:
+            raise bugs.pop()
+        count(*given)
+
+    monkeypatch.setattr(relay.delivering.guard.quotas, "count", stumbling)
+    with hello(relay) as client:
+        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
+    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
+    assert h.delivered()["bob@hop.test"] == 1
+
+
+def test_a_bug_in_a_report_does_not_repeat_the_delivery(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1")
+
+    def stumble(*given: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(relay.delivering, "draft_report", stumble)
+    with hello(relay) as client:
+        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
+    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
+    assert h.delivered()["bob@hop.test"] == 1
+
+
+def test_what_was_released_is_not_too_old(start: Any, hop: Any) -> None:
+    h = hop(script={"end": ["450 4.2.0 later"]})
+    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
+    d.find()
+    wait_until(lambda: stem in d.held)
+    assert relay.release() == 1
+    wait_until(lambda: status(relay, stem) in (smtprelay.Status.FORWARDED, smtprelay.Status.FAILED))
+    assert status(relay, stem) is smtprelay.Status.FORWARDED and len(h.refused) == 1
+
+
+def test_what_was_released_waits_for_a_dead_host(start: Any, hop: Any) -> None:
+    h = hop(listen=False)
+    relay = start(SMTP_DELIVERY="hold", SMTP_RETRY_INITIAL_DELAY="5s", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
+    d.find()
+    wait_until(lambda: stem in d.held)
+    relay.release()
+    wait_until(lambda: d.metrics.get("smtp_messages_deferred_total") > 0)
+    time.sleep(0.05)
+    assert d.metrics.get("smtp_delivery_failures_total") < 5  # it does not go round and round
+    assert status(relay, stem) is smtprelay.Status.RETRYING
+
+
+def test_a_message_is_in_one_hand_at_a_time() -> None:
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    s.put(STEM, "old")
+    task = s.take(0)
+    assert task and s.seize(STEM) is None
+    s.done(task, 5.0)
+    seized = s.seize(STEM)
+    assert seized and seized.lane == smtprelay.UNREAD and s.take(0) is None
+    s.done(seized, 0.0)
+    assert s.take(0) == seized and len(s) == 1
+
+
+def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_DELIVERY="hold", SMTP_RELAY_ALLOWED_RECIPIENTS="nobody", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    queue_id = said(relay)[0]
+    d.catch_up()
+    relay.backstage.release(queue_id, ["carl@hop.test"])
+    wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
+    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
+    assert d.metrics.own("heard") == 0
+
+
+def test_a_link_that_overflowed_in_hold_mode_leaves_the_depth_alone(start: Any) -> None:
+    relay = start()
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",))
+    d.metrics.inc("rescan")
+    wait_until(lambda: stem in d.held)
+    assert d.metrics.get("smtp_queue_depth") == 0
+    hours = sum(n for (_, kind), n in d.hours.items() if kind == "received")
+    d.find()
+    assert sum(n for (_, kind), n in d.hours.items() if kind == "received") == hours
+    assert len(d.scheduler) == 0  # what is held is not read again
+
+
+def test_a_message_is_released_once(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    queue_id = said(relay)[0]
+    d.catch_up()
+    stem = d.inbox.stem(queue_id)
+    task = d.scheduler.seize(stem)
+    for change in (lambda: relay.backstage.release(queue_id, []), lambda: relay.backstage.delete([queue_id])):
+        with pytest.raises(smtprelay.HttpError, match="just now"):
+            change()
+    d.scheduler.done(task)
+    relay.backstage.release(queue_id, [])
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    wait_until(lambda: d.metrics.get("owed_bytes") == 0)
+    assert len(h.messages) == 1
+
+
+def test_a_finished_record_counts_more_than_one_left_over(start: Any) -> None:
+    relay = start()
+    spool = relay.delivering.spool
+    stem = spooled_in_review(spool)
+    message = spool.load(stem)
+    spool.save_first(message)
+    message.status = smtprelay.Status.FORWARDED
+    spool.save(message)
+    Path(spool.path(stem + ".json")).write_text(json.dumps({**json.loads(message.to_json()), "status": "held"}))
+    assert spool.load(stem).status is smtprelay.Status.FORWARDED
+
+
+def test_another_writer_of_the_spool_is_left_alone(start: Any) -> None:
+    relay = start()
+    d = relay.delivering
+    wait_until(lambda: not d.spool.tidying)
+    other = smtprelay.FileSpool(relay.settings, d.log)  # as sendmail does when the relay is busy
+    draft = other.draft(smtprelay.Envelope("", "local", "x", "ESMTP", "", (), ["bob@hop.test"]))
+    draft.write(b"x" * 300000)
+    d.find()
+    draft.commit()
+    d.find()
+    assert draft.stem in [stem for stem, _ in d.spool.names()]
+
+
+def test_a_lane_without_mail_is_forgotten_though_it_was_throttled() -> None:
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    s.put(STEM, "dead")
+    task = s.take(0)
+    assert task
+    s.throttle("dead", "no answer")
+    s.done(task, 0.0)
+    s.flush()
+    task = s.take(0)
+    assert task
+    s.done(task)
+    assert s.take(0) is None and not s.lanes
+
+
+def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop(listen=False)
+    relay = relaying_in_review(start, h)
+    d = relay.delivering
+    routes, calls = d.delivery.routes, []
+
+    def moving(message: smtprelay.Message) -> dict[str, list[smtprelay.Recipient]]:
+        calls.append(1)
+        return {"elsewhere": message.pending()} if len(calls) in (2, 3) else routes(message)
+
+    monkeypatch.setattr(d.delivery, "routes", moving)
+    said(relay)
+    h.listen()
+    wait_until(lambda: h.messages)
+
+
+def test_a_hundred_thousand_names_take_little_memory() -> None:
+    tracemalloc.start()
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    stems = [f"2026-01-01/{i:016x}_{i:016x}" for i in range(20000)]
+    before = tracemalloc.get_traced_memory()[0]
+    s.put_all(stems, smtprelay.UNREAD)
+    used = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert used / len(stems) < 120, used
+
+
+@pytest.mark.parametrize("domain", ["-b.test", "b-.test", "b.-c", "b.c-", "b..c", "", "."])
+def test_domains_that_do_not_parse(holding: Any, domain: str) -> None:
+    with hello(holding) as client:
+        client.ask(f"MAIL FROM:<a@{domain}>", "501 5.1.7")
+
+
+@pytest.mark.parametrize("domain", ["b", "b-c.test", "b--c.test", "xn--bcher-kva.test", "1.test"])
+def test_domains_that_do(holding: Any, domain: str) -> None:
+    with hello(holding) as client:
+        client.ask(f"MAIL FROM:<a@{domain}>", "250 2.1.0")
+
+
+def test_an_address_that_is_not_utf_8_is_refused_in_our_own_words(holding: Any) -> None:
+    with hello(holding) as client:
+        client.send(b"MAIL FROM:<\xff@b.test> SMTPUTF8\r\n")
+        assert client.reply() == "501 5.1.7 Bad sender address: not UTF-8"
+
+
+def test_white_space_at_the_end_of_a_command_means_nothing(holding: Any) -> None:
+    """RFC 5321 4.1.1: servers should tolerate it."""
+    with hello(holding) as client:
+        client.ask("NOOP\t ", "250")
+        client.ask("MAIL FROM:<a@b.test>\t", "250")
+        client.ask("NOOP \t x", "500 5.5.2")
+        client.ask("QUIT \t", "221")
+
+
+def test_vrfy_takes_an_address_beyond_ascii(holding: Any) -> None:
+    """RFC 6531 3.7.4.2."""
+    with hello(holding) as client:
+        client.ask("VRFY Jürgen SMTPUTF8", "252")
+        client.ask("EXPN Jürgen SMTPUTF8", "502")
+        client.ask("NOOP Jürgen", "500")
+
+
+def test_a_scripted_code_that_we_never_give_ourselves(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_FAULTS="mail 455 odd")
+    with hello(relay) as client:
+        client.ask("MAIL FROM:<a@b.test>", "455 4.0.0 odd")
+        client.ask("NOOP", "250")
+    assert metric(relay, "smtp_messages_rejected_total")["other"] == 1
+
+
+def test_bdat_before_tls_stays_in_step(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_TLS_REQUIRED="1", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair)
+    with hello(relay) as client:
+        client.send(b"BDAT 6 LAST\r\nQUIT\r\nNOOP\r\n")
+        assert client.reply().startswith("530 5.7.0")
+        assert client.reply().startswith("250 2.0.0")
+
+
+def test_pipelined_commands_do_not_make_the_buffer_grow() -> None:
+    ours, theirs = socket.socketpair()
+    wire = smtprelay.Wire(ours, smtprelay.Deadline(5))
+    sender = threading.Thread(target=lambda: (theirs.sendall(b"NOOP x\r\n" * 40_000), theirs.close()))  # type: ignore[func-returns-value]
+    sender.start()
+    with ours, contextlib.suppress(smtprelay.PeerGone):
+        while wire.line() == b"NOOP x\r\n":
+            pass
+    sender.join()
+    assert len(wire.buffer) <= 4 * smtprelay.BLOCK_FIRST
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"EHLO client.test\r\n", b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"]
+)
+@pytest.mark.parametrize("trickle", [False, True])
+def test_deadlines_hold_however_slowly_a_client_talks(start: Callable[..., Any], said: bytes, trickle: bool) -> None:
+    relay = start(SMTP_COMMAND_TIMEOUT="0.2s", SMTP_DATA_TIMEOUT="0.2s")
+    with dial(relay) as client:
+        client.send(said)
+        began, client.sock = time.monotonic(), client.sock
+        client.sock.settimeout(0.02 if trickle else 2.0)
+        heard = b""
+        while b"421" not in heard and time.monotonic() < began + 2:
+            with contextlib.suppress(socket.timeout):
+                heard += client.sock.recv(4096)
+            if trickle:
+                with contextlib.suppress(OSError):
+                    client.sock.sendall(b"x")
+        assert b"421 4.4.2" in heard
+        assert 0.15 < time.monotonic() - began < 0.8
+
+
+def test_no_more_sessions_than_allowed_however_many_come_at_once(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_MAX_CONNECTIONS="20")
+    clients = [socket.create_connection((relay.host, relay.port), 8) for _ in range(60)]
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            stack.enter_context(client)
+        greetings = [client.recv(100)[:3] for client in clients]
+    assert (greetings.count(b"220"), greetings.count(b"421")) == (20, 40)
+
+
+def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    relay, whole = start(), smtprelay.Session
+
+    def stumbling(*args: Any) -> Any:
+        monkeypatch.setattr(smtprelay, "Session", whole)
+        raise MemoryError
+
+    monkeypatch.setattr(smtprelay, "Session", stumbling)
+    with Dialogue((relay.host, relay.port)) as client:
+        assert client.greeting.startswith("421")
+    with dial(relay) as client:
+        assert client.greeting.startswith("220")
+
+
+@pytest.mark.parametrize("port", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "unix:"])
+def test_stop_wakes_all_who_wait(start: Callable[..., Any], tmp_path: Path, port: str) -> None:
+    path = f"{tmp_path}/s" if port == "unix:" else ""
+    relay = start(SMTP_PORT=f"127.0.0.1:0 {port}{path}", SMTP_ALLOW_NETWORKS="127.0.0.0/8 ::1 10.0.0.0/8")
+    listener = relay.receiving.listeners[-1]
+    address: Any = path or listener.socket.getsockname()[:2]
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(Dialogue(address))
+    wait_until(lambda: not relay.receiving.reception.sessions)
+    began = time.monotonic()
+    relay.receiving.stop()
+    assert time.monotonic() - began < 1.3 and listener.waiting == 0
+
+
+# === SMTP_PROCESSES ==========================================================
+
+
+def receivers(relay: Program) -> list[int]:
+    """Return the receiving processes: children that hold the SMTP socket but not the HTTP one."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(relay.process.pid)], capture_output=True, text=True)
+    return sorted(map(int, listed.stdout.split()))[1:]
+
+
+def test_several_receiving_processes(program: Callable[..., Program]) -> None:
+    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_MAX_CONNECTIONS": "30"})
+    wait_until(lambda: len(receivers(relay)) == 3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Dialogue((relay.host, relay.port))) for _ in range(30)]
+        ids = set()
+        for client in clients:
+            client.ask("EHLO client.test", "250")
+            ids.add(client.mail()[-16:])
+        assert len(ids) == 30
+        assert len({id[13:] for id in ids}) > 1  # more than one process took some
+        wait_until(lambda: metric(relay, "smtp_sessions_active") == 30)
+        assert metric(relay, "smtp_messages_received_total") == 30
+        with Dialogue((relay.host, relay.port)) as late:
+            assert late.greeting.startswith("421 4.3.2")
+    os.kill(receivers(relay)[0], signal.SIGKILL)
+    wait_until(lambda: len(receivers(relay)) == 2)
+    wait_until(lambda: len(receivers(relay)) == 3)
+    for _ in range(5):
+        with hello(relay) as client:
+            assert client.mail().startswith("250")
+
+
+def test_processes_cannot_share_memory() -> None:
+    with pytest.raises(smtprelay.SettingsError, match="SMTP_PROCESSES"):
+        smtprelay.Settings.read({"SMTP_PROCESSES": "2", "SMTP_STORAGE": "memory"})
