@@ -701,12 +701,17 @@ def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: boo
 class Settings:
     """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
 
-    port: tuple[Address, ...] = setting("2525", listen, "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, unix:/path, or a list; 0 is any free port")
+    port: tuple[Address, ...] = setting(
+        "2525", listen,
+        "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
+        "unix:/path, or a list; 0 is any free port")
     smtps_port: tuple[Address, ...] = setting("", listen, "the same, for listeners with TLS from the first byte")
     hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
-    allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("loopback", networks, "clients that may connect: a list of networks")
-    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting("", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
+    allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
+        "loopback", networks, "clients that may connect: a list of networks")
+    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
+        "", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
     max_size: int = setting("10MiB", size, "octets of content in one message")
     max_recipients: int = setting("100", positive, "recipients in one transaction")
     max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
@@ -727,9 +732,13 @@ class Settings:
     auth_insecure: bool = setting("0", flag, "allow PLAIN and LOGIN without TLS off loopback")
     auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback only")
     auth_failures: int = setting("5", positive, "failed logins a minute from one address, then 421")
-    rate_limit: int = setting("0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
+    rate_limit: int = setting(
+        "0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
     rate_burst: int = setting("10", positive, "messages at once before the rate holds")
-    faults: str = setting("", word, "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted by ; (see README)")
+    faults: str = setting(
+        "", word,
+        "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, "
+        "parted by ; (see README)")
     storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
     spool: str = setting("./data/spool", word, "the spool's directory")
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
@@ -739,23 +748,34 @@ class Settings:
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
-    delivery: str = setting("", choice("", "hold", "relay", "mx"), "hold, relay (to a smart host) or mx (straight to the recipients' hosts)", shown="relay with SMTP_RELAY_HOST, else hold")
-    relay_host: tuple[str, ...] = setting("", hop_list, "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, sendgrid, postmark, smtp2go, fastmail")
+    delivery: str = setting(
+        "", choice("", "hold", "relay", "mx"),
+        "hold, relay (to a smart host) or mx (straight to the recipients' hosts)", shown="relay with SMTP_RELAY_HOST, else hold")
+    relay_host: tuple[str, ...] = setting(
+        "", hop_list,
+        "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
+        "sendgrid, postmark, smtp2go, fastmail")
     relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
-    relay_tls: str = setting("", choice("", "starttls", "tls", "opportunistic", "none"), "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host and for mx")
+    relay_tls: str = setting(
+        "", choice("", "starttls", "tls", "opportunistic", "none"),
+        "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host and for mx")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
     relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
     relay_username: str = setting("", word, "login at the smart host")
     relay_password: str = setting("", word, "and its password, or OAuth token", secret=True)
     relay_password_file: str = setting("", readable, "a file with it, reread for each login")
-    relay_auth: str = setting("auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
+    relay_auth: str = setting(
+        "auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
     relay_return_path: str = setting("", mailbox, "replaces the reverse-path (never the null one)")
-    relay_redirect_to: str = setting("", mailbox, "every recipient becomes this one; the original stays in X-Original-To")
-    relay_allowed_recipients: re.Pattern[str] = setting("", pattern, "regular expression, found anywhere in the address; others are held, not sent")
+    relay_redirect_to: str = setting(
+        "", mailbox, "every recipient becomes this one; the original stays in X-Original-To")
+    relay_allowed_recipients: re.Pattern[str] = setting(
+        "", pattern, "regular expression, found anywhere in the address; others are held, not sent")
     relay_connections: int = setting("4", positive, "connections to one next hop at once")
     relay_timeout: float = setting("30s", duration, "time for each step of a delivery")
     mx_port: int = setting("25", port_number, "the port of the recipients' hosts in mx mode")
-    dns_server: tuple[Address, ...] = setting("", dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
+    dns_server: tuple[Address, ...] = setting(
+        "", dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
     bounce: bool = setting("1", flag, "a failed message sends its sender a report")
     retry: bool = setting("1", flag, "0: one attempt only")
     retry_max_attempts: int = setting("0", count, "attempts that the next hop answered; 0 is no limit")
@@ -764,12 +784,19 @@ class Settings:
     retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
     retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
-    time_scale: float = setting("1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    time_scale: float = setting(
+        "1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
     seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
-    processes: int = setting("1", positive, "receiving processes that share the listening sockets; SMTP_RATE_LIMIT, SMTP_AUTH_FAILURES, SMTP_MAX_CONNECTIONS_PER_CLIENT and quota_per_minute hold for each of them")
-    health_addr: tuple[Address, ...] = setting("127.0.0.1:8080", http_listen, "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
-    api_token: str = setting("", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
+    processes: int = setting(
+        "1", positive,
+        "receiving processes that share the listening sockets; SMTP_RATE_LIMIT, SMTP_AUTH_FAILURES, "
+        "SMTP_MAX_CONNECTIONS_PER_CLIENT and quota_per_minute hold for each of them")
+    health_addr: tuple[Address, ...] = setting(
+        "127.0.0.1:8080", http_listen,
+        "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
+    api_token: str = setting(
+        "", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")

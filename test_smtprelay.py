@@ -4291,7 +4291,7 @@ def test_content_arrives_octet_by_octet(start: Callable[..., Any], hop: Callable
     assert re.fullmatch(rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*", got[: len(got) - len(content)])
 
 
-OFFERS = [  # (what the next hop offers, parameters of MAIL that came in, what must and may not be in MAIL that goes out)  # noqa: E501
+OFFERS = [  # (what the next hop offers, parameters of MAIL that came in, what must and may not be in MAIL that goes out)
     ("", "", "", "SIZE BODY SMTPUTF8"),
     ("SIZE", "", "SIZE=", "BODY SMTPUTF8"),
     ("8BITMIME SIZE", " BODY=8BITMIME", "SIZE= BODY=8BITMIME", "SMTPUTF8"),
@@ -7072,7 +7072,7 @@ def test_an_image_that_is_shown_often_does_not_swell_the_page(box: Box) -> None:
 
 
 def test_ten_thousand_messages(box: Box) -> None:
-    """The list answers in 50 ms, a search in 500 ms; a message costs less than 1 KiB. Generous here: machines differ."""  # noqa: E501
+    """The list answers in 50 ms, a search in 500 ms; a message costs less than 1 KiB. Generous here: machines differ."""
     samples = [letter(n) for n in range(50)]
     for n in range(2000):
         box.raws[f"{n:016d}"], box.records[f"{n:016d}"] = samples[n % 50], record_for(f"{n:016d}", samples[n % 50])
@@ -7143,7 +7143,7 @@ h1{{font-size:26px;font-weight:400;margin:0 0 12px}}.s{{color:#857b70;font-size:
 .b{{display:inline-block;background:#8a3b12;color:#fff;padding:11px 22px;border-radius:4px;text-decoration:none;margin:16px 0}}
 td{{padding:8px 0;border-bottom:1px solid #eee6da}}table{{width:100%;border-collapse:collapse;font-size:15px}}
 </style></head><body><div class="card"><img id="logo" src="cid:logo" width="36" height="36" alt="">{}
-<img src="http://remote.test/pixel.png" width="1" height="1" alt=""></div></body></html>"""  # noqa: E501
+<img src="http://remote.test/pixel.png" width="1" height="1" alt=""></div></body></html>"""
 ORDER = LOOK.format("""<h1>Your order is on its way</h1>
 <p>Two parcels left our warehouse this morning. They should be with you on <b>Tuesday</b>.</p>
 <table><tr><td>The Old Ways<td align=right>1 &times; 14.00</tr><tr><td>Sea Room<td align=right>1 &times; 12.50</tr>
@@ -7196,7 +7196,7 @@ def letter(n: int) -> bytes:
 
 def hostile_letter() -> bytes:
     """Return a message that tries to script the page, to tell on its reader, to break out, to be endless."""
-    head = f'From: "{NASTY}" <mallory@evil.test>\r\nTo: "<svg onload=alert(11)>" <x@y.test>{", z@y.test" * 400}\r\nSubject: {NASTY}\r\n'  # noqa: E501
+    head = f'From: "{NASTY}" <mallory@evil.test>\r\nTo: "<svg onload=alert(11)>" <x@y.test>{", z@y.test" * 400}\r\nSubject: {NASTY}\r\n'
     parts = [
         f"Content-Type: text/html; charset=utf-8\r\n\r\n{HOSTILE_HTML}",
         "Content-Type: text/plain; charset=utf-8\r\n\r\njavascript:alert(13) data:text/html,x https://ok.example/<script>",
@@ -7627,7 +7627,7 @@ def test_connections_are_kept_and_heads_have_no_body(start: Callable[..., Any]) 
 
 def test_continue_is_said_only_to_who_may_go_on(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory")
-    head = b"PUT /api/v1/messages HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"  # noqa: E501
+    head = b"PUT /api/v1/messages HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
     assert watch_events(relay, head % b"localhost", b"{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
     assert watch_events(relay, head % b"evil.test").startswith(b"HTTP/1.1 403")
 
@@ -7847,7 +7847,7 @@ await step('deleted', () => mailpit.deleteMessagesBySearch({ query: 'to:nobody' 
 await step('gone', () => mailpit.deleteMessages({ IDs: [out.found.ID] }));
 await step('error', () => mailpit.getMessageSummary('nope').catch(error => error.message));
 console.log(JSON.stringify(out));
-"""  # noqa: E501
+"""
 
 
 def test_mailpits_own_client_works_unchanged(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
@@ -8077,7 +8077,7 @@ def test_a_socket_from_systemd_is_used(program: Callable[..., Program]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
         code = (
             "import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True);"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, sys.argv[2]])"  # noqa: E501
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, sys.argv[2]])"
         )
         command = [sys.executable, "-c", code, str(given.fileno()), str(PROGRAM)]
         with relay.output.open("wb") as output:
@@ -8321,7 +8321,7 @@ const [cases, ca] = [JSON.parse(process.argv[1]), require('fs').readFileSync(pro
   try { await t.sendMail({from: 'a@b.test', to: 'c@d.test', subject: 'x', text: 'x'}); console.log(0); }
   catch (e) { console.log(e.responseCode || e.message); }
 } })();
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize("client", [login_by_curl, login_by_swaks, login_by_msmtp, login_by_smtplib])
@@ -8979,7 +8979,7 @@ def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: P
 
 
 def test_php_mail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    script = r'var_dump(mail("a@b.example", "Hello", "one\r\n.\ntwo", "From: me@x.example\r\nBcc: blind@d.example", "-fbounce@x.example"));'  # noqa: E501
+    script = r'var_dump(mail("a@b.example", "Hello", "one\r\n.\ntwo", "From: me@x.example\r\nBcc: blind@d.example", "-fbounce@x.example"));'
     assert "true" in run_command(need("php"), "-d", f"sendmail_path={env['SENDMAIL']} -t -i", "-r", script, env=env)
     to, sender, content = the_only(relay)
     assert (to, sender) == (["a@b.example", "blind@d.example"], "bounce@x.example")
@@ -8987,7 +8987,7 @@ def test_php_mail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
 
 
 def test_cron(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    job = "From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@box> backup\nContent-Type: text/plain; charset=UTF-8\n\ndone\n"  # noqa: E501
+    job = "From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@box> backup\nContent-Type: text/plain; charset=UTF-8\n\ndone\n"
     run_command("sh", "-c", f"printf '{job}' | {env['SENDMAIL']} -FCronDaemon -i -B8BITMIME -oem root", env=env)
     to, sender, content = the_only(relay)
     assert (to, sender) == (["root@box.example"], "me@box.example")
@@ -9004,7 +9004,7 @@ from django.core.mail import EmailMultiAlternatives
 mail = EmailMultiAlternatives("Gr\\u00fc\\u00dfe", "text", "Me <me@x.example>", ["a@b.example"], bcc=["blind@d.example"])
 mail.attach_alternative("<b>html</b>", "text/html")
 assert mail.send() == 1
-"""  # noqa: E501
+"""
     run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
     to, sender, content = the_only(relay)
     assert (to, sender) == (["a@b.example", "blind@d.example"], "me@x.example")
@@ -9441,7 +9441,7 @@ class Victim:
         self.under: list[str] = []
 
     def start(self) -> Victim:
-        code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport smtprelay\n{self.prelude}\nsys.exit(smtprelay.main(['serve']))"  # noqa: E501
+        code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport smtprelay\n{self.prelude}\nsys.exit(smtprelay.main(['serve']))"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.under, sys.executable, "-c", code], env=self.env, stdout=log, stderr=log, cwd="/"
@@ -10114,7 +10114,7 @@ OPEN_SPOOL = "import ctypes, encodings.idna; os.setgid(65534); os.setuid(65534)"
 
 
 def crowd(program: Victim, count: int) -> tuple[list[socket.socket], int]:
-    """Connect many clients that say nothing; return those that were greeted, and how many were refused or left waiting."""  # noqa: E501
+    """Connect many clients that say nothing; return those that were greeted, and how many were refused or left waiting."""
     held, refused = [], 0
     for _ in range(count):
         sock = socket.socket()
