@@ -3023,6 +3023,23 @@ def test_client_name() -> None:
     assert smtprelay.client_name(socket.AF_UNIX, "") == "local"
 
 
+def test_relay_passwords_are_sealed_with_the_key_of_the_spool(tmp_path: Path) -> None:
+    path, key = str(tmp_path / "users.json"), bytes(range(32))
+    smtprelay.change_users(path, {"app": {"password": "x", "relay_password": "hush"}}, smtprelay.Sealer(key))
+    assert "hush" not in Path(path).read_text() and "sealed:" in Path(path).read_text()
+    log = smtprelay.Log(logging.getLogger("sealed"))
+    found = {}
+    for text in (key.hex(), "", "00" * 32):
+        settings = smtprelay.Settings.read({"SMTP_USERS_FILE": path, "SMTP_SPOOL_KEY": text})
+        try:
+            account = smtprelay.Accounts(settings, log).get("app")
+            found[text] = account.relay_password if account else "nobody"
+        except smtprelay.AccountsError as e:
+            found[text] = str(e)
+    assert found[key.hex()] == "hush"
+    assert "SMTP_SPOOL_KEY is not set" in found[""] and "another key" in found["00" * 32]
+
+
 def test_bucket_fills_at_its_rate() -> None:
     clock = Ticker()
     buckets = smtprelay.Buckets(clock=clock)
