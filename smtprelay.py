@@ -283,6 +283,7 @@ MOVES: dict[Status, tuple[Status, ...]] = {
     Status.FAILED: (Status.RETRYING,),
 }
 HISTORY_KEPT = 100
+RECORD_ENCODER = json.JSONEncoder(default=vars, ensure_ascii=False)
 
 
 @dataclass
@@ -367,7 +368,7 @@ class Message:
 
     def to_json(self) -> bytes:
         """Return the record as the spool keeps it."""
-        return json.dumps(self.__dict__, default=vars, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        return RECORD_ENCODER.encode(self.__dict__).encode("utf-8", "surrogateescape")
 
     @classmethod
     def from_json(cls, data: bytes) -> Message:
@@ -1086,7 +1087,7 @@ METRICS = (
     Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
 )
 # Not shown: what the halves tell each other by the same means.
-SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started")
+SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started", "fault_changes")
 
 
 def metric_cells() -> dict[tuple[str, str], int]:
@@ -1124,8 +1125,15 @@ class Metrics:
         """Add a value to a histogram."""
         self.inc(name, 1, "count")
         self.inc(name, value, "sum")
-        for bound in BUCKETS[bisect.bisect_left(BUCKETS, value):]:
+        for bound in BUCKETS[bisect.bisect_left(BUCKETS, value):][:1]:
             self.inc(name, 1, str(bound))
+
+    def histogram(self, name: str) -> dict[str, int | float]:
+        """Return the count and the sum of a histogram, and for each bound how many values it holds."""
+        parts = {part: whole(self.get(name, part)) for part in ("count", "sum", *map(str, BUCKETS))}
+        for lower, upper in zip(BUCKETS, BUCKETS[1:]):
+            parts[str(upper)] += parts[str(lower)]
+        return parts
 
     def get(self, name: str, label: str = "") -> float:
         return sum(self.cells[CELLS[name, label]::len(CELLS)])
@@ -1158,7 +1166,7 @@ def expvar(metrics: Metrics) -> dict[str, Any]:
     shown: dict[str, Any] = {"cmdline": sys.argv, "memstats": memory_figures()}
     for m in METRICS:
         if m.kind == "histogram":
-            shown[m.name] = {part: whole(metrics.get(m.name, part)) for part in ("count", "sum", *map(str, BUCKETS))}
+            shown[m.name] = metrics.histogram(m.name)
         elif m.label:
             shown[m.name] = {v: whole(metrics.get(m.name, v)) for v in m.values}
         else:
@@ -1178,10 +1186,10 @@ def prometheus(metrics: Metrics) -> str:
     for m in METRICS:
         lines += [f"# HELP {m.name} {m.help}", f"# TYPE {m.name} {m.kind}"]
         if m.kind == "histogram":
-            lines += [f'{m.name}_bucket{{le="{b}"}} {whole(metrics.get(m.name, str(b)))}' for b in BUCKETS]
-            lines += [f'{m.name}_bucket{{le="+Inf"}} {whole(metrics.get(m.name, "count"))}',
-                      f'{m.name}_sum {metrics.get(m.name, "sum")}',
-                      f'{m.name}_count {whole(metrics.get(m.name, "count"))}']
+            parts = metrics.histogram(m.name)
+            lines += [f'{m.name}_bucket{{le="{b}"}} {parts[str(b)]}' for b in BUCKETS]
+            lines += [f'{m.name}_bucket{{le="+Inf"}} {parts["count"]}', f'{m.name}_sum {parts["sum"]}',
+                      f'{m.name}_count {parts["count"]}']
         else:
             mark = '{{{}="{}"}}'.format
             lines += [f"{m.name}{mark(m.label, v) if v else ''} {whole(metrics.get(m.name, v))}"
@@ -1240,7 +1248,7 @@ class Wire:
         self.buffer = bytearray(BLOCK_FIRST)
         self.start = self.end = 0
         self.out: list[bytes] = []
-        self.timeout = 0.0  # the one that the socket has; 0.0: not known
+        self.timeout = 0.0  # after which the socket gives up; 0.0: not known
         self.bulk = False  # content is read: large blocks pay
 
     def fill(self) -> None:
@@ -1267,15 +1275,15 @@ class Wire:
             self.set_timeout()
             try:
                 return self.sock.recv_into(memoryview(self.buffer)[self.end:])
-            except socket.timeout:
-                self.deadline.left()
+            except (socket.timeout, BlockingIOError):  # the deadline is asked once more
+                continue
 
     def set_timeout(self) -> None:
-        """Give the socket a timeout somewhat short of the deadline, unless it has one: each costs a system call."""
+        """Make the socket give up somewhat before the deadline, if not too early: a change costs system calls."""
         left = self.deadline.left()
-        if not self.timeout <= left <= 1.25 * self.timeout:
-            self.timeout = 0.9 * left
-            self.sock.settimeout(self.timeout)
+        if not min(left / 4, 10.0) <= self.timeout <= left:
+            self.timeout = max(0.9 * left, 0.001)
+            limit_calls(self.sock, self.timeout)
 
     def make_room(self) -> None:
         """Move what is unread to the front, of a larger buffer for content or a long line: this one was filled."""
@@ -1322,14 +1330,16 @@ class Wire:
 
     def flush(self) -> None:
         """Send what waits; PeerGone when it cannot be sent."""
-        data, self.out = b"".join(self.out), []
-        if not data:
-            return
-        self.set_timeout()
+        data, self.out = memoryview(b"".join(self.out)), []
         try:
-            self.sock.sendall(data)
-        except socket.timeout:
-            raise TimeoutError("deadline passed") from None
+            while data:
+                self.set_timeout()
+                try:
+                    data = data[self.sock.send(data):]
+                except (socket.timeout, BlockingIOError):
+                    continue
+        except TimeoutError:
+            raise
         except OSError as e:
             raise PeerGone(str(e)) from None
 
@@ -1340,6 +1350,23 @@ class Wire:
             self.buffer = bytearray(BLOCK_FIRST)
             self.buffer[:len(unread)] = unread
             self.start, self.end = 0, len(unread)
+
+
+def limit_calls(sock: socket.socket, seconds: float) -> None:
+    """Make each call on a socket give up after so many seconds.
+
+    The kernel does it where it can: Python's own way costs one more system call for each read
+    and write, and the interpreter's lock is given away around it.
+    """
+    if hasattr(socket, "SO_RCVTIMEO") and os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
+        with contextlib.suppress(OSError):  # Python and this kernel differ on the size of the time
+            limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            if sock.gettimeout() is not None:
+                sock.settimeout(None)
+            return
+    sock.settimeout(seconds)
 
 
 class Content:
@@ -1991,6 +2018,7 @@ DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"
 SIDECARS = (*((end, status) for status, end in DONE_NAMES.items()), (".json", None))  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
+READ_AT_ONCE = 64 * KIB
 
 
 class SpoolError(Exception):
@@ -2083,20 +2111,8 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
     return found
 
 
-def skip_block(file: BinaryIO) -> None:
-    """Leave a file behind its envelope headers, without reading what they say."""
-    head, at = file.read(4 * KIB), 0
-    while head.startswith(b"X-Envelope-", at) and head.find(b"\n", at) >= 0:
-        at = head.index(b"\n", at) + 1
-    if at + 11 < len(head):
-        file.seek(at)
-    else:  # they go on
-        file.seek(0)
-        read_block(file)
-
-
 def first_record(file: BinaryIO) -> Message:
-    """Rebuild the record of a message from its .eml alone; SpoolError when it is cut short."""
+    """Rebuild the record of a message from its .eml alone, leaving the file at the message; SpoolError when it is cut short."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     block = read_block(file)
@@ -2234,11 +2250,17 @@ class FileSpool:
             os.unlink(self.path(name))
 
     def open_file(self, name: str) -> BinaryIO:
+        """Open a file; a small one is read at once, which costs fewer system calls."""
         fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_size > READ_AT_ONCE:
+            return open(fd, "rb")
+        try:
+            if not stat.S_ISREG(found.st_mode):
+                raise SpoolError(f"{name} is no file")
+            return io.BytesIO(os.read(fd, READ_AT_ONCE))
+        finally:
             os.close(fd)
-            raise SpoolError(f"{name} is no file")
-        return open(fd, "rb")
 
     def open_text(self, name: str, as_name: str) -> BinaryIO:
         """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
@@ -2249,26 +2271,32 @@ class FileSpool:
             file.close()
             raise SpoolError(str(e)) from None
 
+    def open_message(self, stem: str) -> BinaryIO:
+        """Open an .eml; KeyError when it is gone."""
+        try:
+            return self.open_text(stem + ".eml", stem + ".eml")
+        except FileNotFoundError:
+            raise KeyError(stem) from None
+
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
-        try:
-            file = self.open_text(stem + ".eml", stem + ".eml")
-        except FileNotFoundError:
-            raise KeyError(stem) from None
-        skip_block(file)
+        file = self.open_message(stem)
+        read_block(file)
         return file
 
-    def load(self, stem: str, *, owed: bool = False) -> Message:
-        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged.
+    def load(self, stem: str) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+        with self.open_message(stem) as file:
+            return self.progress(stem, first_record(file), SIDECARS)
 
-        Of one that is owed, no finished record is looked for.
-        """
+    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
+        """Return the record and the content, as `load` and `content` do, of a message that is not finished."""
+        file = self.open_message(stem)
         try:
-            with self.open_text(stem + ".eml", stem + ".eml") as file:
-                message = first_record(file)
-        except FileNotFoundError:
-            raise KeyError(stem) from None
-        return self.progress(stem, message, SIDECARS[-1:] if owed else SIDECARS)
+            return self.progress(stem, first_record(file), SIDECARS[-1:]), file
+        except BaseException:
+            file.close()
+            raise
 
     def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
         """Return the latest readable sidecar, or the first record where there is none."""
@@ -2487,11 +2515,14 @@ class MemorySpool:
 
     def content(self, stem: str) -> BinaryIO:
         file = io.BytesIO(self.contents[stem])
-        skip_block(file)
+        read_block(file)
         return file
 
-    def load(self, stem: str, *, owed: bool = False) -> Message:
+    def load(self, stem: str) -> Message:
         return Message.from_json(self.records[stem])
+
+    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
+        return self.load(stem), self.content(stem)
 
     def save(self, message: Message) -> None:
         if message.stem in self.contents:
@@ -4481,11 +4512,11 @@ class NextHop:
         self.send(stage, b"".join(line + b"\r\n" for line in lines))
 
     def send(self, stage: str, data: bytes) -> None:
+        self.wire.deadline = self.patience()
+        self.wire.write(data)
         try:
-            self.wire.timeout = 0.0
-            self.wire.sock.settimeout(self.patience().left())
-            self.wire.sock.sendall(data)
-        except OSError as e:
+            self.wire.flush()
+        except (PeerGone, OSError) as e:
             raise Trouble(stage, 0, f"connection lost: {e}") from None
 
     def heard(self, line: bytes) -> None:
@@ -5260,8 +5291,8 @@ def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
 class Faults:
     """Answers by the rules, remembering how often each was reached. SettingsError lists wrong ones."""
 
-    def __init__(self, text: str, path: str = "") -> None:
-        self.lock, self.path, self.stamp = threading.Lock(), path, file_stamp(path)
+    def __init__(self, text: str, path: str = "", metrics: Metrics | None = None) -> None:
+        self.lock, self.path, self.metrics, self.seen = threading.Lock(), path, metrics or Metrics(), 0.0
         try:
             self.take(text)
         except ValueError as e:
@@ -5284,13 +5315,16 @@ class Faults:
         self.take(text)
         if self.path:
             replace_file(self.path, self.text.encode())
+            self.metrics.inc("fault_changes")
+            self.seen = self.metrics.get("fault_changes")
 
     def reread(self) -> None:
         """Take over rules that were changed in the other process."""
-        stamp = file_stamp(self.path) if self.path else None
-        if stamp and stamp != self.stamp:
-            self.stamp = stamp
-            self.take(read_whole(self.path).decode())
+        changes = self.metrics.get("fault_changes")
+        if changes != self.seen:
+            self.seen = changes
+            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
+                self.take(read_whole(self.path).decode())
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
@@ -5381,7 +5415,7 @@ class Link:
     def stems(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
         """Yield new stems as they come, until the writing end is closed; none, while it is quiet and
         the reader has something else to do."""
-        rest, quiet = b"", select.poll()
+        rest, quiet, came = b"", select.poll(), 0.0
         quiet.register(self.reader, select.POLLIN)
         while True:
             if has_else() and not quiet.poll(1000 * LINK_QUIET):
@@ -5392,6 +5426,9 @@ class Link:
                 break
             *lines, rest = (rest + block).split(b"\n")
             yield [line.decode() for line in lines]
+            last, came = came, time.monotonic()
+            if came - last < 2 * LINK_QUIET:  # they come fast: to be woken for each would cost both sides
+                time.sleep(LINK_QUIET)
         os.close(self.reader)
 
     def waiting(self) -> int:
@@ -5638,6 +5675,7 @@ class Session:
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
+        self.wire.sock.settimeout(None)
         client = client_name(socket.AF_INET6, (named or self.client,))
         self.crowded = not self.reception.rename(self, client)
         self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
@@ -6218,10 +6256,9 @@ def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
 
 
 def spoke_early(sock: socket.socket) -> bool:
-    """Tell whether the client has sent something before it was greeted."""
-    sock.setblocking(False)  # with a timeout set, MSG_DONTWAIT would wait
+    """Tell whether the client has sent something before it was greeted; the socket has no timeout yet."""
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
         return False
 
@@ -6254,6 +6291,8 @@ class Listener(socketserver.ThreadingTCPServer):
         super().__init__(("", 0), SessionHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         self.reception, self.tls = reception, tls
         self.lock = threading.Lock()
         self.waiting = 0  # threads that wait for a connection
@@ -6317,8 +6356,6 @@ class Listener(socketserver.ThreadingTCPServer):
                 time.sleep(0.1)
             raise
         self.reception.metrics.inc("smtp_connections_total")
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, client_name(sock.family, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -6349,7 +6386,10 @@ class Listener(socketserver.ThreadingTCPServer):
             session.last_words(INTERNAL._replace(code=421))
         finally:
             end_tls(session.wire.sock)
-            self.shutdown_request(session.wire.sock)
+            if session.quitting:  # both sides know: one system call is enough
+                session.wire.sock.close()
+            else:
+                self.shutdown_request(session.wire.sock)
             self.reception.leave(session)
 
 
@@ -9530,6 +9570,8 @@ class Delivering:
                         self.hear(stem)
                 except Exception as e:
                     self.log.bug("intake_bug", e, stem=stem)
+            self.show_depth()
+            self.make_room()
 
     def catch_up(self) -> None:
         """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
@@ -9548,19 +9590,16 @@ class Delivering:
         sequence = self.inbox.add(stem)
         if sequence > known:
             self.take_in(stem, owed, sequence)
-        self.show_depth()
 
     def take_in(self, stem: str, owed: bool, sequence: int = 0) -> None:
         """Take a message that has just been received, or that this half has made."""
         if owed:
             self.scheduler.put(stem, self.delivery.lane(), fresh=True)
-            self.show_depth()
         else:
             size = self.spool.size(stem) if self.settings.spool_max_size else 0
             self.shelve(self.held, stem, time.time(), size)
             self.sidecars.append(stem)
         self.tell("received", stem, sequence or self.inbox.add(stem))
-        self.make_room()
 
     def write_sidecar(self) -> None:
         """Write the first record of a held message, which can wait: it says nothing that the .eml does not."""
@@ -9737,8 +9776,12 @@ class Delivering:
 
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again, or None when no more is owed in this lane."""
-        unwritten = self.unwritten.get(task.stem)
-        message = unwritten or self.spool.load(task.stem, owed=True)
+        message, content = self.spool.fetch(task.stem)
+        with content:
+            unwritten = self.unwritten.get(task.stem)
+            return self.deliver_message(unwritten or message, content, task, unwritten is not None)
+
+    def deliver_message(self, message: Message, content: BinaryIO, task: Task, unwritten: bool) -> Again:
         if message.status in (*FINISHED, Status.HELD):
             return self.write_down(message) if unwritten else None
         self.hold_back(message)
@@ -9747,14 +9790,13 @@ class Delivering:
         owed = self.delivery.routes(message).get(task.lane)
         if not owed:
             return unwritten and self.write_down(message) or self.reroute(message, task)
-        if self.is_too_old(message) and self.scheduler.is_throttled(task.lane):
+        if self.scheduler.is_throttled(task.lane) and self.is_too_old(message):
             return self.expire(message, owed)
         if message.status is not Status.FORWARDING:
             message.move(Status.FORWARDING)
         self.tell("forwarding", task.stem)
         started = time.monotonic()
-        with self.spool.content(task.stem) as content:
-            attempt = self.delivery.attempt(message, task.lane, content, functools.partial(self.scheduler.reached, task.lane))
+        attempt = self.delivery.attempt(message, task.lane, content, functools.partial(self.scheduler.reached, task.lane))
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
@@ -9920,6 +9962,8 @@ class Delivering:
             self.metrics.inc("smtp_messages_queued_total")
             self.metrics.inc("owed_bytes", octets)
         self.take_in(stem, owed)
+        self.show_depth()
+        self.make_room()
 
     def draft_report(self, message: Message) -> tuple[str, int]:
         """Put a report into the spool; return its stem and size."""
@@ -10342,7 +10386,7 @@ class Parts:
         path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        return Faults(self.settings.faults, path)
+        return Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
 
     def close(self) -> None:
         close_all([*self.smtp, *self.smtps, *self.http])
