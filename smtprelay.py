@@ -49,6 +49,31 @@ Contents:
 
 from __future__ import annotations
 
+import marshal
+import os
+import sys
+
+if (__name__ == "__main__" and __spec__ is None and sys.argv[1:] in ([], ["serve"])
+        and sys.executable and hasattr(os, "memfd_create")):
+    # While a script runs, Python holds on to its syntax tree: 20 MB in each process. So the server goes on from
+    # its compiled form, in a program that never saw the text; here, so that the rest of the file is run once.
+    try:
+        with open(os.memfd_create("smtprelay", 0), "w+b") as compiled:
+            marshal.dump(sys._getframe().f_code, compiled)
+            compiled.seek(0)
+            os.execv(sys.executable, [sys.executable, "-c", """if True:
+                import marshal, sys
+                fd, sys.path[0] = int(sys.argv.pop(1)), sys.argv[1].rpartition("/")[0]
+                del sys.argv[0]
+                module = sys.modules["smtprelay"] = type(sys)("smtprelay")
+                module.__file__ = sys.argv[0]
+                with open(fd, "rb") as compiled:
+                    exec(marshal.load(compiled), vars(module))
+                sys.exit(module.main())
+                """, str(compiled.fileno()), os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+    except OSError:
+        pass  # then as it is
+
 import argparse
 import base64
 import binascii
@@ -57,7 +82,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import email.errors
 import email.header
 import email.message
@@ -69,7 +93,6 @@ import fcntl
 import fnmatch
 import functools
 import gc
-import getpass
 import hashlib
 import heapq
 import hmac
@@ -85,7 +108,6 @@ import logging.handlers
 import math
 import mimetypes
 import mmap
-import os
 import queue
 import random
 import re
@@ -100,7 +122,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import termios
 import textwrap
@@ -110,8 +131,6 @@ import traceback
 import types
 import unicodedata
 import urllib.parse
-import urllib.request
-import zoneinfo
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
@@ -917,9 +936,16 @@ def unknown_settings(env: Mapping[str, str]) -> list[str]:
     real = [*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])]
     warnings = []
     for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
-        near = difflib.get_close_matches(name, real, 1, 0.5)
-        warnings.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+        warnings.append(f"{name} is not a setting{nearest(name, real)}")
     return warnings
+
+
+def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """Return a question after the name that was probably meant."""
+    import difflib
+
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else otherwise
 
 
 # === 04 OBSERVING ============================================================
@@ -1533,7 +1559,7 @@ BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
 SIMPLE_LABEL = r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"
 SIMPLE_PATH = re.compile(
     rf"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@{SIMPLE_LABEL}(?:\.{SIMPLE_LABEL})*)>")
-ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]+"
+ATEXT = r'[^\x00-\x20"(),.:;<>@[\\\]\x7f]+'
 DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
 QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL_LIMIT = 252
@@ -7189,6 +7215,8 @@ def search_moment(value: str, zone: str = "") -> str:
         else:
             when = datetime.datetime.fromisoformat(value.replace("/", "-").upper().replace("Z", "+00:00"))
         if zone and not when.tzinfo:
+            import zoneinfo
+
             when = when.replace(tzinfo=zoneinfo.ZoneInfo(zone))
         return when.astimezone(datetime.timezone.utc).isoformat()[:19]
     except (ValueError, LookupError, OverflowError, OSError):
@@ -10058,6 +10086,8 @@ class Webhook:
 
     def send(self, event: dict[str, Any]) -> None:
         """Send one event; RFC 9110 calls 2xx success."""
+        import urllib.request
+
         trouble: Exception | None = None
         for pause in (0.0, *WEBHOOK_PAUSES):
             if self.stopping.wait(pause):
@@ -11064,6 +11094,8 @@ def qualified(address: str, hostname: str) -> str:
 
 
 def login_name() -> str:
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a user without a name, as containers have them
@@ -11731,6 +11763,8 @@ def account_fields(arguments: Arguments) -> dict[str, Any]:
 
 def ask_password() -> str:
     """Read a password twice from the terminal, or once from the first line of standard input."""
+    import getpass
+
     if not sys.stdin.isatty():
         password = sys.stdin.readline().rstrip("\r\n")
     else:
@@ -12024,29 +12058,11 @@ def run_command(words: list[str]) -> int:
         print(completion(words[0]))
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        complain(f"{name!r} is not a command" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        complain(f"{name!r} is not a command{nearest(name, COMMANDS, '; see --help')}")
         return EX_USAGE
     parsed = parse_arguments(name, words)
     return COMMANDS[name].run(read_environment(), parsed)
 
 
-COMPILED = "import sys; sys.path.insert(0, sys.argv[1]); import {0}; sys.argv[:3] = sys.argv[2:3]; sys.exit({0}.main())"
-
-
-def run_compiled() -> None:
-    """Start the server anew from this file as a module.
-
-    While a script runs, Python holds on to the syntax tree of its whole file, 20 MB in each
-    process; a module is free of it, and its bytecode is kept for the next start.
-    """
-    path = os.path.abspath(__file__)
-    name, end = os.path.splitext(os.path.basename(path))
-    if sys.argv[1:] in ([], ["serve"]) and end == ".py" and name.isidentifier() and os.access(path, os.R_OK):
-        command = [sys.executable, "-c", COMPILED.format(name), os.path.dirname(path), path, *sys.argv[1:]]
-        os.execv(sys.executable, command)
-
-
 if __name__ == "__main__":
-    run_compiled()
     sys.exit(main())
