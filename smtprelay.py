@@ -809,9 +809,9 @@ class Settings:
     seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     processes: int = setting(
-        "1", positive,
-        "receiving processes that share the listening sockets; SMTP_RATE_LIMIT, SMTP_AUTH_FAILURES, "
-        "SMTP_MAX_CONNECTIONS_PER_CLIENT and quota_per_minute hold for each of them")
+        "0", count, "receiving processes that share the listening sockets; one alone where there is much to count: "
+        "with accounts, SMTP_RATE_LIMIT, SMTP_MAX_CONNECTIONS_PER_CLIENT, and with SMTP_STORAGE=memory",
+        shown="2; 1 on one processor")
     health_addr: tuple[Address, ...] = setting(
         "127.0.0.1:8080", http_listen,
         "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
@@ -852,8 +852,14 @@ class Settings:
             password = password.replace(" ", "")
         return dataclasses.replace(
             self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
-            delivery=self.delivery or ("relay" if self.relay_host else "hold"),
+            delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=self._receivers(),
             relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
+
+    def _receivers(self) -> int:
+        """Return how many processes receive: what is counted by client or account is counted in one place."""
+        counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
+        usual = 2 if (os.cpu_count() or 1) > 1 else 1
+        return 1 if counts or self.storage == "memory" else self.processes or usual
 
     @functools.cached_property
     def smart_hosts(self) -> tuple[tuple[str, int], ...]:
@@ -890,8 +896,6 @@ CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
      "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
     (lambda s: bool(s.relay_username) and not s.relay_password,
      "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
-    (lambda s: s.processes > 1 and s.storage == "memory",
-     "SMTP_PROCESSES: expected 1 with SMTP_STORAGE=memory, which processes cannot share"),
     (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
     (lambda s: is_open(s) and s.allow_networks == networks("loopback") and not (s.auth_user or s.users_file),
      "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
@@ -1113,7 +1117,7 @@ METRICS = (
     Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
 )
 # Not shown: what the halves tell each other by the same means.
-SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started", "fault_changes")
+SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started", "fault_changes", "deaths")
 
 
 def metric_cells() -> dict[tuple[str, str], int]:
@@ -1167,12 +1171,6 @@ class Metrics:
     def own(self, name: str) -> float:
         """Return this process's part of a metric."""
         return self.cells[self.base + CELLS[name, ""]]
-
-    def others(self, name: str) -> float:
-        """Return all the other processes' part of a metric."""
-        parts = self.each(name)
-        del parts[self.base // len(CELLS)]
-        return sum(parts)
 
     def each(self, name: str) -> list[float]:
         """Return every process's part of a metric."""
@@ -2387,7 +2385,7 @@ class FileSpool:
 
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "tls", "usage", KEY_CHECK)
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK)
 
 
 def sync_directory(path: str) -> None:
@@ -5333,8 +5331,24 @@ class Faults:
         """Go by these rules from now on; ValueError names those that are wrong."""
         rules = parse_faults(text)
         with self.lock:
-            self.rules, self.fired = rules, [0] * len(rules)
-            self.counts: dict[tuple[int, str], int] = {}
+            self.rules = rules
+            self.counts: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[dict[str, int]]:
+        """Lend the counts. Several processes keep them in a file, which says for which change of the rules they are."""
+        with self.lock:
+            if not self.path:
+                yield self.counts
+                return
+            with open(os.open(self.path + ".counts", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                change, _, kept = file.read().partition(b"\n")
+                counts: dict[str, int] = json.loads(kept) if change == b"%d" % self.seen and kept.endswith(b"}") else {}
+                yield counts
+                file.seek(0)
+                file.truncate()
+                file.write(b"%d\n%s" % (self.seen, json.dumps(counts).encode()))
 
     def change(self, text: str) -> None:
         """Go by these rules, here and, by way of the file, in the other process."""
@@ -5354,27 +5368,27 @@ class Faults:
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
-        delay = 0.0
-        with self.lock:
-            for number, fault in enumerate(self.rules):
-                if fault.stage == stage and self.fires(number, fault, sender, recipients):
+        delay, rules = 0.0, self.rules
+        with self.counted() as counts:
+            for number, fault in enumerate(rules):
+                if fault.stage == stage and fires(counts, number, fault, sender, recipients):
                     delay += fault.answer.delay
                     if fault.answer.reply or fault.answer.drop:
                         return fault.answer._replace(delay=delay)
         return FaultAnswer(delay) if delay else None
 
-    def fires(self, number: int, fault: Fault, sender: str, recipients: Sequence[str]) -> bool:
-        """Count a matching rule as reached once more; tell whether it answers."""
-        by = fault.counts_by(sender, recipients)
-        if by is None:
-            return False
-        reached = self.counts[number, by] = self.counts.pop((number, by), 0) + 1
-        if len(self.counts) > FAULT_COUNTS_MOST:
-            del self.counts[next(iter(self.counts))]
-        fires = (fault.after < reached <= fault.after + fault.first
-                 and reached * fault.share // 100 > (reached - 1) * fault.share // 100)
-        self.fired[number] += fires
-        return fires
+
+def fires(counts: dict[str, int], number: int, fault: Fault, sender: str, recipients: Sequence[str]) -> bool:
+    """Count a matching rule as reached once more; tell whether it answers."""
+    by = fault.counts_by(sender, recipients)
+    if by is None:
+        return False
+    key = f"{number} {by}"
+    reached = counts[key] = counts.pop(key, 0) + 1
+    if len(counts) > FAULT_COUNTS_MOST:
+        del counts[next(iter(counts))]
+    return (fault.after < reached <= fault.after + fault.first
+            and reached * fault.share // 100 > (reached - 1) * fault.share // 100)
 
 
 # === 16 SESSION ==============================================================
@@ -5549,16 +5563,15 @@ class Reception:
         """Count a session in; False when there are too many."""
         key = client_key(session.client)
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
+        self.metrics.inc("smtp_sessions_active")  # first: two processes must not both take the last place
         with self.lock:
-            full = (len(self.sessions) >= self.most_sessions - self.metrics.others("smtp_sessions_active")
-                    or 0 < limit <= self.clients.get(key, 0))
+            full = self.metrics.get("smtp_sessions_active") > self.most_sessions or 0 < limit <= self.clients.get(key, 0)
             if not full:
                 self.sessions.add(session)
                 self.clients[key] += 1
         if full:
+            self.metrics.inc("smtp_sessions_active", -1)
             self.turned_away(session.client, TOO_MANY_SESSIONS)
-        else:
-            self.metrics.inc("smtp_sessions_active")
         return not full
 
     def leave(self, session: Session) -> None:
@@ -9542,7 +9555,7 @@ class Delivering:
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
-        self.rescans = self.beside = 0.0
+        self.rescans = self.beside = self.deaths = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
@@ -9649,10 +9662,14 @@ class Delivering:
     def take_stock(self) -> None:
         """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
         m = self.metrics
-        self.rescans, self.beside = m.get("rescan"), self.spooled_beside()
-        announced = m.get("smtp_queue_depth") - m.own("smtp_queue_depth")
-        m.set("heard", announced - self.link.waiting())
+        self.rescans, self.beside, self.deaths = m.get("rescan"), self.spooled_beside(), m.get("deaths")
+        self.count_heard()
         self.forget_octets()
+
+    def count_heard(self) -> None:
+        """Set how many messages have come through the Link: all that were announced, but for those still in it."""
+        m = self.metrics
+        m.set("heard", m.get("smtp_queue_depth") - m.own("smtp_queue_depth") - self.link.waiting())
 
     def forget_octets(self) -> None:
         """Set the octets owed to none, whoever counted them."""
@@ -10031,13 +10048,17 @@ class Delivering:
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find the messages that the Link had no room for, and those that sendmail has spooled itself."""
+        """Find what no Link has told of: it had no room, sendmail has spooled it itself, a receiving half has died."""
         missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
-        if missed or beside != self.beside:
+        deaths = self.metrics.get("deaths")
+        if missed or beside != self.beside or deaths != self.deaths:
             self.find()
             self.rescans, self.beside = self.rescans + missed, beside
             if self.settings.delivery != "hold":  # held ones were never counted as owed
                 self.metrics.inc("heard", missed)
+        if deaths != self.deaths:
+            self.deaths = deaths
+            self.count_heard()
         self.show_depth()
         if self.metrics.get("smtp_queue_depth") <= 0:
             self.forget_octets()
@@ -10414,8 +10435,9 @@ class Parts:
     def scripted_faults(self) -> Faults:
         """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
         path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        for old in (path, path + ".counts"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old)
         return Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
 
     def close(self) -> None:
@@ -10573,6 +10595,7 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
+                    self.parts.metrics.inc("deaths")
                     signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:

@@ -9594,13 +9594,13 @@ def kill_campaign(folder: Path, rounds: int, alone: bool, **settings: str) -> No
     rng, excused = random.Random(rounds), collections.Counter[str]()
     with BookHop(0.15) as hop, Victim(folder, SMTP_RELAY_HOST=hop.place, SMTP_FSYNC="0", **settings) as program:
         with Clients(program) as clients:
+            halves = len(program.children())
             for _ in range(rounds):
                 time.sleep(rng.random() * 0.25)
                 if alone:
-                    children = program.children()
-                    victim = rng.choice(children)
+                    victim = rng.choice(program.children())
                     os.kill(victim, signal.SIGKILL)
-                    wait_until(lambda: len(program.children()) == 2 and victim not in program.children())  # noqa: B023
+                    wait_until(lambda: len(program.children()) == halves and victim not in program.children())  # noqa: B023
                 else:
                     program.kill()
                     known = set(clients.acknowledged)
@@ -10668,6 +10668,7 @@ def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) ->
     d.metrics.inc("smtp_queue_depth")  # as the session does
     relay.parts.link.announce(stem)
     last = said(relay)[0]
+    d.catch_up()
     wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
     assert len(h.messages) == 2
     d.metrics.inc("smtp_queue_depth", -1)
@@ -11008,6 +11009,51 @@ def test_several_receiving_processes(program: Callable[..., Program]) -> None:
             assert client.mail().startswith("250")
 
 
-def test_processes_cannot_share_memory() -> None:
-    with pytest.raises(smtprelay.SettingsError, match="SMTP_PROCESSES"):
-        smtprelay.Settings.read({"SMTP_PROCESSES": "2", "SMTP_STORAGE": "memory"})
+def test_what_is_counted_by_client_is_counted_in_one_process() -> None:
+    read = smtprelay.Settings.read
+    usual = read({}).processes
+    assert usual == min(2, os.cpu_count() or 1) and read({"SMTP_PROCESSES": "3"}).processes == 3
+    for name, value in (
+        ("RATE_LIMIT", "9"),
+        ("MAX_CONNECTIONS_PER_CLIENT", "9"),
+        ("USERS_FILE", "u"),
+        ("STORAGE", "memory"),
+    ):
+        assert read({"SMTP_PROCESSES": "3", f"SMTP_{name}": value}).processes == 1
+    assert read({"SMTP_PROCESSES": "3", "SMTP_AUTH_USER": "u", "SMTP_AUTH_PASSWORD": "p"}).processes == 1
+
+
+DIES_BEFORE_IT_TELLS = """
+import os
+def die(self, stem):
+    try: os.close(os.open("dead", os.O_CREAT | os.O_EXCL))
+    except FileExistsError: return announce(self, stem)
+    os.kill(os.getpid(), 9)
+announce, smtprelay.Link.announce = smtprelay.Link.announce, die
+"""
+
+
+def test_a_message_that_a_dead_process_had_kept_is_sent(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
+    taker = hop()
+    relay = program(**{**QUICK, **taker.settings(), "SMTP_PROCESSES": "2"})
+    relay.stop()
+    relay.code = ONE_LINER.replace("; sys.exit", f"\n{DIES_BEFORE_IT_TELLS}\nsys.exit")
+    relay.start()
+    with hello(relay) as client, contextlib.suppress(OSError):
+        assert client.mail() == ""
+    wait_until(lambda: len(taker.messages) == 1)
+    wait_until(lambda: metric(relay, "smtp_queue_depth") == 0)
+    said(relay)
+    wait_until(lambda: len(taker.messages) == 2 and metric(relay, "smtp_queue_depth") == 0)
+
+
+def test_scripted_faults_are_counted_across_processes(program: Callable[..., Program]) -> None:
+    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_FAULTS": "mail 451 later after 5 first 5"})
+    wait_until(lambda: len(receivers(relay)) == 3)
+    replies = []
+    for _ in range(15):
+        with hello(relay) as client:
+            replies.append(client.ask("MAIL FROM:<a@b.test>")[:3])
+    assert replies == ["250"] * 5 + ["451"] * 5 + ["250"] * 5
