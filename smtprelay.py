@@ -12,8 +12,8 @@ hosts, or to nobody (held in the inbox until someone releases it).
 
 Mail moves left to right only. Receiving and delivering are two halves that meet
 in the spool on disk, in a pipe that carries the names of new messages, and in a
-page of shared counters; so they run as threads of one process or as two
-processes, and the rest of the file cannot tell.
+page of shared counters; so they run as threads of one process or as processes
+of their own, and the rest of the file cannot tell.
 
 Promises, in this order: nothing that got its 250 is lost; it is delivered at
 least once; nobody can use this as an open relay; a slow or hostile peer on
@@ -472,7 +472,8 @@ def parse_number(text: str, unit: str, units: Mapping[str, float]) -> float:
     return float(match[1]) * units[match[2].lower()]
 
 
-SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB, "g": GIB, "gb": GIB, "gib": GIB}
+SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB,
+              "g": GIB, "gb": GIB, "gib": GIB}
 TIME_UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -770,7 +771,8 @@ class Settings:
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
     delivery: str = setting(
         "", choice("", "hold", "relay", "mx"),
-        "hold, relay (to a smart host) or mx (straight to the recipients' hosts)", shown="relay with SMTP_RELAY_HOST, else hold")
+        "hold, relay (to a smart host) or mx (straight to the recipients' hosts)",
+        shown="relay with SMTP_RELAY_HOST, else hold")
     relay_host: tuple[str, ...] = setting(
         "", hop_list,
         "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
@@ -778,7 +780,8 @@ class Settings:
     relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting(
         "", choice("", "starttls", "tls", "opportunistic", "none"),
-        "starttls (required), tls (implicit), opportunistic, none", shown="starttls; opportunistic for a loopback host and for mx")
+        "starttls (required), tls (implicit), opportunistic, none",
+        shown="starttls; opportunistic for a loopback host and for mx")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
     relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
     relay_username: str = setting("", word, "login at the smart host")
@@ -842,7 +845,8 @@ class Settings:
 
     def _derived(self) -> Settings:
         presets = [preset_of(h) for h in self.relay_host]
-        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h for h, p in zip(self.relay_host, presets))
+        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h
+                      for h, p in zip(self.relay_host, presets))
         loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
         tls = self.relay_tls or next((p.tls for p in presets if p), "")
         easy = self.delivery == "mx" or (hosts and loopback)
@@ -903,7 +907,8 @@ CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
      "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, since it lets anybody in"),
     (lambda s: bool(s.auth_user) != bool(s.auth_password),
      "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD (or SMTP_AUTH_PASSWORD_FILE) beside it, and the other way round"),
-    (lambda s: bool(s.tls_cert) != bool(s.tls_key), "SMTP_TLS_CERT: expected SMTP_TLS_KEY beside it, and the other way round"),
+    (lambda s: bool(s.tls_cert) != bool(s.tls_key),
+     "SMTP_TLS_CERT: expected SMTP_TLS_KEY beside it, and the other way round"),
     (lambda s: bool(s.tls_required or s.smtps_port) and not (s.tls_cert or s.tls_self_signed),
      "SMTP_TLS_REQUIRED, SMTP_SMTPS_PORT: expected SMTP_TLS_CERT and SMTP_TLS_KEY, or SMTP_TLS_SELF_SIGNED=1"),
 ]
@@ -1090,8 +1095,8 @@ class Metric(NamedTuple):
     values: tuple[str, ...] = ()
 
 
-CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553", "554", "555",
-         "other")  # of SMTP_FAULTS
+CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553",
+         "554", "555", "other")  # of SMTP_FAULTS
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 METRICS = (
     Metric("smtp_messages_received_total", "counter", "Messages that got their 250."),
@@ -1493,7 +1498,8 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
 
 # -- the PROXY protocol: a balancer says whose connection this is --
 
-PROXY_V1 = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
+PROXY_V1 = re.compile(
+    rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
 
@@ -1815,7 +1821,8 @@ def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
             declare(library)
             if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
                 return library
-    raise SealError(f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
+    raise SealError(
+        f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
 
 
 def declare(library: ctypes.PyDLL) -> None:
@@ -2136,7 +2143,7 @@ def read_block(file: BinaryIO) -> dict[str, list[str]]:
 
 
 def first_record(file: BinaryIO) -> Message:
-    """Rebuild the record of a message from its .eml alone, leaving the file at the message; SpoolError when it is cut short."""
+    """Rebuild a record from the .eml alone, leaving the file at the message; SpoolError when it is cut short."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     block = read_block(file)
@@ -2154,7 +2161,8 @@ def first_record(file: BinaryIO) -> Message:
         return Message(
             one["id"], status, received, reverse_path, [read_recipient(r, status) for r in block["to"]], size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
-            ret=told.get("RET", ""), envid=told.get("ENVID", ""), history=[{"at": received, "status": status.value, "detail": ""}])
+            ret=told.get("RET", ""), envid=told.get("ENVID", ""),
+            history=[{"at": received, "status": status.value, "detail": ""}])
     except (KeyError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
@@ -2179,7 +2187,7 @@ class FileSpool:
         for path in (self.root, self.path("bad")):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o700)
-        self.lock_file = os.open(os.path.join(self.root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if not self.lock():
             holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
             self.close()
@@ -2912,7 +2920,8 @@ class Accounts:
         """Open the relay passwords that are sealed."""
         sealer = Sealer(self.settings.spool_key)
         try:
-            return {login: dataclasses.replace(a, relay_password=sealer.unseal_text(a.relay_password, f"{a.name}/relay_password"))
+            return {login: dataclasses.replace(
+                        a, relay_password=sealer.unseal_text(a.relay_password, f"{a.name}/relay_password"))
                     if a.relay_password.startswith(SEALED_TEXT) else a for login, a in logins.items()}
         except SealError as e:
             raise AccountsError(f"relay_password: {e}") from None
@@ -4460,7 +4469,7 @@ class NextHop:
         self.expect("hello", self.reply("hello"), 250)
 
     def offers(self, extension: str) -> bool:
-        return self.smtp.has_extn(extension)
+        return extension in self.smtp.esmtp_features
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
@@ -4575,9 +4584,12 @@ class NextHop:
         """Return why this next hop cannot take the message at all, by what it offers."""
         limit = self.smtp.esmtp_features.get("size", "")
         if limit.isdigit() and 0 < int(limit) < message.size:
-            return Outcome(NEVER, Scope.MESSAGE, 552, f"message has {message.size} octets, the next hop takes {limit}", self.target.host)
-        if not all(a.isascii() for a in (message.reverse_path, *(r.address for r in recipients))) and not self.offers("smtputf8"):
-            return Outcome(NEVER, Scope.MESSAGE, 553, "an address needs SMTPUTF8, which the next hop does not offer", self.target.host)
+            why = f"message has {message.size} octets, the next hop takes {limit}"
+            return Outcome(NEVER, Scope.MESSAGE, 552, why, self.target.host)
+        plain = all(a.isascii() for a in (message.reverse_path, *(r.address for r in recipients)))
+        if not plain and not self.offers("smtputf8"):
+            why = "an address needs SMTPUTF8, which the next hop does not offer"
+            return Outcome(NEVER, Scope.MESSAGE, 553, why, self.target.host)
         return None
 
     def commands(self, message: Message, recipients: Sequence[Recipient]) -> list[tuple[str, bytes]]:
@@ -5565,7 +5577,8 @@ class Reception:
         limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
         self.metrics.inc("smtp_sessions_active")  # first: two processes must not both take the last place
         with self.lock:
-            full = self.metrics.get("smtp_sessions_active") > self.most_sessions or 0 < limit <= self.clients.get(key, 0)
+            full = (self.metrics.get("smtp_sessions_active") > self.most_sessions
+                    or 0 < limit <= self.clients.get(key, 0))
             if not full:
                 self.sessions.add(session)
                 self.clients[key] += 1
@@ -6147,7 +6160,8 @@ class Session:
         if not match:
             return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
         refused = self.bdat_refusal()
-        content = self.content or (Content(discard, 0) if refused else self.begin_content(self.envelope or Envelope("")))
+        unwanted = Content(discard, 0) if refused else None
+        content = self.content or unwanted or self.begin_content(self.envelope or Envelope(""))
         self.read(read_chunk, content, int(match[1]))
         fault = refused or self.content_fault(content)
         if fault:
@@ -9055,7 +9069,8 @@ def show_message(request: Request) -> Answer:
 
 def delivery_json(record: Message) -> dict[str, Any]:
     """Return what became of a message, with what was said."""
-    shown = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at", "transcript")
+    shown = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at",
+             "transcript")
     return {**{name: getattr(record, name) for name in shown}, "recipients": [vars(r) for r in record.recipients]}
 
 
@@ -9400,8 +9415,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         answer = self.tried()
         if self.command not in ("GET", "HEAD"):
-            self.server.relay.audit.write("changed" if answer.status < 400 else "change_refused", status=answer.status,
-                                          client=self.client_address[0], method=self.command, path=self.path.partition("?")[0])
+            self.server.relay.audit.write(
+                "changed" if answer.status < 400 else "change_refused", status=answer.status,
+                client=self.client_address[0], method=self.command, path=self.path.partition("?")[0])
         self.send_answer(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
@@ -9653,7 +9669,8 @@ class Delivering:
         """Publish an event in the life of a message."""
         now = time.time()
         self.hours[int(now // 3600), kind] += 1
-        self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
+        if self.feed.listeners:
+            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
 
     def show_depth(self) -> None:
         """Publish how many messages are owed; those on their way through the Link are counted apart."""
@@ -9807,8 +9824,8 @@ class Delivering:
     def read_task(self, task: Task) -> Again:
         """Read a message known by name, and queue it where and when it is due."""
         message = self.spool.load(task.stem)
-        unsent = message.status is Status.RECEIVED and self.settings.delivery == "hold" and "RELEASED" not in message.flags
-        if unsent or message.status is Status.HELD:
+        new = message.status is Status.RECEIVED and "RELEASED" not in message.flags
+        if new and self.settings.delivery == "hold" or message.status is Status.HELD:
             return self.hold(message)
         if message.status in FINISHED:
             return None
@@ -9816,7 +9833,8 @@ class Delivering:
             self.metrics.inc("owed_bytes", message.size)
         wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
         for lane in self.delivery.routes(message):
-            self.scheduler.put(task.stem, lane, min(max(wait, 0.0), self.settings.retry_max_delay), fresh=task.lane == UNSORTED)
+            delay = min(max(wait, 0.0), self.settings.retry_max_delay)
+            self.scheduler.put(task.stem, lane, delay, fresh=task.lane == UNSORTED)
         return None
 
     def deliver(self, task: Task) -> Again:
@@ -9841,7 +9859,8 @@ class Delivering:
             message.move(Status.FORWARDING)
         self.tell("forwarding", task.stem)
         started = time.monotonic()
-        attempt = self.delivery.attempt(message, task.lane, content, functools.partial(self.scheduler.reached, task.lane))
+        reached = functools.partial(self.scheduler.reached, task.lane)
+        attempt = self.delivery.attempt(message, task.lane, content, reached)
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
@@ -9875,7 +9894,8 @@ class Delivering:
     def expire(self, message: Message, recipients: Iterable[Recipient]) -> Again:
         """Give up on recipients of a message that is too old; one not tried since it became so is tried first."""
         self.metrics.inc("smtp_messages_expired_total")
-        self.fail(message, recipients, f"not delivered within {self.settings.retry_max_age:g} seconds; {message.last_error}")
+        too_late = f"not delivered within {self.settings.retry_max_age:g} seconds"
+        self.fail(message, recipients, f"{too_late}; {message.last_error}")
         return self.wrap_up(message)
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
@@ -9969,11 +9989,12 @@ class Delivering:
         self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
                          recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
-        self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
+        self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply,
+                      attempts=message.attempts)
         return self.write_down(message)
 
     def write_down(self, message: Message) -> Again:
-        """Write a record; one that the disk does not take now is kept, and tried again, so that nothing is sent twice."""
+        """Write a record; one that the disk does not take is kept and tried again, so that nothing is sent twice."""
         try:
             self.spool.save(message)
         except OSError as e:
@@ -9988,7 +10009,8 @@ class Delivering:
         if not self.settings.bounce or not wants_report(message):
             return
         if not self.reports.take():
-            self.log.warn("report_not_sent", id=message.id, reason=f"{REPORTS_AN_HOUR} reports went out within the hour")
+            reason = f"{REPORTS_AN_HOUR} reports went out within the hour"
+            self.log.warn("report_not_sent", id=message.id, reason=reason)
             return
         try:
             stem, octets = self.draft_report(message)
@@ -10015,9 +10037,10 @@ class Delivering:
         with self.spool.content(message.stem) as file:
             original = file.read(REPORT_FULL_MAX + 1)
         data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc))
-        flags = [*(["SMTPUTF8"] if not message.reverse_path.isascii() else []), *(["8BITMIME"] if not data.isascii() else []),
-                 *(["HOLD"] if self.settings.delivery == "hold" else [])]
-        draft = self.spool.draft(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(flags), [message.reverse_path]))
+        flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii(),
+                 "HOLD": self.settings.delivery == "hold"}
+        draft = self.spool.draft(Envelope("", "local", self.settings.hostname, "ESMTP", "",
+                                          tuple(flag for flag, fits in flags.items() if fits), [message.reverse_path]))
         try:
             draft.write(data)
             return draft.commit(), len(data)
@@ -10209,7 +10232,8 @@ class Backstage:
     def keep(self, message: Message, to: list[str]) -> None:
         """Put a copy of a message into the spool, for other recipients."""
         flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
-        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user, flags, to)
+        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user,
+                            flags, to)
         with self.delivering.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
 
@@ -10344,7 +10368,8 @@ class Backstage:
         names = {"received": "received", "forwarded": "sent", "failed": "failed"}
         return {
             "hours": [{"at": iso_time(h * 3600), "received": hours[h, "received"], "forwarded": hours[h, "forwarded"],
-                       "deferred": hours[h, "retrying"], "failed": hours[h, "failed"]} for h in range(now - 23, now + 1)],
+                       "deferred": hours[h, "retrying"], "failed": hours[h, "failed"]}
+                      for h in range(now - 23, now + 1)],
             "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
             "accounts": [{"name": a.name, **{k: self.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
                          for a in self.accounts.listed()],
@@ -10416,7 +10441,7 @@ class Parts:
         self.own: list[int] = []
 
     def open(self, inherit: bool = True) -> None:
-        """Take the spool, then the places to listen, or inherit these. SpoolBusy or OSError says what is taken already."""
+        """Take the spool, then the places to listen, or inherit these; SpoolBusy or OSError says what is taken."""
         self.spool.open()
         try:
             self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
@@ -10726,7 +10751,8 @@ class Upstream(socketserver.ThreadingTCPServer):
         """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
-                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, in {self.attempts} attempts")
+                came = f"{len(self.received)} of {count} messages came within {timeout:g} s"
+                raise TimeoutError(f"{came}, in {self.attempts} attempts")
             return list(self.received)
 
     def stop(self) -> None:
@@ -10902,7 +10928,8 @@ def start(**settings: str) -> Relay:
     if upstream:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
     try:
-        relay = Relay(Settings.read({**defaults, **settings}), Log(logging.getLogger("smtprelay.library")), upstream).start()
+        log = Log(logging.getLogger("smtprelay.library"))
+        relay = Relay(Settings.read({**defaults, **settings}), log, upstream).start()
     except BaseException:
         if upstream:
             upstream.server_close()
@@ -11037,7 +11064,7 @@ def heed_flag(errand: Errand, letter: str, value: str) -> None:
         errand.notify = value.upper()
     elif letter == "R" and value.upper() in ("HDRS", "FULL"):
         errand.ret = value.upper()
-    elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots")):
+    elif letter == "i" or (letter + value).startswith("oi") or (letter + value.lower()).startswith("Oignoredots"):
         errand.dot_ends = False
     elif letter == "I":
         errand.mode = "nothing"
@@ -11097,7 +11124,8 @@ def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
     if errand.from_headers:
         resent = any(name in (b"resent-to", b"resent-cc", b"resent-bcc") for name in names)
         asked = [b"resent-" * resent + name for name in (b"to", b"cc", b"bcc")]
-        wanted += [field.partition(b":")[2].decode("utf-8", "surrogateescape") for field, name in zip(fields, names) if name in asked]
+        wanted += [field.partition(b":")[2].decode("utf-8", "surrogateescape")
+                   for field, name in zip(fields, names) if name in asked]
     found = [a for _, a in email.utils.getaddresses([" ".join(w.split()) for w in wanted]) if a]
     recipients = list(dict.fromkeys(qualified(a, hostname) for a in found))
     if not recipients:
@@ -11156,8 +11184,9 @@ def spool_socket(settings: Settings) -> socket.socket:
         os.seteuid(owner.st_uid)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
-    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False, auth_required=False,
-                                    tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
+    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False,
+                                    auth_required=False, tls_required=False, rate_limit=0, audit_log="",
+                                    debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
     guard = Guard(Accounts(open_door, log), None, Quotas("", log))
@@ -11300,9 +11329,11 @@ STAGE_ADVICE = {
     "connect": "a firewall or the provider may block this port; try another (587, 465, 2525) with SMTP_RELAY_PORT",
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
     "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
-    "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, or none if it has no TLS",
+    "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, "
+    "or none if it has no TLS",
     "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
-    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, SES an SMTP credential",
+    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, "
+    "SES an SMTP credential",
 }
 
 
@@ -11316,7 +11347,8 @@ def examine_spool(settings: Settings) -> Iterator[Finding]:
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     if not os.access(above, os.W_OK):
-        yield Finding("fail", "spool", f"{above} cannot be written to", "set SMTP_SPOOL, or give this user the right to write there")
+        yield Finding("fail", "spool", f"{above} cannot be written to",
+                      "set SMTP_SPOOL, or give this user the right to write there")
         return
     at = os.statvfs(above)
     free = at.f_bavail * at.f_frsize
@@ -11330,7 +11362,8 @@ def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as e:
-        yield Finding("fail", str(target), f"the name is not found: {e}", "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
+        yield Finding("fail", str(target), f"the name is not found: {e}",
+                      "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
         return
     addresses = list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
     yield Finding("ok", "name", f"{target.host} is {', '.join(addresses)}")
@@ -11343,8 +11376,11 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     for label, six in (("IPv4", False), ("IPv6", True)):
         tried = [a for a in addresses if (":" in a) == six]
         if tried and not any(open_at[a] for a in tried):
-            yield Finding("warn" if any(open_at.values()) else "fail", label, f"port {target.port} does not open over {label}",
-                          "each connection may lose time on it; mend the route" if any(open_at.values()) else STAGE_ADVICE["connect"])
+            trouble = f"port {target.port} does not open over {label}"
+            if any(open_at.values()):
+                yield Finding("warn", label, trouble, "each connection may lose time on it; mend the route")
+            else:
+                yield Finding("fail", label, trouble, STAGE_ADVICE["connect"])
         elif tried:
             yield Finding("ok", label, f"port {target.port} opens")
     yield examine_ports(addresses[0])
@@ -11364,7 +11400,8 @@ def port_opens(host: str, port: int) -> bool:
 def examine_ports(address: str) -> Finding:
     """Say which of the usual ports can be reached from here."""
     results: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)})) for port in PORTS_TRIED]
+    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)}))
+               for port in PORTS_TRIED]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -11406,7 +11443,8 @@ def trouble_finding(trouble: Trouble) -> Finding:
     """Return what a failed step means."""
     advice = STAGE_ADVICE[trouble.stage]
     if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
-        advice = "if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; else check the host's name and the clock"
+        advice = ("if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
+                  "else check the host's name and the clock")
     return Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
 
 
@@ -11423,11 +11461,13 @@ def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[
     if target.username:
         yield Finding("ok", "login", f"as {target.username}")
     elif hop.offers("auth"):
-        yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set", "set it, if the server refuses mail without")
+        yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
+                      "set it, if the server refuses mail without")
     limit = hop.smtp.esmtp_features.get("size", "")
     theirs = int(limit) if limit.isdigit() else 0
     if 0 < theirs < settings.max_size:
-        yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}", f"set SMTP_MAX_SIZE={theirs}")
+        yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}",
+                      f"set SMTP_MAX_SIZE={theirs}")
     else:
         yield Finding("ok", "size", f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}")
 
@@ -11436,11 +11476,13 @@ def examine_certificate(sock: ssl.SSLSocket, settings: Settings, now: float) -> 
     """Say whose the certificate is, and for how long it is good."""
     shown: dict[str, Any] = dict(sock.getpeercert() or {})
     if not shown:
-        return Finding("warn", "certificate", "not verified", "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+        return Finding("warn", "certificate", "not verified",
+                       "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
     issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
     days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - now) / DAY)
     found = f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left"
-    return Finding("warn" if days < 14 else "ok", "certificate", found, "tell its operator to renew it" if days < 14 else "")
+    advice = "tell its operator to renew it" if days < 14 else ""
+    return Finding("warn" if advice else "ok", "certificate", found, advice)
 
 
 def examine_clock(greeting: str, now: float) -> Finding:
@@ -11450,7 +11492,8 @@ def examine_clock(greeting: str, now: float) -> Finding:
         return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
     off = now - email.utils.parsedate_to_datetime(written[0]).timestamp()
     far = abs(off) > 300
-    return Finding("warn" if far else "ok", "clock", f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's",
+    found = f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's"
+    return Finding("warn" if far else "ok", "clock", found,
                    "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
 
 
@@ -11463,10 +11506,12 @@ def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
         for host in hosts[:DOMAIN_HOSTS]:
             addresses = resolver.addresses(host.name)
             yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
-            yield from examine_addresses(settings, Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0]), addresses)
+            target = Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0])
+            yield from examine_addresses(settings, target, addresses)
     except ResolveError as e:
+        advice = "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again"
         yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
-                      "check the domain's spelling" if e.permanent else "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again")
+                      "check the domain's spelling" if e.permanent else advice)
 
 
 def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
@@ -11476,11 +11521,14 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
         yield from examine_domain(settings, domain)
         return
     if settings.delivery == "mx":
-        yield Finding("warn", "delivery", "straight to the recipients' hosts", "name a domain to examine: doctor example.com")
+        yield Finding("warn", "delivery", "straight to the recipients' hosts",
+                      "name a domain to examine: doctor example.com")
     if settings.delivery == "hold":
-        yield Finding("warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host")
+        yield Finding("warn", "delivery", "mail is held here, nothing is sent",
+                      "set SMTP_RELAY_HOST to name a smart host")
     for host, port in settings.smart_hosts if settings.delivery == "relay" else ():
-        yield from examine_host(settings, Target(host, port, settings.relay_tls, settings.relay_username, settings.relay_password))
+        login = settings.relay_username, settings.relay_password
+        yield from examine_host(settings, Target(host, port, settings.relay_tls, *login))
 
 
 # === 25 COMMAND LINE =========================================================
@@ -11592,7 +11640,8 @@ def refusal_text(status: int, body: bytes) -> str:
         return str(json.loads(body)["Error"])
     except (ValueError, KeyError, TypeError):
         text = body[:300].decode("utf-8", "replace").strip()
-        return {401: "the relay wants SMTP_API_TOKEN", 403: "the relay refuses that"}.get(status, text or f"HTTP {status}")
+        usual = {401: "the relay wants SMTP_API_TOKEN", 403: "the relay refuses that"}
+        return usual.get(status, text or f"HTTP {status}")
 
 
 def read_environment() -> Settings:
@@ -11650,7 +11699,8 @@ def queue_line(row: Mapping[str, Any]) -> str:
     due = unix_time(row.get("next_attempt_at") or "") - time.time()
     when = f"due in {time_shown(due)}" if row["status"] == "retrying" and due > 0 else ""
     to = ", ".join(row["recipients"])
-    line = f"{row['id']}  {coloured(Status(row['status']).value, 10)}  {age:>4} {size_shown(row['size']):>5}  <{row['reverse_path']}> to {to}"
+    status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
+    line = f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}"
     why = ", ".join(filter(None, (row.get("last_error"), when)))
     return f"{line}\n    {why}" if why else line
 
@@ -11733,7 +11783,8 @@ def show(settings: Settings, arguments: Arguments) -> int:
 
 def wait(settings: Settings, arguments: Arguments) -> int:
     """Block until a message arrives; print it, or just its code or link."""
-    words = [f'{name}:"{value}"' for name, value in (("recipient", arguments.to), ("subject", arguments.subject)) if value]
+    given = {"recipient": arguments.to, "subject": arguments.subject}
+    words = [f'{name}:"{value}"' for name, value in given.items() if value]
     try:
         with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
             found = Remote(settings).ask_json("GET", "/api/v1/wait", arguments.timeout + 10,
@@ -11777,7 +11828,8 @@ def account_fields(arguments: Arguments) -> dict[str, Any]:
     """Ask for a password, and return what is to be written of an account."""
     fields: dict[str, Any] = {"password": hash_password(ask_password())}
     if arguments.action == "add":
-        fields.update(allowed_domains=arguments.domain, quota_daily=arguments.daily, quota_per_minute=arguments.per_minute)
+        fields.update(allowed_domains=arguments.domain, quota_daily=arguments.daily,
+                      quota_per_minute=arguments.per_minute)
     if arguments.api_key:
         fields["api_key"] = new_api_key()
         print(fields["api_key"])
@@ -11804,12 +11856,15 @@ SHOWN_OF_ACCOUNT = ("allowed_domains", "quota_daily", "quota_per_minute", "relay
 
 def print_users(users: Mapping[str, Any], as_json: bool) -> int:
     """Print the accounts without their secrets."""
-    shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}} for name, fields in users.items()]
+    shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}}
+             for name, fields in users.items()]
     if as_json:
         print_json(shown)
         return 0
     for account in shown:
-        print("  ".join([account.pop("name"), *(f"{k}={setting_text(tuple(v) if isinstance(v, list) else v)}" for k, v in account.items())]))
+        name = account.pop("name")
+        limits = (f"{k}={setting_text(tuple(v) if isinstance(v, list) else v)}" for k, v in account.items())
+        print("  ".join([name, *limits]))
     return 0
 
 
@@ -11901,14 +11956,17 @@ def first_lines(parts: Parts) -> list[str]:
     lines += [f"listening on smtps://{socket_text(sock)}" for sock in parts.smtps]
     lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
     lines.append(f"mail is {where}")
-    lines.append("spool in memory: mail is lost when this stops" if s.storage == "memory" else f"spool in {os.path.abspath(s.spool)}")
+    place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
+    lines.append(f"spool in {place}")
     beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
     if beyond and s.auth_required is False:
         lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
     if beyond and s.auth_required is not False and not parts.accounts.configured():
-        lines.append("warning: clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)")
+        lines.append("warning: clients beyond loopback must log in, but there are no accounts "
+                     "(SMTP_AUTH_REQUIRED=0 lets them send)")
     if not s.api_token and not all(is_loopback(a.host) for a in s.health_addr):
-        lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone")
+        lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: "
+                     "the page and /api serve this machine alone")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
     if s.delivery != "hold" and not s.relay_tls_verify:
@@ -11999,7 +12057,8 @@ COMMANDS: dict[str, Command] = {
     "user": Command(user, (
         option("action", choices=("add", "list", "remove", "passwd")),
         option("name", metavar="NAME", nargs="?"),
-        option("--domain", action="append", default=[], metavar="DOMAIN", help="may send as this domain (again for more)"),
+        option("--domain", action="append", default=[], metavar="DOMAIN",
+               help="may send as this domain (again for more)"),
         option("--daily", type=count, default=0, metavar="N", help="messages a day"),
         option("--per-minute", type=count, default=0, metavar="N", help="messages a minute"),
         option("--api-key", action="store_true", help="make an API key, and print it"), JSON)),
@@ -12044,7 +12103,8 @@ def completion(shell: str) -> str:
     template, case = (BASH, '        {})  words="{}";;') if shell == "bash" else (ZSH, "        {}) compadd -- {};;")
     cases = []
     for name, command in COMMANDS.items():
-        words = [w for names, how in command.options for w in (how.get("choices") or names) if w[0] == "-" or "choices" in how]
+        words = [w for names, how in command.options for w in (how.get("choices") or names)
+                 if w[0] == "-" or "choices" in how]
         cases += [case.format(name, " ".join(words))] if words else []
     return template.format(verbs=" ".join([*COMMANDS, "sendmail"]), cases="\n".join(cases))
 
