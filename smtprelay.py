@@ -9589,11 +9589,19 @@ class Delivering:
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
             jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log, self.stopping).run))
-        jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         jobs += [("http", server.serve_forever) for server in self.web]
-        self.threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs]
-        for thread in self.threads:
-            thread.start()
+        jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
+        self.threads = []
+        for name, job in jobs:
+            thread = threading.Thread(target=job, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as e:
+                if not any(t.name == "worker-0" for t in self.threads):
+                    raise
+                self.log.warn("fewer_workers", without=name, reason=e)
+                break
+            self.threads.append(thread)
 
     def stop(self, patience: float = STOP_PATIENCE) -> None:
         """Let workers finish what they have in hand."""
@@ -10564,6 +10572,7 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
+THREAD_STACK = 4 * MIB  # the usual 8 for each of a dozen threads are much; deep JSON takes 2
 
 
 def block_signals() -> None:
@@ -10662,6 +10671,7 @@ class Supervisor:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
         self.parts.spool.ids = IdMaker()  # no two halves may make the same id
+        threading.stack_size(THREAD_STACK)
         half.start()
         heed_signals(half)
         half.stop()

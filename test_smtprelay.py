@@ -11049,6 +11049,15 @@ def test_a_message_that_a_dead_process_had_kept_is_sent(
     wait_until(lambda: len(taker.messages) == 2 and metric(relay, "smtp_queue_depth") == 0)
 
 
+@pytest.mark.parametrize("deep", [b"[", b'{"a":'], ids=["array", "object"])
+def test_deep_json_ends_no_process(program: Callable[..., Program], deep: bytes) -> None:
+    relay = program()
+    request = urllib.request.Request(f"{relay.http_url}/api/v1/messages", deep * 100_000, method="PUT")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=10)
+    assert "half_died" not in relay.log()
+
+
 def test_scripted_faults_are_counted_across_processes(program: Callable[..., Program]) -> None:
     relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_FAULTS": "mail 451 later after 5 first 5"})
     wait_until(lambda: len(receivers(relay)) == 3)
