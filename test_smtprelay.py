@@ -10370,7 +10370,7 @@ class ProtocolModel:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.helo = self.mail = self.login = self.chunks = False
+        self.helo = self.mail = self.login = self.chunks = self.tls = False
         self.recipients = self.errors = 0
 
     def step(self) -> tuple[bytes, list[int]]:
@@ -10383,6 +10383,14 @@ class ProtocolModel:
     def reset(self) -> None:
         self.mail = self.chunks = False
         self.recipients = 0
+
+    def start_tls(self) -> int:
+        """Return the code of the reply to STARTTLS; after 220 all that was said before counts for nothing."""
+        if self.tls or not self.helo:
+            return 503
+        self.tls, self.helo, self.login = True, False, False
+        self.reset()
+        return 220
 
     def greet(self) -> tuple[bytes, list[int]]:
         if self.rng.random() < 0.2:
@@ -10522,15 +10530,27 @@ class ReplyCodes:
                 return int(line[:3] or b"0")
 
 
+UNVERIFIED = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+UNVERIFIED.check_hostname, UNVERIFIED.verify_mode = False, ssl.CERT_NONE
+
+
 def fuzz_session(host: str, port: int, seed: int, commands: int) -> int:
     """Hold one session with the model; return how many commands were sent."""
     rng = random.Random(seed)
     model, sent = ProtocolModel(rng), 0
-    with socket.create_connection((host, port), 20) as sock:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.create_connection((host, port), 20))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reader = ReplyCodes(sock)
         assert reader.code() == 220
         while sent < commands:
+            if rng.random() < 0.02:
+                sock.sendall(b"STARTTLS\r\n")
+                code = reader.code()
+                assert code == model.start_tls(), f"seed {seed}: STARTTLS answered {code}"
+                if code == 220:
+                    sock = stack.enter_context(UNVERIFIED.wrap_socket(sock))
+                    reader = ReplyCodes(sock)
             batch = [model.step() for _ in range(rng.choice([1, 1, 2, 5, 20]))]
             data = b"".join(part for part, _ in batch)
             pieces = rng.choice([1, 1, 1, 2, 7])
@@ -10547,7 +10567,7 @@ def fuzz_session(host: str, port: int, seed: int, commands: int) -> int:
     return sent
 
 
-def test_break_by_hostile_sessions(log: Caught) -> None:
+def test_break_by_hostile_sessions(log: Caught, pair: str) -> None:
     total, sent, seed = (1_000_000 if MANY_ROUNDS else 6_000), 0, 0
     limits = {
         "SMTP_MAX_ERRORS": "1000000",
@@ -10558,6 +10578,8 @@ def test_break_by_hostile_sessions(log: Caught) -> None:
         "SMTP_SPOOL_MAX_MESSAGES": "50",
         "SMTP_LOG_LEVEL": "error",
         "SMTP_MAX_RECIPIENTS": "1000000",
+        "SMTP_TLS_CERT": pair,
+        "SMTP_TLS_KEY": pair,
     }
     with smtprelay.start(**limits) as relay:
         log.setLevel(logging.ERROR)
