@@ -6328,7 +6328,6 @@ def discard(block: bytes) -> None:
 # 15 us, and no start of a thread, 80 us, but while the load grows. Receiving is
 # the whole receiving half of the program. The lock of a listener is a leaf.
 
-SESSION_STACK = 256 * KIB
 SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -6351,12 +6350,8 @@ class Listener(socketserver.ThreadingTCPServer):
         self.waiting = 0  # threads that wait for a connection
 
     def start_thread(self) -> None:
-        """Start a thread with a small stack; RuntimeError when none can be had."""
-        usual = threading.stack_size(SESSION_STACK)
-        try:
-            threading.Thread(target=self.work, name="session", daemon=True).start()
-        finally:
-            threading.stack_size(usual)
+        """Start a thread; RuntimeError when none can be had."""
+        threading.Thread(target=self.work, name="session", daemon=True).start()
 
     def work(self) -> None:
         """Accept and hold one session after the other, until enough other threads wait."""
@@ -10572,7 +10567,7 @@ SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
-THREAD_STACK = 4 * MIB  # the usual 8 for each of a dozen threads are much; deep JSON takes 2
+STACKS = {"receive": 256 * KIB, "deliver": 4 * MIB}  # not the usual 8 MiB; deep JSON takes 2
 
 
 def block_signals() -> None:
@@ -10671,7 +10666,7 @@ class Supervisor:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
         self.parts.spool.ids = IdMaker()  # no two halves may make the same id
-        threading.stack_size(THREAD_STACK)
+        threading.stack_size(STACKS[role.split()[0]])
         half.start()
         heed_signals(half)
         half.stop()
