@@ -11045,6 +11045,15 @@ def test_what_is_counted_by_client_is_counted_in_one_process() -> None:
     assert read({"SMTP_PROCESSES": "3", "SMTP_AUTH_USER": "u", "SMTP_AUTH_PASSWORD": "p"}).processes == 1
 
 
+def test_the_library_leaves_the_size_of_stacks_alone(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_size = mock.Mock(return_value=0)  # a thread that somebody else starts meanwhile would have it
+    monkeypatch.setattr(threading, "stack_size", set_size)
+    relay = start()
+    with hello(relay), hello(relay), hello(relay) as client:
+        assert client.mail().startswith("250")
+    set_size.assert_not_called()
+
+
 DIES_BEFORE_IT_TELLS = """
 import os
 def die(self, stem):
