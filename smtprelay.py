@@ -945,16 +945,16 @@ def unknown_settings(env: Mapping[str, str]) -> list[str]:
     real = [*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])]
     warnings = []
     for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
-        warnings.append(f"{name} is not a setting{nearest(name, real)}")
+        warnings.append(f"{name} is not a setting{nearest(name, real, 0.5)}")
     return warnings
 
 
-def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """Return a question after the name that was probably meant."""
+def nearest(name: str, names: Iterable[str], likeness: float) -> str:
+    """Return a question after the name that was probably meant, "" where none is like it."""
     import difflib
 
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else otherwise
+    near = difflib.get_close_matches(name, names, 1, likeness)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # === 04 OBSERVING ============================================================
@@ -1288,30 +1288,27 @@ class Wire:
             self.make_room()
         elif self.start == self.end:
             self.start = self.end = 0
-        try:
-            n = self.receive()
-        except TimeoutError:
-            raise
-        except OSError as e:
-            raise PeerGone(str(e)) from None
+        n = self.do(self.sock.recv_into, memoryview(self.buffer)[self.end:])
         if n == 0:
             raise PeerGone("closed by the peer")
         self.end += n
 
-    def receive(self) -> int:
-        """Wait for octets until the deadline; TimeoutError when it passes."""
+    def do(self, call: Callable[[memoryview], int], octets: memoryview) -> int:
+        """Read or send once; TimeoutError when the deadline passes, PeerGone when the connection is broken."""
         while True:
-            self.set_timeout()
+            left = self.deadline.left()
             try:
-                return self.sock.recv_into(memoryview(self.buffer)[self.end:])
+                self.set_timeout(left)
+                return call(octets)
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
+            except OSError as e:
+                raise PeerGone(str(e)) from None
 
-    def set_timeout(self) -> None:
+    def set_timeout(self, left: float) -> None:
         """Make the socket give up somewhat before the deadline, if not too early: a change costs system calls."""
-        left = self.deadline.left()
         if not min(left / 4, 10.0) <= self.timeout <= left:
-            self.timeout = max(0.9 * left, 0.001)
+            self.timeout = 0.9 * left
             limit_calls(self.sock, self.timeout)
 
     def make_room(self) -> None:
@@ -1360,17 +1357,8 @@ class Wire:
     def flush(self) -> None:
         """Send what waits; PeerGone when it cannot be sent."""
         data, self.out = memoryview(b"".join(self.out)), []
-        try:
-            while data:
-                self.set_timeout()
-                try:
-                    data = data[self.sock.send(data):]
-                except (socket.timeout, BlockingIOError):
-                    continue
-        except TimeoutError:
-            raise
-        except OSError as e:
-            raise PeerGone(str(e)) from None
+        while data:
+            data = data[self.do(self.sock.send, data):]
 
     def shrink(self) -> None:
         """Give back the memory of a large message."""
@@ -1387,6 +1375,7 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
     The kernel does it where it can: Python's own way costs one more system call for each read
     and write, and the interpreter's lock is given away around it.
     """
+    seconds = max(seconds, 0.001)  # none at all would be no limit
     if hasattr(socket, "SO_RCVTIMEO") and os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError):  # Python and this kernel differ on the size of the time
             limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
@@ -1537,10 +1526,10 @@ def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
     """Read so many octets; PeerGone when they do not come."""
     data = b""
     while len(data) < octets:
-        sock.settimeout(deadline.left())
+        limit_calls(sock, deadline.left())
         try:
             block = sock.recv(octets - len(data))
-        except (TimeoutError, socket.timeout):
+        except (TimeoutError, socket.timeout, BlockingIOError):
             raise TimeoutError("deadline passed") from None
         except OSError as e:
             raise PeerGone(str(e)) from None
@@ -5380,9 +5369,9 @@ class Faults:
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
         """Return the answer at a stage, None for the true one; data and end give all recipients."""
-        delay, rules = 0.0, self.rules
+        delay = 0.0
         with self.counted() as counts:
-            for number, fault in enumerate(rules):
+            for number, fault in enumerate(self.rules):
                 if fault.stage == stage and fires(counts, number, fault, sender, recipients):
                     delay += fault.answer.delay
                     if fault.answer.reply or fault.answer.drop:
@@ -5727,7 +5716,6 @@ class Session:
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        self.wire.sock.settimeout(None)
         client = client_name(socket.AF_INET6, (named or self.client,))
         self.crowded = not self.reception.rename(self, client)
         self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
@@ -6309,7 +6297,7 @@ def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
 
 
 def spoke_early(sock: socket.socket) -> bool:
-    """Tell whether the client has sent something before it was greeted; the socket has no timeout yet."""
+    """Tell whether the client has sent something before it was greeted; its socket blocks (`limit_calls`)."""
     try:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
@@ -9620,18 +9608,25 @@ class Delivering:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
         self.find_all()
         for stems in self.link.stems(lambda: bool(self.sidecars)):
-            if not stems:
-                self.write_sidecar()
-            for stem in stems:
-                try:
-                    if stem.startswith("="):
-                        self.marks.pop(stem, threading.Event()).set()
-                    else:
-                        self.hear(stem)
-                except Exception as e:
-                    self.log.bug("intake_bug", e, stem=stem)
-            self.show_depth()
-            self.make_room()
+            try:
+                if stems:
+                    self.hear_all(stems)
+                else:
+                    self.write_sidecar()
+            except Exception as e:
+                self.log.bug("intake_bug", e)
+
+    def hear_all(self, stems: Sequence[str]) -> None:
+        """Take in what came through the Link at once; then tell those who wait for a mark that all before it is in."""
+        for stem in (s for s in stems if not s.startswith("=")):
+            try:
+                self.hear(stem)
+            except Exception as e:
+                self.log.bug("intake_bug", e, stem=stem)
+        self.show_depth()
+        self.make_room()
+        for mark in (s for s in stems if s.startswith("=")):
+            self.marks.pop(mark, threading.Event()).set()
 
     def catch_up(self) -> None:
         """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
@@ -12146,7 +12141,7 @@ def run_command(words: list[str]) -> int:
         print(completion(words[0]))
         return 0
     if name not in COMMANDS:
-        complain(f"{name!r} is not a command{nearest(name, COMMANDS, '; see --help')}")
+        complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
         return EX_USAGE
     parsed = parse_arguments(name, words)
     return COMMANDS[name].run(read_environment(), parsed)
