@@ -293,6 +293,7 @@ class Status(str, enum.Enum):
 
 
 FINISHED = (Status.FORWARDED, Status.FAILED)
+SETTLED = (*FINISHED, Status.HELD)
 MOVES: dict[Status, tuple[Status, ...]] = {
     Status.RECEIVED: (Status.HELD, Status.FORWARDING, Status.RETRYING, Status.FAILED),
     Status.HELD: (Status.FORWARDING, Status.RETRYING),
@@ -383,7 +384,7 @@ class Message:
 
     def pending(self) -> list[Recipient]:
         """Return the recipients that are still owed this message; those held back are not, for now."""
-        return [r for r in self.recipients if r.status not in (*FINISHED, Status.HELD)]
+        return [r for r in self.recipients if r.status not in SETTLED]
 
     def to_json(self) -> bytes:
         """Return the record as the spool keeps it."""
@@ -1277,7 +1278,7 @@ class Wire:
         self.buffer = bytearray(BLOCK_FIRST)
         self.start = self.end = 0
         self.out: list[bytes] = []
-        self.timeout = 0.0  # after which the socket gives up; 0.0: not known
+        self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
     def fill(self) -> None:
@@ -1296,20 +1297,20 @@ class Wire:
     def do(self, call: Callable[[memoryview], int], octets: memoryview) -> int:
         """Read or send once; TimeoutError when the deadline passes, PeerGone when the connection is broken."""
         while True:
-            left = self.deadline.left()
+            left = self.deadline.at - time.monotonic()
+            if not min(left / 4, 10.0) <= self.timeout <= left:
+                self.set_timeout()
             try:
-                self.set_timeout(left)
                 return call(octets)
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
             except OSError as e:
                 raise PeerGone(str(e)) from None
 
-    def set_timeout(self, left: float) -> None:
-        """Make the socket give up somewhat before the deadline, if not too early: a change costs system calls."""
-        if not min(left / 4, 10.0) <= self.timeout <= left:
-            self.timeout = 0.9 * left
-            limit_calls(self.sock, self.timeout)
+    def set_timeout(self) -> None:
+        """Make the socket give up somewhat before the deadline; not at each call, for it costs system calls."""
+        self.timeout = 0.9 * self.deadline.left()
+        limit_calls(self.sock, self.timeout)
 
     def make_room(self) -> None:
         """Move what is unread to the front, of a larger buffer for content or a long line: this one was filled."""
@@ -2119,15 +2120,17 @@ def size_text(size: int) -> bytes:
 
 def read_block(file: BinaryIO) -> dict[str, list[str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
-    found: dict[str, list[str]] = {}
-    at = 0
-    for line in iter(lambda: file.readline(8192), b""):
+    lines = []
+    for line in iter(functools.partial(file.readline, 8192), b""):
         if not line.startswith(b"X-Envelope-"):
             break
-        at += len(line)
-        name, _, value = line[11:].decode("utf-8", "surrogateescape").partition(":")
-        found.setdefault(name.lower(), []).append(value.strip(" \r\n"))
-    file.seek(at)
+        lines.append(line)
+    block = b"".join(lines)
+    file.seek(len(block))
+    found: dict[str, list[str]] = {}
+    for text in block.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+        name, _, value = text[11:].partition(":")
+        found.setdefault(name.lower(), []).append(value.strip(" \r"))
     return found
 
 
@@ -4425,7 +4428,7 @@ class NextHop:
 
     def attach(self, sock: socket.socket) -> None:
         self.wire = Wire(sock, self.patience())
-        self.reader = ReplyReader(self.wire, self.heard)
+        self.reader = ReplyReader(self.wire, functools.partial(self.note, "S: "))
         self.smtp.sock = sock
         self.smtp.file = self.reader
 
@@ -4541,12 +4544,9 @@ class NextHop:
         except (PeerGone, OSError) as e:
             raise Trouble(stage, 0, f"connection lost: {e}") from None
 
-    def heard(self, line: bytes) -> None:
-        self.note("S: ", line.rstrip(b"\r\n"))
-
     def note(self, who: str, line: bytes) -> None:
         """Keep a line for the transcript; the middle of a long one is lost."""
-        text = who + line[:500].decode("utf-8", "replace")
+        text = who + line[:500].decode("utf-8", "replace").rstrip("\r\n")
         self.transcript.append(text)
         if len(self.transcript) > TRANSCRIPT_LINES:
             del self.transcript[TRANSCRIPT_LINES // 2]
@@ -5420,14 +5420,16 @@ CROWD = 3  # threads at work from which on they keep to one processor
 
 
 def keep_together(crowded: bool, pick: int) -> None:
-    """Bind the calling thread to one processor when there is a crowd.
+    """Bind the calling thread to one processor when there is a crowd, and let it finish what it does there.
 
-    Threads that pass the interpreter's lock between processors do half the work. Each process
-    of the program picks another processor (-1 is the last); where binding is not to be had, only speed is lost.
+    Threads that pass the interpreter's lock between processors do half the work; and one that is woken
+    in another's place only finds that the other has the lock. Each process of the program picks another
+    processor (-1 is the last); where this is not to be had, only speed is lost.
     """
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS)
+            os.sched_setscheduler(0, os.SCHED_BATCH if crowded else os.SCHED_OTHER, os.sched_param(0))
 
 
 class Link:
@@ -6020,7 +6022,7 @@ class Session:
             return SEQUENCE._replace(text="A transaction is open already")
         if self.must_log_in():
             return LOGIN_FIRST
-        address, parameters = self.read_path(argument, b"FROM:", BAD_SENDER)
+        address, parameters = read_path(argument, b"FROM:", BAD_SENDER)
         if address.lower() == "postmaster":
             return BAD_SENDER
         flags = [MAIL_PARAMETERS[name](self, value) for name, value in known(parameters, MAIL_PARAMETERS)]
@@ -6049,22 +6051,6 @@ class Session:
             return "SMTP"
         tail = ("S" if isinstance(self.wire.sock, ssl.SSLSocket) else "") + ("A" if self.account else "")
         return ("UTF8SMTP" if utf8 else "ESMTP") + tail
-
-    @staticmethod
-    def read_path(argument: bytes, prefix: bytes, bad: Reply) -> tuple[str, dict[str, str]]:
-        """Parse FROM:<path> or TO:<path> with parameters."""
-        if argument[:len(prefix)].upper() != prefix:
-            raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
-        try:
-            address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"))
-        except UnicodeDecodeError:
-            raise Refused(bad._replace(text=f"{bad.text}: not UTF-8")) from None
-        except ValueError as e:
-            raise Refused(bad._replace(text=f"{bad.text}: {e}")) from None
-        try:
-            return address, parse_parameters(rest)
-        except ValueError as e:
-            raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
 
     def size_parameter(self, value: str) -> str:
         if not value.isdigit() or not value.isascii() or len(value) > 20:
@@ -6113,7 +6099,7 @@ class Session:
         """RCPT TO (RFC 5321 4.1.1.3)."""
         envelope = self.envelope
         assert envelope is not None
-        address, parameters = self.read_path(argument, b"TO:", BAD_RECIPIENT)
+        address, parameters = read_path(argument, b"TO:", BAD_RECIPIENT)
         told = {name: RCPT_PARAMETERS[name](self, value) for name, value in known(parameters, RCPT_PARAMETERS)}
         if not address:
             return BAD_RECIPIENT
@@ -6217,6 +6203,23 @@ class Session:
         if scripted is LOST and not fault:
             raise PeerGone("dropped by SMTP_FAULTS")
         return fault or Reply(250, "2.0.0", f"Ok: queued as {draft.id if draft else ''}")
+
+
+@functools.lru_cache(maxsize=256)
+def read_path(argument: bytes, prefix: bytes, bad: Reply) -> tuple[str, Mapping[str, str]]:
+    """Parse FROM:<path> or TO:<path> with parameters; many messages have the same."""
+    if argument[:len(prefix)].upper() != prefix:
+        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
+    try:
+        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Refused(bad._replace(text=f"{bad.text}: not UTF-8")) from None
+    except ValueError as e:
+        raise Refused(bad._replace(text=f"{bad.text}: {e}")) from None
+    try:
+        return address, parse_parameters(rest)
+    except ValueError as e:
+        raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
 
 
 class Verb(NamedTuple):
@@ -9843,7 +9846,7 @@ class Delivering:
             return self.deliver_message(unwritten or message, content, task, unwritten is not None)
 
     def deliver_message(self, message: Message, content: BinaryIO, task: Task, unwritten: bool) -> Again:
-        if message.status in (*FINISHED, Status.HELD):
+        if message.status in SETTLED:
             return self.write_down(message) if unwritten else None
         self.hold_back(message)
         if not message.pending():

@@ -6019,6 +6019,30 @@ def test_quotas_over_a_restart(program: Callable[..., Program], tmp_path: Path, 
 # === LISTENER ================================================================
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="no processors to choose here")
+def test_a_crowd_of_sessions_keeps_to_one_processor(start: Any) -> None:
+    before = set(threading.enumerate())
+    relay = start(SMTP_STORAGE="memory")
+
+    def policies() -> set[tuple[int, int]]:
+        ids = [t.native_id for t in set(threading.enumerate()) - before if t.name == "session"]
+        return {(os.sched_getscheduler(id), len(os.sched_getaffinity(id))) for id in ids if id}
+
+    usual = (os.SCHED_OTHER, len(os.sched_getaffinity(0)))
+    with contextlib.ExitStack() as crowd:
+        for _ in range(smtprelay.CROWD + 1):
+            crowd.enter_context(hello(relay))
+        wait_until(lambda: (os.SCHED_BATCH, 1) in policies())
+
+    def alone() -> bool:
+        wait_until(lambda: not metric(relay, "smtp_sessions_active"))
+        with hello(relay):
+            return policies() == {usual}
+
+    wait_until(alone)  # each thread that waits takes its turn
+
+
+
 def test_one_session_too_many_gets_421(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory", SMTP_MAX_CONNECTIONS="2")
     with dial(relay) as first, dial(relay):
