@@ -9557,7 +9557,7 @@ class Delivering:
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
-        self.rescans = self.beside = self.deaths = 0.0
+        self.rescans = self.beside = self.deaths = self.seen_announced = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
@@ -9684,10 +9684,13 @@ class Delivering:
         self.count_heard()
         self.forget_octets()
 
+    def announced(self) -> float:
+        """Return how many messages the receiving half has counted, to announce them by the Link."""
+        return self.metrics.get("smtp_queue_depth") - self.metrics.own("smtp_queue_depth")
+
     def count_heard(self) -> None:
-        """Set how many messages have come through the Link: all that were announced, but for those still in it."""
-        m = self.metrics
-        m.set("heard", m.get("smtp_queue_depth") - m.own("smtp_queue_depth") - self.link.waiting())
+        """Set how many messages have come through the Link: those announced, but for what is still in it."""
+        self.metrics.set("heard", self.announced() - self.link.waiting())
 
     def forget_octets(self) -> None:
         """Set the octets owed to none, whoever counted them."""
@@ -10080,8 +10083,8 @@ class Delivering:
             self.rescans, self.beside = self.rescans + missed, beside
             if self.settings.delivery != "hold":  # held ones were never counted as owed
                 self.metrics.inc("heard", missed)
-        if deaths != self.deaths:
-            self.deaths = deaths
+        self.deaths, before, self.seen_announced = deaths, self.seen_announced, self.announced()
+        if before == self.seen_announced:  # none is on its way, so nothing that a death left in doubt
             self.count_heard()
         self.show_depth()
         if self.metrics.get("smtp_queue_depth") <= 0:

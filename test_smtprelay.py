@@ -9639,7 +9639,8 @@ def kill_campaign(folder: Path, rounds: int, alone: bool, **settings: str) -> No
                     assert known <= owed | set(hop.taken)
                     program.start()
         hop.flaky = 0.0
-        wait_until(lambda: program.figure("smtp_queue_depth") == 0 and not program.owed(), 60)
+        depth = functools.partial(program.figure, "smtp_queue_depth")
+        wait_until(lambda: depth() == 0 and not program.owed(), 60, lambda: f"depth {depth()}, owed {program.owed()}")
         twice = {k: n for k, n in hop.taken.items() if n > 1 + excused[k] + hop.cut[k]}
         assert clients.acknowledged - set(hop.taken) == set()
         assert twice == {}
@@ -10803,6 +10804,14 @@ def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop:
     wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
     wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
     assert d.metrics.own("heard") == 0
+
+
+def test_the_depth_is_right_again_once_no_mail_comes(start: Any) -> None:
+    d = start().delivering
+    d.metrics.inc("heard", 2)  # as when a half died between two counts
+    d.show_depth()
+    assert d.metrics.get("smtp_queue_depth") == -2
+    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0 == d.metrics.own("heard"))
 
 
 def test_a_link_that_overflowed_in_hold_mode_leaves_the_depth_alone(start: Any) -> None:
