@@ -3690,7 +3690,7 @@ class Scheduler:
 
     def _unpark(self, name: str, until: float) -> None:
         lane = self.lanes.get(name)
-        if lane and lane.parked == until:
+        if lane is not None and lane.parked == until:  # an empty one, too: its mail may be in hand
             lane.parked = 0.0
             self.order.append(lane)
 

@@ -3407,6 +3407,85 @@ def test_what_is_too_old_leaves_a_throttled_lane() -> None:
     assert [t.stem for t in iter(lambda: s.take(0), None)] == old
 
 
+def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
+    clock = Ticker()
+    s = scheduler(clock, SMTP_RELAY_CONNECTIONS="2")
+    for i in range(2):
+        s.put(stem_at(i), "smarthost")
+    slow = s.take(0)
+    s.reached("smarthost")
+    quick = s.take(0)
+    assert slow and quick
+    delay = s.throttle("smarthost", "dead")
+    s.done(quick)  # which was removed meanwhile; the other one still waits for its answer
+    assert s.take(0) is None
+    clock.now += delay + 1
+    assert s.take(0) is None
+    s.done(slow, 0.0)
+    assert s.take(0) == slow
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_scheduler_forgets_no_message(seed: int) -> None:
+    """Whatever happens, in any order, all that is owed is handed out once the next hops answer."""
+    rng, clock = random.Random(seed), Ticker()
+    s = scheduler(clock, SMTP_DELIVERY="mx", SMTP_WORKERS=str(rng.choice([1, 2, 8])), SMTP_RELAY_CONNECTIONS="2")
+    lanes, owed, held = [f"{name}.test" for name in "abc"], collections.defaultdict[str, set[str]](set), []
+    for number in range(300):
+        choice, lane = rng.random(), rng.choice(lanes)
+        if choice < 0.1:  # seldom: lanes are to run empty
+            stem = stem_at(-rng.choice([0, 6 * 86400_000_000]) + number)  # some are too old
+            s.put(stem, lane, rng.choice([0.0, 0.0, 5.0]), fresh=rng.random() < 0.5)
+            owed[stem].add(lane)
+        elif choice < 0.55:
+            held += [task] if (task := s.take(0)) else []
+        elif choice < 0.75:
+            clock.now += rng.choice([0.1, 3.0, 3.0, 100.0])
+        elif choice < 0.76:
+            s.flush()
+        elif choice < 0.78 and owed:
+            s.hurry(rng.choice([*owed]))
+        elif choice < 0.8 and owed and (task := s.seize(rng.choice([*owed]))):
+            if rng.random() < 0.5:  # removed
+                del owed[task.stem]
+                s.drop(task.stem)
+                s.done(task)
+            else:
+                owed[task.stem] = {lane}
+                s.done(task)
+                s.put(task.stem, lane)
+        elif held:
+            finish_somehow(s, held.pop(rng.randrange(len(held))), rng, owed)
+    for task in held:
+        s.done(task, 0.0)
+    clock.now += 7200  # past every back-off
+    for _ in range(2000):
+        if not (task := s.take(0)):
+            break
+        s.release(task.lane)
+        s.done(task)
+        owed[task.stem].discard(task.lane)
+        clock.now += 60
+    assert {stem: names for stem, names in owed.items() if names} == {}
+    assert len(s) == 0 and s.take(0) is None and not s.lanes
+
+
+def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: dict[str, set[str]]) -> None:
+    """End an attempt in one of the ways it can end."""
+    end = rng.random()
+    if end < 0.6:
+        delay = s.throttle(task.lane, "dead")
+        s.done(task, rng.choice([0.0, delay]))
+    elif end < 0.7:
+        s.release(task.lane)
+        s.done(task, rng.choice([0.0, 1.0, 50.0]))
+    else:
+        s.reached(task.lane)
+        s.release(task.lane)
+        owed[task.stem].discard(task.lane)
+        s.done(task)
+
+
 # === RESOLVER ================================================================
 #
 # A scripted server on UDP and TCP answers from a zone, or by a function that may
