@@ -3825,17 +3825,23 @@ class Scheduler:
                     self._enter(stem, lane, False)
             self.heap.clear()
             for entry in self.lanes.values():
-                entry.throttled_until = 0.0
-            for until, name in self.parked:
-                self._unpark(name, until)
+                self._probe(entry)
             self.parked.clear()
             self.changed.notify_all()
 
     def hurry(self, stem: str) -> None:
-        """Make one message that waits for itself due now."""
+        """Make one message that waits for itself due now, and a throttled next hop that it waits for."""
         with self.changed:
-            for lane in self.waiting.get(stem, ()):
-                self._queue(stem, lane, 0.0, False)
+            for name in self.waiting.get(stem, ()):
+                self._queue(stem, name, 0.0, False)
+                self._probe(self._lane(name))
+            self._stir()
+
+    def _probe(self, lane: Lane) -> None:
+        """Let a throttled lane try its next hop at once."""
+        lane.throttled_until = 0.0
+        if lane.parked:
+            self._unpark(lane.name, lane.parked)
 
     def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
@@ -4834,6 +4840,7 @@ class Delivery:
         """Try one target after the other until one is not to blame for what went wrong."""
         attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
         lines: list[str] = []
+        passed_over: list[tuple[Target, Outcome]] = []
         for target in itertools.islice(self.by_health(targets), TARGETS_MOST):
             started = time.monotonic()
             attempt = self.attempt_at(target, message, recipients, content, reached)
@@ -4841,9 +4848,13 @@ class Delivery:
             slow = time.monotonic() - started > SLOW
             if not attempt.trouble:
                 break
+            lines.append(f"!! {attempt.trouble}")
+            passed_over.append((target, attempt.trouble))
             if slow:
                 with self.lock:
                     self.avoided[target] = time.monotonic() + AVOID_TIME
+        for target, trouble in passed_over[:-1] if attempt.trouble else passed_over:  # the last one throttles
+            self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
         return attempt._replace(transcript=lines)
 
     def by_health(self, targets: Iterable[Target]) -> Iterator[Target]:
@@ -6540,8 +6551,8 @@ def remove_stale(path: str) -> None:
             os.unlink(path)
 
 
-def bind_all(addresses: Sequence[Address], log: Log) -> list[socket.socket]:
-    """Bind every address; port 0 is the same free port on both families, and a machine without IPv6 is fine."""
+def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socket.socket]:
+    """Bind a setting's addresses; port 0 is the same free port on both families, and a machine without IPv6 is fine."""
     bound: list[socket.socket] = []
     chosen = 0
     for address in addresses:
@@ -6552,7 +6563,7 @@ def bind_all(addresses: Sequence[Address], log: Log) -> list[socket.socket]:
         except OSError as e:
             if not (bound and ":" in address.host and e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
                 close_all(bound)
-                raise
+                raise OSError(e.errno, f"{setting}: {e.strerror}") from None
             log.warn("no_ipv6", address=address, error=e)
         else:
             chosen = 0 if address.path else bound[-1].getsockname()[1]
@@ -8359,13 +8370,13 @@ function firstLines() {
       `'me@example.com', 'you@example.com', 'Subject: Hello\\n\\nIt works.')"`];
 }
 function renderOverview() {
-  const {info, total} = state, key = name => h('kbd', name);
+  const {info, query, total} = state, key = name => h('kbd', name);
   fill(pane, h('div.sheet', [
-    h('div.title', h('h1', total ? 'Nothing open' : 'No mail yet')),
+    h('div.title', h('h1', total ? 'Nothing open' : query ? 'Nothing found' : 'No mail yet')),
     h('p.soft', MODES[info.Delivery]?.(info)),
     total > 0 && h('p.soft', [key('j'), ' and ', key('k'), ' move, ', key('Enter'), ' opens, ',
       key('?'), ' shows every key.']),
-    h('h2', total ? 'Send another' : 'Send the first one'),
+    h('h2', total || query ? 'Send another' : 'Send the first one'),
     firstLines().map(line => h('div.try', [
       h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]));
 }
@@ -9036,7 +9047,9 @@ def delete_messages(request: Request) -> Answer:
 
 
 def delete_found(request: Request) -> Answer:
-    """Delete what matches a search."""
+    """Delete what matches a search, which must be there: a slip of the pen is not to empty the inbox."""
+    if not request.query.get("query"):
+        raise HttpError(400, "query: expected what to delete; for everything there is DELETE /api/v1/messages")
     page = request.relay.inbox.search(searched(request), 0, 0)
     request.relay.delete([item.id for item in page.items])
     return Answer(b"ok")
@@ -9929,8 +9942,9 @@ class Delivering:
             r.ip, r.tls, r.verified, r.dsn = o.ip, o.tls, o.verified, o.dsn
             r.attempts += 1
         message.attempts = max(r.attempts for r in message.recipients)
-        worst = next((o for o in attempt.outcomes.values() if o.status is not Status.FORWARDED), None)
-        if worst:
+        refused = [o for o in attempt.outcomes.values() if o.status is not Status.FORWARDED]
+        if refused:
+            worst = next((o for o in refused if o.status is Status.RETRYING), refused[0])  # why it is still here
             self.metrics.inc("smtp_delivery_failures_total")
             message.last_error = str(worst)
         owed = [r for r in tried if r.status is Status.RETRYING]
@@ -10446,11 +10460,16 @@ class Parts:
 
     def open(self, inherit: bool = True) -> None:
         """Take the spool, then the places to listen, or inherit these; SpoolBusy or OSError says what is taken."""
-        self.spool.open()
         try:
-            self.smtp = inherit and inherited_sockets("smtp") or bind_all(self.settings.port, self.log)
-            self.smtps = inherit and inherited_sockets("smtps") or bind_all(self.settings.smtps_port, self.log)
-            self.http = inherit and inherited_sockets("http") or bind_all(self.settings.health_addr, self.log)
+            self.spool.open()
+        except OSError as e:
+            place = e.filename or self.settings.spool
+            raise OSError(e.errno, f"SMTP_SPOOL: cannot open {place}: {e.strerror}") from None
+        try:
+            s, log = self.settings, self.log
+            self.smtp = inherit and inherited_sockets("smtp") or bind_all("SMTP_PORT", s.port, log)
+            self.smtps = inherit and inherited_sockets("smtps") or bind_all("SMTP_SMTPS_PORT", s.smtps_port, log)
+            self.http = inherit and inherited_sockets("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
@@ -11014,6 +11033,13 @@ SENDMAIL_MODES = {
     "v": "deliver", "d": "", "D": "", "t": "", "z": "",
 }
 BLIND = (b"bcc", b"resent-bcc")
+SENDMAIL_HELP = """\
+usage: smtprelay.py sendmail [-i] [-t] [-f SENDER] [-F NAME] [RECIPIENT ...] < message
+
+  -t         take recipients from To, Cc and Bcc     -bs  speak SMTP on standard input and output
+  -i         a line of one dot does not end it       -bp  list the queue (as mailq)
+  -f SENDER  the envelope sender                     -q   try all that is owed now
+  -F NAME    the sender's full name                  other flags of sendmail are taken, and mean nothing"""
 
 
 @dataclass
@@ -11642,12 +11668,12 @@ class Remote:
 
 def refusal_text(status: int, body: bytes) -> str:
     """Return why the relay refused, in its own words where it has some."""
+    if status == 401:
+        return "the relay wants the SMTP_API_TOKEN that it was started with: set it here, too"
     try:
         return str(json.loads(body)["Error"])
     except (ValueError, KeyError, TypeError):
-        text = body[:300].decode("utf-8", "replace").strip()
-        usual = {401: "the relay wants SMTP_API_TOKEN", 403: "the relay refuses that"}
-        return usual.get(status, text or f"HTTP {status}")
+        return body[:300].decode("utf-8", "replace").strip() or f"HTTP {status}"
 
 
 def read_environment() -> Settings:
@@ -11849,8 +11875,11 @@ def ask_password() -> str:
     if not sys.stdin.isatty():
         password = sys.stdin.readline().rstrip("\r\n")
     else:
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Once more: ") != password:
+        try:
+            password, again = getpass.getpass("Password: "), getpass.getpass("Once more: ")
+        except EOFError:
+            raise Complaint("no password was given", EX_DATAERR) from None
+        if again != password:
             raise Complaint("the passwords differ", EX_DATAERR)
     if not password:
         raise Complaint("an empty password is none", EX_DATAERR)
@@ -11919,7 +11948,7 @@ def serve(settings: Settings, arguments: Arguments) -> int:
         complain(str(e))
         return EX_TEMPFAIL
     except OSError as e:
-        complain(str(e))
+        complain(e.strerror or str(e))
         return EX_UNAVAILABLE
     print("\n".join(first_lines(parts)), file=sys.stderr, flush=True)
     give_memory_back()
@@ -11927,6 +11956,7 @@ def serve(settings: Settings, arguments: Arguments) -> int:
         return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
     finally:
         parts.close()
+        log.info("stopped")
 
 
 def give_memory_back() -> None:
@@ -12021,6 +12051,9 @@ def healthcheck(settings: Settings, arguments: Arguments) -> int:
 
 def sendmail(words: Sequence[str]) -> int:
     """Send a message as the program sendmail does (-t -i -f -F -bs -bp -q ...)."""
+    if list(words) == ["--help"]:
+        print(SENDMAIL_HELP)
+        return 0
     settings = read_environment()
     try:
         errand = read_errand(words)

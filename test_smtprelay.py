@@ -32,6 +32,7 @@ import ipaddress
 import json
 import logging
 import os
+import pty
 import pwd
 import random
 import re
@@ -3299,6 +3300,14 @@ def test_attempts_are_counted_and_end(start: Callable[..., Any], tmp_path: Path,
     assert record["recipients"][0]["code"] == 450
 
 
+def test_the_reason_is_that_of_who_is_still_owed_it(start: Any, tmp_path: Path, hop: Any) -> None:
+    next_hop = hop(script={"rcpt no@hop.test": "550 5.1.1 who?", "rcpt busy@hop.test": "451 4.2.1 later"})
+    relay = start(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings())
+    with hello(relay) as client:
+        client.mail(MAIL, "ann@client.test", "no@hop.test", "busy@hop.test")
+    assert "451 4.2.1 later" in Spool(tmp_path / "spool").await_status("retrying")["last_error"]
+
+
 def test_one_attempt_only_without_retry(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]) -> None:
     next_hop = hop(script={"end": "451 4.3.0 later"})
     said(start(SMTP_RETRY="0", **next_hop.settings()))
@@ -3423,6 +3432,22 @@ def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
     assert s.take(0) is None
     s.done(slow, 0.0)
     assert s.take(0) == slow
+
+
+def test_a_message_that_is_hurried_gets_its_throttled_next_hop_tried() -> None:
+    clock = Ticker()
+    s = scheduler(clock)
+    s.put(stem_at(1), "smarthost")
+    task = s.take(0)
+    assert task
+    s.throttle("smarthost", "dead")
+    s.done(task, 0.0)
+    assert s.take(0) is None
+    s.hurry(task.stem)
+    assert s.take(0) == task
+    s.throttle("smarthost", "dead")
+    s.done(task, 0.0)
+    assert s.take(0) is None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -4666,6 +4691,14 @@ def test_failover_and_back() -> None:
         assert (len(first.mails), len(second.mails)) == (0, 1)
         finished(relay, send_to(relay, "b@x.test"))
         assert (len(first.mails), len(second.mails)) == (1, 1)
+
+
+def test_a_host_that_is_passed_over_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with FakeHop({"greeting": ["421 busy"]}) as first, FakeHop() as second, relaying(first, second) as relay:
+        transcript = finished(relay, send_to(relay, "a@x.test")).transcript
+        named = f"next_hop_passed_over .*host=127.0.0.1:{first.server_address[1]} .*421 busy"
+        wait_until(lambda: re.search(named, capfd.readouterr().err))
+        assert [line for line in transcript if line.startswith("!!")] == ["!! 127.0.0.1: 421 busy"]
 
 
 def test_a_host_that_hangs_is_tried_last_for_a_while() -> None:
@@ -6119,7 +6152,6 @@ def test_a_crowd_of_sessions_keeps_to_one_processor(start: Any) -> None:
             return policies() == {usual}
 
     wait_until(alone)  # each thread that waits takes its turn
-
 
 
 def test_one_session_too_many_gets_421(start: Callable[..., Any]) -> None:
@@ -7870,6 +7902,8 @@ BAD = [  # (method, path, body, status, words)
     ("PUT", "/api/v1/messages", b"{", 400, "expected JSON"),
     ("PUT", "/api/v1/messages", b"[" * 100_000, 400, "expected JSON"),
     ("DELETE", "/api/v1/messages", b'{"IDs": "x"}', 400, "list of ids"),
+    ("DELETE", "/api/v1/search", b"", 400, "expected what to delete"),
+    ("DELETE", "/api/v1/search?qurey=to:ann", b"", 400, "expected what to delete"),
     ("GET", "/api/v1/messages?limit=-1", None, 400, "limit"),
     ("GET", "/api/v1/wait?timeout=x", None, 400, "timeout"),
     ("GET", "/api/v1/wait?timeout=0", None, 408, "no message matched"),
@@ -9329,6 +9363,37 @@ def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
     verb(served, "remove", "0" * 16, status=1)
     verb(served, "remove", entry["id"])
     assert verb(served, "queue") == "the queue is empty\n"
+
+
+def test_a_password_that_is_not_given(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if not pid:  # with a terminal of its own
+        os.execve(sys.executable, [sys.executable, str(PROGRAM), "user", "add", "ann"], clean_env(SMTP_USERS_FILE="u"))
+    said = b""
+    with contextlib.suppress(OSError):  # at its end
+        while block := os.read(terminal, 1000):
+            said += block
+            if said.endswith(b"Password: "):
+                os.write(terminal, b"\x04")
+    assert os.waitpid(pid, 0)[1] >> 8 == 65
+    assert said.endswith(b"smtprelay: no password was given\r\n")
+
+
+def test_what_cannot_be_opened_is_named_with_its_setting(tmp_path: Path, capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        for setting in ("SMTP_PORT", "SMTP_SMTPS_PORT", "SMTP_HEALTH_ADDR"):
+            places = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "off", "SMTP_TLS_SELF_SIGNED": "1"}
+            verb(clean_env(**{**places, setting: place}, SMTP_SPOOL=str(tmp_path / "s")), "serve", status=69)
+            shown = f"smtprelay: {setting}: cannot listen on {place}: Address already in use\n"
+            assert capsys.readouterr().err == shown
+    verb(clean_env(SMTP_SPOOL="/proc/x"), "serve", status=69)
+    assert capsys.readouterr().err.startswith("smtprelay: SMTP_SPOOL: cannot open /proc/x: ")
+
+
+def test_sendmail_says_what_it_knows(capsys: Any) -> None:
+    shown = verb({}, "sendmail", "--help")
+    assert shown.startswith("usage: ") and all(flag in shown for flag in ("-t", "-i", "-f", "-F", "-bs", "-bp", "-q"))
 
 
 def test_the_verbs_read_the_spool_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
