@@ -322,6 +322,7 @@ class Recipient:
     attempts: int = 0
     notify: str = ""  # as the sender asked, RFC 3461
     orcpt: str = ""
+    reported: bool = False  # the sender has been told what became of it
 
 
 @dataclass
@@ -4959,10 +4960,11 @@ class Delivery:
 
 # === 14 REPORTS ==============================================================
 #
-# A message that failed for good tells its sender so, once: a multipart/report
-# (RFC 3464, 6522) of words for people, fields for programs, and the original's
-# headers. Called by the delivery thread that finished the message; pure but
-# for ReportCap, whose lock is a leaf.
+# What failed for good is told to its sender, once for each recipient, though
+# others may still be owed the message: a multipart/report (RFC 3464, 6522) of
+# words for people, fields for programs, and the original's headers. Called by
+# the delivery thread that has the message; pure but for ReportCap, whose lock is
+# a leaf.
 #
 # Addresses, replies and headers come from strangers, so header_line writes every
 # field: nothing unprintable, at most 900 octets, folded at spaces alone.
@@ -4973,7 +4975,7 @@ class Delivery:
 # SMTPUTF8 does the report, as message/global-delivery-status (RFC 6533).
 # Otherwise all its fields are ASCII.
 
-REPORTED = "report sent"  # the detail in a record's history: never a second report
+REPORTED = "report sent"  # the detail in a record's history
 REPORT_RECIPIENTS_MAX, REPORTS_AN_HOUR = 500, 100
 REPORT_HEAD_MAX = 64 * KIB
 REPORT_FULL_MAX = MIB  # RET=FULL beyond it gets the headers alone
@@ -5003,15 +5005,12 @@ ADVICE = {
 
 
 def wants_report(message: Message) -> list[Recipient]:
-    """Return the recipients that the sender is to hear of; none while mail is owed.
+    """Return the recipients that the sender is to hear of, and has not.
 
     Those are the ones that failed, and those that asked for NOTIFY=SUCCESS of a next hop
     that knows no DSN (RFC 3461 5.2.2). RFC 5321 6.1: the null sender is told nothing.
     """
-    told = any(step.get("detail") == REPORTED for step in message.history)
-    if not message.reverse_path or told or message.pending():
-        return []
-    return [r for r in message.recipients if is_told(r)]
+    return [r for r in message.recipients if is_told(r) and not r.reported] if message.reverse_path else []
 
 
 def is_told(recipient: Recipient) -> bool:
@@ -5035,6 +5034,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     told = wants_report(message)
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
+    earlier = sum(r.reported for r in message.recipients)
     parts = (
         mime_part("text/plain; charset=utf-8", report_text(message, told, hostname)),
         mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
@@ -5047,7 +5047,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
         ("To", f"<{message.reverse_path}>"),
         ("Subject", "Your message could not be delivered" if failed(told) else "Your message has left"),
         ("Date", email.utils.format_datetime(now)),
-        ("Message-ID", f"<report.{message.id}@{hostname}>"),
+        ("Message-ID", f"<report{earlier or ''}.{message.id}@{hostname}>"),
         ("Auto-Submitted", "auto-replied"),
         ("MIME-Version", "1.0"),
         ("Content-Type", f'multipart/report; report-type={kind}; boundary="{boundary}"'),
@@ -9957,6 +9957,7 @@ class Delivering:
 
     def put_off(self, message: Message, task: Task, owed: Sequence[Recipient], took_some: bool) -> Again:
         """Let a message wait for those who refused it for now, in each of their lanes."""
+        self.report(message)
         hurry = took_some and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10: in portions
         delay = 0.0 if hurry else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
         self.postpone(message, message.last_error, delay)
@@ -9987,6 +9988,7 @@ class Delivering:
         """Write down what was done in this lane; finish the message when no other owes it."""
         if not message.pending():
             return self.finish(message)
+        self.report(message)
         return self.write_down(message)
 
     def finish(self, message: Message) -> Again:
@@ -10024,7 +10026,8 @@ class Delivering:
 
     def report(self, message: Message) -> None:
         """Send a message's sender a report on those it failed to reach (RFC 3464), once."""
-        if not self.settings.bounce or not wants_report(message):
+        told = wants_report(message)
+        if not self.settings.bounce or not told:
             return
         if not self.reports.take():
             reason = f"{REPORTS_AN_HOUR} reports went out within the hour"
@@ -10037,6 +10040,8 @@ class Delivering:
             return
         except Exception as e:
             return self.log.bug("report_bug", e, id=message.id)
+        for r in told:
+            r.reported = True
         message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
         self.log.info("reported", id=message.id, report=id_of(stem))
         self.adopt(stem, octets, self.settings.delivery != "hold")
