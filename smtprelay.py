@@ -1002,7 +1002,11 @@ class Log:
             line = event_line(fields, time=now, level=level, event=event)
         else:
             line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
-        self.logger.log(LEVELS[level], "%s", line)
+        try:
+            self.logger.log(LEVELS[level], "%s", line)
+        except OSError as e:  # its file was moved away and cannot be made anew: that stops no mail
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{line} log_error={field_text(e)}", file=sys.stderr)
 
     def debug(self, event: str, **fields: object) -> None:
         self.write("debug", event, **fields)
@@ -1075,15 +1079,14 @@ class Feed:
             self.listeners.discard(events)
 
     def publish(self, event: dict[str, Any] | None) -> None:
-        with self.lock:
-            listeners = list(self.listeners)
-        for events in listeners:
-            try:
-                events.put_nowait(event)
-            except queue.Full:
-                self.unsubscribe(events)
-                with contextlib.suppress(queue.Empty):
-                    events.get_nowait()
+        with self.lock:  # nothing here waits, and nobody else may take the place that is made for the end
+            for events in [*self.listeners]:
+                try:
+                    events.put_nowait(event)
+                except queue.Full:
+                    self.listeners.discard(events)
+                    with contextlib.suppress(queue.Empty):
+                        events.get_nowait()
                     events.put_nowait(None)
 
 
@@ -2054,10 +2057,10 @@ class SpoolBusy(Exception):
 class IdMaker:
     """Makes queue ids that sort by arrival: the time in microseconds, then who made it."""
 
-    def __init__(self) -> None:
+    def __init__(self, half: str = "") -> None:
         self.lock = threading.Lock()
         self.last = 0
-        self.maker = secrets.token_hex(2)[:3]
+        self.maker = (half + secrets.token_hex(2))[:3]
 
     def next(self) -> str:
         with self.lock:
@@ -2259,7 +2262,10 @@ class FileSpool:
                 if end != f".{self.run}.part":
                     self.set_aside(stem + end, "never acknowledged")
             elif end == ".tmp" or ".eml" not in ends:
-                self.unlink(stem + end)
+                try:
+                    self.unlink(stem + end)
+                except OSError as e:  # it is not ours to remove: the rest of the spool is to be read
+                    self.log.error("not_removed", file=stem + end, error=e)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move a file into bad/."""
@@ -2356,10 +2362,10 @@ class FileSpool:
             write_file(path, self.sealer.seal(message.to_json(), message.stem + ".json"), os.O_EXCL)
 
     def reopen(self, message: Message) -> None:
-        """Make a finished message owed again: its record changes its name."""
+        """Make a finished message owed again: its record changes its name, and is never missing."""
+        self.save(message)
         for end in DONE_NAMES.values():
             self.unlink(message.stem + end)
-        self.save(message)
 
     def remove(self, stem: str) -> None:
         """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
@@ -2599,8 +2605,8 @@ class MemoryDraft:
         head = self.parts[0]
         self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
         content = b"".join(self.parts)
+        self.spool.contents[self.stem] = content  # first: who finds the record wants it
         self.spool.records[self.stem] = first_record(io.BytesIO(content)).to_json()
-        self.spool.contents[self.stem] = content
         return self.stem
 
     def abort(self) -> None:
@@ -4407,10 +4413,10 @@ class NextHop:
         self.latest = self.patience(CONNECTION_TIME).at
         try:
             sock = self.connect()
-        except OSError as e:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.ip = sock.getpeername()[0]  # fails when the peer has gone already
+        except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
             raise Trouble("connect", 0, f"cannot connect: {e}") from None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.ip = sock.getpeername()[0]
         self.attach(sock)
         if self.target.tls == "tls":
             self.secure("connect")
@@ -4532,7 +4538,7 @@ class NextHop:
             return code, text
         try:
             challenge = base64.b64decode(text)
-        except binascii.Error:
+        except ValueError:
             raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
         digest = hmac.new(self.password().encode(), challenge, "md5").hexdigest()
         return self.ask_secret(b"", f"{self.target.username} {digest}".encode())
@@ -5450,16 +5456,16 @@ class Link:
     reader to look through the spool instead.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
 
-    def announce(self, stem: str) -> None:
+    def announce(self, stem: str) -> bool:
+        """Send a stem; False when there is no room, or nobody to hear it."""
         try:
-            os.write(self.writer, stem.encode() + b"\n")
-        except BlockingIOError:
-            self.metrics.inc("rescan")
+            return os.write(self.writer, stem.encode() + b"\n") > 0
+        except OSError:
+            return False
 
     def mark(self, name: str) -> None:
         """Send a mark through the pipe: it comes out when all that was announced before has."""
@@ -5483,14 +5489,20 @@ class Link:
             last, came = came, time.monotonic()
             if came - last < 2 * LINK_QUIET:  # they come fast: to be woken for each would cost both sides
                 time.sleep(LINK_QUIET)
-        os.close(self.reader)
+        reader, self.reader = self.reader, -1
+        os.close(reader)
 
     def waiting(self) -> int:
         """Return how many stems are in the pipe."""
+        if self.reader < 0:
+            return 0
         return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder) // LINK_LINE
 
     def close(self) -> None:
-        os.close(self.writer)
+        """End the pipe, once: its number may soon be somebody else's."""
+        writer, self.writer = self.writer, -1
+        if writer >= 0:
+            os.close(writer)
 
 
 class Guard:
@@ -5628,7 +5640,8 @@ class Reception:
             self.metrics.inc("smtp_messages_queued_total")
             self.metrics.inc("smtp_queue_depth")
             self.metrics.inc("owed_bytes", size)
-        self.link.announce(stem)
+        if not self.link.announce(stem):
+            self.metrics.inc("rescan")
         self.audit.write("accepted", id=draft.id, client=envelope.client, user=envelope.user, size=size,
                          sender=envelope.reverse_path, recipients=envelope.recipients)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
@@ -6200,6 +6213,8 @@ class Session:
         fault = self.content_fault(content)
         draft, envelope = self.draft, self.envelope
         scripted = None
+        if not fault and not self.reception.has_room(content.size):  # others were accepted since MAIL
+            fault = SPOOL_FULL
         if not fault and draft and envelope:
             scripted = self.fault("end", *envelope.recipients)
             fault = scripted if scripted is not LOST else None
@@ -9544,6 +9559,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
+LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
 WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
@@ -9560,6 +9576,7 @@ class Delivering:
                  pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (), own: Sequence[int] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
+        self.look_at = time.monotonic() + LOOK_EVERY
         self.audit = Audit(settings.audit_log, log)
         self.port, self.faults = 0, Faults(settings.faults)
         self.scheduler = Scheduler(settings)
@@ -9646,6 +9663,8 @@ class Delivering:
 
     def catch_up(self) -> None:
         """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
+        if self.stopping.is_set():
+            return
         name = secrets.token_hex(8)
         seen = self.marks["=" + name] = threading.Event()
         self.link.mark(name)
@@ -9657,6 +9676,8 @@ class Delivering:
         owed = self.settings.delivery != "hold"
         if owed:
             self.metrics.inc("heard")
+        if len(stem) != LINK_LINE - 1:  # what a half that died has left of a line
+            return
         known = self.inbox.last
         sequence = self.inbox.add(stem)
         if sequence > known:
@@ -9702,8 +9723,11 @@ class Delivering:
         return self.metrics.get("smtp_queue_depth") - self.metrics.own("smtp_queue_depth")
 
     def count_heard(self) -> None:
-        """Set how many messages have come through the Link: those announced, but for what is still in it."""
-        self.metrics.set("heard", self.announced() - self.link.waiting())
+        """Set how many messages have come through the Link: those announced, but for what is still in it.
+
+        Where mail is held, none is counted, whatever is in the Link.
+        """
+        self.metrics.set("heard", max(self.announced() - self.link.waiting(), 0))
 
     def forget_octets(self) -> None:
         """Set the octets owed to none, whoever counted them."""
@@ -9769,6 +9793,13 @@ class Delivering:
             except OSError as e:
                 self.log.error("not_removed", stem=stem, error=e)
 
+    def octets_owed(self, stem: str) -> int:
+        """Return what a message adds to the octets owed."""
+        with contextlib.suppress(KeyError, OSError, SpoolError):
+            message = self.spool.load(stem)
+            return 0 if message.status in SETTLED else message.size
+        return 0
+
     def remove(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
         self.spool.remove(stem)
@@ -9788,7 +9819,8 @@ class Delivering:
     def past_limits(self) -> list[str]:
         """Take from the shelf, finished messages first, until the spool is within its limits."""
         s, over = self.settings, []
-        owed, octets = len(self.scheduler), self.metrics.get("owed_bytes")
+        being_held = sum(stem in self.held or stem in self.finished for stem in [*self.scheduler.active])
+        owed, octets = len(self.scheduler) - being_held, self.metrics.get("owed_bytes")
         shelves: list[dict[str, tuple[float, int]]] = [self.finished]
         if s.delivery == "hold":
             shelves.append(self.held)
@@ -10075,15 +10107,12 @@ class Delivering:
     def sweep(self) -> None:
         """Close idle connections, make room, look through the spool when the Link overflowed."""
         while not self.stopping.wait(SWEEP_EVERY):
-            try:
-                self.delivery.drop_idle(older_than=REUSE_IDLE)
-                self.make_room()
-                self.guard.quotas.save()
-                self.renew()
-                self.watch_clock()
-                self.look_again()
-            except Exception as e:
-                self.log.bug("sweep_bug", e)
+            for job in (functools.partial(self.delivery.drop_idle, older_than=REUSE_IDLE), self.make_room,
+                        self.look_again, self.watch_clock, self.renew, self.guard.quotas.save):
+                try:
+                    job()
+                except Exception as e:  # the others are done all the same
+                    self.log.bug("sweep_bug", e)
 
     def watch_clock(self) -> None:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""
@@ -10097,7 +10126,8 @@ class Delivering:
         """Find what no Link has told of: it had no room, sendmail has spooled it itself, a receiving half has died."""
         missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
         deaths = self.metrics.get("deaths")
-        if missed or beside != self.beside or deaths != self.deaths:
+        if missed or beside != self.beside or deaths != self.deaths or time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_EVERY
             self.find()
             self.rescans, self.beside = self.rescans + missed, beside
             if self.settings.delivery != "hold":  # held ones were never counted as owed
@@ -10207,6 +10237,7 @@ class Backstage:
                     continue
                 try:
                     d.unshelve(stem)
+                    d.metrics.inc("owed_bytes", -d.octets_owed(stem))
                     d.remove(stem)
                 finally:
                     d.scheduler.done(task)
@@ -10313,7 +10344,7 @@ class Backstage:
         if message.status is Status.FAILED:
             self.owe_again(message.stem, Status.FAILED, "retried by hand")
             return 1
-        d.scheduler.put(message.stem, d.delivery.lane())
+        d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
         d.scheduler.hurry(message.stem)
         d.show_depth()
         return 1
@@ -10483,7 +10514,7 @@ class Parts:
         except BaseException:
             self.close()
             raise
-        self.link = Link(self.metrics)
+        self.link = Link()
 
     def scripted_faults(self) -> Faults:
         """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
@@ -10629,10 +10660,15 @@ class Supervisor:
         return 0
 
     def stop(self) -> None:
+        """Tell the halves to stop; they are killed if they do not, STOP_AFTER seconds from the first time."""
+        if self.stopping:
+            return
         self.stopping = True
         notify_systemd("STOPPING=1")
         self.signal_children(signal.SIGTERM)
-        signal.alarm(STOP_AFTER)
+        signal.setitimer(signal.ITIMER_REAL, STOP_AFTER)  # in place of one that would make a half anew
+        while signal.SIGALRM in signal.sigpending():
+            signal.sigwait([signal.SIGALRM])
 
     def signal_children(self, number: int) -> None:
         for child in self.children:
@@ -10680,8 +10716,7 @@ class Supervisor:
         """Be a half of the program until told to stop, or until the supervisor is gone."""
         os.close(self.alive_pipe[1])
         threading.Thread(target=self.outlive_nobody, name="supervisor-watch", daemon=True).start()
-        if isinstance(self.parts.spool, FileSpool):
-            self.parts.spool.ids = IdMaker()  # another name in the ids of each process
+        self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two halves may make the same id
         if role != "deliver":
             number = int(role.split()[1])
             self.parts.metrics.clear_row(RECEIVING_ROW + number)
@@ -10690,7 +10725,6 @@ class Supervisor:
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
-        self.parts.spool.ids = IdMaker()  # no two halves may make the same id
         threading.stack_size(STACKS[role.split()[0]])
         half.start()
         heed_signals(half)
@@ -11227,7 +11261,7 @@ def spool_socket(settings: Settings) -> socket.socket:
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
     guard = Guard(Accounts(open_door, log), None, Quotas("", log))
-    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(metrics), guard)
+    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(), guard)
     ours, theirs = socket.socketpair()
     threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
     return ours
@@ -11982,8 +12016,9 @@ def serve_here(parts: Parts) -> int:
     notify_systemd("READY=1")
     heed_signals(*halves)
     notify_systemd("STOPPING=1")
+    end = time.monotonic() + STOP_PATIENCE
     for half in reversed(halves):
-        half.stop()
+        half.stop(max(0.0, end - time.monotonic()))
     return 0
 
 

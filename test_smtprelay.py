@@ -48,6 +48,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tracemalloc
@@ -11194,6 +11195,215 @@ def test_stop_wakes_all_who_wait(start: Callable[..., Any], tmp_path: Path, port
     began = time.monotonic()
     relay.receiving.stop()
     assert time.monotonic() - began < 1.3 and listener.waiting == 0
+
+
+def test_a_log_that_cannot_be_reopened_stops_nothing(tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "logs"
+    place.mkdir()
+    log = smtprelay.open_log(settings(SMTP_LOG_FILE=str(place / "log")))
+    log.info("one")
+    place.rename(tmp_path / "old")
+    log.info("two")
+    assert re.search(r"info two log_error=.*No such file or directory", capsys.readouterr().err)
+    place.mkdir()
+    log.info("three")
+    assert "info three" in (place / "log").read_text()
+
+
+def test_what_is_on_its_way_is_not_owed_where_mail_is_held(start: Any, monkeypatch: Any) -> None:
+    d = start().delivering
+    monkeypatch.setattr(d.link, "waiting", lambda: 5)
+    d.count_heard()
+    d.show_depth()
+    assert d.metrics.get("smtp_queue_depth") == 0
+
+
+def test_what_is_being_held_is_counted_once(start: Any) -> None:
+    relay = start(SMTP_SPOOL_MAX_MESSAGES="1")
+    d, stem = relay.delivering, said_stem(relay)
+    task = d.scheduler.seize(stem)
+    assert task and d.past_limits() == []
+    d.scheduler.done(task)
+
+
+def said_stem(relay: Any) -> str:
+    """Send a message; return its stem once it is in the inbox."""
+    id = said(relay)[0]
+    relay.delivering.catch_up()
+    return str(relay.delivering.inbox.stem(id))
+
+
+def test_a_relay_that_is_stopped_leaves_descriptors_of_others_alone(start: Any) -> None:
+    relay = start()
+    relay.stop()
+    mine = [os.pipe() for _ in range(20)]
+    try:
+        relay.delivering.catch_up()
+        assert relay.parts.link.announce(STEM) is False and relay.parts.link.waiting() == 0
+        relay.stop()
+        for reader, writer in mine:
+            os.fstat(reader)
+            os.fstat(writer)
+            assert int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder) == 0
+    finally:
+        for pair in mine:
+            os.close(pair[0])
+            os.close(pair[1])
+
+
+def test_a_stray_that_cannot_be_removed_holds_up_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
+    spool.open()
+    stem = spooled_in_review(spool)
+    (Path(spool.root) / f"{stem[:11]}{'0' * 16}_{'0' * 16}.json").write_text("{}")
+    refused = mock.Mock(side_effect=PermissionError(1, "not yours"))
+    monkeypatch.setattr(spool, "unlink", refused)
+    assert [name for name, _ in spool.names()] == [stem]
+    assert refused.called
+    spool.close()
+
+
+def test_a_job_that_fails_holds_up_no_other(start: Any, monkeypatch: Any, log: Caught) -> None:
+    d, looked = start().delivering, threading.Event()
+    for job in (d.delivery, "drop_idle"), (d, "make_room"), (d.guard.quotas, "save"):
+        monkeypatch.setattr(*job, mock.Mock(side_effect=OSError(28, "full")))
+    monkeypatch.setattr(d, "look_again", looked.set)
+    assert looked.wait(5)
+    wait_until(lambda: len(log.bugs()) >= 3)
+
+
+def test_what_nobody_has_told_of_is_found_in_time(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    stem = spooled_in_review(relay.delivering.spool)
+    relay.delivering.look_at = 0.0
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    assert relay.delivering.look_at > time.monotonic()
+
+
+def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(listen=False), SMTP_RETRY_INITIAL_DELAY="1h")
+    first, second = said(relay, MAIL, MAIL)
+    owed = functools.partial(relay.delivering.metrics.get, "owed_bytes")
+    wait_until(lambda: owed() == 2 * len(MAIL) and not relay.delivering.scheduler.active)
+    relay.backstage.delete([first])
+    assert owed() == len(MAIL)
+    relay.backstage.delete([second])
+    assert owed() == 0
+
+
+def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(listen=False), SMTP_QUEUE_SIZE="1")
+    with hello(relay) as first, hello(relay) as second:
+        for client in (first, second):
+            client.ask("MAIL FROM:<ann@x.test>", "250")
+            client.ask("RCPT TO:<bob@hop.test>", "250")
+            client.ask("DATA", "354")
+        assert first.ask("hello\r\n.").startswith("250")
+        assert second.ask("hello\r\n.").startswith("452 4.3.1")
+        second.ask("NOOP", "250")
+
+
+def test_a_record_is_never_missing_while_it_is_reopened(tmp_path: Path, monkeypatch: Any) -> None:
+    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
+    spool.open()
+    message = spool.load(spooled_in_review(spool))
+    message.move(smtprelay.Status.FAILED)
+    spool.save(message)
+    message.move(smtprelay.Status.RETRYING)
+    monkeypatch.setattr(spool, "save", mock.Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        spool.reopen(message)
+    assert spool.load(message.stem).status is smtprelay.Status.FAILED
+    spool.close()
+
+
+def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    stem = said_stem(relay)
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
+    before = relay.delivering.spool.load(stem)
+    before.status = smtprelay.Status.RETRYING  # as it was when the request came
+    monkeypatch.setattr(relay.backstage.inbox, "load", lambda _: before)
+    assert relay.backstage.retry(before.id) == 1
+    wait_until(lambda: len(relay.delivering.scheduler) == 0)
+    assert len(h.messages) == 1
+
+
+def test_half_a_line_in_the_link_is_no_message(start: Any) -> None:
+    relay = start()
+    os.write(relay.parts.link.writer, b"11-21/0123\n")
+    stem = said_stem(relay)
+    assert [relay.delivering.inbox.stem(id) for id in relay.delivering.inbox.ids()] == [stem]
+
+
+@pytest.mark.parametrize("host", ["smtp..example.com", "x" * 70 + ".test"])
+def test_a_name_that_cannot_be_looked_up_is_the_hosts_trouble(start: Any, host: str) -> None:
+    relay = start(SMTP_DELIVERY="relay", SMTP_RELAY_HOST=host)
+    stem = said_stem(relay)
+    wait_until(lambda: "cannot connect" in relay.delivering.spool.load(stem).last_error)
+    assert relay.delivering.scheduler.lanes["smarthost"].steps > 0
+
+
+def test_a_peer_that_is_gone_at_once_is_the_hosts_trouble(start: Any, hop: Any, monkeypatch: Any) -> None:
+    class Gone(socket.socket):
+        def getpeername(self) -> Any:
+            raise OSError(107, "Transport endpoint is not connected")
+
+    h = hop()
+    relay = relaying_in_review(start, h)
+    monkeypatch.setattr(smtprelay.NextHop, "connect", lambda _: Gone())
+    stem = said_stem(relay)
+    wait_until(lambda: "not connected" in relay.delivering.spool.load(stem).last_error)
+
+
+def test_each_half_makes_ids_of_its_own() -> None:
+    makers = {smtprelay.IdMaker(f"{half:x}").next()[13:] for half in range(16)}
+    assert len(makers) == 16
+
+
+def test_who_finds_a_record_in_memory_finds_the_content(start: Any) -> None:
+    spool = start(SMTP_STORAGE="memory").delivering.spool
+
+    class Watched(dict[str, bytes]):
+        def __setitem__(self, stem: str, record: bytes) -> None:
+            assert stem in spool.contents
+            super().__setitem__(stem, record)
+
+    spool.records = Watched(spool.records)
+    assert spool.load(spooled_in_review(spool)).size == len(MAIL)
+
+
+def test_a_listener_that_lags_gets_the_end_whoever_publishes() -> None:
+    feed = smtprelay.Feed()
+    for _ in range(30):
+        events = feed.subscribe(1 << 30, waiting=1)
+        wrong: list[BaseException] = []
+
+        def publish(wrong: list[BaseException] = wrong) -> None:
+            try:
+                for _ in range(50):
+                    feed.publish({})
+            except BaseException as e:
+                wrong.append(e)
+
+        threads = [threading.Thread(target=publish) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == [] and events.get_nowait() is None and not feed.listeners
+
+
+def test_a_second_signal_to_stop_gives_no_more_time(monkeypatch: Any) -> None:
+    told: list[int] = []
+    supervisor = smtprelay.Supervisor(mock.Mock(settings=mock.Mock(processes=1)))
+    monkeypatch.setattr(supervisor, "signal_children", told.append)
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: told.append(seconds))
+    supervisor.stop()
+    supervisor.stop()
+    assert told == [signal.SIGTERM, smtprelay.STOP_AFTER]
 
 
 # === SMTP_PROCESSES ==========================================================
