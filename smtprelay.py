@@ -10519,7 +10519,7 @@ class Parts:
     def scripted_faults(self) -> Faults:
         """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
         path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
-        for old in (path, path + ".counts"):
+        for old in (path, path + ".counts") if path else ():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
         return Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
@@ -12053,8 +12053,9 @@ def first_lines(parts: Parts) -> list[str]:
 
 
 def check(settings: Settings, arguments: Arguments) -> int:
-    """Read the settings and say all that is wrong; --print shows them."""
-    Faults(settings.faults)
+    """Read the settings, and the files that they name, and say all that is wrong; --print shows them."""
+    unseen = dataclasses.replace(settings, storage="memory", log_file="", log_level="warn")  # nothing is touched
+    Parts(unseen, open_log(unseen)).open_doors()
     if arguments.print:
         for name, f in FIELDS.items():
             value = getattr(settings, f.name)

@@ -9411,6 +9411,20 @@ def test_what_cannot_be_opened_is_named_with_its_setting(tmp_path: Path, capsys:
     assert capsys.readouterr().err.startswith("smtprelay: SMTP_SPOOL: cannot open /proc/x: ")
 
 
+def test_check_reads_the_files_that_settings_name(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".counts").write_text("mine")
+    (tmp_path / "users").write_text('{"ann": {"password": "x", "quota_dayly": 5}}')
+    env = clean_env(SMTP_USERS_FILE="users", SMTP_FAULTS="bogus", SMTP_TLS_CERT="users", SMTP_TLS_KEY="users")
+    verb(env, "check", status=78)
+    said = capsys.readouterr().err
+    assert "quota_dayly" in said and "bogus" in said and "SMTP_TLS_CERT" in said
+    verb(clean_env(SMTP_USERS_FILE="none"), "check", status=78)
+    assert "SMTP_USERS_FILE: cannot read it" in capsys.readouterr().err
+    assert verb(clean_env(), "check") == "settings are fine\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".counts", "users"]
+
+
 def test_sendmail_says_what_it_knows(capsys: Any) -> None:
     shown = verb({}, "sendmail", "--help")
     assert shown.startswith("usage: ") and all(flag in shown for flag in ("-t", "-i", "-f", "-F", "-bs", "-bp", "-q"))
