@@ -9175,11 +9175,24 @@ def wait_for_message(request: Request) -> Answer:
     """Block until a message matches; 408 when none came in time."""
     since = int(request.number("since", 0)) if request.query.get("since") else None
     timeout = min(request.number("timeout", 10), 300.0)
-    item = request.relay.inbox.wait(searched(request), since, timeout)
+    query, inbox, part = searched(request), request.relay.inbox, request.query.get("with", "")
+    if part not in ("", "code", "link"):
+        raise HttpError(400, "with: expected code or link")
+    if part:
+        query = query._replace(tests=(*query.tests, (lambda item: holds(inbox, item, part), True)))
+    item = inbox.wait(query, since, timeout)
     if item is None:
-        raise HttpError(408, f"no message matched within {timeout:g} seconds")
-    inbox = request.relay.inbox
+        raise HttpError(408, f"no message {f'with a {part} ' if part else ''}matched within {timeout:g} seconds")
     return json_answer(waited_json(item, inbox.mail(item.id), inbox.load(item.id)))
+
+
+def holds(inbox: Inbox, item: Item, part: str) -> bool:
+    """Tell whether a message has a code, or a link."""
+    try:
+        mail = inbox.mail(item.id)
+    except (KeyError, OSError, SpoolError):  # removed meanwhile
+        return False
+    return bool(codes(mail.text, mail.html, mail.subject) if part == "code" else links(mail.text, mail.html))
 
 
 def show_events(request: Request) -> Answer:
@@ -11853,20 +11866,18 @@ def show(settings: Settings, arguments: Arguments) -> int:
 
 
 def wait(settings: Settings, arguments: Arguments) -> int:
-    """Block until a message arrives; print it, or just its code or link."""
+    """Block until a message arrives; print it, or just the code or link of one that has any."""
+    part = "code" if arguments.code else "link" if arguments.link else ""
     given = {"recipient": arguments.to, "subject": arguments.subject}
     words = [f'{name}:"{value}"' for name, value in given.items() if value]
     try:
         with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
             found = Remote(settings).ask_json("GET", "/api/v1/wait", arguments.timeout + 10,
-                                              query=" ".join(words), timeout=arguments.timeout)
+                                              **{"query": " ".join(words), "timeout": arguments.timeout, "with": part})
     except NoRelay as e:
         raise Complaint(str(e), EX_UNAVAILABLE) from None
-    wanted = "Codes" if arguments.code else "Links" if arguments.link else ""
-    if wanted:
-        if not found[wanted]:
-            raise Complaint(f"the message has no {wanted[:-1].lower()}")
-        print(found[wanted][0])
+    if part:
+        print(found[f"{part.title()}s"][0])
     elif arguments.json:
         print_json(found)
     else:

@@ -9425,6 +9425,16 @@ def test_check_reads_the_files_that_settings_name(tmp_path: Path, capsys: Any, m
     assert sorted(path.name for path in tmp_path.iterdir()) == [".counts", "users"]
 
 
+def test_who_waits_for_a_code_gets_the_newest_message_that_has_one(start: Any) -> None:
+    relay = start()
+    said(relay, CODE_MAIL, CODE_MAIL.replace(b"482913", b"111222"), b"Subject: News\r\n\r\nNothing new.\r\n")
+    for query, status, wanted in (("", 200, []), ("&with=code", 200, ["111222"]), ("&with=colour", 400, None)):
+        got = api(relay, "GET", f"/api/v1/wait?timeout=5{query}")
+        assert got[0] == status and (wanted is None or got[1]["Codes"] == wanted)
+    status, answer = api(relay, "GET", "/api/v1/wait?query=subject:News&with=link&timeout=0")[:2]
+    assert status == 408 and "no message with a link" in str(answer)
+
+
 def test_sendmail_says_what_it_knows(capsys: Any) -> None:
     shown = verb({}, "sendmail", "--help")
     assert shown.startswith("usage: ") and all(flag in shown for flag in ("-t", "-i", "-f", "-F", "-bs", "-bp", "-q"))
