@@ -9790,6 +9790,10 @@ class Delivering:
                 shelf[stem] = (at, size)
                 self.on_shelf += size
 
+    def is_shelved(self, stem: str) -> bool:
+        """Tell whether a message is known to be held or finished."""
+        return stem in self.held or stem in self.finished
+
     def unshelve(self, stem: str) -> None:
         """Forget that nobody is owed a message."""
         with self.lock:
@@ -9807,7 +9811,9 @@ class Delivering:
                 self.log.error("not_removed", stem=stem, error=e)
 
     def octets_owed(self, stem: str) -> int:
-        """Return what a message adds to the octets owed."""
+        """Return what a message adds to the octets owed; one on a shelf, nothing: it need not be read."""
+        if self.is_shelved(stem):
+            return 0
         with contextlib.suppress(KeyError, OSError, SpoolError):
             message = self.spool.load(stem)
             return 0 if message.status in SETTLED else message.size
@@ -9832,7 +9838,7 @@ class Delivering:
     def past_limits(self) -> list[str]:
         """Take from the shelf, finished messages first, until the spool is within its limits."""
         s, over = self.settings, []
-        being_held = sum(stem in self.held or stem in self.finished for stem in [*self.scheduler.active])
+        being_held = sum(map(self.is_shelved, [*self.scheduler.active]))
         owed, octets = len(self.scheduler) - being_held, self.metrics.get("owed_bytes")
         shelves: list[dict[str, tuple[float, int]]] = [self.finished]
         if s.delivery == "hold":
@@ -10249,8 +10255,8 @@ class Backstage:
                     busy.append(id)
                     continue
                 try:
-                    d.unshelve(stem)
                     d.metrics.inc("owed_bytes", -d.octets_owed(stem))
+                    d.unshelve(stem)
                     d.remove(stem)
                 finally:
                     d.scheduler.done(task)
