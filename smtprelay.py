@@ -797,7 +797,14 @@ class Settings:
     relay_allowed_recipients: re.Pattern[str] = setting(
         "", pattern, "regular expression, found anywhere in the address; others are held, not sent")
     relay_connections: int = setting("4", positive, "connections to one next hop at once")
-    relay_timeout: float = setting("30s", duration, "time for each step of a delivery")
+    relay_timeout: float = setting("30s", duration, "time for reaching a next hop: connection and TLS")
+    relay_reply_timeout: float = setting(
+        "5m", duration, "time for each reply of a next hop, twice that after the final dot")
+    relay_from: str = setting("", mailbox, "replaces the header From's address and the reverse-path")
+    relay_repair: bool = setting("1", flag, "adds what a submission lacks on its way out; 0 sends it as it came")
+    local_to: str = setting("", mailbox, "where mail for local users goes: names alone, or at this host's name")
+    aliases: str = setting("", readable, "a file like /etc/aliases, read with SMTP_LOCAL_TO")
+    lenient: bool = setting("0", flag, "take what old devices send (loopback and named networks alone)")
     mx_port: int = setting("25", port_number, "the port of the recipients' hosts in mx mode")
     dns_server: tuple[Address, ...] = setting(
         "", dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
@@ -822,6 +829,10 @@ class Settings:
         "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
     api_token: str = setting(
         "", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
+    api_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
+        "loopback", networks, "from where the API and the page need no token: a list of networks")
+    tags: str = setting("", word, "rules that tag messages: TAG=SEARCH, parted by ;")
+    web_root: str = setting("/", word, "the path under which a reverse proxy shows the page")
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")

@@ -43,7 +43,6 @@ import socket
 import socketserver
 import ssl
 import stat
-import statistics
 import struct
 import subprocess
 import sys
@@ -678,6 +677,61 @@ def settings_of(**env: str) -> smtprelay.Settings:
 MODULES = ROOT / ".ci" / "node_modules"
 
 
+DAY = 86400.0
+
+
+STEM = "2026-11-21/" + "0" * 16 + "_" + "0" * 16
+
+
+def settings(**given: str) -> smtprelay.Settings:
+    return smtprelay.Settings.read(given)
+
+
+def spooled_in_review(spool: Any, *to: str, flags: tuple[str, ...] = (), id: str = "") -> str:
+    """Put a message into a spool behind the relay's back; return its stem."""
+    envelope = smtprelay.Envelope("ann@x.test", "127.0.0.1", "x", "ESMTP", "", flags, list(to) or ["bob@hop.test"])
+    draft = spool.draft(envelope)
+    if id:
+        draft = type(draft)(spool, envelope, id)
+    draft.write(MAIL)
+    return str(draft.commit())
+
+
+def relaying_in_review(start: Any, hop: Any, **more: str) -> Any:
+    return start(SMTP_DELIVERY="relay", **hop.settings(**{"SMTP_RELAY_TLS": "none", **more}))
+
+
+def status(relay: Any, stem: str) -> smtprelay.Status:
+    return relay.delivering.spool.load(stem).status
+
+
+def aged_id(age: float) -> str:
+    return f"{int((time.time() - age) * 1e6):013x}abc"
+
+
+def said_stem(relay: Any) -> str:
+    """Send a message; return its stem once it is in the inbox."""
+    id = said(relay)[0]
+    relay.delivering.catch_up()
+    return str(relay.delivering.inbox.stem(id))
+
+
+def receivers(relay: Program) -> list[int]:
+    """Return the receiving processes: children that hold the SMTP socket but not the HTTP one."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(relay.process.pid)], capture_output=True, text=True)
+    return sorted(map(int, listed.stdout.split()))[1:]
+
+
+DIES_BEFORE_IT_TELLS = """
+import os
+def die(self, stem):
+    try: os.close(os.open("dead", os.O_CREAT | os.O_EXCL))
+    except FileExistsError: return announce(self, stem)
+    os.kill(os.getpid(), 9)
+announce, smtprelay.Link.announce = smtprelay.Link.announce, die
+"""
+
+
 # === REPLIES =================================================================
 # Each reply of the contract's table is heard in a dialogue somewhere below; here is
 # only what holds for all of them.
@@ -1027,6 +1081,40 @@ def test_metrics_of_the_doors(start: Callable[..., Any], pair: str) -> None:
     assert metric(relay, "smtp_messages_rejected_total")["535"] == 1
     text = fetch(relay, "/metrics?format=prometheus")[2]
     assert 'smtp_auth_attempts_total{result="failure"} 1' in text and "ann" not in text
+
+
+def test_a_log_that_cannot_be_reopened_stops_nothing(tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "logs"
+    place.mkdir()
+    log = smtprelay.open_log(settings(SMTP_LOG_FILE=str(place / "log")))
+    log.info("one")
+    place.rename(tmp_path / "old")
+    log.info("two")
+    assert re.search(r"info two log_error=.*No such file or directory", capsys.readouterr().err)
+    place.mkdir()
+    log.info("three")
+    assert "info three" in (place / "log").read_text()
+
+
+def test_a_listener_that_lags_gets_the_end_whoever_publishes() -> None:
+    feed = smtprelay.Feed()
+    for _ in range(30):
+        events = feed.subscribe(1 << 30, waiting=1)
+        wrong: list[BaseException] = []
+
+        def publish(wrong: list[BaseException] = wrong) -> None:
+            try:
+                for _ in range(50):
+                    feed.publish({})
+            except BaseException as e:
+                wrong.append(e)
+
+        threads = [threading.Thread(target=publish) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == [] and events.get_nowait() is None and not feed.listeners
 
 
 # === WIRE ====================================================================
@@ -1628,6 +1716,18 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
         wait_until(lambda: relay.receiving.reception.clients["192.0.2.1"] == 1)
 
 
+def test_pipelined_commands_do_not_make_the_buffer_grow() -> None:
+    ours, theirs = socket.socketpair()
+    wire = smtprelay.Wire(ours, smtprelay.Deadline(5))
+    sender = threading.Thread(target=lambda: (theirs.sendall(b"NOOP x\r\n" * 40_000), theirs.close()))  # type: ignore[func-returns-value]
+    sender.start()
+    with ours, contextlib.suppress(smtprelay.PeerGone):
+        while wire.line() == b"NOOP x\r\n":
+            pass
+    sender.join()
+    assert len(wire.buffer) <= 4 * smtprelay.BLOCK_FIRST
+
+
 # === GRAMMAR =================================================================
 
 
@@ -1884,6 +1984,24 @@ def test_hostile_values_take_no_time() -> None:
         assert not smtprelay.is_envid(value)
         assert not smtprelay.is_notify(value)
         assert not smtprelay.is_orcpt("utf-8;" + value)
+
+
+@pytest.mark.parametrize("domain", ["-b.test", "b-.test", "b.-c", "b.c-", "b..c", "", "."])
+def test_domains_that_do_not_parse(holding: Any, domain: str) -> None:
+    with hello(holding) as client:
+        client.ask(f"MAIL FROM:<a@{domain}>", "501 5.1.7")
+
+
+@pytest.mark.parametrize("domain", ["b", "b-c.test", "b--c.test", "xn--bcher-kva.test", "1.test"])
+def test_domains_that_do(holding: Any, domain: str) -> None:
+    with hello(holding) as client:
+        client.ask(f"MAIL FROM:<a@{domain}>", "250 2.1.0")
+
+
+def test_an_address_that_is_not_utf_8_is_refused_in_our_own_words(holding: Any) -> None:
+    with hello(holding) as client:
+        client.send(b"MAIL FROM:<\xff@b.test> SMTPUTF8\r\n")
+        assert client.reply() == "501 5.1.7 Bad sender address: not UTF-8"
 
 
 # === SEALING =================================================================
@@ -2563,6 +2681,85 @@ def test_memory_leaves_nothing_on_disk(start: Callable[..., Any], tmp_path: Path
     wait_until(lambda: next_hop.messages)
     assert next_hop.messages[0].content.endswith(MAIL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_record_counts_more_than_one_left_over(start: Any) -> None:
+    relay = start()
+    spool = relay.delivering.spool
+    stem = spooled_in_review(spool)
+    message = spool.load(stem)
+    spool.save_first(message)
+    message.status = smtprelay.Status.FORWARDED
+    spool.save(message)
+    Path(spool.path(stem + ".json")).write_text(json.dumps({**json.loads(message.to_json()), "status": "held"}))
+    assert spool.load(stem).status is smtprelay.Status.FORWARDED
+
+
+def test_another_writer_of_the_spool_is_left_alone(start: Any) -> None:
+    relay = start()
+    d = relay.delivering
+    wait_until(lambda: not d.spool.tidying)
+    other = smtprelay.FileSpool(relay.settings, d.log)  # as sendmail does when the relay is busy
+    draft = other.draft(smtprelay.Envelope("", "local", "x", "ESMTP", "", (), ["bob@hop.test"]))
+    draft.write(b"x" * 300000)
+    d.find()
+    draft.commit()
+    d.find()
+    assert draft.stem in [stem for stem, _ in d.spool.names()]
+
+
+def test_a_hundred_thousand_names_take_little_memory() -> None:
+    tracemalloc.start()
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    stems = [f"2026-01-01/{i:016x}_{i:016x}" for i in range(20000)]
+    before = tracemalloc.get_traced_memory()[0]
+    s.put_all(stems, smtprelay.UNREAD)
+    used = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert used / len(stems) < 120, used
+
+
+def test_a_stray_that_cannot_be_removed_holds_up_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
+    spool.open()
+    stem = spooled_in_review(spool)
+    (Path(spool.root) / f"{stem[:11]}{'0' * 16}_{'0' * 16}.json").write_text("{}")
+    refused = mock.Mock(side_effect=PermissionError(1, "not yours"))
+    monkeypatch.setattr(spool, "unlink", refused)
+    assert [name for name, _ in spool.names()] == [stem]
+    assert refused.called
+    spool.close()
+
+
+def test_a_record_is_never_missing_while_it_is_reopened(tmp_path: Path, monkeypatch: Any) -> None:
+    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
+    spool.open()
+    message = spool.load(spooled_in_review(spool))
+    message.move(smtprelay.Status.FAILED)
+    spool.save(message)
+    message.move(smtprelay.Status.RETRYING)
+    monkeypatch.setattr(spool, "save", mock.Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        spool.reopen(message)
+    assert spool.load(message.stem).status is smtprelay.Status.FAILED
+    spool.close()
+
+
+def test_each_half_makes_ids_of_its_own() -> None:
+    makers = {smtprelay.IdMaker(f"{half:x}").next()[13:] for half in range(16)}
+    assert len(makers) == 16
+
+
+def test_who_finds_a_record_in_memory_finds_the_content(start: Any) -> None:
+    spool = start(SMTP_STORAGE="memory").delivering.spool
+
+    class Watched(dict[str, bytes]):
+        def __setitem__(self, stem: str, record: bytes) -> None:
+            assert stem in spool.contents
+            super().__setitem__(stem, record)
+
+    spool.records = Watched(spool.records)
+    assert spool.load(spooled_in_review(spool)).size == len(MAIL)
 
 
 # === ACCOUNTS ================================================================
@@ -3529,6 +3726,32 @@ def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: 
         s.release(task.lane)
         owed[task.stem].discard(task.lane)
         s.done(task)
+
+
+def test_a_message_is_in_one_hand_at_a_time() -> None:
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    s.put(STEM, "old")
+    task = s.take(0)
+    assert task and s.seize(STEM) is None
+    s.done(task, 5.0)
+    seized = s.seize(STEM)
+    assert seized and seized.lane == smtprelay.UNREAD and s.take(0) is None
+    s.done(seized, 0.0)
+    assert s.take(0) == seized and len(s) == 1
+
+
+def test_a_lane_without_mail_is_forgotten_though_it_was_throttled() -> None:
+    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
+    s.put(STEM, "dead")
+    task = s.take(0)
+    assert task
+    s.throttle("dead", "no answer")
+    s.done(task, 0.0)
+    s.flush()
+    task = s.take(0)
+    assert task
+    s.done(task)
+    assert s.take(0) is None and not s.lanes
 
 
 # === RESOLVER ================================================================
@@ -5134,6 +5357,26 @@ def test_an_account_may_have_a_host_of_its_own(tmp_path: Path) -> None:
         assert any(c.startswith("AUTH PLAIN ") for c in own.commands)
 
 
+@pytest.mark.parametrize("host", ["smtp..example.com", "x" * 70 + ".test"])
+def test_a_name_that_cannot_be_looked_up_is_the_hosts_trouble(start: Any, host: str) -> None:
+    relay = start(SMTP_DELIVERY="relay", SMTP_RELAY_HOST=host)
+    stem = said_stem(relay)
+    wait_until(lambda: "cannot connect" in relay.delivering.spool.load(stem).last_error)
+    assert relay.delivering.scheduler.lanes["smarthost"].steps > 0
+
+
+def test_a_peer_that_is_gone_at_once_is_the_hosts_trouble(start: Any, hop: Any, monkeypatch: Any) -> None:
+    class Gone(socket.socket):
+        def getpeername(self) -> Any:
+            raise OSError(107, "Transport endpoint is not connected")
+
+    h = hop()
+    relay = relaying_in_review(start, h)
+    monkeypatch.setattr(smtprelay.NextHop, "connect", lambda _: Gone())
+    stem = said_stem(relay)
+    wait_until(lambda: "not connected" in relay.delivering.spool.load(stem).last_error)
+
+
 # === REPORTS =================================================================
 # -- reports --
 
@@ -5587,6 +5830,24 @@ def test_a_fault_at_the_greeting() -> None:
 def test_wrong_rules_are_reported(rules: str) -> None:
     with pytest.raises(smtprelay.SettingsError, match="SMTP_FAULTS: rule 2"):
         smtprelay.Faults("mail 450 x; " + rules)
+
+
+def test_a_scripted_code_that_we_never_give_ourselves(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_FAULTS="mail 455 odd")
+    with hello(relay) as client:
+        client.ask("MAIL FROM:<a@b.test>", "455 4.0.0 odd")
+        client.ask("NOOP", "250")
+    assert metric(relay, "smtp_messages_rejected_total")["other"] == 1
+
+
+def test_scripted_faults_are_counted_across_processes(program: Callable[..., Program]) -> None:
+    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_FAULTS": "mail 451 later after 5 first 5"})
+    wait_until(lambda: len(receivers(relay)) == 3)
+    replies = []
+    for _ in range(15):
+        with hello(relay) as client:
+            replies.append(client.ask("MAIL FROM:<a@b.test>")[:3])
+    assert replies == ["250"] * 5 + ["451"] * 5 + ["250"] * 5
 
 
 # === SESSION =================================================================
@@ -6155,6 +6416,64 @@ def test_quotas_over_a_restart(program: Callable[..., Program], tmp_path: Path, 
             relay.start()
 
 
+def test_white_space_at_the_end_of_a_command_means_nothing(holding: Any) -> None:
+    """RFC 5321 4.1.1: servers should tolerate it."""
+    with hello(holding) as client:
+        client.ask("NOOP\t ", "250")
+        client.ask("MAIL FROM:<a@b.test>\t", "250")
+        client.ask("NOOP \t x", "500 5.5.2")
+        client.ask("QUIT \t", "221")
+
+
+def test_vrfy_takes_an_address_beyond_ascii(holding: Any) -> None:
+    """RFC 6531 3.7.4.2."""
+    with hello(holding) as client:
+        client.ask("VRFY Jürgen SMTPUTF8", "252")
+        client.ask("EXPN Jürgen SMTPUTF8", "502")
+        client.ask("NOOP Jürgen", "500")
+
+
+def test_bdat_before_tls_stays_in_step(start: Callable[..., Any], pair: str) -> None:
+    relay = start(SMTP_TLS_REQUIRED="1", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair)
+    with hello(relay) as client:
+        client.send(b"BDAT 6 LAST\r\nQUIT\r\nNOOP\r\n")
+        assert client.reply().startswith("530 5.7.0")
+        assert client.reply().startswith("250 2.0.0")
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"EHLO client.test\r\n", b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"]
+)
+@pytest.mark.parametrize("trickle", [False, True])
+def test_deadlines_hold_however_slowly_a_client_talks(start: Callable[..., Any], said: bytes, trickle: bool) -> None:
+    relay = start(SMTP_COMMAND_TIMEOUT="0.2s", SMTP_DATA_TIMEOUT="0.2s")
+    with dial(relay) as client:
+        client.send(said)
+        began, client.sock = time.monotonic(), client.sock
+        client.sock.settimeout(0.02 if trickle else 2.0)
+        heard = b""
+        while b"421" not in heard and time.monotonic() < began + 2:
+            with contextlib.suppress(socket.timeout):
+                heard += client.sock.recv(4096)
+            if trickle:
+                with contextlib.suppress(OSError):
+                    client.sock.sendall(b"x")
+        assert b"421 4.4.2" in heard
+        assert 0.15 < time.monotonic() - began < 0.8
+
+
+def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(listen=False), SMTP_QUEUE_SIZE="1")
+    with hello(relay) as first, hello(relay) as second:
+        for client in (first, second):
+            client.ask("MAIL FROM:<ann@x.test>", "250")
+            client.ask("RCPT TO:<bob@hop.test>", "250")
+            client.ask("DATA", "354")
+        assert first.ask("hello\r\n.").startswith("250")
+        assert second.ask("hello\r\n.").startswith("452 4.3.1")
+        second.ask("NOOP", "250")
+
+
 # === LISTENER ================================================================
 
 
@@ -6235,6 +6554,45 @@ def test_many_sessions_at_once(holding: Any) -> None:
         for client in clients:
             client.send(b"EHLO client.test\r\n")
         assert all(client.reply().startswith("250") for client in clients)
+
+
+def test_no_more_sessions_than_allowed_however_many_come_at_once(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_MAX_CONNECTIONS="20")
+    clients = [socket.create_connection((relay.host, relay.port), 8) for _ in range(60)]
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            stack.enter_context(client)
+        greetings = [client.recv(100)[:3] for client in clients]
+    assert (greetings.count(b"220"), greetings.count(b"421")) == (20, 40)
+
+
+def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    relay, whole = start(), smtprelay.Session
+
+    def stumbling(*args: Any) -> Any:
+        monkeypatch.setattr(smtprelay, "Session", whole)
+        raise MemoryError
+
+    monkeypatch.setattr(smtprelay, "Session", stumbling)
+    with Dialogue((relay.host, relay.port)) as client:
+        assert client.greeting.startswith("421")
+    with dial(relay) as client:
+        assert client.greeting.startswith("220")
+
+
+@pytest.mark.parametrize("port", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "unix:"])
+def test_stop_wakes_all_who_wait(start: Callable[..., Any], tmp_path: Path, port: str) -> None:
+    path = f"{tmp_path}/s" if port == "unix:" else ""
+    relay = start(SMTP_PORT=f"127.0.0.1:0 {port}{path}", SMTP_ALLOW_NETWORKS="127.0.0.0/8 ::1 10.0.0.0/8")
+    listener = relay.receiving.listeners[-1]
+    address: Any = path or listener.socket.getsockname()[:2]
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(Dialogue(address))
+    wait_until(lambda: not relay.receiving.reception.sessions)
+    began = time.monotonic()
+    relay.receiving.stop()
+    assert time.monotonic() - began < 1.3 and listener.waiting == 0
 
 
 # === INBOX ===================================================================
@@ -8152,6 +8510,15 @@ def test_an_accounts_own_mail_and_figures(start: Callable[..., Any], tmp_path: P
     assert api(relay, "GET", "/api/emails", token="mp_live_app", Sec_Fetch_Site="cross-site")[0] == 403
 
 
+@pytest.mark.parametrize("deep", [b"[", b'{"a":'], ids=["array", "object"])
+def test_deep_json_ends_no_process(program: Callable[..., Program], deep: bytes) -> None:
+    relay = program()
+    request = urllib.request.Request(f"{relay.http_url}/api/v1/messages", deep * 100_000, method="PUT")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=10)
+    assert "half_died" not in relay.log()
+
+
 # === RELAY ===================================================================
 
 
@@ -8571,6 +8938,276 @@ def test_openssl_s_client(open_house: Any, pair: str, mode: str) -> None:
     assert "STARTTLS" not in talk.stdout and "AUTH PLAIN" in talk.stdout
 
 
+def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    d = relay.delivering
+    stem = spooled_in_review(d.spool)
+    d.find()  # as after an overflow of the Link, or another's sendmail
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    d.metrics.inc("smtp_queue_depth")  # as the session does
+    relay.parts.link.announce(stem)
+    last = said(relay)[0]
+    d.catch_up()
+    wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
+    assert len(h.messages) == 2
+    d.metrics.inc("smtp_queue_depth", -1)
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_after_an_attempt_repeats_no_delivery(start: Any, hop: Any, error: Exception, monkeypatch: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h)
+    count = relay.delivering.guard.quotas.count
+    bugs = [error]
+
+    def stumbling(*given: Any) -> None:
+        if bugs:
+            raise bugs.pop()
+        count(*given)
+
+    monkeypatch.setattr(relay.delivering.guard.quotas, "count", stumbling)
+    with hello(relay) as client:
+        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
+    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
+    assert h.delivered()["bob@hop.test"] == 1
+
+
+def test_a_bug_in_a_report_does_not_repeat_the_delivery(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1")
+
+    def stumble(*given: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(relay.delivering, "draft_report", stumble)
+    with hello(relay) as client:
+        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
+    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
+    assert h.delivered()["bob@hop.test"] == 1
+
+
+def test_what_was_released_is_not_too_old(start: Any, hop: Any) -> None:
+    h = hop(script={"end": ["450 4.2.0 later"]})
+    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
+    d.find()
+    wait_until(lambda: stem in d.held)
+    assert relay.release() == 1
+    wait_until(lambda: status(relay, stem) in (smtprelay.Status.FORWARDED, smtprelay.Status.FAILED))
+    assert status(relay, stem) is smtprelay.Status.FORWARDED and len(h.refused) == 1
+
+
+def test_what_was_released_waits_for_a_dead_host(start: Any, hop: Any) -> None:
+    h = hop(listen=False)
+    relay = start(SMTP_DELIVERY="hold", SMTP_RETRY_INITIAL_DELAY="5s", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
+    d.find()
+    wait_until(lambda: stem in d.held)
+    relay.release()
+    wait_until(lambda: d.metrics.get("smtp_messages_deferred_total") > 0)
+    time.sleep(0.05)
+    assert d.metrics.get("smtp_delivery_failures_total") < 5  # it does not go round and round
+    assert status(relay, stem) is smtprelay.Status.RETRYING
+
+
+def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_DELIVERY="hold", SMTP_RELAY_ALLOWED_RECIPIENTS="nobody", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    queue_id = said(relay)[0]
+    d.catch_up()
+    relay.backstage.release(queue_id, ["carl@hop.test"])
+    wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
+    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
+    assert d.metrics.own("heard") == 0
+
+
+def test_the_depth_is_right_again_once_no_mail_comes(start: Any) -> None:
+    d = start().delivering
+    d.metrics.inc("heard", 2)  # as when a half died between two counts
+    d.show_depth()
+    assert d.metrics.get("smtp_queue_depth") == -2
+    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0 == d.metrics.own("heard"))
+
+
+def test_a_link_that_overflowed_in_hold_mode_leaves_the_depth_alone(start: Any) -> None:
+    relay = start()
+    d = relay.delivering
+    stem = spooled_in_review(d.spool, flags=("HOLD",))
+    d.metrics.inc("rescan")
+    wait_until(lambda: stem in d.held and d.metrics.get("smtp_queue_depth") == 0)
+    hours = sum(n for (_, kind), n in d.hours.items() if kind == "received")
+    d.find()
+    assert sum(n for (_, kind), n in d.hours.items() if kind == "received") == hours
+    assert len(d.scheduler) == 0  # what is held is not read again
+
+
+def test_a_message_is_released_once(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
+    d = relay.delivering
+    queue_id = said(relay)[0]
+    d.catch_up()
+    stem = d.inbox.stem(queue_id)
+    task = d.scheduler.seize(stem)
+    for change in (lambda: relay.backstage.release(queue_id, []), lambda: relay.backstage.delete([queue_id])):
+        with pytest.raises(smtprelay.HttpError, match="just now"):
+            change()
+    d.scheduler.done(task)
+    relay.backstage.release(queue_id, [])
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    wait_until(lambda: d.metrics.get("owed_bytes") == 0)
+    assert len(h.messages) == 1
+
+
+def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop(listen=False)
+    relay = relaying_in_review(start, h)
+    d = relay.delivering
+    routes, calls = d.delivery.routes, []
+
+    def moving(message: smtprelay.Message) -> dict[str, list[smtprelay.Recipient]]:
+        calls.append(1)
+        return {"elsewhere": message.pending()} if len(calls) in (2, 3) else routes(message)
+
+    monkeypatch.setattr(d.delivery, "routes", moving)
+    said(relay)
+    h.listen()
+    wait_until(lambda: h.messages)
+
+
+def test_what_is_on_its_way_is_not_owed_where_mail_is_held(start: Any, monkeypatch: Any) -> None:
+    d = start().delivering
+    monkeypatch.setattr(d.link, "waiting", lambda: 5)
+    d.count_heard()
+    d.show_depth()
+    assert d.metrics.get("smtp_queue_depth") == 0
+
+
+def test_what_is_being_held_is_counted_once(start: Any) -> None:
+    relay = start(SMTP_SPOOL_MAX_MESSAGES="1")
+    d, stem = relay.delivering, said_stem(relay)
+    task = d.scheduler.seize(stem)
+    assert task and d.past_limits() == []
+    d.scheduler.done(task)
+
+
+def test_a_job_that_fails_holds_up_no_other(start: Any, monkeypatch: Any, log: Caught) -> None:
+    d, looked = start().delivering, threading.Event()
+    for job in (d.delivery, "drop_idle"), (d, "make_room"), (d.guard.quotas, "save"):
+        monkeypatch.setattr(*job, mock.Mock(side_effect=OSError(28, "full")))
+    monkeypatch.setattr(d, "look_again", looked.set)
+    assert looked.wait(5)
+    wait_until(lambda: len(log.bugs()) >= 3)
+
+
+def test_what_nobody_has_told_of_is_found_in_time(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    stem = spooled_in_review(relay.delivering.spool)
+    relay.delivering.look_at = 0.0
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    assert relay.delivering.look_at > time.monotonic()
+
+
+def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(listen=False), SMTP_RETRY_INITIAL_DELAY="1h")
+    first, second = said(relay, MAIL, MAIL)
+    owed = functools.partial(relay.delivering.metrics.get, "owed_bytes")
+    relay.delivering.catch_up()
+    wait_until(lambda: owed() == 2 * len(MAIL) and not relay.delivering.scheduler.active)
+    relay.backstage.delete([first])
+    assert owed() == len(MAIL)
+    relay.backstage.delete([second])
+    assert owed() == 0
+
+
+def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, monkeypatch: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    stem = said_stem(relay)
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
+    before = relay.delivering.spool.load(stem)
+    before.status = smtprelay.Status.RETRYING  # as it was when the request came
+    monkeypatch.setattr(relay.backstage.inbox, "load", lambda _: before)
+    assert relay.backstage.retry(before.id) == 1
+    wait_until(lambda: len(relay.delivering.scheduler) == 0)
+    assert len(h.messages) == 1
+
+
+def test_half_a_line_in_the_link_is_no_message(start: Any) -> None:
+    relay = start()
+    os.write(relay.parts.link.writer, b"11-21/0123\n")
+    stem = said_stem(relay)
+    assert [relay.delivering.inbox.stem(id) for id in relay.delivering.inbox.ids()] == [stem]
+
+
+def test_a_second_signal_to_stop_gives_no_more_time(monkeypatch: Any) -> None:
+    told: list[int] = []
+    supervisor = smtprelay.Supervisor(mock.Mock(settings=mock.Mock(processes=1)))
+    monkeypatch.setattr(supervisor, "signal_children", told.append)
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: told.append(seconds))
+    supervisor.stop()
+    supervisor.stop()
+    assert told == [signal.SIGTERM, smtprelay.STOP_AFTER]
+
+
+def test_several_receiving_processes(program: Callable[..., Program]) -> None:
+    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_MAX_CONNECTIONS": "30"})
+    wait_until(lambda: len(receivers(relay)) == 3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Dialogue((relay.host, relay.port))) for _ in range(30)]
+        ids = set()
+        for client in clients:
+            client.ask("EHLO client.test", "250")
+            ids.add(client.mail()[-16:])
+        assert len(ids) == 30
+        assert len({id[13:] for id in ids}) > 1  # more than one process took some
+        wait_until(lambda: metric(relay, "smtp_sessions_active") == 30)
+        assert metric(relay, "smtp_messages_received_total") == 30
+        with Dialogue((relay.host, relay.port)) as late:
+            assert late.greeting.startswith("421 4.3.2")
+    os.kill(receivers(relay)[0], signal.SIGKILL)
+    wait_until(lambda: len(receivers(relay)) == 2)
+    wait_until(lambda: len(receivers(relay)) == 3)
+    for _ in range(5):
+        with hello(relay) as client:
+            assert client.mail().startswith("250")
+
+
+def test_what_is_counted_by_client_is_counted_in_one_process() -> None:
+    read = smtprelay.Settings.read
+    usual = read({}).processes
+    assert usual == min(2, os.cpu_count() or 1) and read({"SMTP_PROCESSES": "3"}).processes == 3
+    for name, value in (
+        ("RATE_LIMIT", "9"),
+        ("MAX_CONNECTIONS_PER_CLIENT", "9"),
+        ("USERS_FILE", "u"),
+        ("STORAGE", "memory"),
+    ):
+        assert read({"SMTP_PROCESSES": "3", f"SMTP_{name}": value}).processes == 1
+    assert read({"SMTP_PROCESSES": "3", "SMTP_AUTH_USER": "u", "SMTP_AUTH_PASSWORD": "p"}).processes == 1
+
+
+def test_a_message_that_a_dead_process_had_kept_is_sent(
+    program: Callable[..., Program], hop: Callable[..., FakeHop]
+) -> None:
+    taker = hop()
+    relay = program(**{**QUICK, **taker.settings(), "SMTP_PROCESSES": "2"})
+    relay.stop()
+    relay.code = ONE_LINER.replace("; sys.exit", f"\n{DIES_BEFORE_IT_TELLS}\nsys.exit")
+    relay.start()
+    with hello(relay) as client, contextlib.suppress(OSError):
+        assert client.mail() == ""
+    wait_until(lambda: len(taker.messages) == 1)
+    wait_until(lambda: metric(relay, "smtp_queue_depth") == 0)
+    said(relay)
+    wait_until(lambda: len(taker.messages) == 2 and metric(relay, "smtp_queue_depth") == 0)
+
+
 # === LIBRARY =================================================================
 
 
@@ -8791,6 +9428,33 @@ def test_without_pytest_there_are_no_fixtures() -> None:
         "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules",
         env=clean_env(),
     )
+
+
+def test_a_relay_that_is_stopped_leaves_descriptors_of_others_alone(start: Any) -> None:
+    relay = start()
+    relay.stop()
+    mine = [os.pipe() for _ in range(20)]
+    try:
+        relay.delivering.catch_up()
+        assert relay.parts.link.announce(STEM) is False and relay.parts.link.waiting() == 0
+        relay.stop()
+        for reader, writer in mine:
+            os.fstat(reader)
+            os.fstat(writer)
+            assert int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder) == 0
+    finally:
+        for pair in mine:
+            os.close(pair[0])
+            os.close(pair[1])
+
+
+def test_the_library_leaves_the_size_of_stacks_alone(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_size = mock.Mock(return_value=0)  # a thread that somebody else starts meanwhile would have it
+    monkeypatch.setattr(threading, "stack_size", set_size)
+    relay = start()
+    with hello(relay), hello(relay), hello(relay) as client:
+        assert client.mail().startswith("250")
+    set_size.assert_not_called()
 
 
 # === SENDMAIL ================================================================
@@ -9541,12 +10205,6 @@ BANNER = re.compile(r"(?m)^# === (?:\d\d )?([A-Z]+(?: [A-Z]+)*) =+$")
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-def body_length(function: Any) -> int:
-    """Count the lines of a function without its docstring."""
-    first = function.body[1] if ast.get_docstring(function) and len(function.body) > 1 else function.body[0]
-    return int(function.end_lineno - first.lineno + 1)
-
-
 def test_banners_are_the_contents_list() -> None:
     lines = [line for line in SOURCE.split("\n") if line.startswith("# ===")]
     assert {len(line) for line in lines} == {79}
@@ -9586,13 +10244,6 @@ def test_chapters_use_only_earlier_chapters() -> None:
         and node.id not in local
     }
     assert late == set()
-
-
-def test_functions_are_short() -> None:
-    lengths = sorted(body_length(function) for function in FUNCTIONS)
-    assert [f.name for f in FUNCTIONS if body_length(f) > 45] == []
-    assert statistics.median(lengths) <= 8
-    assert lengths[len(lengths) * 9 // 10] < 25
 
 
 def test_every_signature_has_its_types() -> None:
@@ -10865,674 +11516,3 @@ def test_break_by_hostile_addresses() -> None:
         with contextlib.suppress(ValueError):
             smtprelay.parse_path(evil)
         assert time.perf_counter() - started < 0.05
-
-
-# === REVIEWS =================================================================
-#
-# What fresh eyes have found: each of these failed once.
-
-
-DAY = 86400.0
-STEM = "2026-11-21/" + "0" * 16 + "_" + "0" * 16
-
-
-def settings(**given: str) -> smtprelay.Settings:
-    return smtprelay.Settings.read(given)
-
-
-def spooled_in_review(spool: Any, *to: str, flags: tuple[str, ...] = (), id: str = "") -> str:
-    """Put a message into a spool behind the relay's back; return its stem."""
-    envelope = smtprelay.Envelope("ann@x.test", "127.0.0.1", "x", "ESMTP", "", flags, list(to) or ["bob@hop.test"])
-    draft = spool.draft(envelope)
-    if id:
-        draft = type(draft)(spool, envelope, id)
-    draft.write(MAIL)
-    return str(draft.commit())
-
-
-def relaying_in_review(start: Any, hop: Any, **more: str) -> Any:
-    return start(SMTP_DELIVERY="relay", **hop.settings(**{"SMTP_RELAY_TLS": "none", **more}))
-
-
-def status(relay: Any, stem: str) -> smtprelay.Status:
-    return relay.delivering.spool.load(stem).status
-
-
-def aged_id(age: float) -> str:
-    return f"{int((time.time() - age) * 1e6):013x}abc"
-
-
-def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) -> None:
-    h = hop()
-    relay = relaying_in_review(start, h)
-    d = relay.delivering
-    stem = spooled_in_review(d.spool)
-    d.find()  # as after an overflow of the Link, or another's sendmail
-    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
-    d.metrics.inc("smtp_queue_depth")  # as the session does
-    relay.parts.link.announce(stem)
-    last = said(relay)[0]
-    d.catch_up()
-    wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
-    assert len(h.messages) == 2
-    d.metrics.inc("smtp_queue_depth", -1)
-
-
-@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug")])
-def test_a_bug_after_an_attempt_repeats_no_delivery(start: Any, hop: Any, error: Exception, monkeypatch: Any) -> None:
-    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
-    relay = relaying_in_review(start, h)
-    count = relay.delivering.guard.quotas.count
-    bugs = [error]
-
-    def stumbling(*given: Any) -> None:
-        if bugs:
-            raise bugs.pop()
-        count(*given)
-
-    monkeypatch.setattr(relay.delivering.guard.quotas, "count", stumbling)
-    with hello(relay) as client:
-        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
-    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
-    assert h.delivered()["bob@hop.test"] == 1
-
-
-def test_a_bug_in_a_report_does_not_repeat_the_delivery(start: Any, hop: Any, monkeypatch: Any) -> None:
-    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
-    relay = relaying_in_review(start, h, SMTP_BOUNCE="1")
-
-    def stumble(*given: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(relay.delivering, "draft_report", stumble)
-    with hello(relay) as client:
-        client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
-    wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
-    assert h.delivered()["bob@hop.test"] == 1
-
-
-def test_what_was_released_is_not_too_old(start: Any, hop: Any) -> None:
-    h = hop(script={"end": ["450 4.2.0 later"]})
-    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
-    d = relay.delivering
-    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
-    d.find()
-    wait_until(lambda: stem in d.held)
-    assert relay.release() == 1
-    wait_until(lambda: status(relay, stem) in (smtprelay.Status.FORWARDED, smtprelay.Status.FAILED))
-    assert status(relay, stem) is smtprelay.Status.FORWARDED and len(h.refused) == 1
-
-
-def test_what_was_released_waits_for_a_dead_host(start: Any, hop: Any) -> None:
-    h = hop(listen=False)
-    relay = start(SMTP_DELIVERY="hold", SMTP_RETRY_INITIAL_DELAY="5s", **h.settings(SMTP_RELAY_TLS="none"))
-    d = relay.delivering
-    stem = spooled_in_review(d.spool, flags=("HOLD",), id=aged_id(20 * DAY))
-    d.find()
-    wait_until(lambda: stem in d.held)
-    relay.release()
-    wait_until(lambda: d.metrics.get("smtp_messages_deferred_total") > 0)
-    time.sleep(0.05)
-    assert d.metrics.get("smtp_delivery_failures_total") < 5  # it does not go round and round
-    assert status(relay, stem) is smtprelay.Status.RETRYING
-
-
-def test_a_message_is_in_one_hand_at_a_time() -> None:
-    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
-    s.put(STEM, "old")
-    task = s.take(0)
-    assert task and s.seize(STEM) is None
-    s.done(task, 5.0)
-    seized = s.seize(STEM)
-    assert seized and seized.lane == smtprelay.UNREAD and s.take(0) is None
-    s.done(seized, 0.0)
-    assert s.take(0) == seized and len(s) == 1
-
-
-def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop: Any) -> None:
-    h = hop()
-    relay = start(SMTP_DELIVERY="hold", SMTP_RELAY_ALLOWED_RECIPIENTS="nobody", **h.settings(SMTP_RELAY_TLS="none"))
-    d = relay.delivering
-    queue_id = said(relay)[0]
-    d.catch_up()
-    relay.backstage.release(queue_id, ["carl@hop.test"])
-    wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
-    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
-    assert d.metrics.own("heard") == 0
-
-
-def test_the_depth_is_right_again_once_no_mail_comes(start: Any) -> None:
-    d = start().delivering
-    d.metrics.inc("heard", 2)  # as when a half died between two counts
-    d.show_depth()
-    assert d.metrics.get("smtp_queue_depth") == -2
-    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0 == d.metrics.own("heard"))
-
-
-def test_a_link_that_overflowed_in_hold_mode_leaves_the_depth_alone(start: Any) -> None:
-    relay = start()
-    d = relay.delivering
-    stem = spooled_in_review(d.spool, flags=("HOLD",))
-    d.metrics.inc("rescan")
-    wait_until(lambda: stem in d.held and d.metrics.get("smtp_queue_depth") == 0)
-    hours = sum(n for (_, kind), n in d.hours.items() if kind == "received")
-    d.find()
-    assert sum(n for (_, kind), n in d.hours.items() if kind == "received") == hours
-    assert len(d.scheduler) == 0  # what is held is not read again
-
-
-def test_a_message_is_released_once(start: Any, hop: Any) -> None:
-    h = hop()
-    relay = start(SMTP_DELIVERY="hold", **h.settings(SMTP_RELAY_TLS="none"))
-    d = relay.delivering
-    queue_id = said(relay)[0]
-    d.catch_up()
-    stem = d.inbox.stem(queue_id)
-    task = d.scheduler.seize(stem)
-    for change in (lambda: relay.backstage.release(queue_id, []), lambda: relay.backstage.delete([queue_id])):
-        with pytest.raises(smtprelay.HttpError, match="just now"):
-            change()
-    d.scheduler.done(task)
-    relay.backstage.release(queue_id, [])
-    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
-    wait_until(lambda: d.metrics.get("owed_bytes") == 0)
-    assert len(h.messages) == 1
-
-
-def test_a_finished_record_counts_more_than_one_left_over(start: Any) -> None:
-    relay = start()
-    spool = relay.delivering.spool
-    stem = spooled_in_review(spool)
-    message = spool.load(stem)
-    spool.save_first(message)
-    message.status = smtprelay.Status.FORWARDED
-    spool.save(message)
-    Path(spool.path(stem + ".json")).write_text(json.dumps({**json.loads(message.to_json()), "status": "held"}))
-    assert spool.load(stem).status is smtprelay.Status.FORWARDED
-
-
-def test_another_writer_of_the_spool_is_left_alone(start: Any) -> None:
-    relay = start()
-    d = relay.delivering
-    wait_until(lambda: not d.spool.tidying)
-    other = smtprelay.FileSpool(relay.settings, d.log)  # as sendmail does when the relay is busy
-    draft = other.draft(smtprelay.Envelope("", "local", "x", "ESMTP", "", (), ["bob@hop.test"]))
-    draft.write(b"x" * 300000)
-    d.find()
-    draft.commit()
-    d.find()
-    assert draft.stem in [stem for stem, _ in d.spool.names()]
-
-
-def test_a_lane_without_mail_is_forgotten_though_it_was_throttled() -> None:
-    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
-    s.put(STEM, "dead")
-    task = s.take(0)
-    assert task
-    s.throttle("dead", "no answer")
-    s.done(task, 0.0)
-    s.flush()
-    task = s.take(0)
-    assert task
-    s.done(task)
-    assert s.take(0) is None and not s.lanes
-
-
-def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop: Any, monkeypatch: Any) -> None:
-    h = hop(listen=False)
-    relay = relaying_in_review(start, h)
-    d = relay.delivering
-    routes, calls = d.delivery.routes, []
-
-    def moving(message: smtprelay.Message) -> dict[str, list[smtprelay.Recipient]]:
-        calls.append(1)
-        return {"elsewhere": message.pending()} if len(calls) in (2, 3) else routes(message)
-
-    monkeypatch.setattr(d.delivery, "routes", moving)
-    said(relay)
-    h.listen()
-    wait_until(lambda: h.messages)
-
-
-def test_a_hundred_thousand_names_take_little_memory() -> None:
-    tracemalloc.start()
-    s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
-    stems = [f"2026-01-01/{i:016x}_{i:016x}" for i in range(20000)]
-    before = tracemalloc.get_traced_memory()[0]
-    s.put_all(stems, smtprelay.UNREAD)
-    used = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    assert used / len(stems) < 120, used
-
-
-@pytest.mark.parametrize("domain", ["-b.test", "b-.test", "b.-c", "b.c-", "b..c", "", "."])
-def test_domains_that_do_not_parse(holding: Any, domain: str) -> None:
-    with hello(holding) as client:
-        client.ask(f"MAIL FROM:<a@{domain}>", "501 5.1.7")
-
-
-@pytest.mark.parametrize("domain", ["b", "b-c.test", "b--c.test", "xn--bcher-kva.test", "1.test"])
-def test_domains_that_do(holding: Any, domain: str) -> None:
-    with hello(holding) as client:
-        client.ask(f"MAIL FROM:<a@{domain}>", "250 2.1.0")
-
-
-def test_an_address_that_is_not_utf_8_is_refused_in_our_own_words(holding: Any) -> None:
-    with hello(holding) as client:
-        client.send(b"MAIL FROM:<\xff@b.test> SMTPUTF8\r\n")
-        assert client.reply() == "501 5.1.7 Bad sender address: not UTF-8"
-
-
-def test_white_space_at_the_end_of_a_command_means_nothing(holding: Any) -> None:
-    """RFC 5321 4.1.1: servers should tolerate it."""
-    with hello(holding) as client:
-        client.ask("NOOP\t ", "250")
-        client.ask("MAIL FROM:<a@b.test>\t", "250")
-        client.ask("NOOP \t x", "500 5.5.2")
-        client.ask("QUIT \t", "221")
-
-
-def test_vrfy_takes_an_address_beyond_ascii(holding: Any) -> None:
-    """RFC 6531 3.7.4.2."""
-    with hello(holding) as client:
-        client.ask("VRFY Jürgen SMTPUTF8", "252")
-        client.ask("EXPN Jürgen SMTPUTF8", "502")
-        client.ask("NOOP Jürgen", "500")
-
-
-def test_a_scripted_code_that_we_never_give_ourselves(start: Callable[..., Any]) -> None:
-    relay = start(SMTP_FAULTS="mail 455 odd")
-    with hello(relay) as client:
-        client.ask("MAIL FROM:<a@b.test>", "455 4.0.0 odd")
-        client.ask("NOOP", "250")
-    assert metric(relay, "smtp_messages_rejected_total")["other"] == 1
-
-
-def test_bdat_before_tls_stays_in_step(start: Callable[..., Any], pair: str) -> None:
-    relay = start(SMTP_TLS_REQUIRED="1", SMTP_TLS_CERT=pair, SMTP_TLS_KEY=pair)
-    with hello(relay) as client:
-        client.send(b"BDAT 6 LAST\r\nQUIT\r\nNOOP\r\n")
-        assert client.reply().startswith("530 5.7.0")
-        assert client.reply().startswith("250 2.0.0")
-
-
-def test_pipelined_commands_do_not_make_the_buffer_grow() -> None:
-    ours, theirs = socket.socketpair()
-    wire = smtprelay.Wire(ours, smtprelay.Deadline(5))
-    sender = threading.Thread(target=lambda: (theirs.sendall(b"NOOP x\r\n" * 40_000), theirs.close()))  # type: ignore[func-returns-value]
-    sender.start()
-    with ours, contextlib.suppress(smtprelay.PeerGone):
-        while wire.line() == b"NOOP x\r\n":
-            pass
-    sender.join()
-    assert len(wire.buffer) <= 4 * smtprelay.BLOCK_FIRST
-
-
-@pytest.mark.parametrize(
-    "said", [b"", b"EHLO client.test\r\n", b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"]
-)
-@pytest.mark.parametrize("trickle", [False, True])
-def test_deadlines_hold_however_slowly_a_client_talks(start: Callable[..., Any], said: bytes, trickle: bool) -> None:
-    relay = start(SMTP_COMMAND_TIMEOUT="0.2s", SMTP_DATA_TIMEOUT="0.2s")
-    with dial(relay) as client:
-        client.send(said)
-        began, client.sock = time.monotonic(), client.sock
-        client.sock.settimeout(0.02 if trickle else 2.0)
-        heard = b""
-        while b"421" not in heard and time.monotonic() < began + 2:
-            with contextlib.suppress(socket.timeout):
-                heard += client.sock.recv(4096)
-            if trickle:
-                with contextlib.suppress(OSError):
-                    client.sock.sendall(b"x")
-        assert b"421 4.4.2" in heard
-        assert 0.15 < time.monotonic() - began < 0.8
-
-
-def test_no_more_sessions_than_allowed_however_many_come_at_once(start: Callable[..., Any]) -> None:
-    relay = start(SMTP_MAX_CONNECTIONS="20")
-    clients = [socket.create_connection((relay.host, relay.port), 8) for _ in range(60)]
-    with contextlib.ExitStack() as stack:
-        for client in clients:
-            stack.enter_context(client)
-        greetings = [client.recv(100)[:3] for client in clients]
-    assert (greetings.count(b"220"), greetings.count(b"421")) == (20, 40)
-
-
-def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    relay, whole = start(), smtprelay.Session
-
-    def stumbling(*args: Any) -> Any:
-        monkeypatch.setattr(smtprelay, "Session", whole)
-        raise MemoryError
-
-    monkeypatch.setattr(smtprelay, "Session", stumbling)
-    with Dialogue((relay.host, relay.port)) as client:
-        assert client.greeting.startswith("421")
-    with dial(relay) as client:
-        assert client.greeting.startswith("220")
-
-
-@pytest.mark.parametrize("port", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "unix:"])
-def test_stop_wakes_all_who_wait(start: Callable[..., Any], tmp_path: Path, port: str) -> None:
-    path = f"{tmp_path}/s" if port == "unix:" else ""
-    relay = start(SMTP_PORT=f"127.0.0.1:0 {port}{path}", SMTP_ALLOW_NETWORKS="127.0.0.0/8 ::1 10.0.0.0/8")
-    listener = relay.receiving.listeners[-1]
-    address: Any = path or listener.socket.getsockname()[:2]
-    with contextlib.ExitStack() as stack:
-        for _ in range(20):
-            stack.enter_context(Dialogue(address))
-    wait_until(lambda: not relay.receiving.reception.sessions)
-    began = time.monotonic()
-    relay.receiving.stop()
-    assert time.monotonic() - began < 1.3 and listener.waiting == 0
-
-
-def test_a_log_that_cannot_be_reopened_stops_nothing(tmp_path: Path, capsys: Any) -> None:
-    place = tmp_path / "logs"
-    place.mkdir()
-    log = smtprelay.open_log(settings(SMTP_LOG_FILE=str(place / "log")))
-    log.info("one")
-    place.rename(tmp_path / "old")
-    log.info("two")
-    assert re.search(r"info two log_error=.*No such file or directory", capsys.readouterr().err)
-    place.mkdir()
-    log.info("three")
-    assert "info three" in (place / "log").read_text()
-
-
-def test_what_is_on_its_way_is_not_owed_where_mail_is_held(start: Any, monkeypatch: Any) -> None:
-    d = start().delivering
-    monkeypatch.setattr(d.link, "waiting", lambda: 5)
-    d.count_heard()
-    d.show_depth()
-    assert d.metrics.get("smtp_queue_depth") == 0
-
-
-def test_what_is_being_held_is_counted_once(start: Any) -> None:
-    relay = start(SMTP_SPOOL_MAX_MESSAGES="1")
-    d, stem = relay.delivering, said_stem(relay)
-    task = d.scheduler.seize(stem)
-    assert task and d.past_limits() == []
-    d.scheduler.done(task)
-
-
-def said_stem(relay: Any) -> str:
-    """Send a message; return its stem once it is in the inbox."""
-    id = said(relay)[0]
-    relay.delivering.catch_up()
-    return str(relay.delivering.inbox.stem(id))
-
-
-def test_a_relay_that_is_stopped_leaves_descriptors_of_others_alone(start: Any) -> None:
-    relay = start()
-    relay.stop()
-    mine = [os.pipe() for _ in range(20)]
-    try:
-        relay.delivering.catch_up()
-        assert relay.parts.link.announce(STEM) is False and relay.parts.link.waiting() == 0
-        relay.stop()
-        for reader, writer in mine:
-            os.fstat(reader)
-            os.fstat(writer)
-            assert int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder) == 0
-    finally:
-        for pair in mine:
-            os.close(pair[0])
-            os.close(pair[1])
-
-
-def test_a_stray_that_cannot_be_removed_holds_up_nothing(tmp_path: Path, monkeypatch: Any) -> None:
-    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
-    spool.open()
-    stem = spooled_in_review(spool)
-    (Path(spool.root) / f"{stem[:11]}{'0' * 16}_{'0' * 16}.json").write_text("{}")
-    refused = mock.Mock(side_effect=PermissionError(1, "not yours"))
-    monkeypatch.setattr(spool, "unlink", refused)
-    assert [name for name, _ in spool.names()] == [stem]
-    assert refused.called
-    spool.close()
-
-
-def test_a_job_that_fails_holds_up_no_other(start: Any, monkeypatch: Any, log: Caught) -> None:
-    d, looked = start().delivering, threading.Event()
-    for job in (d.delivery, "drop_idle"), (d, "make_room"), (d.guard.quotas, "save"):
-        monkeypatch.setattr(*job, mock.Mock(side_effect=OSError(28, "full")))
-    monkeypatch.setattr(d, "look_again", looked.set)
-    assert looked.wait(5)
-    wait_until(lambda: len(log.bugs()) >= 3)
-
-
-def test_what_nobody_has_told_of_is_found_in_time(start: Any, hop: Any) -> None:
-    h = hop()
-    relay = relaying_in_review(start, h)
-    stem = spooled_in_review(relay.delivering.spool)
-    relay.delivering.look_at = 0.0
-    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
-    assert relay.delivering.look_at > time.monotonic()
-
-
-def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) -> None:
-    relay = relaying_in_review(start, hop(listen=False), SMTP_RETRY_INITIAL_DELAY="1h")
-    first, second = said(relay, MAIL, MAIL)
-    owed = functools.partial(relay.delivering.metrics.get, "owed_bytes")
-    relay.delivering.catch_up()
-    wait_until(lambda: owed() == 2 * len(MAIL) and not relay.delivering.scheduler.active)
-    relay.backstage.delete([first])
-    assert owed() == len(MAIL)
-    relay.backstage.delete([second])
-    assert owed() == 0
-
-
-def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: Any, hop: Any) -> None:
-    relay = relaying_in_review(start, hop(listen=False), SMTP_QUEUE_SIZE="1")
-    with hello(relay) as first, hello(relay) as second:
-        for client in (first, second):
-            client.ask("MAIL FROM:<ann@x.test>", "250")
-            client.ask("RCPT TO:<bob@hop.test>", "250")
-            client.ask("DATA", "354")
-        assert first.ask("hello\r\n.").startswith("250")
-        assert second.ask("hello\r\n.").startswith("452 4.3.1")
-        second.ask("NOOP", "250")
-
-
-def test_a_record_is_never_missing_while_it_is_reopened(tmp_path: Path, monkeypatch: Any) -> None:
-    spool = smtprelay.FileSpool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
-    spool.open()
-    message = spool.load(spooled_in_review(spool))
-    message.move(smtprelay.Status.FAILED)
-    spool.save(message)
-    message.move(smtprelay.Status.RETRYING)
-    monkeypatch.setattr(spool, "save", mock.Mock(side_effect=OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
-        spool.reopen(message)
-    assert spool.load(message.stem).status is smtprelay.Status.FAILED
-    spool.close()
-
-
-def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, monkeypatch: Any) -> None:
-    h = hop()
-    relay = relaying_in_review(start, h)
-    stem = said_stem(relay)
-    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
-    before = relay.delivering.spool.load(stem)
-    before.status = smtprelay.Status.RETRYING  # as it was when the request came
-    monkeypatch.setattr(relay.backstage.inbox, "load", lambda _: before)
-    assert relay.backstage.retry(before.id) == 1
-    wait_until(lambda: len(relay.delivering.scheduler) == 0)
-    assert len(h.messages) == 1
-
-
-def test_half_a_line_in_the_link_is_no_message(start: Any) -> None:
-    relay = start()
-    os.write(relay.parts.link.writer, b"11-21/0123\n")
-    stem = said_stem(relay)
-    assert [relay.delivering.inbox.stem(id) for id in relay.delivering.inbox.ids()] == [stem]
-
-
-@pytest.mark.parametrize("host", ["smtp..example.com", "x" * 70 + ".test"])
-def test_a_name_that_cannot_be_looked_up_is_the_hosts_trouble(start: Any, host: str) -> None:
-    relay = start(SMTP_DELIVERY="relay", SMTP_RELAY_HOST=host)
-    stem = said_stem(relay)
-    wait_until(lambda: "cannot connect" in relay.delivering.spool.load(stem).last_error)
-    assert relay.delivering.scheduler.lanes["smarthost"].steps > 0
-
-
-def test_a_peer_that_is_gone_at_once_is_the_hosts_trouble(start: Any, hop: Any, monkeypatch: Any) -> None:
-    class Gone(socket.socket):
-        def getpeername(self) -> Any:
-            raise OSError(107, "Transport endpoint is not connected")
-
-    h = hop()
-    relay = relaying_in_review(start, h)
-    monkeypatch.setattr(smtprelay.NextHop, "connect", lambda _: Gone())
-    stem = said_stem(relay)
-    wait_until(lambda: "not connected" in relay.delivering.spool.load(stem).last_error)
-
-
-def test_each_half_makes_ids_of_its_own() -> None:
-    makers = {smtprelay.IdMaker(f"{half:x}").next()[13:] for half in range(16)}
-    assert len(makers) == 16
-
-
-def test_who_finds_a_record_in_memory_finds_the_content(start: Any) -> None:
-    spool = start(SMTP_STORAGE="memory").delivering.spool
-
-    class Watched(dict[str, bytes]):
-        def __setitem__(self, stem: str, record: bytes) -> None:
-            assert stem in spool.contents
-            super().__setitem__(stem, record)
-
-    spool.records = Watched(spool.records)
-    assert spool.load(spooled_in_review(spool)).size == len(MAIL)
-
-
-def test_a_listener_that_lags_gets_the_end_whoever_publishes() -> None:
-    feed = smtprelay.Feed()
-    for _ in range(30):
-        events = feed.subscribe(1 << 30, waiting=1)
-        wrong: list[BaseException] = []
-
-        def publish(wrong: list[BaseException] = wrong) -> None:
-            try:
-                for _ in range(50):
-                    feed.publish({})
-            except BaseException as e:
-                wrong.append(e)
-
-        threads = [threading.Thread(target=publish) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == [] and events.get_nowait() is None and not feed.listeners
-
-
-def test_a_second_signal_to_stop_gives_no_more_time(monkeypatch: Any) -> None:
-    told: list[int] = []
-    supervisor = smtprelay.Supervisor(mock.Mock(settings=mock.Mock(processes=1)))
-    monkeypatch.setattr(supervisor, "signal_children", told.append)
-    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: told.append(seconds))
-    supervisor.stop()
-    supervisor.stop()
-    assert told == [signal.SIGTERM, smtprelay.STOP_AFTER]
-
-
-# === SMTP_PROCESSES ==========================================================
-
-
-def receivers(relay: Program) -> list[int]:
-    """Return the receiving processes: children that hold the SMTP socket but not the HTTP one."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(relay.process.pid)], capture_output=True, text=True)
-    return sorted(map(int, listed.stdout.split()))[1:]
-
-
-def test_several_receiving_processes(program: Callable[..., Program]) -> None:
-    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_MAX_CONNECTIONS": "30"})
-    wait_until(lambda: len(receivers(relay)) == 3)
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(Dialogue((relay.host, relay.port))) for _ in range(30)]
-        ids = set()
-        for client in clients:
-            client.ask("EHLO client.test", "250")
-            ids.add(client.mail()[-16:])
-        assert len(ids) == 30
-        assert len({id[13:] for id in ids}) > 1  # more than one process took some
-        wait_until(lambda: metric(relay, "smtp_sessions_active") == 30)
-        assert metric(relay, "smtp_messages_received_total") == 30
-        with Dialogue((relay.host, relay.port)) as late:
-            assert late.greeting.startswith("421 4.3.2")
-    os.kill(receivers(relay)[0], signal.SIGKILL)
-    wait_until(lambda: len(receivers(relay)) == 2)
-    wait_until(lambda: len(receivers(relay)) == 3)
-    for _ in range(5):
-        with hello(relay) as client:
-            assert client.mail().startswith("250")
-
-
-def test_what_is_counted_by_client_is_counted_in_one_process() -> None:
-    read = smtprelay.Settings.read
-    usual = read({}).processes
-    assert usual == min(2, os.cpu_count() or 1) and read({"SMTP_PROCESSES": "3"}).processes == 3
-    for name, value in (
-        ("RATE_LIMIT", "9"),
-        ("MAX_CONNECTIONS_PER_CLIENT", "9"),
-        ("USERS_FILE", "u"),
-        ("STORAGE", "memory"),
-    ):
-        assert read({"SMTP_PROCESSES": "3", f"SMTP_{name}": value}).processes == 1
-    assert read({"SMTP_PROCESSES": "3", "SMTP_AUTH_USER": "u", "SMTP_AUTH_PASSWORD": "p"}).processes == 1
-
-
-def test_the_library_leaves_the_size_of_stacks_alone(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_size = mock.Mock(return_value=0)  # a thread that somebody else starts meanwhile would have it
-    monkeypatch.setattr(threading, "stack_size", set_size)
-    relay = start()
-    with hello(relay), hello(relay), hello(relay) as client:
-        assert client.mail().startswith("250")
-    set_size.assert_not_called()
-
-
-DIES_BEFORE_IT_TELLS = """
-import os
-def die(self, stem):
-    try: os.close(os.open("dead", os.O_CREAT | os.O_EXCL))
-    except FileExistsError: return announce(self, stem)
-    os.kill(os.getpid(), 9)
-announce, smtprelay.Link.announce = smtprelay.Link.announce, die
-"""
-
-
-def test_a_message_that_a_dead_process_had_kept_is_sent(
-    program: Callable[..., Program], hop: Callable[..., FakeHop]
-) -> None:
-    taker = hop()
-    relay = program(**{**QUICK, **taker.settings(), "SMTP_PROCESSES": "2"})
-    relay.stop()
-    relay.code = ONE_LINER.replace("; sys.exit", f"\n{DIES_BEFORE_IT_TELLS}\nsys.exit")
-    relay.start()
-    with hello(relay) as client, contextlib.suppress(OSError):
-        assert client.mail() == ""
-    wait_until(lambda: len(taker.messages) == 1)
-    wait_until(lambda: metric(relay, "smtp_queue_depth") == 0)
-    said(relay)
-    wait_until(lambda: len(taker.messages) == 2 and metric(relay, "smtp_queue_depth") == 0)
-
-
-@pytest.mark.parametrize("deep", [b"[", b'{"a":'], ids=["array", "object"])
-def test_deep_json_ends_no_process(program: Callable[..., Program], deep: bytes) -> None:
-    relay = program()
-    request = urllib.request.Request(f"{relay.http_url}/api/v1/messages", deep * 100_000, method="PUT")
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request, timeout=10)
-    assert "half_died" not in relay.log()
-
-
-def test_scripted_faults_are_counted_across_processes(program: Callable[..., Program]) -> None:
-    relay = program(**{**QUICK, "SMTP_PROCESSES": "3", "SMTP_FAULTS": "mail 451 later after 5 first 5"})
-    wait_until(lambda: len(receivers(relay)) == 3)
-    replies = []
-    for _ in range(15):
-        with hello(relay) as client:
-            replies.append(client.ask("MAIL FROM:<a@b.test>")[:3])
-    assert replies == ["250"] * 5 + ["451"] * 5 + ["250"] * 5
