@@ -11150,6 +11150,9 @@ def read_errand(words: Sequence[str]) -> Errand:
                         raise ValueError(f"-{letter} needs a value")
                     value = left.popleft()
             heed_flag(errand, letter, value)
+    for given in (errand.sender or "", errand.name, *errand.recipients):
+        if re.search("[\r\n\0]", given):  # it would be a command, or a header field, of the caller's own
+            raise ValueError(f"{given!r} has a line end or a NUL")
     return errand
 
 

@@ -9559,6 +9559,23 @@ def test_sendmails_flags_are_read_in_every_spelling(
     )
 
 
+INJECTED_PATH = "x@y.example>\r\nDATA"
+SENDMAIL_INJECTIONS = [["-f", INJECTED_PATH, "a"], [f"-r{INJECTED_PATH}", "a"], ["-F", "Me\nBcc: b@c.example", "a"], ["a\nb@c.example"],
+              ["-t", "--", "a\0b"], ["-FMe\r", "a"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SENDMAIL_INJECTIONS)
+def test_nobody_injects_through_sendmails_arguments(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        smtprelay.read_errand(words)
+
+
+def test_what_would_inject_is_a_mistake_of_usage(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    for words in SENDMAIL_INJECTIONS[:3]:
+        run_command("sendmail", *words, env=env, stdin=b"x\n", status=64)
+    assert mails(relay) == []
+
+
 SENDMAIL_MODES = [
     ("-bp", "queue"),
     ("-bi", "nothing"),
