@@ -7783,14 +7783,15 @@ PAGE = r"""<!doctype html>
 }
 [data-theme=light] { color-scheme: light; }
 [data-theme=dark] { color-scheme: dark; }
+.forwarded, .ok, .on { --tone: var(--good); }
+.deferred, .retrying, .throttled { --tone: var(--warn); }
+.failed { --tone: var(--bad); }
 
 * { box-sizing: border-box; margin: 0; padding: 0; }
 [hidden] { display: none !important; }
-body {
-  display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
+body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
   color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
-  font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif;
-}
+  font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif; }
 h1 { font-size: 20px; font-weight: 600; line-height: 1.3; letter-spacing: -.014em; }
 h1:focus { outline: none; }
 h2 { font-size: 13px; font-weight: 600; }
@@ -7800,18 +7801,17 @@ time, .soft { color: var(--soft); }
 pre, code, .mono { font: 12.5px/1.55 var(--mono); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-button, input {
-  padding: 4px 10px; font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--line); border-radius: 6px;
-}
-input { border-color: var(--edge); }
+button, input { padding: 4px 10px; font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 6px; }
 button { white-space: nowrap; cursor: pointer; }
-button:hover { border-color: var(--edge); }
+button:hover, input { border-color: var(--edge); }
 button[aria-pressed=true] { background: var(--pick); border-color: var(--accent); }
 button.main { color: var(--paper); background: var(--accent); border-color: transparent; }
 button.danger:hover { color: var(--bad); border-color: currentColor; }
 button.plain { padding: 4px 6px; color: var(--soft); background: none; border-color: transparent; }
 button.plain:hover { color: var(--ink); }
+.busy::after { content: " …"; animation: wait 1s steps(4, jump-none) infinite; }
+@keyframes wait { from { opacity: 0; } }
 
 /* The bar */
 header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
@@ -7823,13 +7823,12 @@ nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
 nav span, #live { font-size: 12px; color: var(--soft); }
 [role=search] { flex: 1; }
-#search { display: block; width: 100%; max-width: 480px; margin: auto;
-  background: var(--wash); border-color: var(--line); }
+#search { display: block; width: 100%; max-width: 480px; margin: auto; background: var(--wash);
+  border-color: var(--line); }
 #search::placeholder { color: var(--soft); opacity: 1; }
 #live::before, .status::before { content: ""; display: inline-block; width: 7px; height: 7px;
   margin-right: 6px; border-radius: 50%; background: currentColor; }
-#live::before { color: var(--warn); }
-#live.on::before { color: var(--good); }
+#live::before { color: var(--tone, var(--warn)); }
 
 /* Two columns, the rail and the pane */
 main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0, 1fr); }
@@ -7839,19 +7838,14 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 #pane { overflow: auto; }
 #strip { min-height: 115px; padding: 14px 16px 10px; border-bottom: 1px solid var(--line); }
 #strip svg { display: block; width: 100%; height: 52px; shape-rendering: crispEdges; }
-#strip .received { fill: var(--edge); }
-#strip .forwarded { fill: var(--good); }
-#strip .deferred { fill: var(--warn); }
-#strip .failed { fill: var(--bad); }
+#strip rect { fill: var(--tone, var(--edge)); }
 #strip .hit { fill: transparent; }
 #strip g:hover .hit { fill: var(--pick); }
 #strip .axis { fill: var(--line); }
 .hours { display: grid; grid-template-columns: repeat(4, 1fr); }
 .hours, figcaption { font-size: 11.5px; color: var(--soft); }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
-figcaption .forwarded { color: var(--good); }
-figcaption .deferred { color: var(--warn); }
-figcaption .failed { color: var(--bad); }
+figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space: nowrap; }
 #tools { display: flex; align-items: center; padding: 4px 10px 4px 16px; font-size: 12px;
   border-bottom: 1px solid var(--line); }
 #tools span { flex: 1; color: var(--soft); }
@@ -7866,15 +7860,13 @@ figcaption .failed { color: var(--bad); }
 .row:hover { background: var(--paper); }
 .row.cursor { box-shadow: inset 3px 0 var(--edge); }
 .row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
-.row.unread b { font-weight: 620; }
 .row b { font-weight: inherit; }
+.row.unread b { font-weight: 620; }
 .row.unread time { color: var(--accent); }
 .row.fresh { animation: arrive 1.6s ease-out; }
 @keyframes arrive { from { background: var(--pick); } }
-.status, .files { color: var(--soft); white-space: nowrap; }
-.status:is(.retrying, .throttled) { color: var(--warn); }
-.status.failed { color: var(--bad); }
-.status:is(.forwarded, .ok) { color: var(--good); }
+.tag { padding: 0 5px; margin-right: 4px; font-size: 11px; color: var(--soft); border-radius: 4px;
+  box-shadow: inset 0 0 0 1px var(--line); }
 
 /* A message */
 #head { padding: 18px 24px 12px; }
@@ -7900,8 +7892,8 @@ dd button { padding: 0 8px; }
 .view button { padding: 3px 9px; }
 .frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line);
   background: var(--wash); }
-iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
-  background: #fff; color-scheme: light; }
+iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0; background: #fff;
+  color-scheme: light; }
 .phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
   box-shadow: 0 0 0 1px var(--line); }
 table { width: 100%; border-collapse: collapse; }
@@ -7923,9 +7915,7 @@ td.do button { margin-left: 6px; padding: 2px 9px; }
 .try { display: flex; gap: 8px; align-items: start; margin-top: 8px; }
 .try code { flex: 1; }
 .try span { display: inline-block; max-width: 100%; }
-.meter { height: 3px; max-width: 12ch; margin-top: 4px; background: var(--line); }
-.meter div { height: 3px; background: var(--accent); }
-.meter .full { background: var(--bad); }
+meter { width: 60px; height: 10px; }
 #side { padding: 14px 16px; overflow: auto; }
 #side li { padding: 8px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 #side li div { display: flex; justify-content: space-between; gap: 12px; }
@@ -7947,8 +7937,7 @@ dialog p { margin-top: 6px; color: var(--soft); overflow-wrap: anywhere; }
 dialog label { display: block; margin-top: 12px; font-size: 12px; color: var(--soft); }
 dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
 dialog dl { gap: 6px 16px; margin: 12px 0; }
-kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line);
-  border-radius: 4px; }
+kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); border-radius: 4px; }
 
 @media (min-width: 761px) { .back { display: none; } }
 @media (max-width: 760px) {
@@ -7970,9 +7959,9 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line);
   [role=tablist] { gap: 16px; }
   .back { margin: -8px 0 4px -6px; }
   .acts { gap: 4px; }
+  .acts button { padding: 4px 7px; }
   .try { flex-wrap: wrap; }
   .try code { flex-basis: 100%; }
-  .acts button { padding: 4px 7px; }
   #pane thead { display: none; }
   #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
@@ -8020,20 +8009,19 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line);
 'use strict';
 /* Mail is hostile: what came from it enters the document as text, by h() alone, never as markup;
    only http(s) links can be followed; HTML mail is shown by the server in a sandboxed frame. */
-
 const ROW = 56, PAGE = 50, LONG = 500000;
 const OWED = ['received', 'forwarding', 'retrying'];
+const ROOT = location.pathname.replace(/(\/(view\/[^/]*|search)|\/?)$/, '/');  /* behind a proxy */
 const $ = id => document.getElementById(id);
 const list = $('list'), rows = $('rows'), pane = $('pane');
-
 const state = {
   view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
-  query: '', listed: '', total: 0, unread: 0, rows: new Map(), cursor: -1, fresh: new Set(),
+  query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1, fresh: new Set(),
   queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
+  lost: false, busy: false, warning: '',
 };
 
 /* == Building == */
-
 /* Makes the element `tag.class`; children are nodes and text, and nothing else can come in. */
 function h(name, children, props = {}) {
   const [tag, kind] = name.split('.');
@@ -8048,7 +8036,6 @@ function h(name, children, props = {}) {
   return node;
 }
 const flat = children => [children].flat(9).filter(child => child || child === 0);
-
 /* Replaces what a node holds; the focus stays on the control of the same key. */
 function fill(node, children) {
   const key = node.contains(document.activeElement) && document.activeElement.dataset.key;
@@ -8058,6 +8045,7 @@ function fill(node, children) {
 const button = (name, work, kind = '', props) => h('button' + kind, name,
   {type: 'button', 'data-key': name, onclick: () => attempt(work), ...props});
 const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy ' + text});
+const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
 const bdi = text => h('bdi', text);
 const soft = children => h('span.soft', children);
 const status = word => h('span', word, {class: 'status ' + word});
@@ -8071,7 +8059,6 @@ const table = (heads, lines) => h('table', [
     h(heads[i] ? 'td' : 'td.do', h('div', inside), {'data-label': heads[i]})))))]);
 
 /* == Words and numbers == */
-
 const enc = encodeURIComponent;
 const count = n => Number(n || 0).toLocaleString('en');
 const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;
@@ -8082,15 +8069,16 @@ const short = text => text.length <= LONG ? text
   : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
 const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
   : `${(n / 1048576).toFixed(1)} MiB`;
-
-const CLOCK = new Intl.DateTimeFormat('en-GB', {timeStyle: 'short'});
-const SECONDS = new Intl.DateTimeFormat('en-GB', {timeStyle: 'medium'});
-const DAY = new Intl.DateTimeFormat('en-GB', {day: 'numeric', month: 'short'});
-const FULL = new Intl.DateTimeFormat('en-GB', {dateStyle: 'medium', timeStyle: 'long'});
+/* A URL in a text ends before what ends the sentence. */
+const linked = text => text.split(/(https?:\/\/[^\s<>"]*[^\s<>"'.,;:!?)\]}])/i)
+  .map((part, i) => i % 2 && i < 4000 ? follow(part) : part);
+const format = how => new Intl.DateTimeFormat('en-GB', how);
+const CLOCK = format({timeStyle: 'short'}), SECONDS = format({timeStyle: 'medium'});
+const DAY = format({day: 'numeric', month: 'short'});
+const FULL = format({dateStyle: 'medium', timeStyle: 'long'});
 const dated = (format, at) => isNaN(Date.parse(at)) ? '' : format.format(new Date(at));
 const isToday = at => new Date(at).toDateString() === new Date().toDateString();
 const when = at => dated(isToday(at) ? CLOCK : DAY, at);
-
 function relative(at) {
   const seconds = Math.round((Date.parse(at) - Date.now()) / 1000), size = Math.abs(seconds);
   const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min']].find(([unit]) => size >= unit)
@@ -8100,25 +8088,28 @@ function relative(at) {
 }
 
 /* == Asking the server == */
-
 async function api(method, path, body) {
   const {token} = state, headers = {'Content-Type': 'application/json'};
   if (token) headers.Authorization = 'Bearer ' + token;
-  const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
+  const answer = await fetch(ROOT + path, {method, headers, body: body && JSON.stringify(body)})
+    .catch(() => null);
+  if (state.lost !== !answer) {
+    state.lost = !answer;
+    render();
+  }
+  if (!answer) throw new Error('Cannot reach the relay.');
   if (answer.status === 401) {
     if (token === state.token) await logIn();
     return api(method, path, body);
   }
-  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
-  return answer;
+  if (answer.ok) return answer;
+  const text = await answer.text();
+  let said = text.slice(0, 300);
+  try { said = JSON.parse(text).Error; } catch { /* plain, as Mailpit's clients want it */ }
+  throw new Error(said || answer.statusText);
 }
 const get = async path => (await api('GET', path)).json();
-const mail = (id, part = '') => `/api/v1/message/${enc(id)}${part}`;
-
-function reason(text) {
-  try { return JSON.parse(text).Error; } catch { return text.slice(0, 300); }
-}
-
+const mail = (id, part = '') => `api/v1/message/${enc(id)}${part}`;
 /* All requests that met a 401 wait for this one form. The token is kept in memory alone. */
 let login = null;
 function logIn() {
@@ -8129,32 +8120,17 @@ function logIn() {
   return login;
 }
 
-async function* chunks(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  try {
-    for (let part; !(part = await reader.read()).done;) yield part.value;
-  } finally { reader.cancel().catch(() => 0); }
-}
 
 /* == Listening == */
-
 const sleep = ms => new Promise(done => setTimeout(done, ms));
-
 async function attempt(work) {
   try { await work(); } catch (error) { say(error.message); }
 }
 /* Does the work soon, never twice at once, and once more if it was asked for meanwhile. */
 function soon(ms, work) {
-  let asked = false, busy = false;
-  return async () => {
-    asked = true;
-    if (busy) return;
-    for (busy = true; asked;) {
-      await sleep(ms);
-      asked = false;
-      await attempt(work);
-    }
-    busy = false;
+  let next = null, last = Promise.resolve();
+  return () => {
+    next ||= last = last.then(() => sleep(ms)).then(() => { next = null; return attempt(work); });
   };
 }
 const reloadSoon = soon(60, reload);
@@ -8162,25 +8138,26 @@ const updateSoon = soon(150, updateMessage);
 const queueSoon = soon(500, loadQueue);
 const statsSoon = soon(1000, loadStats);
 const everythingSoon = () => [reloadSoon, queueSoon, statsSoon].forEach(load => load());
-
 /* Reads server-sent events by hand, because EventSource cannot send a token. */
 async function listen() {
+  const show = (word, kind = '') => Object.assign($('live'), {textContent: word, className: kind});
   for (let pause = 500; ; pause = Math.min(pause * 2, 15000)) {
     try {
-      const answer = await api('GET', '/api/v1/events');
+      const answer = await api('GET', 'api/v1/events');
       pause = 500;
-      showLive('live', 'on');
+      show('live', 'on');
+      attempt(loadInfo);
       everythingSoon();
-      let kept = '';
-      for await (const text of chunks(answer)) {
-        const events = (kept + text).replaceAll('\r', '').split('\n\n');
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let part, kept = ''; !(part = await reader.read()).done;) {
+        const events = (kept + part.value).replaceAll('\r', '').split('\n\n');
         kept = events.pop();
         events.forEach(hear);
       }
-    } catch (error) {
-      if (!(error instanceof TypeError)) everythingSoon();  /* refused, so look every while */
+    } catch {
+      if (!state.lost) everythingSoon();  /* refused, so look every while */
     }
-    showLive('reconnecting');
+    show(state.lost ? 'not reached' : 'reconnecting');
     await sleep(pause);
   }
 }
@@ -8190,15 +8167,10 @@ function hear(event) {
   if (JSON.parse(data.map(line => line.slice(5)).join('\n')).id === state.id) updateSoon();
   everythingSoon();
 }
-function showLive(word, kind = '') {
-  $('live').textContent = word;
-  $('live').className = kind;
-}
 
-/* == The bar == */
-
-function renderBar() {
-  const {view, id, unread, total, query} = state, owed = state.queue.total;
+/* == What is always there == */
+function render() {
+  const {view, id, unread, total, query, lost, busy, warning} = state, owed = state.queue.total;
   $('unread').textContent = unread ? count(unread) : '';
   $('owed').textContent = owed ? count(owed) : '';
   document.title = (unread ? `(${count(unread)}) ` : '') + 'smtprelay';
@@ -8209,105 +8181,90 @@ function renderBar() {
   document.body.toggleAttribute('data-empty', view === 'inbox' && !total && !query);
   $('tools').hidden = list.hidden = view !== 'inbox' || (!total && !query);
   $('side').hidden = view === 'inbox';
+  const found = busy ? 'Searching' : query ? `${count(total)} found` : plural(total, 'message');
+  fill($('tools'), [h(busy ? 'span.busy' : 'span', lost ? 'Cannot reach the relay'
+    : [found, warning && `: ${warning}`], {role: 'status'}),
+  !query && unread > 0 && button('Mark all read', () => mark([], true), '.plain'),
+  total > 0 && button(query ? 'Delete found' : 'Delete all', deleteAll, '.plain')]);
+  renderList();
+  if (view === 'queue') renderQueue();
+  else if (view === 'accounts') renderAccounts();
+  else if (!id) renderOverview();
 }
 
 /* == The strip: what came in stands on the line, what went out hangs from it == */
-
 const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
 const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
-const totals = hours => FLOWS.map(key => [key, sum(hours.map(hour => hour[key]))]);
-
 async function loadStats() {
-  state.stats = await get('/api/v1/stats');
+  state.stats = await get('api/v1/stats');
   renderStrip();
-  renderSide();
+  if (state.view === 'accounts') render();
 }
 function renderStrip() {
-  const hours = state.stats.hours || [], caption = h('figcaption');
-  const show = (hours, label) => fill(caption, [label, totals(hours).map(([key, n]) =>
-    (n > 0 || key === 'received') && h('span.' + key, `${count(n)} ${key}`))]);
-  const marks = hours.filter((_, i) => i % 6 === 0).map(hour => h('span', dated(CLOCK, hour.at)));
-  show(hours);
-  fill($('strip'), [plot(hours, show), h('div.hours', marks, {'aria-hidden': 'true'}), caption]);
-}
-function plot(hours, show) {
-  const out = hour => sum(OUT.map(key => hour[key]));
+  const hours = state.stats.hours || [], out = hour => sum(OUT.map(key => hour[key]));
   const up = Math.max(1, ...hours.map(hour => hour.received || 0));
   const scale = 49 / (up + Math.max(0, ...hours.map(out))), line = up * scale;
   const box = (x, y, width, height, kind) => h('rect.' + kind, '', {x, y, width, height});
+  const words = some => FLOWS.map(key => [key, sum(some.map(hour => hour[key]))])
+    .filter(([key, n]) => n > 0 || key === 'received')
+    .map(([key, n]) => h('span.' + key, `${count(n)} ${key} `));
+  const caption = h('figcaption', words(hours));
   const column = (hour, i) => {
-    let x = i * 10, y = line + 2;
+    let y = line + 2;
     const tall = key => hour[key] ? Math.max(1, hour[key] * scale) : 0;
-    const hanging = OUT.map(key => box(x, (y += tall(key)) - tall(key), 6, tall(key), key));
-    return h('g', [box(x - 2, 0, 10, 52, 'hit'), hanging,
-      box(x, line - tall('received'), 6, tall('received'), 'received')],
-    {onpointerenter: () => show([hour], `${dated(CLOCK, hour.at)}:`),
-      onpointerleave: () => show(hours)});
+    const hanging = OUT.map(key => box(i * 10, (y += tall(key)) - tall(key), 6, tall(key), key));
+    return h('g', [box(i * 10 - 2, 0, 10, 52, 'hit'), hanging,
+      box(i * 10, line - tall('received'), 6, tall('received'), 'received')],
+    {onpointerenter: () => fill(caption, [`${dated(CLOCK, hour.at)}:`, words([hour])]),
+      onpointerleave: () => fill(caption, words(hours))});
   };
-  const words = totals(hours).map(([key, n]) => `${n} ${key}`).join(', ');
-  return h('svg', [hours.map(column), box(0, line, 236, 1, 'axis')], {viewBox: '0 0 236 52',
-    preserveAspectRatio: 'none', role: 'img', 'aria-label': 'Last 24 hours: ' + words});
+  const plot = h('svg', [hours.map(column), box(0, line, 236, 1, 'axis')], {viewBox: '0 0 236 52',
+    preserveAspectRatio: 'none', role: 'img', 'aria-label': `Last day: ${caption.textContent}`});
+  const marks = hours.filter((_, i) => i % 6 === 0).map(hour => h('span', dated(CLOCK, hour.at)));
+  fill($('strip'), [plot, h('div.hours', marks, {'aria-hidden': 'true'}), caption]);
 }
 
 /* == The list: only what is in sight is fetched, and only that is in the document == */
-
 const rowAt = i => state.rows.get(i);
 const indexOf = id => [...state.rows.keys()].find(i => rowAt(i).ID === id) ?? -1;
-
+const slice = (start, limit) => get((state.query ? `api/v1/search?query=${enc(state.query)}&`
+  : 'api/v1/messages?') + `start=${start}&limit=${limit}`);
 function inSight() {
   const first = Math.floor(list.scrollTop / ROW) - 8;
   const last = first + Math.ceil(list.clientHeight / ROW) + 16;
   return [Math.max(0, first), Math.min(state.total, last)];
 }
-
 /* Fetches what is in sight anew, from the top for a new search. */
 async function reload() {
-  const {query} = state, same = query === state.listed;
+  const {query, total, rows: old} = state, same = query === state.listed;
   const [first, last] = same ? inSight() : [0, 0], start = first - first % PAGE;
-  const path = query ? `/api/v1/search?query=${enc(query)}&` : '/api/v1/messages?';
-  const limit = PAGE * Math.max(1, Math.ceil((last - start) / PAGE));
-  const answer = await get(`${path}start=${start}&limit=${limit}`);
+  const slow = setTimeout(() => { state.busy = !same; render(); }, 200);
+  const answer = await slice(start, PAGE * Math.max(1, Math.ceil((last - start) / PAGE)))
+    .finally(() => { clearTimeout(slow); state.busy = false; });
   if (query !== state.query) return;
-  const {total} = state, before = new Set([...state.rows.values()].map(row => row.ID));
-  take(answer, start, same);
-  const grown = same ? state.total - total : 0;
-  if (!same) list.scrollTop = 0;  /* mail that came in above does not move what is being read */
-  else if (list.scrollTop > ROW && grown > 0) list.scrollTop += grown * ROW;
-  const fresh = answer.messages.slice(0, total && !start ? Math.max(0, grown) : 0);
-  announce(fresh.filter(row => !before.has(row.ID)));
-  renderBar();
-  renderTools();
-  renderList();
-  if (!total !== !state.total) renderPane();
-}
-function take({messages, messages_count: found, total, unread}, start, same) {
-  const {cursor, id, query} = state, under = id || rowAt(cursor)?.ID;
-  Object.assign(state, {listed: query, total: found ?? total, unread,
-    rows: new Map(messages.map((row, i) => [start + i, row]))});
-  const now = indexOf(under);
+  const {cursor} = state, under = state.id || rowAt(cursor)?.ID, all = answer.messages;
+  Object.assign(state, {listed: query, total: answer.messages_count ?? answer.total,
+    unread: answer.unread, warning: answer.Warnings?.join('; '),
+    rows: new Map(all.map((row, i) => [start + i, row]))});
+  const now = indexOf(under), grown = same ? Math.max(0, state.total - total) : 0;
   state.cursor = now >= 0 || !same ? now : Math.min(cursor, state.total - 1);
   rows.style.height = ROW * state.total + 'px';
-}
-function announce(fresh) {
+  if (!same) list.scrollTop = 0;  /* mail that came in above does not move what is being read */
+  else if (list.scrollTop > ROW) list.scrollTop += grown * ROW;
+  const before = new Set([...old.values()].map(row => row.ID));
+  const fresh = all.slice(0, total && !start ? grown : 0).filter(row => !before.has(row.ID));
   state.fresh = new Set(fresh.map(row => row.ID));
   if (fresh.length) $('heard').textContent = fresh.length > 1 ? `${fresh.length} new messages`
     : `New message from ${person(fresh[0].From)}: ${fresh[0].Subject}`;
+  render();
 }
-function renderTools() {
-  const {query, total, unread} = state;
-  fill($('tools'), [
-    h('span', query ? `${count(total)} found` : plural(total, 'message'), {role: 'status'}),
-    !query && unread > 0 && button('Mark all read', () => mark([], true), '.plain'),
-    total > 0 && button(query ? 'Delete found' : 'Delete all', deleteAll, '.plain')]);
-}
-
 /* Keeps each row that is still right, so that a press survives a live update. */
 function renderList() {
   const kept = new Map([...rows.children].map(node => [node.dataset.sign, node]));
   const [first, last] = inSight(), wanted = [];
   for (let i = first; i < last; i++) {
     const row = rowAt(i), sign = row ? [i, row.ID, row.Read, row.Status, i === state.cursor,
-      row.ID === state.id, when(row.Created), state.info.Delivery].join() : '';
+      row.ID === state.id, when(row.Created), row.Tags, state.info.Delivery].join() : '';
     if (row) wanted.push(kept.get(sign) || drawRow(row, i, sign));
   }
   for (const node of kept.values()) if (!wanted.includes(node)) node.remove();
@@ -8328,7 +8285,7 @@ function drawRow(row, i, sign) {
       h('bdi.soft', ['to ', to.length ? address(to[0]) : 'nobody',
         to.length > 1 && ` +${to.length - 1}`])]), time(row.Created, when(row.Created))]),
     h('div', [h('span.clip', [h('bdi', h('b', row.Subject || '(no subject)')),
-      h('bdi.soft', row.Snippet)]),
+      h('bdi.soft', row.Snippet)]), few(row.Tags || [], tag => h('span.tag', tag), 2),
     row.Attachments > 0 && h('span.files', plural(row.Attachments, 'file')),
     row.Status && row.Status !== ordinary && status(row.Status)])],
   {id: 'row-' + i, class: kind, role: 'option', 'data-sign': sign,
@@ -8349,9 +8306,21 @@ function move(step) {
   renderList();
   if (state.id && rowAt(i)) open(rowAt(i).ID);
 }
+/* Scrolls to a message that was opened by its address: ids sort the list, the newest first. */
+async function reveal(id) {
+  if (state.listed !== state.query) await reload();
+  let low = 0, high = state.total;
+  while (low < high && indexOf(id) < 0) {
+    const middle = low + high >> 1, row = rowAt(middle) || (await slice(middle, 1)).messages[0];
+    if (row?.ID > id) low = middle + 1;
+    else high = middle;
+  }
+  if (indexOf(id) >= 0) return;
+  list.scrollTop = low * ROW - list.clientHeight / 2;
+  await reload();
+}
 
-/* == Where we are: #/inbox, #/message/ID, #/queue, #/accounts == */
-
+/* == Where we are: #/inbox, #/message/ID, #/search/WORDS, #/queue, #/accounts == */
 function open(id) {
   const hash = '#/message/' + enc(id);
   if (!state.id) return void (location.hash = hash);
@@ -8359,72 +8328,62 @@ function open(id) {
   route();
 }
 function close() {
-  location.hash = '#/inbox';
+  location.hash = state.query ? '#/search/' + enc(state.query) : '#/inbox';
   list.focus({preventScroll: true});
 }
 function route() {
-  const [, view, id] = location.hash.split('/');
+  const [, view, rest = ''] = location.hash.split('/'), word = decodeURIComponent(rest);
   state.view = ['queue', 'accounts'].includes(view) ? view : 'inbox';
-  state.id = view === 'message' && id ? decodeURIComponent(id) : '';
+  state.id = view === 'message' ? word : '';
   if (state.message?.ID !== state.id) state.message = null;
-  renderBar();
-  renderSide();
-  renderList();
+  if (state.view === 'inbox' && !state.id) find(view === 'search' ? word : '');
+  render();
   if (state.id) attempt(openMessage);
-  else renderPane();
   if (state.view === 'queue') attempt(loadQueue);
   if (state.view === 'accounts') attempt(loadUsers);
 }
-function renderPane() {
-  if (state.view === 'queue') renderQueue();
-  else if (state.view === 'accounts') renderAccounts();
-  else if (!state.id) renderOverview();
-}
 
 /* == Nothing open == */
-
-const MODES = {
-  hold: () => 'Mail is held here. Nothing leaves this machine until you release it.',
-  relay: info => `Mail goes on to ${info.RelayHost || 'the smart host'}.`,
-  mx: () => 'Mail goes straight to its recipients’ servers.',
-};
-function firstLines() {
-  const host = location.hostname, port = state.info.SMTPPort || 2525;
-  return [`printf 'Subject: Hello\\r\\n\\r\\nIt works.\\r\\n' | curl smtp://${host}:${port}` +
-      ' --mail-from me@example.com --mail-rcpt you@example.com -T -',
+function renderOverview() {
+  const {info, listed, lost, query, total} = state, key = name => h('kbd', name);
+  const host = location.hostname, port = info.SMTPPort || 2525;
+  const lines = [`printf 'Subject: Hello\\r\\n\\r\\nIt works.\\r\\n' | curl -T - smtp://${host}:` +
+      `${port}/me --mail-from me@example.com --mail-rcpt you@example.com`,
   `python3 -c "import smtplib; smtplib.SMTP('${host.replace(/[[\]]/g, '')}', ${port}).sendmail(` +
       `'me@example.com', 'you@example.com', 'Subject: Hello\\n\\nIt works.')"`];
-}
-function renderOverview() {
-  const {info, query, total} = state, key = name => h('kbd', name);
+  const mode = {hold: 'Mail is held here. Nothing leaves this machine until you release it.',
+    relay: `Mail goes on to ${info.RelayHost || 'the smart host'}.`,
+    mx: 'Mail goes straight to its recipients’ servers.'}[info.Delivery];
+  const title = lost ? 'Cannot reach the relay' : listed === null ? 'Reading the mail'
+    : total ? 'Nothing open' : query ? 'Nothing found' : 'No mail yet';
   fill(pane, h('div.sheet', [
-    h('div.title', h('h1', total ? 'Nothing open' : query ? 'Nothing found' : 'No mail yet')),
-    h('p.soft', MODES[info.Delivery]?.(info)),
+    h('div.title', h('h1', title, {class: listed === null && !lost ? 'busy' : ''})),
+    h('p.soft', lost ? 'It has stopped, or the network is down; this page goes on trying.'
+      : mode),
     total > 0 && h('p.soft', [key('j'), ' and ', key('k'), ' move, ', key('Enter'), ' opens, ',
       key('?'), ' shows every key.']),
-    h('h2', total || query ? 'Send another' : 'Send the first one'),
-    firstLines().map(line => h('div.try', [
-      h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]));
+    !lost && listed !== null && [h('h2', total || query ? 'Send another' : 'Send the first one'),
+      lines.map(line => h('div.try', [
+        h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]]));
 }
 
 /* == A message == */
-
 async function openMessage() {
   const {id} = state, known = state.message;
   let message = null;
   try { message = await get(mail(id)); } catch (error) { say(error.message); }
   if (id !== state.id || known !== state.message) return;
   if (!message) return close();
-  Object.assign(state, {message, remote: false, cursor: indexOf(id)});
-  const row = rowAt(state.cursor);
-  if (row && !row.Read) { row.Read = true; state.unread -= 1; }
-  renderBar();
-  renderTools();
-  renderList();
+  if (id === 'latest') history.replaceState(null, '', '#/message/' + enc(message.ID));
+  Object.assign(state, {message, id: message.ID, remote: false});
   renderMessage();
   $('subject').focus({preventScroll: true});
+  await reveal(message.ID);
+  if (message !== state.message) return;
+  const row = rowAt(state.cursor = indexOf(message.ID));
+  if (row && !row.Read) { row.Read = true; state.unread -= 1; }
+  render();
 }
-
 /* Redraws what delivery changes; the mail itself is left as it stands. */
 async function updateMessage() {
   const {id} = state, message = id && await get(mail(id));
@@ -8433,13 +8392,12 @@ async function updateMessage() {
   renderHead();
   if (state.tab === 'delivery') renderBody();
 }
-
 const files = m => [...m.Attachments || [], ...m.Inline || []];
 const links = m => [...(m.Codes || []).map(code => ['code', code]),
   ...(m.Links || []).map(link => ['link', link])];
 const TABS = [  /* key, name, how many (0 hides it, true is not a number), what it shows */
   ['html', 'HTML', m => Boolean(m.HTML), showHTML],
-  ['text', 'Text', () => true, m => h('pre', short(m.Text || '(no text)'))],
+  ['text', 'Text', () => true, m => h('pre', linked(short(m.Text || '(no text)')))],
   ['source', 'Source', () => true, showSource],
   ['headers', 'Headers', () => true, showHeaders],
   ['attachments', 'Attachments', m => files(m).length, showFiles],
@@ -8448,7 +8406,6 @@ const TABS = [  /* key, name, how many (0 hides it, true is not a number), what 
 ];
 const tabs = () => TABS.filter(([, , many]) => many(state.message));
 const tabNow = () => tabs().find(([key]) => key === state.tab) || tabs()[0];
-
 function renderMessage() {
   fill(pane, [h('div', '', {id: 'head'}), h('div', '', {role: 'tablist', 'aria-label': 'Parts'}),
     h('div', '', {id: 'body', role: 'tabpanel', tabindex: 0})]);
@@ -8465,44 +8422,37 @@ function renderHead() {
   const lines = [['From', m.From && people([m.From])], ['To', people(m.To)], ['Cc', people(m.Cc)],
     ['Bcc', people(m.Bcc)], ['Reply to', people(m.ReplyTo)],
     ['Date', soft(`${dated(FULL, m.Date)} · ${octets(m.Size)}`)],
+    ['Tags', m.Tags?.length > 0 && few(m.Tags, tag => h('span.tag', tag), 12)],
     ['Status', now && [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
       now !== 'forwarded' && d.last_error && soft(' · ' + d.last_error)]],
     ['Code', m.Codes?.length > 0 &&
       few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
+  const first = OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
+    : now === 'held' ? button('Release', () => release(m), '.main')
+      : button('Resend', () => release(m));
   fill($('head'), [button('← Inbox', close, '.plain', {class: 'plain back'}),
     h('h1', bdi(m.Subject || '(no subject)'),
       {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
     h('dl', lines.map(([name, inside]) => inside && [h('dt', name), h('dd', inside)])),
-    h('div.acts', actions(m, now))]);
+    h('div.acts', [first, button('Mark unread', () => mark([m.ID], false)),
+      button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
+      button('Delete', () => remove(m.ID), '.danger')])]);
 }
-const actions = (m, now) => [
-  OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
-    : now === 'held' ? button('Release', () => release(m), '.main')
-      : button('Resend', () => release(m)),
-  button('Mark unread', () => mark([m.ID], false)),
-  button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
-  button('Delete', () => remove(m.ID), '.danger')];
-
 function renderTabs() {
-  const now = tabNow()[0];
-  fill(pane.querySelector('[role=tablist]'), tabs().map(([key, name, many]) => {
+  const now = tabNow()[0], all = tabs();
+  const pick = key => { keep({tab: key}); renderTabs(); renderBody(); };
+  const arrow = ({key}) => {
+    const step = {ArrowRight: 1, ArrowLeft: -1}[key], at = all.findIndex(([key]) => key === now);
+    if (!step) return;
+    pick(all[(at + step + all.length) % all.length][0]);
+    pane.querySelector('[aria-selected=true]').focus();
+  };
+  fill(pane.querySelector('[role=tablist]'), all.map(([key, name, many]) => {
     const n = many(state.message);
     return button(n === true ? name : `${name} ${count(n)}`, () => pick(key), '', {role: 'tab',
       id: 'tab-' + key, 'data-key': 'tab-' + key, 'aria-controls': 'body',
       'aria-selected': String(key === now), tabindex: key === now ? 0 : -1, onkeydown: arrow});
   }));
-}
-function pick(key) {
-  state.tab = key;
-  renderTabs();
-  renderBody();
-}
-function arrow({key}) {
-  const step = {ArrowRight: 1, ArrowLeft: -1}[key], all = tabs();
-  if (!step) return;
-  const [next] = all[(all.indexOf(tabNow()) + step + all.length) % all.length];
-  pick(next);
-  $('tab-' + next).focus();
 }
 async function renderBody() {
   const {ID} = state.message, [key, , , show] = tabNow();
@@ -8513,25 +8463,23 @@ async function renderBody() {
   $('body').setAttribute('aria-labelledby', 'tab-' + key);
   fill($('body'), shown);
 }
-
+/* The frame may open links in a tab of their own, and nothing else; no script runs in it. */
 function showHTML(m) {
   const {phone, remote} = state, query = new URLSearchParams();
-  const change = what => () => { Object.assign(state, what); return renderBody(); };
+  const wide = phone => () => { keep({phone}); return renderBody(); };
   if (m.ViewKey) query.set('key', m.ViewKey);
   if (remote) query.set('remote', '1');
   return [h('div.view', [
     soft(remote ? 'Remote content on' : 'Remote content off'),
-    !remote && button('Load it', change({remote: true})),
-    button('Desktop', change({phone: false}), '', {'aria-pressed': String(!phone)}),
-    button('Phone', change({phone: true}), '', {'aria-pressed': String(phone)})]),
-  h(phone ? 'div.frame phone' : 'div.frame', h('iframe', '', {sandbox: '', title: 'HTML mail',
-    referrerpolicy: 'no-referrer', src: `/view/${enc(m.ID)}.html?${query}`}))];
+    !remote && button('Load it', () => { state.remote = true; return renderBody(); }),
+    button('Desktop', wide(false), '', {'aria-pressed': String(!phone)}),
+    button('Phone', wide(true), '', {'aria-pressed': String(phone)})]),
+  h(phone ? 'div.frame phone' : 'div.frame', h('iframe', '', {title: 'HTML mail',
+    sandbox: 'allow-popups allow-popups-to-escape-sandbox', referrerpolicy: 'no-referrer',
+    src: `${ROOT}view/${enc(m.ID)}.html?${query}`}))];
 }
 async function showSource(m) {
-  let source = '';
-  for await (const text of chunks(await api('GET', mail(m.ID, '/raw'))))
-    if ((source += text).length > LONG) break;
-  return h('pre', short(source));
+  return h('pre', short(await (await api('GET', mail(m.ID, '/raw'))).text()));
 }
 async function showHeaders(m) {
   const headers = Object.entries(await get(mail(m.ID, '/headers')));
@@ -8547,7 +8495,6 @@ function showFiles(m) {
   }));
 }
 function showLinks(m) {
-  const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
   return table(['Kind', 'Text', ''], links(m).map(([kind, text]) =>
     [soft(kind), /^https?:/i.test(text) ? follow(text) : bdi(text), copier(text)]));
 }
@@ -8564,20 +8511,22 @@ function showDelivery(d) {
 }
 
 /* == What can be done to messages == */
-
+/* A held message whose recipients stay goes to them itself; to others goes a copy. */
 async function release(m) {
-  const verb = m.Status === 'held' ? 'Release' : 'Resend';
+  const held = m.Status === 'held', verb = held ? 'Release' : 'Resend';
   const known = m.Delivery?.recipients || [m.To, m.Cc, m.Bcc].flatMap(some => some || []);
   const form = await ask(`${verb} this message`, 'To these addresses, separated by commas.', verb,
     [{name: 'to', label: 'To', value: known.map(address).join(', '), required: ''}]);
   if (!form) return;
-  await api('POST', mail(m.ID, '/release'), {To: names(form.to)});
+  const To = names(form.to);
+  if (held && To.join() === known.map(address).join()) await retry(m.ID);
+  else await api('POST', mail(m.ID, '/release'), {To});
   say(`On its way to ${form.to}.`);
   updateSoon();
   reloadSoon();
 }
 async function retry(id) {
-  await api('POST', `/api/v1/queue/${enc(id)}/retry`);
+  await api('POST', `api/v1/queue/${enc(id)}/retry`);
   say('Trying now.');
   queueSoon();
 }
@@ -8585,7 +8534,7 @@ async function remove(id) {
   const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
   if (OWED.includes(rowAt(i)?.Status || state.message?.Status)
     && !await ask('Delete it?', 'It is still owed, and will not be delivered.', 'Delete')) return;
-  await api('DELETE', '/api/v1/messages', {IDs: [id]});
+  await api('DELETE', 'api/v1/messages', {IDs: [id]});
   say('Deleted.');
   if (state.id) i >= 0 && next ? open(next.ID) : close();
   await reload();
@@ -8594,14 +8543,14 @@ async function deleteAll() {
   const {query, total} = state, what = plural(total, 'message');
   const note = query ? `All that match ${query}` : 'The whole inbox.';
   if (!await ask(`Delete ${what}?`, note, 'Delete')) return;
-  if (query) await api('DELETE', '/api/v1/search?query=' + enc(query));
-  else await api('DELETE', '/api/v1/messages', {IDs: []});
+  if (query) await api('DELETE', 'api/v1/search?query=' + enc(query));
+  else await api('DELETE', 'api/v1/messages', {IDs: []});
   say(`Deleted ${what}.`);
   if (state.id) close();
   await reload();
 }
 async function mark(IDs, Read) {
-  await api('PUT', '/api/v1/messages', {IDs, Read});
+  await api('PUT', 'api/v1/messages', {IDs, Read});
   if (state.id && !Read) close();
   await reload();
 }
@@ -8611,27 +8560,19 @@ async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 async function copy(text) {
-  try { await navigator.clipboard.writeText(text); } catch {  /* off loopback without TLS */
-    const area = h('textarea', text);
-    document.body.append(area);
-    area.select();
-    document.execCommand('copy');
-    area.remove();
-  }
-  say('Copied.');
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => say('Copied.'));
+  const field = {name: 'text', label: 'This address may not use the clipboard', value: text};
+  await ask('Copy it by hand', '', 'Done', [{...field, readonly: ''}], '');
 }
 
 /* == The queue and the next hops == */
-
 async function loadQueue() {
-  state.queue = await get(`/api/v1/queue?limit=${state.view === 'queue' ? 200 : 1}`);
+  state.queue = await get(`api/v1/queue?limit=${state.view === 'queue' ? 200 : 1}`);
   state.queue.total ??= state.queue.messages.length;
-  renderBar();
-  renderSide();
-  if (state.view === 'queue') renderQueue();
+  render();
 }
 function renderQueue() {
-  const {messages, total = 0} = state.queue;
+  const {messages, total = 0, next_hops: hops = []} = state.queue;
   const line = m => [
     [h('a', bdi(m.recipients.slice(0, 2).map(address).join(', ')),
       {href: '#/message/' + enc(m.id), 'data-key': m.id}),
@@ -8641,6 +8582,11 @@ function renderQueue() {
     m.next_attempt_at && ticking(m.next_attempt_at),
     [button('Retry', () => retry(m.id), '', {'data-key': 'retry ' + m.id}),
       button('Remove', () => drop(m.id), '.danger', {'data-key': 'remove ' + m.id})]];
+  const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
+    h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
+      it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
+  fill($('side'), [h('h2', 'Next hops'),
+    hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
   fill(pane, h('div.sheet', [
     h('div.title', [h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
       total > 0 && button('Retry all', () => retry('all'))]),
@@ -8649,47 +8595,34 @@ function renderQueue() {
 }
 async function drop(id) {
   if (!await ask('Remove it from the queue?', 'It will not be delivered.', 'Remove')) return;
-  await api('DELETE', '/api/v1/queue/' + enc(id));
+  await api('DELETE', 'api/v1/queue/' + enc(id));
   everythingSoon();
-}
-function renderSide() {
-  const {view, queue, stats} = state, hops = queue.next_hops || [];
-  const figures = (head, items, name) => items?.length > 0 && table([head, 'In', 'Out', 'Failed'],
-    items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
-  const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
-    h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
-      it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
-  if (view === 'queue') fill($('side'), [h('h2', 'Next hops'),
-    hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
-  if (view === 'accounts') fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
-    figures('Account', stats.accounts, account => bdi(account.name))]);
 }
 
 /* == Accounts == */
-
 async function loadUsers() {
   try {
-    Object.assign(state, {users: (await get('/api/v1/users')).users, refusal: ''});
+    Object.assign(state, {users: (await get('api/v1/users')).users, refusal: ''});
   } catch (error) { Object.assign(state, {users: [], refusal: error.message}); }
-  renderPane();
+  render();
 }
 function renderAccounts() {
-  const {users, refusal} = state;
+  const {users, refusal, stats} = state;
+  const quota = ({used_today: used, quota_daily: most}) => most ? [h('meter', '',
+    {max: most, high: most - 0.5, value: used}), ` ${count(used)} of ${count(most)}`] : count(used);
   const line = user => [bdi(user.name), user.allowed_domains?.join(', ') || soft('any domain'),
     quota(user), user.quota_per_minute || soft('no limit'),
     [button('Change', () => editUser(user), '', {'data-key': 'change ' + user.name}),
       button('Remove', () => removeUser(user.name), '.danger',
         {'data-key': 'remove ' + user.name})]];
+  const figures = (head, items, name) => items?.length > 0 && table([head, 'In', 'Out', 'Failed'],
+    items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
+  fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
+    figures('Account', stats.accounts, account => bdi(account.name))]);
   fill(pane, h('div.sheet', [
     h('div.title', [h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())]),
     users.length ? table(['Name', 'Sends as', 'Today', 'A minute', ''], users.map(line))
       : h('p.soft', refusal || 'None: nobody has to log in.')]));
-}
-function quota({used_today: used, quota_daily: most}) {
-  if (!most) return count(used);
-  const level = h(used >= most ? 'div.full' : 'div');
-  level.style.width = Math.min(100, 100 * used / most) + '%';
-  return [`${count(used)}\u00a0of\u00a0${count(most)}`, h('div.meter', level)];
 }
 async function editUser(user) {
   const number = (name, label, value = 0) => ({name, label, value, type: 'number', min: 0});
@@ -8705,25 +8638,22 @@ async function editUser(user) {
   const body = {name: user?.name || form.name, password: form.password || undefined,
     allowed_domains: names(form.domains), quota_daily: Number(form.daily),
     quota_per_minute: Number(form.minute)};
-  const answer = user ? await api('PUT', '/api/v1/users/' + enc(user.name), body)
-    : await api('POST', '/api/v1/users', body);
+  const answer = user ? await api('PUT', 'api/v1/users/' + enc(user.name), body)
+    : await api('POST', 'api/v1/users', body);
   await loadUsers();
-  if (!user) await showSecrets(await answer.json());
-}
-async function showSecrets({name, password, api_key}) {
-  const secret = (label, value) => value ? [{name: label, label, value, readonly: ''}] : [];
-  const fields = [...secret('Password', password), ...secret('API key', api_key)];
+  const secrets = user ? {} : await answer.json();
+  const fields = [['password', 'Password'], ['api_key', 'API key']].filter(([key]) => secrets[key])
+    .map(([key, label]) => ({name: key, label, value: secrets[key], readonly: ''}));
   const note = 'Shown this once: keep it somewhere safe.';
-  if (fields.length) await ask(`Account ${name}`, note, 'Done', fields, '');
+  if (fields.length) await ask(`Account ${secrets.name}`, note, 'Done', fields, '');
 }
 async function removeUser(name) {
   if (!await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')) return;
-  await api('DELETE', '/api/v1/users/' + enc(name));
+  await api('DELETE', 'api/v1/users/' + enc(name));
   await loadUsers();
 }
 
 /* == Saying and asking == */
-
 let silence = 0;
 function say(text) {
   clearTimeout(silence);
@@ -8731,7 +8661,6 @@ function say(text) {
   $('said').classList.add('shown');
   silence = setTimeout(() => $('said').classList.remove('shown'), 4000);
 }
-
 /* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
 function ask(title, note, verb, fields = [], cancel = 'Cancel') {
   let values = null;
@@ -8753,7 +8682,6 @@ function ask(title, note, verb, fields = [], cancel = 'Cancel') {
 }
 
 /* == Keys == */
-
 const chosen = () => state.id || rowAt(state.cursor)?.ID;
 const KEYS = {
   'j': ['next message', () => move(1)],
@@ -8763,23 +8691,28 @@ const KEYS = {
   'u': ['mark unread', () => chosen() && mark([chosen()], false)],
   '#': ['delete', () => chosen() && remove(chosen())],
   '/': ['search', () => $('search').select()],
-  'Esc': ['back to the list', () => state.id && close()],
+  'Esc': ['back to the list; in the search, all mail again', () => state.id && close()],
   '?': ['show this', help],
 };
 const SAME = {ArrowDown: 'j', ArrowUp: 'k', Escape: 'Esc'};
 const WORDS = 'from: to: cc: bcc: addressed: subject: message-id: tag: is:read is:unread ' +
   'has:attachment before: after: larger: smaller:';
-
 function help() {
   const keys = Object.entries(KEYS).map(([key, [does]]) =>
     [h('dt', h('kbd', key)), h('dd', does)]);
   return ask('Keys', [h('dl', keys), 'The search knows ', h('span.mono', WORDS),
-    ' and "quoted words"; a leading minus turns one around.'], 'Close', [], '');
+    ' and "quoted words"; a leading minus turns one around. ',
+    h('a', 'More help', {href: ROOT + 'help', target: '_blank'})], 'Close', [], '');
 }
 function press(event) {
   const {key, target} = event;
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog')) return;
-  if (target.matches('input')) return void (key === 'Escape' && target.blur());
+  if (target.matches('input')) {
+    if (key !== 'Escape') return;
+    target.value = '';
+    search();
+    return list.focus({preventScroll: true});
+  }
   if (key.startsWith('Arrow') && target !== list && target !== document.body) return;
   const work = KEYS[SAME[key] || key]?.[1];
   if (!work || (key === 'Enter' && target.matches('button, a'))) return;
@@ -8788,26 +8721,46 @@ function press(event) {
 }
 
 /* == Beginning == */
-
 let typing = 0;
 function search() {
   clearTimeout(typing);
-  const query = $('search').value.trim();
+  const query = $('search').value.trim(), hash = query ? '#/search/' + enc(query) : '#/inbox';
+  if (query === state.query && state.view === 'inbox') return;
+  if (state.view !== 'inbox' || state.id) location.hash = hash;
+  else { history.replaceState(null, '', hash); find(query); }
+}
+function find(query) {
+  if (document.activeElement !== $('search')) $('search').value = query;
   if (query === state.query) return;
   state.query = query;
-  if (state.view !== 'inbox' || state.id) location.hash = '#/inbox';
   attempt(reload);
 }
-function switchTheme() {
-  const root = document.documentElement.dataset;
-  const {matches} = matchMedia('(prefers-color-scheme: dark)');
-  root.theme = (root.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark';
+/* What a person chose stays in this browser. */
+function keep(choice) {
+  Object.assign(state, choice);
+  const {theme, tab, phone} = state;
+  try { localStorage.smtprelay = JSON.stringify({theme, tab, phone}); } catch { /* not allowed */ }
 }
-async function begin() {
-  attempt(loadStats);
-  state.info = await get('/api/v1/info');
-  renderList();
-  renderPane();
+function switchTheme() {
+  const {matches} = matchMedia('(prefers-color-scheme: dark)');
+  keep({theme: (state.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark'});
+  document.documentElement.dataset.theme = state.theme;
+}
+async function loadInfo() {
+  state.info = await get('api/v1/info');
+  render();
+}
+function begin() {
+  try { Object.assign(state, JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
+  if (state.theme) document.documentElement.dataset.theme = state.theme;
+  const [, opened] = location.pathname.match(/\/view\/([^/]+)$/) || [];
+  const query = location.pathname === ROOT + 'search' && new URLSearchParams(location.search);
+  if (opened) history.replaceState(null, '', ROOT + '#/message/' + opened);
+  else if (query) history.replaceState(null, '',
+    ROOT + '#/search/' + enc(query.get('q') || query.get('query') || ''));
+  route();
+  renderStrip();
+  listen();
 }
 $('search').oninput = () => { clearTimeout(typing); typing = setTimeout(search, 150); };
 document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
@@ -8821,10 +8774,7 @@ setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
   node.textContent = relative(node.dataset.at);
 }), 1000);
 setInterval(statsSoon, 60000);
-route();
-renderStrip();
-attempt(begin);
-listen();
+begin();
 </script>
 </body>
 </html>
@@ -8860,7 +8810,8 @@ EVENT_STREAMS = 32
 EVENTS_WAITING = 1000
 HEARTBEAT = 15.0
 CALM = "default-src 'none'; frame-ancestors 'none'"
-VIEW_CSP = "default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; sandbox"
+VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
+            "sandbox allow-popups allow-popups-to-escape-sandbox")
 INSIDE = "img-src data:; style-src 'unsafe-inline'"
 REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
 
