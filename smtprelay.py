@@ -302,6 +302,7 @@ MOVES: dict[Status, tuple[Status, ...]] = {
     Status.FORWARDED: (),
     Status.FAILED: (Status.RETRYING,),
 }
+HELD_BY_MODE, HELD_BY_RULE = "SMTP_DELIVERY is hold", "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
 HISTORY_KEPT = 100
 RECORD_ENCODER = json.JSONEncoder(default=vars, ensure_ascii=False)
 
@@ -1126,6 +1127,7 @@ METRICS = (
     Metric("smtp_bytes_received_total", "counter", "Octets of content accepted."),
     Metric("smtp_queue_depth", "gauge", "Messages owed."),
     Metric("smtp_queue_oldest_age_seconds", "gauge", "Age of the oldest message owed."),
+    Metric("smtp_messages_held", "gauge", "Messages held until someone releases them."),
     Metric("smtp_sessions_active", "gauge", "Sessions open now."),
     Metric("smtp_connections_total", "counter", "Connections accepted."),
     Metric("smtp_connections_refused_total", "counter", "Connections turned away."),
@@ -2169,7 +2171,7 @@ def first_record(file: BinaryIO) -> Message:
             one["id"], status, received, reverse_path, [read_recipient(r, status) for r in block["to"]], size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
             ret=told.get("RET", ""), envid=told.get("ENVID", ""),
-            history=[{"at": received, "status": status.value, "detail": ""}])
+            history=[{"at": received, "status": status.value, "detail": HELD_BY_MODE if "HOLD" in flags else ""}])
     except (KeyError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
@@ -9019,7 +9021,7 @@ def mark_messages(request: Request) -> Answer:
 
 
 def delete_messages(request: Request) -> Answer:
-    request.relay.delete(ids_of(request))
+    request.relay.postmaster.remove(ids_of(request))
     return Answer(b"ok")
 
 
@@ -9028,7 +9030,7 @@ def delete_found(request: Request) -> Answer:
     if not request.query.get("query"):
         raise HttpError(400, "query: expected what to delete; for everything there is DELETE /api/v1/messages")
     page = request.relay.inbox.search(searched(request), 0, 0)
-    request.relay.delete([item.id for item in page.items])
+    request.relay.postmaster.remove([item.id for item in page.items])
     return Answer(b"ok")
 
 
@@ -9082,7 +9084,7 @@ def show_text(request: Request) -> Answer:
 
 def release_message(request: Request) -> Answer:
     to = release_to(request.fields) if request.fields.get("To") else []
-    request.relay.release(found(request).id, to)
+    request.relay.postmaster.release(found(request).id, to, request.fields.get("Beyond") is True)
     return Answer(b"ok")
 
 
@@ -9120,7 +9122,7 @@ def show_info(request: Request) -> Answer:
 
 def show_webui(request: Request) -> Answer:
     """Mailpit's configuration of its page: what clients look for is whether release works."""
-    relay = {"Enabled": request.relay.can_release, "SMTPServer": request.relay.smart_host,
+    relay = {"Enabled": request.relay.postmaster.can_release, "SMTPServer": request.relay.smart_host,
              "ReturnPath": "", "AllowedRecipients": "", "BlockedRecipients": "", "OverrideFrom": ""}
     return json_answer({"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
                         "ChaosEnabled": True, "DuplicatesIgnored": False})
@@ -9184,15 +9186,15 @@ def event_stream(feed: Feed, events: queue.Queue[Any]) -> Generator[bytes, None,
 
 
 def show_queue(request: Request) -> Answer:
-    return json_answer(request.relay.queue(int(request.number("limit", 200))))
+    return json_answer(request.relay.postmaster.queue(int(request.number("limit", 200))))
 
 
 def retry_queue(request: Request) -> Answer:
-    return json_answer({"retried": request.relay.retry(request.names["id"])})
+    return json_answer({"retried": request.relay.postmaster.retry(request.names["id"])})
 
 
 def remove_queued(request: Request) -> Answer:
-    request.relay.delete([request.names["id"]])
+    request.relay.postmaster.remove([request.names["id"]])
     return Answer(b"ok")
 
 
@@ -9560,6 +9562,7 @@ class Delivering:
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
+        self.postmaster = Postmaster(self)
         self.web = [HttpServer(sock, Backstage(self)) for sock in http]
         self.threads: list[threading.Thread] = []
         self.rescans = self.beside = self.deaths = self.seen_announced = 0.0
@@ -9736,10 +9739,10 @@ class Delivering:
 
     # -- what is kept --
 
-    def hold(self, message: Message) -> Again:
+    def hold(self, message: Message, reason: str = "") -> Again:
         """Keep a message until someone releases it."""
         if message.status is not Status.HELD:
-            message.move(Status.HELD)
+            message.move(Status.HELD, reason)
         for r in message.pending():
             r.status = Status.HELD
         self.shelve(self.held, message.stem, time.time(), message.size)
@@ -9856,7 +9859,7 @@ class Delivering:
         message = self.spool.load(task.stem)
         new = message.status is Status.RECEIVED and "RELEASED" not in message.flags
         if new and self.settings.delivery == "hold" or message.status is Status.HELD:
-            return self.hold(message)
+            return self.hold(message, HELD_BY_MODE)
         if message.status in FINISHED:
             return None
         if task.lane == UNREAD:
@@ -9903,7 +9906,7 @@ class Delivering:
         """Hold recipients that SMTP_RELAY_ALLOWED_RECIPIENTS does not name, unless someone has released them."""
         for r in message.pending() if "RELEASED" not in message.flags else ():
             if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
-                r.status, r.reply = Status.HELD, "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
+                r.status, r.reply = Status.HELD, HELD_BY_RULE
 
     def reroute(self, message: Message, task: Task) -> Again:
         """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
@@ -10009,8 +10012,8 @@ class Delivering:
         self.scheduler.drop(message.stem)
         self.metrics.inc("owed_bytes", -message.size)
         if any(r.status is Status.HELD for r in message.recipients):
-            self.log.info("held", id=message.id, reason="recipients not among SMTP_RELAY_ALLOWED_RECIPIENTS")
-            return self.hold(message)
+            self.log.info("held", id=message.id, reason=HELD_BY_RULE)
+            return self.hold(message, HELD_BY_RULE)
         failed = any(r.status is Status.FAILED for r in message.recipients)
         status = Status.FAILED if failed else Status.FORWARDED
         message.move(status, message.last_error if failed else "")
@@ -10181,37 +10184,141 @@ class Webhook:
 
 
 def queue_entry(m: Message) -> dict[str, Any]:
-    """Return what is shown of a message in the queue."""
+    """Return what is shown of a message in the queue; `reason` says why it is still there."""
+    reason = m.history[-1]["detail"] if m.status is Status.HELD and m.history else m.last_error
     return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
             "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
-            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "received_at": m.received_at}
+            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "reason": reason,
+            "received_at": m.received_at}
 
 
-class Backstage:
-    """What HTTP may ask of a relay."""
+class Postmaster:
+    """What people may do to the messages in a spool: the same whether its relay runs or not.
 
-    def __init__(self, delivering: Delivering) -> None:
-        self.delivering = delivering
-        self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
-        self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
-        self.accounts, self.quotas = delivering.guard.accounts, delivering.guard.quotas
+    Where none runs, the half is one over the spool that was not started; whatever a verb asks
+    for then goes into the records, to be found by the next start. HttpError says what is wrong.
+    """
 
-    # -- messages --
+    def __init__(self, half: Delivering) -> None:
+        self.half = half
 
-    def status_of(self, id: str) -> str:
-        """Return a message's status without reading it, where that is known."""
+    def load(self, id: str) -> Message:
+        """Return the record of a message."""
         try:
-            return self.inbox.load(id).status.value
-        except (KeyError, OSError, SpoolError):
-            return ""
+            return self.half.inbox.load(id)
+        except (KeyError, FileNotFoundError):
+            raise HttpError(404, f"message {id} not found") from None
 
-    def delete(self, ids: list[str] | None) -> None:
-        """Delete messages, all for None; one that is being delivered at this moment is left."""
-        d = self.delivering
-        busy = []
-        for id in self.inbox.ids() if ids is None else ids:
+    def records(self, stems: Iterable[str]) -> Iterator[Message]:
+        """Yield the records of those messages that can be read."""
+        for stem in stems:
+            try:
+                yield self.half.spool.load(stem)
+            except (KeyError, OSError, SpoolError) as e:
+                self.half.log.debug("not_shown", stem=stem, error=e)
+
+    def queue(self, limit: int = 200) -> dict[str, Any]:
+        """Return what is owed and what is held, oldest first, and the state of each next hop."""
+        stems, hops = self.half.scheduler.snapshot(limit)
+        held = itertools.islice(self.half.held.copy(), limit)
+        entries = list(map(queue_entry, self.records(dict.fromkeys([*stems, *held]))))
+        return {"messages": [e for e in entries if e["status"] is not Status.HELD],
+                "held": [e for e in entries if e["status"] is Status.HELD],
+                "total": len(self.half.scheduler), "next_hops": hops}
+
+    def retry(self, id: str) -> int:
+        """Try a message now, or "all" that are owed, or release all "held"; return how many.
+
+        A message that is held is released, one that has failed is owed again.
+        """
+        d = self.half
+        if id in ("all", "held"):
+            stems = [*d.scheduler.snapshot(sys.maxsize)[0], *d.held.copy()] if id == "held" or not d.threads else []
+            if id == "held":
+                held = [m.stem for m in self.records(stems) if m.status is Status.HELD]
+                self.must_have_somewhere()
+                return sum(self.owe_again(stem, Status.HELD, "released") for stem in held)
+            d.flush()
+            owed = [m for m in self.records(stems) if m.status is not Status.HELD]
+            for message in owed:
+                self.note_due(message)
+            return len(owed) or len(d.scheduler)
+        message = self.load(id)
+        if message.status is Status.FORWARDED:
+            raise HttpError(409, "it was forwarded already; release it to send a copy")
+        if message.status is Status.HELD:
+            self.release(id, [])
+        elif message.status is Status.FAILED:
+            self.owe_again(message.stem, Status.FAILED, "retried by hand")  # in hand: then it is owed already
+        else:
+            d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
+            d.scheduler.hurry(message.stem)
+            self.note_due(message)
+            d.show_depth()
+        return 1
+
+    def note_due(self, message: Message) -> None:
+        """Where no relay runs, write down that a message is due."""
+        if message.next_attempt_at and not self.half.threads:
+            message.next_attempt_at = ""
+            self.half.spool.save(message)
+
+    @property
+    def can_release(self) -> bool:
+        return bool(self.half.settings.relay_host or self.half.settings.delivery == "mx")
+
+    def must_have_somewhere(self) -> None:
+        if not self.can_release:
+            raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
+
+    def release(self, id: str, to: list[str], beyond: bool = False) -> None:
+        """Let a held message go; with other recipients, or when it went already, a copy goes to them.
+
+        Other recipients must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
+        """
+        self.must_have_somewhere()
+        message = self.load(id)
+        own = [r.address for r in message.recipients]
+        if message.status is Status.HELD and (not to or to == own):
+            if not self.owe_again(message.stem, Status.HELD, "released"):
+                raise HttpError(409, f"being delivered just now: {id}")
+            return
+        barred = [a for a in to if a not in own and not self.half.delivery.is_allowed(Recipient(a))]
+        if barred and not beyond:
+            raise HttpError(400, f"not among SMTP_RELAY_ALLOWED_RECIPIENTS: {', '.join(barred)}; "
+                            'with "Beyond": true it goes there all the same')
+        flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
+        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user,
+                            flags, to or own)
+        with self.half.spool.content(message.stem) as content:
+            self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
+
+    def owe_again(self, stem: str, status: Status, detail: str) -> bool:
+        """Make a message that is held, or has failed, owed to those who did not get it; False when it is in hand."""
+        d = self.half
+        task = d.scheduler.seize(stem)
+        if not task:
+            return False
+        try:
+            message = d.spool.load(stem)
+            if message.status is status:
+                d.unshelve(stem)
+                for r in message.recipients:
+                    r.status = Status.RETRYING if r.status is status else r.status
+                message.move(Status.RETRYING, detail)
+                message.next_attempt_at = message.finished_at = ""
+                d.spool.reopen(message)
+        finally:
+            d.scheduler.done(task, 0.0)  # the worker that reads it next knows what to do
+            d.show_depth()
+        return True
+
+    def remove(self, ids: list[str] | None) -> None:
+        """Remove messages, all for None; one that is being delivered at this moment is left."""
+        d, busy = self.half, []
+        for id in d.inbox.ids() if ids is None else ids:
             with contextlib.suppress(KeyError):
-                stem = self.inbox.stem(id)
+                stem = d.inbox.stem(id)
                 task = d.scheduler.seize(stem)
                 if not task:
                     busy.append(id)
@@ -10226,62 +10333,9 @@ class Backstage:
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 
-    @property
-    def can_release(self) -> bool:
-        return bool(self.settings.relay_host or self.settings.delivery == "mx")
-
-    @property
-    def smart_host(self) -> str:
-        return ", ".join(host_port(*h) for h in self.settings.smart_hosts)
-
-    def release(self, id: str, to: list[str]) -> None:
-        """Let a held message go; with other recipients, or when it went already, a copy goes to them."""
-        if not self.can_release:
-            raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
-        message = self.inbox.load(id)
-        own = [r.address for r in message.recipients]
-        if message.status is not Status.HELD or (to and to != own):
-            self.keep(message, to or own)
-        else:
-            self.owe_again(message.stem, Status.HELD, "released")
-
-    def owe_again(self, stem: str, status: Status, detail: str) -> None:
-        """Make a message that is held, or has failed, owed to those who did not get it."""
-        d = self.delivering
-        task = d.scheduler.seize(stem)
-        if not task:
-            raise HttpError(409, f"being delivered just now: {id_of(stem)}")
-        try:
-            message = d.spool.load(stem)
-            if message.status is status:
-                d.unshelve(stem)
-                for r in message.recipients:
-                    r.status = Status.RETRYING if r.status is status else r.status
-                message.move(Status.RETRYING, detail)
-                message.next_attempt_at = message.finished_at = ""
-                d.spool.reopen(message)
-        finally:
-            d.scheduler.done(task, 0.0)  # the worker that reads it next knows what to do
-            d.show_depth()
-
-    def keep(self, message: Message, to: list[str]) -> None:
-        """Put a copy of a message into the spool, for other recipients."""
-        flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
-        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user,
-                            flags, to)
-        with self.delivering.spool.content(message.stem) as content:
-            self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
-
-    def submit(self, content: bytes, sender: str, recipients: list[str]) -> str:
-        """Take a message in as if it had come by SMTP; return its id."""
-        if len(content) > self.settings.max_size:
-            raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
-        flags = ("HOLD",) if self.settings.delivery == "hold" else ()
-        return self.store(Envelope(sender, "127.0.0.1", "http", "HTTP", "", flags, recipients), [content])
-
     def store(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
         """Make a message durable and queue it; return its id."""
-        d = self.delivering
+        d = self.half
         draft = d.spool.draft(envelope)
         try:
             for block in blocks:
@@ -10291,44 +10345,41 @@ class Backstage:
             draft.abort()
         d.metrics.inc("smtp_messages_received_total")
         d.adopt(stem, draft.size, "HOLD" not in envelope.flags)
-        self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
+        d.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=draft.size, client=envelope.client, protocol=envelope.protocol)
         return draft.id
 
-    # -- queue --
 
-    def queue(self, limit: int = 200) -> dict[str, Any]:
-        """Return the messages owed, oldest first, and the state of each next hop."""
-        stems, hops = self.delivering.scheduler.snapshot(limit)
-        held = list(itertools.islice(self.delivering.held.copy(), limit))
-        return {"messages": [m for m in map(self.queued, stems) if m], "total": len(self.delivering.scheduler),
-                "held": [m for m in map(self.queued, held) if m], "next_hops": hops}
+class Backstage:
+    """What HTTP may ask of a relay."""
 
-    def queued(self, stem: str) -> dict[str, Any] | None:
+    def __init__(self, delivering: Delivering) -> None:
+        self.delivering = delivering
+        self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
+        self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
+        self.accounts, self.quotas = delivering.guard.accounts, delivering.guard.quotas
+        self.postmaster = delivering.postmaster
+
+    # -- messages --
+
+    def status_of(self, id: str) -> str:
+        """Return a message's status without reading it, where that is known."""
         try:
-            return queue_entry(self.delivering.spool.load(stem))
+            return self.inbox.load(id).status.value
         except (KeyError, OSError, SpoolError):
-            return None
+            return ""
 
-    def retry(self, id: str) -> int:
-        """Try a message now, or all; a failed one is owed again. Return how many."""
-        d = self.delivering
-        if id == "all":
-            d.flush()
-            return len(d.scheduler)
-        message = self.inbox.load(id)
-        if message.status is Status.HELD:
-            self.release(id, [])
-            return 1
-        if message.status is Status.FORWARDED:
-            raise HttpError(409, "it was forwarded already; release it to send a copy")
-        if message.status is Status.FAILED:
-            self.owe_again(message.stem, Status.FAILED, "retried by hand")
-            return 1
-        d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
-        d.scheduler.hurry(message.stem)
-        d.show_depth()
-        return 1
+    @property
+    def smart_host(self) -> str:
+        return ", ".join(host_port(*h) for h in self.settings.smart_hosts)
+
+    def submit(self, content: bytes, sender: str, recipients: list[str]) -> str:
+        """Take a message in as if it had come by SMTP; return its id."""
+        if len(content) > self.settings.max_size:
+            raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
+        flags = ("HOLD",) if self.settings.delivery == "hold" else ()
+        envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", "", flags, recipients)
+        return self.delivering.postmaster.store(envelope, [content])
 
     def faults(self) -> str:
         """Return the rules of SMTP_FAULTS as they are now, one a line."""
@@ -10448,6 +10499,7 @@ class Backstage:
         m, d = self.delivering.metrics, self.delivering
         oldest = d.scheduler.oldest()
         m.set("smtp_queue_oldest_age_seconds", max(0.0, time.time() - id_micros(oldest[11:]) / 1e6) if oldest else 0)
+        m.set("smtp_messages_held", len(d.held))
         m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
         m.set("smtp_build_info", 1, __version__)
         with contextlib.suppress(OSError):
@@ -10553,6 +10605,14 @@ class Parts:
             problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
         if problems:
             raise SettingsError(problems)
+
+    def postmaster(self) -> Postmaster:
+        """Return the verbs over a spool whose relay does not run; to change it, its lock must be ours."""
+        self.accounts, self.tls, self.faults = Accounts(self.settings, self.log), None, Faults(self.settings.faults)
+        self.link = Link()
+        half = self.delivering()
+        half.find()
+        return half.postmaster
 
     def guard(self, part: str) -> Guard:
         return Guard(self.accounts, self.tls, self.quotas(part))
@@ -10936,7 +10996,7 @@ class Relay:
         self.delivering.catch_up()
         for message in self.messages:
             with contextlib.suppress(HttpError):  # one that is being delivered just now
-                self.backstage.delete([message.id])
+                self.delivering.postmaster.remove([message.id])
         if self._upstream:
             self._upstream.received.clear()
             self._upstream.steps.clear()
@@ -10945,7 +11005,7 @@ class Relay:
         """Let a held message go, or all of them; return how many."""
         held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
         for each in held:
-            self.backstage.release(each.id, [])
+            self.delivering.postmaster.release(each.id, [])
         return len(held)
 
 
@@ -11607,7 +11667,6 @@ def option(*names: str, **how: Any) -> Option:
 
 JSON = option("--json", action="store_true", help="print JSON")
 ID = option("id", metavar="ID", help="a queue id")
-ID_OR_ALL = option("id", metavar="ID|all", help="a queue id, or all")
 
 
 class NoRelay(Exception):
@@ -11705,39 +11764,31 @@ def read_environment() -> Settings:
     return Settings.read(os.environ)
 
 
-def quiet_spool(settings: Settings) -> FileSpool:
-    """Return the spool to read from, or to open; Complaint when there is none."""
+@contextlib.contextmanager
+def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaster]:
+    """Give the verbs over the spool itself, to change it or to read it alone; Complaint when there is none."""
     if settings.storage == "memory" or not os.path.isdir(settings.spool):
         raise Complaint(f"no relay answers, and there is no spool at {os.path.abspath(settings.spool)}", EX_UNAVAILABLE)
-    return FileSpool(settings, open_log(dataclasses.replace(settings, log_level="error", log_file="", debug=False)))
-
-
-def records(spool: FileSpool, finished: bool = False) -> Iterator[Message]:
-    """Yield the records in the spool: those owed and held, or all."""
-    for stem, done in spool.names():
-        if finished or done is None:
-            try:
-                yield spool.load(stem)
-            except (KeyError, SpoolError, OSError) as e:
-                complain(f"{stem}: cannot be read: {e!r}")
-
-
-def record_of(spool: FileSpool, id: str) -> Message:
-    """Return the record of a message in the spool; Complaint when it is not there."""
-    for stem, _ in spool.names():
-        if stem.partition("/")[2].startswith(id + "_"):
-            return spool.load(stem)
-    raise Complaint(f"no message {id} here")
+    quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
+    parts = Parts(quiet, open_log(quiet))
+    if change:
+        parts.spool.open()
+    try:
+        yield parts.postmaster()
+    except HttpError as e:
+        raise Complaint(str(e)) from None
+    finally:
+        parts.spool.close()
 
 
 def queue_(settings: Settings, arguments: Arguments) -> int:
     """List what is owed and held."""
     try:
         listed = Remote(settings).ask_json("GET", "/api/v1/queue")
-        rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
     except NoRelay:
-        with Progress("reading the spool"):
-            rows = [queue_entry(record) for record in records(quiet_spool(settings))]
+        with Progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
+            listed = postmaster.queue(sys.maxsize)
+    rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
     if arguments.json:
         print_json(rows)
         return 0
@@ -11756,42 +11807,20 @@ def queue_line(row: Mapping[str, Any]) -> str:
     to = ", ".join(row["recipients"])
     status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
     line = f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}"
-    why = ", ".join(filter(None, (row.get("last_error"), when)))
+    why = ", ".join(filter(None, (row.get("reason"), when)))
     return f"{line}\n    {why}" if why else line
 
 
 def retry_(settings: Settings, arguments: Arguments) -> int:
-    """Try a message, or all that is owed, at once; a held one is released."""
+    """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
+    id = "held" if arguments.held and arguments.id == "all" else arguments.id
     try:
-        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(arguments.id, safe='')}/retry")
+        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(id, safe='')}/retry")
         print(f"{done['retried']} due now", file=sys.stderr)
-        return 0
     except NoRelay:
-        pass
-    spool = quiet_spool(settings)
-    spool.open()
-    try:
-        chosen = [record_of(spool, arguments.id)] if arguments.id != "all" else [
-            message for message in records(spool) if message.status is not Status.HELD]
-        for message in chosen:
-            make_due(spool, message)
-    finally:
-        spool.close()
-    print(f"no relay runs: {len(chosen)} due as soon as one does", file=sys.stderr)
+        with no_relay_runs(settings) as postmaster:
+            print(f"no relay runs: {postmaster.retry(id)} due as soon as one does", file=sys.stderr)
     return 0
-
-
-def make_due(spool: FileSpool, message: Message) -> None:
-    """Write down that a message is due: a held one is released, a failed one revived."""
-    if message.status is Status.FORWARDED:
-        raise Complaint(f"message {message.id} is forwarded already")
-    for r in message.recipients:
-        r.status = Status.RETRYING if r.status is Status.FAILED else r.status
-    if message.status is not Status.RECEIVED:
-        message.move(Status.RETRYING, "asked for by hand")
-        message.finished_at = ""
-    message.next_attempt_at = ""
-    spool.reopen(message)
 
 
 def remove(settings: Settings, arguments: Arguments) -> int:
@@ -11800,15 +11829,10 @@ def remove(settings: Settings, arguments: Arguments) -> int:
         remote, id = Remote(settings), urllib.parse.quote(arguments.id, safe="")
         remote.ask("GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
         remote.ask("DELETE", f"/api/v1/queue/{id}")
-        return 0
     except NoRelay:
-        pass
-    spool = quiet_spool(settings)
-    spool.open()
-    try:
-        spool.remove(record_of(spool, arguments.id).stem)
-    finally:
-        spool.close()
+        with no_relay_runs(settings) as postmaster:
+            postmaster.load(arguments.id)
+            postmaster.remove([arguments.id])
     return 0
 
 
@@ -11820,11 +11844,9 @@ def show(settings: Settings, arguments: Arguments) -> int:
         content = remote.ask("GET", path + "/raw")
         record = {"id": arguments.id, **remote.ask_json("GET", path)["Delivery"]}
     except NoRelay:
-        spool = quiet_spool(settings)
-        message = record_of(spool, arguments.id)
-        record = json.loads(message.to_json())
-        with spool.content(message.stem) as file:
-            content = file.read()
+        with no_relay_runs(settings, change=False) as postmaster:
+            record = json.loads(postmaster.load(arguments.id).to_json())
+            content = postmaster.half.inbox.raw(arguments.id)
     if arguments.json:
         print_json(record)
         return 0
@@ -12107,7 +12129,9 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(doctor, (
         option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
     "queue": Command(queue_, (JSON,)),
-    "retry": Command(retry_, (ID_OR_ALL,)),
+    "retry": Command(retry_, (
+        option("id", metavar="ID|all|held", help="a queue id, all that is owed, or all that is held"),
+        option("--held", action="store_true", help="with all: release what is held"))),
     "remove": Command(remove, (ID,)),
     "show": Command(show, (ID, JSON)),
     "wait": Command(wait, (

@@ -5007,7 +5007,7 @@ def test_only_allowed_recipients_are_sent_to() -> None:
         stem = send_to(relay, "a@ok.test", "b@x.test")
         wait_until(lambda: record_of(relay, stem).status is smtprelay.Status.HELD)
         assert statuses(relay, stem) == {"a": DONE, "b": "held"}
-        smtprelay.Backstage(relay.delivering).release(record_of(relay, stem).id, [])
+        relay.delivering.postmaster.release(record_of(relay, stem).id, [])
         finished(relay, stem)
         assert [rs for rs, _ in hop.mails] == [["a@ok.test"], ["b@x.test"]]
 
@@ -9019,7 +9019,7 @@ def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop:
     d = relay.delivering
     queue_id = said(relay)[0]
     d.catch_up()
-    relay.backstage.release(queue_id, ["carl@hop.test"])
+    relay.delivering.postmaster.release(queue_id, ["carl@hop.test"], beyond=True)
     wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
     wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
     assert d.metrics.own("heard") == 0
@@ -9053,14 +9053,63 @@ def test_a_message_is_released_once(start: Any, hop: Any) -> None:
     d.catch_up()
     stem = d.inbox.stem(queue_id)
     task = d.scheduler.seize(stem)
-    for change in (lambda: relay.backstage.release(queue_id, []), lambda: relay.backstage.delete([queue_id])):
+    for change in (lambda: relay.delivering.postmaster.release(queue_id, []), lambda: relay.delivering.postmaster.remove([queue_id])):
         with pytest.raises(smtprelay.HttpError, match="just now"):
             change()
     d.scheduler.done(task)
-    relay.backstage.release(queue_id, [])
+    relay.delivering.postmaster.release(queue_id, [])
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
     wait_until(lambda: d.metrics.get("owed_bytes") == 0)
     assert len(h.messages) == 1
+
+
+def test_what_is_held_back_says_why_and_is_counted(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(), SMTP_RELAY_ALLOWED_RECIPIENTS="@hop.test$")
+    said(relay, to=("bob@else.test",))
+    (entry,) = wait_until(lambda: relay.delivering.postmaster.queue()["held"])
+    assert entry["reason"] == "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
+    assert metric(relay, "smtp_messages_held") == 1
+    relay.delivering.postmaster.retry("held")
+    wait_until(lambda: metric(relay, "smtp_messages_held") == 0)
+
+
+def test_a_copy_goes_beyond_the_allowed_recipients_only_when_told_to(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_DELIVERY="hold", SMTP_RELAY_ALLOWED_RECIPIENTS="^dan", **h.settings(SMTP_RELAY_TLS="none"))
+    id, postmaster = relay.delivering.inbox.load(said_stem(relay)[11:27]).id, relay.delivering.postmaster
+    assert postmaster.queue()["held"][0]["reason"] == "SMTP_DELIVERY is hold"
+    status, answer, *_ = api(relay, "POST", f"/api/v1/message/{id}/release", {"To": ["eve@hop.test", "dan@hop.test"]})
+    assert status == 400 and "eve@hop.test" in str(answer) and "dan@hop.test" not in str(answer)
+    postmaster.release(id, ["dan@hop.test"])
+    given = {"To": ["eve@hop.test"], "Beyond": True}
+    assert api(relay, "POST", f"/api/v1/message/{id}/release", given)[0] == 200
+    wait_until(lambda: h.delivered() == {"dan@hop.test": 1, "eve@hop.test": 1})
+
+
+def test_the_queue_verbs_mean_the_same_without_a_running_relay(start: Any, hop: Any, tmp_path: Path) -> None:
+    h = hop()
+    environ = {**QUICK, "SMTP_SPOOL": str(tmp_path / "spool"), "SMTP_HEALTH_ADDR": "off", "SMTP_DELIVERY": "mx"}
+    spool = smtprelay.FileSpool(settings(**environ), smtprelay.Log(logging.getLogger("none")))
+    spool.open()
+    held, again, failed, gone = (spooled_in_review(spool, flags=("HOLD",) * (n == 0)) for n in range(4))
+    for stem in (again, failed):
+        message = spool.load(stem)
+        message.move(smtprelay.Status.FORWARDING)
+        message.move(smtprelay.Status.RETRYING if stem == again else smtprelay.Status.FAILED, "later")
+        message.recipients[0].status = message.status
+        message.next_attempt_at = smtprelay.iso_time(time.time() + 3600)
+        spool.save(message)
+    spool.close()
+    shown = verb(environ, "queue")
+    assert "SMTP_DELIVERY is hold" in shown and "due in" in shown and "3 messages" in shown
+    verb(environ, "retry", "all")
+    assert "due in" not in verb(environ, "queue")
+    for words in (["retry", failed[11:27]], ["retry", "all", "--held"], ["remove", gone[11:27]]):
+        verb(environ, *words)
+    verb(environ, "remove", gone[11:27], status=1)
+    start(**h.settings(SMTP_RELAY_TLS="none", SMTP_SPOOL=environ["SMTP_SPOOL"], SMTP_DELIVERY="relay"))
+    wait_until(lambda: len(h.messages) == 3)
+    assert not (tmp_path / "spool" / f"{gone}.eml").exists()
 
 
 def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop: Any, monkeypatch: Any) -> None:
@@ -9119,9 +9168,9 @@ def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) ->
     owed = functools.partial(relay.delivering.metrics.get, "owed_bytes")
     relay.delivering.catch_up()
     wait_until(lambda: owed() == 2 * len(MAIL) and not relay.delivering.scheduler.active)
-    relay.backstage.delete([first])
+    relay.delivering.postmaster.remove([first])
     assert owed() == len(MAIL)
-    relay.backstage.delete([second])
+    relay.delivering.postmaster.remove([second])
     assert owed() == 0
 
 
@@ -9132,8 +9181,8 @@ def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, m
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
     before = relay.delivering.spool.load(stem)
     before.status = smtprelay.Status.RETRYING  # as it was when the request came
-    monkeypatch.setattr(relay.backstage.inbox, "load", lambda _: before)
-    assert relay.backstage.retry(before.id) == 1
+    monkeypatch.setattr(relay.delivering.inbox, "load", lambda _: before)
+    assert relay.delivering.postmaster.retry(before.id) == 1
     wait_until(lambda: len(relay.delivering.scheduler) == 0)
     assert len(h.messages) == 1
 
