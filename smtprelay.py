@@ -1259,7 +1259,7 @@ LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
 BLOCK_FIRST, BLOCK_MOST = 8 * KIB, 256 * KIB
 END = b"\r\n.\r\n"
 HEAD_LIMIT = 128 * KIB
-MAX_RECEIVED = 50
+MAX_RECEIVED = 100  # RFC 5321 6.3
 
 
 class PeerGone(Exception):
@@ -5473,8 +5473,8 @@ class Link:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
 
-    def announce(self, stem: str) -> bool:
-        """Send a stem; False when there is no room, or nobody to hear it."""
+    def announce(self, stem: str, owed: bool = True) -> bool:
+        """Send a stem; False when there is no room, or nobody to hear it. Its record says whether it is owed."""
         try:
             return os.write(self.writer, stem.encode() + b"\n") > 0
         except OSError:
@@ -5518,28 +5518,6 @@ class Link:
             os.close(writer)
 
 
-class Guard:
-    """Who may come in and send: accounts, the certificate, limits."""
-
-    def __init__(self, accounts: Accounts, tls: ServerTls | None, quotas: Quotas) -> None:
-        self.accounts, self.tls, self.quotas = accounts, tls, quotas
-        self.logins = Buckets()  # failed ones, by client
-        self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-
-    def trouble(self) -> str:
-        """Return what is wrong with the users file or the certificate as they are now."""
-        self.accounts.listed()
-        if self.tls:
-            self.tls.current()
-        return "; ".join(t for t in (self.accounts.trouble, self.tls.trouble if self.tls else "") if t)
-
-    def reload(self) -> None:
-        """Reread accounts and certificate (SIGHUP)."""
-        self.accounts.reload()
-        if self.tls:
-            self.tls.reload()
-
-
 DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
@@ -5553,15 +5531,28 @@ def descriptors(wanted: int = 0) -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-class Reception:
-    """What the sessions of this process share, and their only way into the spool."""
+class Refused(Exception):
+    """A rule was broken; `reply` says which."""
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
-                 guard: Guard) -> None:
-        self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
-        self.guard = guard
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+class Reception:
+    """The only way into the spool, for sessions and for every other entrance: accounts, limits, counts.
+
+    `announce` makes a new message known by its stem, and whether it is owed, to who delivers; False: it could not.
+    """
+
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log,
+                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: ServerTls | None, quotas: Quotas,
+                 faults: Faults) -> None:
+        self.settings, self.spool, self.metrics, self.log, self.announce = settings, spool, metrics, log, announce
+        self.accounts, self.tls, self.quotas, self.faults = accounts, tls, quotas, faults
+        self.logins = Buckets()  # failed ones, by client
+        self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
         self.audit = Audit(settings.audit_log, log)
-        self.faults = Faults(settings.faults)
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}").wire()
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
@@ -5570,6 +5561,19 @@ class Reception:
         self.free_checked = (-math.inf, True)
         self.pick = 0  # the processor that a crowd of sessions keeps to
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
+
+    def trouble(self) -> str:
+        """Return what is wrong with the users file or the certificate as they are now."""
+        self.accounts.listed()
+        if self.tls:
+            self.tls.current()
+        return "; ".join(t for t in (self.accounts.trouble, self.tls.trouble if self.tls else "") if t)
+
+    def reload(self) -> None:
+        """Reread accounts and certificate (SIGHUP)."""
+        self.accounts.reload()
+        if self.tls:
+            self.tls.reload()
 
     def lets_in(self, client: str) -> bool:
         """Tell whether a client's address may connect; where any login is good, none from outside may."""
@@ -5644,29 +5648,67 @@ class Reception:
             self.free_checked = (now, enough)
         return enough
 
-    def take_in(self, draft: Draft, envelope: Envelope, size: int) -> None:
-        """Make a message safe, then let the delivering half know of it; OSError when it is not kept."""
+    def admit(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
+        """Take in a whole message that no session has brought, by the same rules; return its queue id.
+
+        Raises Refused with the reply that a session would give, OSError when the disk does not take it.
+        """
+        draft = None
+        try:
+            if not envelope.recipients:
+                raise Refused(NO_RECIPIENTS)
+            if len(envelope.recipients) > self.settings.max_recipients:
+                raise Refused(TOO_MANY_RECIPIENTS)
+            draft = self.begin(envelope)
+            content = Content(draft.write, self.settings.max_size)
+            for block in blocks:
+                content.feed(block)
+            content.finish()
+            return self.keep(draft, envelope, content)
+        except Refused as e:
+            self.refused(e.reply, envelope.client, envelope.user)
+            raise
+        finally:
+            if draft:
+                draft.abort()
+
+    def begin(self, envelope: Envelope) -> Draft:
+        """Begin a message; in hold mode only a copy that somebody released is owed to anybody."""
+        if self.settings.delivery == "hold" and "HOLD" not in envelope.flags and "RELEASED" not in envelope.flags:
+            envelope.flags += ("HOLD",)
+        return self.spool.draft(envelope)
+
+    def keep(self, draft: Draft, envelope: Envelope, content: Content) -> str:
+        """Judge a message whose content is over, make it safe, and only then let the delivering half know of it.
+
+        Returns its queue id; raises Refused, or OSError when it is not kept.
+        """
+        size = content.size
+        fault = content.fault() or (None if self.has_room(size) else SPOOL_FULL)  # others came in since MAIL
+        if fault:
+            raise Refused(fault)
         stem = draft.commit()
+        owed = "HOLD" not in envelope.flags
         self.metrics.inc("smtp_messages_received_total")
         self.metrics.inc("smtp_bytes_received_total", size)
-        if "HOLD" not in envelope.flags:
+        if owed:
             self.metrics.inc("smtp_messages_queued_total")
             self.metrics.inc("smtp_queue_depth")
             self.metrics.inc("owed_bytes", size)
-        if not self.link.announce(stem):
+        if not self.announce(stem, owed):
             self.metrics.inc("rescan")
         self.audit.write("accepted", id=draft.id, client=envelope.client, user=envelope.user, size=size,
                          sender=envelope.reverse_path, recipients=envelope.recipients)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
                       size=size, client=envelope.client, helo=envelope.helo, protocol=envelope.protocol)
+        return draft.id
 
-
-class Refused(Exception):
-    """A rule was broken; `reply` says which."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(str(reply))
-        self.reply = reply
+    def refused(self, reply: Reply, client: str, user: str) -> None:
+        """Count and note a refusal."""
+        code = str(reply.code)
+        self.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
+        self.log.info("refused", client=client, reply=reply)
+        self.audit.write("refused", client=client, user=user, reply=str(reply))
 
 
 class Session:
@@ -5674,7 +5716,7 @@ class Session:
 
     def __init__(self, reception: Reception, sock: socket.socket, client: str, implicit_tls: bool = False) -> None:
         self.reception, self.client, self.implicit_tls = reception, client, implicit_tls
-        self.settings, self.guard = reception.settings, reception.guard
+        self.settings = reception.settings
         self.is_local = client == "local" or is_loopback(client)
         self.account: Account | None = None
         self.reserved: str | None = None  # the account a message was set aside for
@@ -5845,10 +5887,7 @@ class Session:
     def answer_with(self, reply: Reply) -> None:
         """Write a reply, counting refusals; too many end the session."""
         if reply.code >= 400:
-            code = str(reply.code)
-            self.reception.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
-            self.reception.log.info("refused", client=self.client, reply=reply)
-            self.reception.audit.write("refused", client=self.client, user=self.user, reply=str(reply))
+            self.reception.refused(reply, self.client, self.user)
             if reply.code >= 500:
                 self.errors += 1
             if self.errors > self.settings.max_errors:
@@ -5881,7 +5920,7 @@ class Session:
     def forget(self) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5)."""
         if self.reserved is not None:
-            self.guard.quotas.settle(self.reserved, self.accepted)
+            self.reception.quotas.settle(self.reserved, self.accepted)
         self.reserved, self.accepted = None, False
         if self.draft:
             self.draft.abort()
@@ -5908,9 +5947,9 @@ class Session:
         lines = [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
                  "ENHANCEDSTATUSCODES", "DSN", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
         tls = isinstance(self.wire.sock, ssl.SSLSocket)
-        if self.guard.tls and not tls:
+        if self.reception.tls and not tls:
             lines.append("STARTTLS")
-        mechanisms = self.guard.accounts.offers(self.is_secure) if self.guard.accounts.configured() else []
+        mechanisms = self.reception.accounts.offers(self.is_secure) if self.reception.accounts.configured() else []
         if mechanisms and (tls or not self.settings.tls_required):
             lines.append(f"AUTH {' '.join(mechanisms)}")
         return lines
@@ -5940,7 +5979,7 @@ class Session:
 
     def starttls(self, argument: bytes) -> Reply | None:
         """STARTTLS (RFC 3207): what came before the handshake counts for nothing after it."""
-        if self.guard.tls is None:
+        if self.reception.tls is None:
             return NOT_IMPLEMENTED._replace(text="There is no TLS here")
         if isinstance(self.wire.sock, ssl.SSLSocket):
             return SEQUENCE._replace(text="TLS is on already")
@@ -5956,9 +5995,9 @@ class Session:
 
     def handshake(self) -> None:
         """Put TLS under the connection, under the command deadline; PeerGone when it fails."""
-        assert self.guard.tls is not None
+        assert self.reception.tls is not None
         try:
-            sock = self.guard.tls.current().wrap_socket(
+            sock = self.reception.tls.current().wrap_socket(
                 self.wire.sock, server_side=True, do_handshake_on_connect=False)
             self.wire.sock, self.wire.timeout = sock, 0.0
             sock.settimeout(self.wire.deadline.left())
@@ -5970,7 +6009,7 @@ class Session:
 
     def auth(self, argument: bytes) -> Reply:
         """AUTH (RFC 4954)."""
-        accounts = self.guard.accounts
+        accounts = self.reception.accounts
         name, _, initial = argument.partition(b" ")
         mechanism = name.decode("latin-1").upper()
         if self.account or self.envelope or self.protocol == "SMTP":
@@ -5985,7 +6024,7 @@ class Session:
         if fault:
             return fault
         key, rate = client_key(self.client), self.settings.auth_failures
-        if not self.guard.logins.take(key, rate, rate):
+        if not self.reception.logins.take(key, rate, rate):
             return self.too_many_logins()
         reply: Reply | None = None
         try:
@@ -5993,7 +6032,7 @@ class Session:
             reply = login.reply
         finally:
             if reply is not AUTH_WRONG:
-                self.guard.logins.give(key, rate)
+                self.reception.logins.give(key, rate)
         return self.logged_in(login, mechanism) if reply in (AUTH_OK, AUTH_WRONG) else reply
 
     def logged_in(self, login: Login, mechanism: str) -> Reply:
@@ -6025,7 +6064,7 @@ class Session:
 
     def must_log_in(self) -> bool:
         """Tell whether a login has to come first; an account that is gone from the file counts for nothing."""
-        accounts, needed = self.guard.accounts, self.settings.auth_required
+        accounts, needed = self.reception.accounts, self.settings.auth_required
         if self.account:
             self.account = accounts.get(self.account.name)  # its limits may have changed, too
         if needed is None:
@@ -6034,14 +6073,14 @@ class Session:
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        guard, account = self.guard, self.account
+        reception, account = self.reception, self.account
         who = f"account {account.name}" if account else client_key(self.client)
         minute = account.quota_per_minute if account else 0
-        if not guard.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
+        if not reception.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
             return self.put_off("rate", RATE_SPENT)
-        if not guard.quotas.minutes.take(self.user, minute, minute):
+        if not reception.quotas.minutes.take(self.user, minute, minute):
             return self.put_off("quota_per_minute", QUOTA_SPENT)
-        if not guard.quotas.reserve(self.user, account.quota_daily if account else 0):
+        if not reception.quotas.reserve(self.user, account.quota_daily if account else 0):
             return self.put_off("quota_daily", QUOTA_SPENT)
         self.reserved = self.user
         return None
@@ -6072,8 +6111,6 @@ class Session:
         limit = self.spent()
         if limit:
             return limit
-        if self.settings.delivery == "hold":
-            flags.append("HOLD")
         self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
                                  self.user, tuple(f for f in flags if f),
                                  ret=parameters.get("RET", "").upper(), envid=parameters.get("ENVID", ""))
@@ -6188,7 +6225,7 @@ class Session:
         return self.fault("data", *self.envelope.recipients) if self.content is None else None
 
     def begin_content(self, envelope: Envelope) -> Content:
-        self.draft = self.reception.spool.draft(envelope)
+        self.draft = self.reception.begin(envelope)
         self.content = Content(self.keep, self.settings.max_size)
         return self.content
 
@@ -6223,25 +6260,27 @@ class Session:
     def end_content(self, content: Content) -> Reply:
         """Judge the whole content, make it safe, and say so."""
         content.finish()
-        fault = self.content_fault(content)
         draft, envelope = self.draft, self.envelope
+        assert draft and envelope
         scripted = None
-        if not fault and not self.reception.has_room(content.size):  # others were accepted since MAIL
-            fault = SPOOL_FULL
-        if not fault and draft and envelope:
+        reply = self.content_fault(content)
+        if not reply:
             scripted = self.fault("end", *envelope.recipients)
-            fault = scripted if scripted is not LOST else None
-        if not fault and draft and envelope:
+            reply = scripted if scripted is not LOST else None
+        if not reply:
             try:
-                self.reception.take_in(draft, envelope, content.size)
+                reply = Reply(250, "2.0.0", f"Ok: queued as {self.reception.keep(draft, envelope, content)}")
                 self.accepted = True
+            except Refused as e:
+                reply = e.reply
             except OSError as e:
                 self.disk_error = e
-                fault = self.content_fault(content)
+                reply = self.content_fault(content) or INTERNAL
+        accepted = self.accepted
         self.forget()
-        if scripted is LOST and not fault:
+        if scripted is LOST and accepted:
             raise PeerGone("dropped by SMTP_FAULTS")
-        return fault or Reply(250, "2.0.0", f"Ok: queued as {draft.id if draft else ''}")
+        return reply
 
 
 @functools.lru_cache(maxsize=256)
@@ -6525,13 +6564,13 @@ class Receiving:
                 self.reception.metrics.set("alive", time.monotonic())
             stopped = self.stopped.wait(1.0)
             try:
-                self.reception.guard.quotas.save()
+                self.reception.quotas.save()
             except OSError as e:
                 self.reception.log.error("counts_not_saved", error=e)
 
     def reload(self) -> None:
         """Reread what SIGHUP asks for; the log reopens itself when its file is moved away."""
-        self.reception.guard.reload()
+        self.reception.reload()
 
     def flush(self) -> None:
         """Nothing waits here."""
@@ -9549,15 +9588,16 @@ Again = Optional[float]  # seconds until a message is tried again in its lane; o
 class Delivering:
     """The delivering half: scheduler, workers, records."""
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link, guard: Guard,
-                 pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (), own: Sequence[int] = ()) -> None:
+    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
+                 reception: Reception, pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (),
+                 own: Sequence[int] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
-        self.guard, self.pair, self.renew_at = guard, pair, time.monotonic() + 3600
+        self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
         self.look_at = time.monotonic() + LOOK_EVERY
-        self.audit = Audit(settings.audit_log, log)
-        self.port, self.faults = 0, Faults(settings.faults)
+        reception.announce = self.adopt  # what this half makes itself needs no Link
+        self.audit, self.faults, self.port = reception.audit, reception.faults, 0
         self.scheduler = Scheduler(settings)
-        self.delivery = Delivery(settings, log, guard.accounts, own)
+        self.delivery = Delivery(settings, log, reception.accounts, own)
         self.inbox = Inbox(spool, log, int(time.time()) * 1000)
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
@@ -10021,7 +10061,7 @@ class Delivering:
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
         self.shelve(self.finished, message.stem, time.time(), message.size)
         self.tell(status.value, message.stem, 0, message.last_error if failed else "")
-        self.guard.quotas.count(message.user, "failed" if failed else "sent")
+        self.reception.quotas.count(message.user, "failed" if failed else "sent")
         self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
                          recipients=[vars(r) for r in message.recipients])
         last = message.recipients[-1]
@@ -10050,8 +10090,8 @@ class Delivering:
             self.log.warn("report_not_sent", id=message.id, reason=reason)
             return
         try:
-            stem, octets = self.draft_report(message)
-        except (OSError, KeyError) as e:
+            id = self.send_report(message)
+        except (OSError, KeyError, Refused) as e:
             self.log.error("report_failed", id=message.id, error=e)
             return
         except Exception as e:
@@ -10059,32 +10099,23 @@ class Delivering:
         for r in told:
             r.reported = True
         message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
-        self.log.info("reported", id=message.id, report=id_of(stem))
-        self.adopt(stem, octets, self.settings.delivery != "hold")
+        self.log.info("reported", id=message.id, report=id)
 
-    def adopt(self, stem: str, octets: int, owed: bool) -> None:
-        """Take in a message that this half has made; it comes through no Link."""
-        if owed:
-            self.metrics.inc("smtp_messages_queued_total")
-            self.metrics.inc("owed_bytes", octets)
+    def adopt(self, stem: str, owed: bool) -> bool:
+        """Take in a message that has come in by this half."""
         self.take_in(stem, owed)
         self.show_depth()
         self.make_room()
+        return True
 
-    def draft_report(self, message: Message) -> tuple[str, int]:
-        """Put a report into the spool; return its stem and size."""
+    def send_report(self, message: Message) -> str:
+        """Put a report into the spool; return its id."""
         with self.spool.content(message.stem) as file:
             original = file.read(REPORT_FULL_MAX + 1)
         data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc))
-        flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii(),
-                 "HOLD": self.settings.delivery == "hold"}
-        draft = self.spool.draft(Envelope("", "local", self.settings.hostname, "ESMTP", "",
-                                          tuple(flag for flag, fits in flags.items() if fits), [message.reverse_path]))
-        try:
-            draft.write(data)
-            return draft.commit(), len(data)
-        finally:
-            draft.abort()
+        flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii()}
+        return self.reception.admit(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(
+            flag for flag, fits in flags.items() if fits), [message.reverse_path]), [data])
 
     # -- what goes on beside --
 
@@ -10092,7 +10123,7 @@ class Delivering:
         """Close idle connections, make room, look through the spool when the Link overflowed."""
         while not self.stopping.wait(SWEEP_EVERY):
             for job in (functools.partial(self.delivery.drop_idle, older_than=REUSE_IDLE), self.make_room,
-                        self.look_again, self.watch_clock, self.renew, self.guard.quotas.save):
+                        self.look_again, self.watch_clock, self.renew, self.reception.quotas.save):
                 try:
                     job()
                 except Exception as e:  # the others are done all the same
@@ -10142,7 +10173,7 @@ class Delivering:
 
     def reload(self) -> None:
         """Reread what SIGHUP asks for."""
-        self.guard.reload()
+        self.reception.reload()
 
 
 class Webhook:
@@ -10335,19 +10366,11 @@ class Postmaster:
 
     def store(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
         """Make a message durable and queue it; return its id."""
-        d = self.half
-        draft = d.spool.draft(envelope)
         try:
-            for block in blocks:
-                draft.write(block)
-            stem = draft.commit()
-        finally:
-            draft.abort()
-        d.metrics.inc("smtp_messages_received_total")
-        d.adopt(stem, draft.size, "HOLD" not in envelope.flags)
-        d.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
-                      size=draft.size, client=envelope.client, protocol=envelope.protocol)
-        return draft.id
+            return self.half.reception.admit(envelope, blocks)
+        except Refused as e:
+            raise HttpError(503 if e.reply.code < 500 else 400, str(e.reply)) from None
+
 
 
 class Backstage:
@@ -10357,7 +10380,7 @@ class Backstage:
         self.delivering = delivering
         self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
         self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
-        self.accounts, self.quotas = delivering.guard.accounts, delivering.guard.quotas
+        self.accounts, self.quotas = delivering.reception.accounts, delivering.reception.quotas
         self.postmaster = delivering.postmaster
 
     # -- messages --
@@ -10377,8 +10400,7 @@ class Backstage:
         """Take a message in as if it had come by SMTP; return its id."""
         if len(content) > self.settings.max_size:
             raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
-        flags = ("HOLD",) if self.settings.delivery == "hold" else ()
-        envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", "", flags, recipients)
+        envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", recipients=recipients)
         return self.delivering.postmaster.store(envelope, [content])
 
     def faults(self) -> str:
@@ -10476,7 +10498,7 @@ class Backstage:
     def health(self) -> dict[str, str]:
         """Return each part and "ok", or what is wrong with it."""
         return {"listeners": self.listener_trouble() or "ok", "workers": self.worker_trouble() or "ok",
-                "spool": self.spool_trouble() or "ok", "accounts": self.delivering.guard.trouble() or "ok"}
+                "spool": self.spool_trouble() or "ok", "accounts": self.delivering.reception.trouble() or "ok"}
 
     def listener_trouble(self) -> str:
         ages = [time.monotonic() - beat for beat in self.delivering.metrics.each("alive") if beat]
@@ -10614,8 +10636,9 @@ class Parts:
         half.find()
         return half.postmaster
 
-    def guard(self, part: str) -> Guard:
-        return Guard(self.accounts, self.tls, self.quotas(part))
+    def reception(self, part: str, metrics: Metrics) -> Reception:
+        return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts, self.tls,
+                         self.quotas(part), self.faults)
 
     def quotas(self, part: str) -> Quotas:
         """Return the counts that one half writes; in memory both halves share them."""
@@ -10626,16 +10649,15 @@ class Parts:
 
     def receiving(self, number: int = 0) -> Receiving:
         """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
-        metrics = self.metrics.row(RECEIVING_ROW + number)
-        guard = self.guard(f"r{number or ''}")
-        reception = Reception(self.settings, self.spool, metrics, self.log, self.link, guard)
-        reception.faults, reception.pick = self.faults, number
+        reception = self.reception(f"r{number or ''}", self.metrics.row(RECEIVING_ROW + number))
+        reception.pick = number
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        delivering = Delivering(self.settings, self.spool, self.metrics.row(DELIVERING_ROW), self.log, self.link,
-                                self.guard("d"), self.pair, self.http, self.own)
-        delivering.port, delivering.faults = self.port, self.faults
+        metrics = self.metrics.row(DELIVERING_ROW)
+        delivering = Delivering(self.settings, self.spool, metrics, self.log, self.link, self.reception("d", metrics),
+                                self.pair, self.http, self.own)
+        delivering.port = self.port
         return delivering
 
 
@@ -11304,8 +11326,8 @@ def spool_socket(settings: Settings) -> socket.socket:
                                     debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
-    guard = Guard(Accounts(open_door, log), None, Quotas("", log))
-    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link(), guard)
+    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link().announce,
+                          Accounts(open_door, log), None, Quotas("", log), Faults(""))
     ours, theirs = socket.socketpair()
     threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
     return ours

@@ -5859,7 +5859,7 @@ def test_the_final_reply_names_the_queue_id_in_the_files(holding: Any, held: Spo
 
 
 @pytest.mark.parametrize(
-    ("count", "where", "want"), [(50, "head", "250"), (51, "head", "554 5.4.6"), (60, "body", "250")]
+    ("count", "where", "want"), [(100, "head", "250"), (101, "head", "554 5.4.6"), (120, "body", "250")]
 )
 def test_a_loop_is_seen(holding: Any, count: int, where: str, want: str) -> None:
     trace = b"Received: from a by b;\r\n\tdate\r\n" * count
@@ -6076,7 +6076,7 @@ def test_everything_is_forgotten_at_starttls(doors: Any, pair: str) -> None:
 
 
 def reserved_nothing(relay: Any) -> bool:
-    return bool(wait_until(lambda: not relay.receiving.reception.guard.quotas._reserved))
+    return bool(wait_until(lambda: not relay.receiving.reception.quotas._reserved))
 
 
 INJECTED = [b"NOOP\r\n", b"RSET\r\nMAIL FROM:<evil@x>\r\n", b"x", b"\r\n"]
@@ -6370,7 +6370,7 @@ def test_rates_are_by_account_where_there_is_one(start: Callable[..., Any], tmp_
 
 def test_a_quota_is_charged_at_the_250_alone(start: Callable[..., Any], tmp_path: Path) -> None:
     relay = start(SMTP_USERS_FILE=users_file(tmp_path, {"a": {"password": "x", "quota_daily": 2}}), SMTP_MAX_SIZE="100")
-    quotas = relay.receiving.reception.guard.quotas
+    quotas = relay.receiving.reception.quotas
     ends = ["RSET", "EHLO x", "NOOP", "MAIL FROM:<second@b.test>"]
     with greeted(relay) as client:
         client.ask(plain("a", "x"), "235")
@@ -6472,6 +6472,40 @@ def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: An
         assert first.ask("hello\r\n.").startswith("250")
         assert second.ask("hello\r\n.").startswith("452 4.3.1")
         second.ask("NOOP", "250")
+
+
+ADMITTED: list[tuple[list[bytes], int, str]] = [  # blocks, recipients, what a session would say
+    ([MAIL], 1, ""), ([MAIL[:50], MAIL[50:]], 3, ""), ([b"split between CR\r", b"\nand LF\r\n"], 1, ""),
+    ([b"bare\nLF\r\n"], 1, "554 5.6.0"), ([b"bare\rCR\r\n"], 1, "554 5.6.0"), ([b"x" * 2000], 1, "552 5.3.4"),
+    ([b"Received: x\r\n" * 101 + MAIL], 1, "554 5.4.6"), ([MAIL], 4, "452 4.5.3"), ([MAIL], 0, "554 5.5.1"),
+]  # fmt: skip
+
+
+def test_every_entrance_has_the_rules_of_a_session(start: Any, tmp_path: Path) -> None:
+    relay = start(SMTP_MAX_SIZE="1999", SMTP_MAX_RECIPIENTS="3", SMTP_AUDIT_LOG=str(tmp_path / "audit"))
+    reception, ids = relay.delivering.reception, []
+    for blocks, many, want in ADMITTED:
+        envelope = smtprelay.Envelope("a@b.test", "local", user="u", recipients=[f"{n}@c.test" for n in range(many)])
+        try:
+            ids.append(reception.admit(envelope, iter(blocks)))
+            assert not want and fetch(relay, f"/api/v1/message/{ids[-1]}/raw")[2].endswith(b"".join(blocks).decode())
+        except smtprelay.Refused as e:
+            assert want and str(e).startswith(want)
+    assert [line["id"] for line in audited(tmp_path / "audit") if line["event"] == "accepted"] == ids
+    refusals = [line["reply"][:9] for line in audited(tmp_path / "audit") if line["event"] == "refused"]
+    assert refusals == [want for _, _, want in ADMITTED if want]
+    assert [m.id for m in relay.messages] == ids and metric(relay, "smtp_messages_received_total") == len(ids) == 3
+
+
+@pytest.mark.parametrize("limit", [{"SMTP_QUEUE_SIZE": "1"}, {"SMTP_SPOOL_MAX_SIZE": "120"}])
+def test_no_entrance_has_room_where_there_is_none(start: Any, hop: Any, limit: dict[str, str]) -> None:
+    relay = relaying_in_review(start, hop(listen=False), **limit)
+    admit = relay.delivering.reception.admit
+    admit(smtprelay.Envelope("a@b.test", recipients=["bob@hop.test"]), [b"x" * 98 + b"\r\n"])
+    with pytest.raises(smtprelay.Refused, match="452 4.3.1"):
+        admit(smtprelay.Envelope("a@b.test", recipients=["bob@hop.test"]), [b"x" * 98 + b"\r\n"])
+    mail = {"From": {"Email": "a@b.test"}, "To": [{"Email": "c@d.test"}], "Text": "x" * 100}
+    assert api(relay, "POST", "/api/v1/send", mail)[0] == 503
 
 
 # === LISTENER ================================================================
@@ -8958,7 +8992,7 @@ def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) ->
 def test_a_bug_after_an_attempt_repeats_no_delivery(start: Any, hop: Any, error: Exception, monkeypatch: Any) -> None:
     h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
     relay = relaying_in_review(start, h)
-    count = relay.delivering.guard.quotas.count
+    count = relay.delivering.reception.quotas.count
     bugs = [error]
 
     def stumbling(*given: Any) -> None:
@@ -8966,7 +9000,7 @@ def test_a_bug_after_an_attempt_repeats_no_delivery(start: Any, hop: Any, error:
             raise bugs.pop()
         count(*given)
 
-    monkeypatch.setattr(relay.delivering.guard.quotas, "count", stumbling)
+    monkeypatch.setattr(relay.delivering.reception.quotas, "count", stumbling)
     with hello(relay) as client:
         client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
     wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
@@ -9146,7 +9180,7 @@ def test_what_is_being_held_is_counted_once(start: Any) -> None:
 
 def test_a_job_that_fails_holds_up_no_other(start: Any, monkeypatch: Any, log: Caught) -> None:
     d, looked = start().delivering, threading.Event()
-    for job in (d.delivery, "drop_idle"), (d, "make_room"), (d.guard.quotas, "save"):
+    for job in (d.delivery, "drop_idle"), (d, "make_room"), (d.reception.quotas, "save"):
         monkeypatch.setattr(*job, mock.Mock(side_effect=OSError(28, "full")))
     monkeypatch.setattr(d, "look_again", looked.set)
     assert looked.wait(5)
