@@ -724,9 +724,9 @@ def receivers(relay: Program) -> list[int]:
 
 DIES_BEFORE_IT_TELLS = """
 import os
-def die(self, stem):
+def die(self, stem, owed):
     try: os.close(os.open("dead", os.O_CREAT | os.O_EXCL))
-    except FileExistsError: return announce(self, stem)
+    except FileExistsError: return announce(self, stem, owed)
     os.kill(os.getpid(), 9)
 announce, smtprelay.Link.announce = smtprelay.Link.announce, die
 """
@@ -9014,7 +9014,7 @@ def test_a_bug_in_a_report_does_not_repeat_the_delivery(start: Any, hop: Any, mo
     def stumble(*given: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(relay.delivering, "draft_report", stumble)
+    monkeypatch.setattr(relay.delivering, "send_report", stumble)
     with hello(relay) as client:
         client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
     wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
