@@ -429,6 +429,8 @@ class Outcome(NamedTuple):
     verified: bool = False
     dsn: bool = False  # the next hop offers DSN: it reports what the sender asked for
 
+    lost: bool = False  # the content was sent and not answered: it may have been taken
+
     def __str__(self) -> str:
         said = f"{self.code} {self.reply}" if self.code else self.reply
         return f"{self.host}: {said}" if self.host else said
@@ -4324,7 +4326,7 @@ JUDGEMENTS = {
     "content": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
     "loop": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
 }
-HOST_CODES = (421, 530, 534, 535, 538)  # leaving, or wanting a login: not this message's fault
+LOGIN_CODES = (530, 534, 535, 538)  # it wants a login, or a better one: not this message's fault
 
 
 class Trouble(Exception):
@@ -4339,7 +4341,7 @@ def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
     """Return what an answer at a stage means, and for whom."""
     none, transient, permanent = JUDGEMENTS[stage]
     scope, status = permanent if 500 <= code <= 599 else transient if 400 <= code <= 499 else none
-    if code in HOST_CODES:
+    if code in LOGIN_CODES:
         scope, status = HOST_LATER
     elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
         scope, status = RECIPIENT_LATER
@@ -4730,11 +4732,16 @@ def is_own_address(ip: str) -> bool:
 
 
 class Attempt(NamedTuple):
-    """What an attempt came to: outcomes by address, the host's trouble if any, what was said."""
+    """What an attempt came to: outcomes by address, the host's trouble if any, what was said.
+
+    `trouble` is for what happened up to the login; later, 421 or no answer is an outcome of the message. A crowded
+    host refused one more connection while others of ours were open: the message is tried again, uncharged.
+    """
 
     outcomes: dict[str, Outcome]
     trouble: Outcome | None
     transcript: list[str]
+    crowded: bool = False
 
 
 class Delivery:
