@@ -10961,7 +10961,6 @@ class Relay:
     def start(self) -> Relay:
         self.parts.open(inherit=False)
         self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
-        self.backstage = Backstage(self.delivering)
         self.delivering.start()
         self.receiving.start()
         return self
@@ -11006,64 +11005,77 @@ class Relay:
         inbox = self.delivering.inbox
         return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
 
-    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None) -> Email:
+    def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None,
+             since: int | None = None, from_: str = "") -> Email:
         """Return the newest message to someone, with words in its subject, or else the next to come.
 
-        With `after`, one that arrived after that message. TimeoutError, which tells what did
+        An address without an @ is a part of one. With `after`, one that arrived after that message; with `since`,
+        after that sequence number (`relay.sequence` before the mail is sent). TimeoutError, which tells what did
         arrive, when there is none within `timeout` seconds.
         """
-        query = Query(((functools.partial(is_meant, to, subject), True),))
-        item = self.delivering.inbox.wait(query, after.sequence if after else None, timeout)
+        def is_meant(item: Item) -> bool:
+            s = item.summary
+            return (is_named(to, [*s["To"], *s["Cc"], *s["Bcc"]]) and is_named(from_, [s["From"]])
+                    and subject.lower() in s["Subject"].lower())
+
+        item = self.delivering.inbox.wait(Query(((is_meant, True),)), after.sequence if after else since, timeout)
         if not item:
-            wanted = " ".join(f"{k}={v!r}" for k, v in (("to", to), ("subject", subject)) if v) or "any"
+            asked = {"to": to, "subject": subject, "from_": from_}
+            wanted = " ".join(f"{k}={v!r}" for k, v in asked.items() if v) or "any"
             came = "; ".join(map(repr, self.messages)) or "none"
             raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
         return self.delivering.inbox.email(item)
 
+    @property
+    def sequence(self) -> int:
+        """The number of the latest message: what comes later has a greater one."""
+        self.delivering.catch_up()
+        return self.delivering.inbox.last
+
     def clear(self) -> None:
         """Remove all messages, those that the simulated smart host took and its script."""
         self.delivering.catch_up()
-        for message in self.messages:
-            with contextlib.suppress(HttpError):  # one that is being delivered just now
-                self.delivering.postmaster.remove([message.id])
+        with contextlib.suppress(HttpError):  # some are being delivered just now
+            self.delivering.postmaster.remove(None)
         if self._upstream:
             self._upstream.received.clear()
             self._upstream.steps.clear()
 
     def release(self, message: Email | None = None) -> int:
         """Let a held message go, or all of them; return how many."""
-        held = [m for m in ([message] if message else self.messages) if self.backstage.status_of(m.id) == Status.HELD]
-        for each in held:
-            self.delivering.postmaster.release(each.id, [])
-        return len(held)
+        self.delivering.catch_up()
+        postmaster = self.delivering.postmaster
+        if message and postmaster.load(message.id).status is not Status.HELD:
+            return 0
+        return postmaster.retry(message.id if message else "held")
 
 
-def is_meant(to: str, subject: str, item: Item) -> bool:
-    """Tell whether a message is to someone (a part of an address will do where it has no @), and about something."""
-    s = item.summary
-    people = [p["Address"].lower() for p in (*s["To"], *s["Cc"], *s["Bcc"])]
-    to = to.lower()
-    named = to in people if "@" in to else any(to in address for address in people)
-    return named and subject.lower() in s["Subject"].lower()
+def is_named(who: str, people: Iterable[Mapping[str, str]]) -> bool:
+    """Tell whether someone is among people; a part of an address will do where it has no @."""
+    who, addresses = who.lower(), [person["Address"].lower() for person in people]
+    return who in addresses if "@" in who else not who or any(who in address for address in addresses)
 
 
-def start(**settings: str) -> Relay:
+def start(**settings: object) -> Relay:
     """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
 
+    A value is text as in the environment, a number, a flag or a list; no environment variables are read.
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
-    until relay.release(), unless SMTP_DELIVERY is "relay" or "mx". Reads no environment variables.
+    until relay.release(), unless SMTP_DELIVERY is "relay" or "mx".
     SettingsError lists what is wrong with the settings.
     """
-    unknown = unknown_settings(settings)
+    given = {name: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else
+             str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    unknown = unknown_settings(given)
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    upstream = None if settings.get("SMTP_RELAY_HOST") or settings.get("SMTP_DELIVERY") == "mx" else Upstream()
+    upstream = None if given.get("SMTP_RELAY_HOST") or given.get("SMTP_DELIVERY") == "mx" else Upstream()
     if upstream:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
     try:
         log = Log(logging.getLogger("smtprelay.library"))
-        relay = Relay(Settings.read({**defaults, **settings}), log, upstream).start()
+        relay = Relay(Settings.read({**defaults, **given}), log, upstream).start()
     except BaseException:
         if upstream:
             upstream.server_close()

@@ -9328,6 +9328,11 @@ def test_a_test_waits_for_its_mail(relay: smtprelay.Relay) -> None:
         relay.wait(to="ob@b.example", timeout=0.01)
     threading.Timer(0.02, mail_to, (relay,)).start()
     assert relay.wait(to="bob", after=mail).sequence > mail.sequence
+    assert relay.wait(from_="ME@x.example", since=mail.sequence).sequence == relay.sequence
+    with pytest.raises(TimeoutError, match="from_='you'"):
+        relay.wait(from_="you", timeout=0.01)
+    with pytest.raises(TimeoutError):
+        relay.wait(since=relay.sequence, timeout=0.01)
     relay.clear()
     assert relay.messages == []
 
@@ -9367,7 +9372,7 @@ def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: st
         relay.upstream.script(*steps)
         mail_to(relay)
         id = relay.wait().id
-        wait_until(lambda: relay.backstage.status_of(id) == status)
+        wait_until(lambda: relay.delivering.postmaster.load(id).status == status)
         assert (relay.upstream.attempts, len(relay.upstream.received)) == (attempts, copies)
 
 
@@ -9438,6 +9443,12 @@ def test_nothing_is_left_behind_and_it_is_quick() -> None:
         smtprelay.start().stop()
         times.append(time.perf_counter() - started)
     assert min(times) < 0.03
+
+
+def test_settings_are_text_numbers_flags_or_lists() -> None:
+    with smtprelay.start(SMTP_MAX_SIZE=1000, SMTP_RETRY=False, SMTP_AUTH_METHODS=["plain", "login"]) as relay:
+        settings = relay.settings
+        assert (settings.max_size, settings.retry, settings.auth_methods) == (1000, False, ("plain", "login"))
 
 
 def test_a_wrong_setting_leaves_nothing_either() -> None:
