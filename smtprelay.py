@@ -628,6 +628,12 @@ def web_address(text: str) -> str:
     return text
 
 
+def shown_url(url: str) -> str:
+    """Return a web address without what may be secret in it: user, password and query."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     try:
         names = ["127.0.0.0/8,::1" if w == "loopback" else w for w in words(text)]
@@ -7266,8 +7272,8 @@ def compile_query(text: str, zone: str = "") -> Query:
         test = compile_term(term, zone)
         if test:
             tests.append((test, wanted))
-        elif any(c.isalnum() for c in term):
-            words.append((clean(term), wanted))
+        else:
+            words.append((clean(term) or term, wanted))
     return Query(tuple(tests), tuple(words))
 
 
@@ -7400,16 +7406,19 @@ class Inbox:
         with self.changed:
             return self.newest
 
-    def wait(self, query: Query, since: int | None = None, timeout: float = 5.0) -> Item | None:
+    def wait(self, query: Query, since: int | None = None, timeout: float = 5.0,
+             gone: Callable[[], bool] = lambda: False) -> Item | None:
         """Block until a message matches; None after `timeout` seconds.
 
         With `since`, the oldest match numbered above it: a client goes on from one match to
-        the next. Without, the newest match that is there, or else the next to come.
+        the next. Without, the newest match that is there, or else the next to come. A caller
+        that is `gone`, which is asked each second, is sent away.
         """
         deadline = time.monotonic() + timeout
         found, seen = self.look(query, since or 0, newest=since is None)
-        while not found and self.grown(seen, deadline):
-            found, seen = self.look(query, seen)
+        while not found and not self.closed and time.monotonic() < deadline and not gone():
+            if self.grown(seen, min(deadline, time.monotonic() + 1.0)):
+                found, seen = self.look(query, seen)
         return found
 
     def grown(self, seen: int, deadline: float) -> bool:
@@ -8842,30 +8851,34 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
 
 # === 20 HTTP =================================================================
 #
-# The web side over http.server: health and metrics, the mail API, the page. A
-# route is a method, a path with {names}, who may call it, and a function from
-# Request to Answer; ROUTES is all there is. `admit` is the one place where a
-# request is turned away: strangers by the token; without one whoever is not on
-# this machine, and DNS rebinding by the Host header (a rebinding page cannot know
-# the token); other sites' pages by Origin and Sec-Fetch-Site. Requests run on
-# threads of their own, each under a deadline, and call the relay through Backstage
-# only.
+# The web side over http.server: health and metrics, the mail API, the page, the
+# webhook. A route is declared where its function stands: method and path, what it
+# does, who may call it, which parameters it knows. The function takes a Request and
+# returns what is sent as JSON, octets, or an Answer. `admit` is the one guard: it
+# turns strangers away, DNS rebinding by the Host header (a rebinding page cannot
+# know the token), other sites' pages by Origin and Sec-Fetch-Site, and whoever
+# comes through a proxy without the token. Each connection has a thread, each request
+# a deadline. HttpServer.lock is a leaf.
 
 HTTP_TIME = 30.0  # for the whole of a request, and for its answer
-HTTP_CONNECTIONS = 200
+HTTP_CONNECTIONS, HTTP_PER_CLIENT = 200, 150
+HTTP_KEPT = 20  # connections more, which may ask for health and metrics alone
+HTTP_IDLE = 1.0  # seconds after which a connection that asks nothing may lose its place
 HTTP_BODY = 32 * MIB
 EVENT_STREAMS = 32
-EVENTS_WAITING = 1000
 HEARTBEAT = 15.0
 CALM = "default-src 'none'; frame-ancestors 'none'"
 VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
-            "sandbox allow-popups allow-popups-to-escape-sandbox")
+            "sandbox allow-popups allow-popups-to-escape-sandbox")  # links open in a tab of their own
 INSIDE = "img-src data:; style-src 'unsafe-inline'"
 REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
+WEBHOOK_TIME = 10.0
+WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
+WEBHOOK_KINDS = ("received", "forwarded", "failed")
 
 
 class HttpError(Exception):
-    """A request that gets an error: its status, and the words for {"Error": ...}."""
+    """A request that gets an error: its status and its words."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -8892,26 +8905,42 @@ def json_answer(value: object, status: int = 200) -> Answer:
 class Request:
     """What a route needs to know of a request."""
 
-    relay: Backstage
+    relay: Delivering
     method: str
     path: str
     query: dict[str, str]
     headers: Any  # http.server's, whose names fit in any case
-    is_local: bool  # the peer is on this machine
-    body: bytes = b""
+    client: str  # the peer's address, "local" over a Unix socket
+    gone: Callable[[], bool]  # whether the caller has hung up
     names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
+    body: bytes = b""
     account: Account | None = None
 
-    @property
+    @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty body has no fields."""
+        """The body's fields by name in lower case: Go, and so Mailpit, reads names in any case, and so is a form.
+
+        An empty body has none; one that is neither JSON nor a form is refused: to guess could be to delete all.
+        """
+        body = self.body.strip()
+        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
         try:
-            value = json.loads(self.body or b"{}")
+            if form and body[:1] not in b"{[":
+                pairs = urllib.parse.parse_qs(body.decode(), keep_blank_values=True, strict_parsing=True)
+                return {name.lower().removesuffix("[]"): form_value(name, values) for name, values in pairs.items()}
+            value = json.loads(body or b"{}")
         except (ValueError, RecursionError) as e:
             raise HttpError(400, f"body: expected JSON: {e}") from None
         if not isinstance(value, dict):
             raise HttpError(400, "body: expected an object")
-        return value
+        return {name.lower(): v for name, v in value.items()}
+
+    def strings(self, name: str) -> list[str]:
+        """Return a list of strings that the body names, none where it is not there."""
+        values = self.fields.get(name.lower()) or []
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise HttpError(400, f"{name}: expected a list of {name.lower()}")
+        return values
 
     def number(self, name: str, default: float) -> float:
         """Return a number of the query; HttpError names one that is none."""
@@ -8920,16 +8949,37 @@ class Request:
             raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
         return float(text)
 
+    def page(self) -> tuple[int, int]:
+        """Return where a list begins and how long it is; as with Mailpit, what is no number is ignored."""
+        given = {name: self.query.get(name, "") for name in ("start", "limit")}
+        start, limit = (int(text) if re.fullmatch("[0-9]{1,9}", text) else usual
+                        for text, usual in zip(given.values(), (0, 50)))
+        return start, limit
+
     @property
-    def token(self) -> str:
-        """The Bearer token of the request, or the password of Basic, which is all that Mailpit's clients send."""
+    def postmaster(self) -> Postmaster:
+        return self.relay.postmaster
+
+    def search(self, words: str) -> Query:
+        return compile_query(words, self.query.get("tz", ""))
+
+    def login(self) -> tuple[str, str]:
+        """Return the user and the secret of Basic, which is all that Mailpit's clients send, or Bearer's token."""
         scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "basic":
-            return decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")[2]
-        return rest.strip() if scheme.lower() == "bearer" else ""
+            user, _, secret = decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")
+            return user, secret
+        return "", rest.strip() if scheme.lower() == "bearer" else ""
 
 
-# -- who may call --
+def form_value(name: str, values: list[str]) -> Any:
+    """Return a form's field as JSON would have it."""
+    if name.lower().removesuffix("[]") in ("ids", "tags", "to"):
+        return values
+    return {"true": True, "false": False}.get(values[-1].lower(), values[-1])
+
+
+# -- routes, and who may call them --
 
 class Access(enum.Enum):
     """Who may call a route."""
@@ -8939,6 +8989,59 @@ class Access(enum.Enum):
     ADMIN = "who has SMTP_API_TOKEN, or is on this machine where none is set"
     VIEW = "the same, or who has the key to this one message"
     ACCOUNT = "who has an account's api_key"
+
+
+OPEN, ADMIN, ACCOUNT = Access.OPEN, Access.ADMIN, Access.ACCOUNT
+
+
+class Route(NamedTuple):
+    """A method, a path with {names}, what it does, who may call it, the parameters that it knows."""
+
+    method: str
+    path: str
+    does: str
+    access: Access
+    takes: str | None  # None: all others are ignored, and errors are text, as with Mailpit
+    action: Callable[[Request], Any]
+
+
+ROUTES: list[Route] = []
+
+
+def route(where: str, does: str, access: Access = ADMIN, takes: str | None = None) -> Callable[..., Any]:
+    """Declare the routes of a function: "METHOD /path /path"."""
+    def declare(action: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        method, *paths = where.split()
+        ROUTES.extend(Route(method, path, does, access, takes, action) for path in paths)
+        return action
+    return declare
+
+
+@functools.cache
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Compile a route's path: {name} matches one segment."""
+    return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
+                              for p in re.split(r"(\{\w+\})", path)))
+
+
+def web_root(settings: Settings) -> str:
+    """Return SMTP_WEB_ROOT with a slash at both ends."""
+    return f"/{settings.web_root.strip('/')}/".replace("//", "/")
+
+
+def find_route(request: Request) -> Route:
+    """Return the route of a request, whose names it gets; HttpError 404 or 405."""
+    root = web_root(request.relay.settings)
+    path = request.path[len(root) - 1:] if request.path.startswith(root) else request.path
+    status, text = 404, "not found"
+    for found in ROUTES:
+        match = path_pattern(found.path).fullmatch(path)
+        if match and found.method == request.method:
+            request.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+            return found
+        if match:
+            status, text = 405, "method not allowed"
+    raise HttpError(status, text)
 
 
 def host_name(value: str) -> str:
@@ -8951,15 +9054,28 @@ def view_key(token: str, id: str) -> str:
     return hmac.new(token.encode(), b"view " + id.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
 
 
+def came_by_proxy(request: Request) -> bool:
+    """Tell whether a proxy stands between: the peer's address is then no proof of who asks."""
+    return any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
+
+
+def is_trusted(request: Request) -> bool:
+    """Tell whether a request needs no token for where it comes from.
+
+    This machine needs none where no token is set; networks that SMTP_API_NETWORKS names need none at all.
+    """
+    s, here = request.relay.settings, request.client == "local" or is_loopback(request.client)
+    if came_by_proxy(request):
+        return False
+    if here and not s.api_token:
+        return True
+    return (s.api_networks != networks("loopback") and request.client != "local"
+            and in_networks(request.client, s.api_networks))
+
+
 def is_admin(request: Request) -> bool:
-    """Tell whether a request has the token; where none is set, whether it comes from this machine."""
-    token = request.relay.settings.api_token
-    return same_secret(token, request.token) if token else request.is_local
-
-
-def has_view_key(request: Request) -> bool:
-    token = request.relay.settings.api_token
-    return bool(token) and same_secret(view_key(token, request.names["id"]), request.query.get("key", ""))
+    """Tell whether a request has the token, or needs none."""
+    return same_secret(request.relay.settings.api_token, request.login()[1]) or is_trusted(request)
 
 
 def from_elsewhere(request: Request) -> str:
@@ -8972,142 +9088,207 @@ def from_elsewhere(request: Request) -> str:
     return ""
 
 
-def not_ours(request: Request) -> str:
-    """Return why a request without a token is not served; "" when it is."""
-    if not request.is_local:
-        return "only this machine is served until SMTP_API_TOKEN is set"
+def strange_host(request: Request) -> str:
+    """Return why a Host header may be a rebound name's; "" when it cannot: such a name has a dot and is no address."""
     try:
         named = host_name(request.headers.get("Host", ""))
     except ValueError:
         return "the Host header does not parse"
-    if is_loopback(named) or named == request.relay.settings.hostname.lower():
+    ours = is_loopback(named) or named == request.relay.settings.hostname.lower()
+    if named and (ours or "." not in named or re.fullmatch("[0-9.]+", named)):
         return ""
     return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
 
 
-def admit(request: Request, access: Access) -> None:
+def admit(request: Request, route: Route) -> None:
     """Let a request through, or raise the HttpError that it gets."""
-    if access is Access.OPEN:
-        return
-    reason = "" if access is Access.PAGE else from_elsewhere(request)
-    if access is Access.ACCOUNT:
-        request.account = request.relay.account_of(request.token)
+    access, token, secret = route.access, request.relay.settings.api_token, request.login()[1]
+    reason = "" if access in (OPEN, Access.PAGE) else from_elsewhere(request)
+    if access is ACCOUNT:
+        request.account = request.relay.reception.accounts.by_key(secret) if secret else None
         if request.account is None:
             raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
-    elif not request.relay.settings.api_token:
-        reason = not_ours(request) or reason
-    elif access is not Access.PAGE and not is_admin(request) and not (access is Access.VIEW and has_view_key(request)):
-        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+    elif access is not OPEN and not same_secret(token, secret):
+        key = request.query.get("key", "") if access is Access.VIEW and token else ""
+        if is_trusted(request):
+            reason = strange_host(request) or reason
+        elif not token:
+            reason = "only this machine, and no proxy, is served until SMTP_API_TOKEN is set"
+        elif access is not Access.PAGE and not (key and same_secret(view_key(token, request.names["id"]), key)):
+            raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
     if reason:
         raise HttpError(403, reason)
+    unknown = [name for name in request.query if route.takes is not None and name not in route.takes.split()]
+    if unknown:
+        raise HttpError(400, f"{unknown[0][:100]}: not known here; expected {route.takes or 'no parameters'}")
 
 
 # -- health and metrics --
 
-def health(request: Request) -> Answer:
+HEALTH = ("200 `OK` when the listeners answer, the workers live and the spool takes writes; else 503 and why. "
+          "`?verbose` gives the parts")
+
+
+@route("GET /healthz /health /readyz", HEALTH, OPEN)
+def show_health(request: Request) -> Answer:
     """200 when everything works, else 503 and why."""
-    parts = request.relay.health()
-    status = 200 if all(v == "ok" for v in parts.values()) else 503
+    d, wrong = request.relay, {}
+    ages = [time.monotonic() - beat for beat in d.metrics.each("alive") if beat]
+    if not ages or max(ages) >= 5:
+        wrong["listeners"] = "no sign of life from the listeners"
+    dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
+    if dead:
+        wrong["workers"] = f"dead: {', '.join(dead)}"
+    try:
+        d.spool.probe()
+        if d.spool.free() < d.settings.spool_min_free:
+            wrong["spool"] = "less free space than SMTP_SPOOL_MIN_FREE"
+    except OSError as e:
+        wrong["spool"] = f"cannot write: {e.strerror}"
+    if d.reception.trouble():
+        wrong["accounts"] = d.reception.trouble()
+    status = 503 if wrong else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
-        return json_answer({"status": "ok" if status == 200 else "unavailable", **parts}, status)
-    wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
-    return Answer((wrong or "OK").encode() + b"\n", status=status)
+        parts = {name: wrong.get(name, "ok") for name in ("listeners", "workers", "spool", "accounts")}
+        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, status)
+    return Answer(("; ".join(f"{k}: {v}" for k, v in wrong.items()) or "OK").encode() + b"\n", status=status)
 
 
-def alive(request: Request) -> Answer:
-    return Answer(b"OK\n")
+@route("GET /livez", "200 while the process answers", OPEN)
+def alive(request: Request) -> bytes:
+    return b"OK\n"
 
 
-def metrics(request: Request) -> Answer:
-    """Counters: expvar JSON, or Prometheus text for who asks for it."""
-    shown = request.relay.measured()
+@route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
+       "`?format=prometheus`", OPEN)
+def show_metrics(request: Request) -> Any:
+    shown = measured(request.relay)
     accept = request.headers.get("Accept", "")
     asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
     if request.query.get("format", asked) == "prometheus":
         return Answer(prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    return json_answer(expvar(shown))
+    return expvar(shown)
+
+
+def measured(d: Delivering) -> Metrics:
+    """Return the counters with the gauges that are read on demand brought up to date."""
+    m, oldest = d.metrics, d.scheduler.oldest()
+    m.set("smtp_queue_oldest_age_seconds", max(0.0, time.time() - id_micros(oldest[11:]) / 1e6) if oldest else 0)
+    m.set("smtp_messages_held", len(d.held))
+    m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
+    m.set("smtp_build_info", 1, __version__)
+    with contextlib.suppress(OSError):
+        m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
+    return m
 
 
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
 def found(request: Request) -> Item:
     """Return the message that the path names; `latest` may come with a query."""
-    item = request.relay.inbox.get(request.names["id"], searched(request))
+    item = request.relay.inbox.get(request.names["id"], request.search(request.query.get("query", "")))
     if item is None:
         raise HttpError(404, "message not found")
     return item
 
 
-def searched(request: Request) -> Query:
-    return compile_query(request.query.get("query", ""), request.query.get("tz", ""))
+def matching(request: Request, words: str) -> list[str]:
+    """Return the messages that a search finds; one that asks for nothing is refused, it would find all."""
+    query = request.search(words)
+    if query == ALL:
+        raise HttpError(400, "query: expected what to look for; for everything there is /api/v1/messages")
+    return [item.id for item in request.relay.inbox.search(query, 0, 0).items]
 
 
-def ids_of(request: Request) -> list[str] | None:
-    """Return the messages that a request's body names by IDs or by a Search; None stands for all."""
-    ids, words = request.fields.get("IDs"), request.fields.get("Search")
-    if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
-        raise HttpError(400, "IDs: expected a list of ids")
-    if not ids and isinstance(words, str) and words:
-        query = compile_query(words, request.query.get("tz", ""))
-        return [item.id for item in request.relay.inbox.search(query, 0, 0).items]
-    return ids or None
+def chosen(request: Request, *others: str) -> list[str] | None:
+    """Return the messages that a request's body names by IDs or by a Search; None, where it has neither, is all."""
+    fields, ids = request.fields, request.strings("IDs")
+    words = take_field(fields, "Search", "")
+    if fields and not fields.keys() & {"ids", "search", *others}:
+        raise HttpError(400, "body: expected IDs")
+    if ids and words:
+        raise HttpError(400, "expected IDs or a Search, not both")
+    return matching(request, words) if words else ids or None
 
 
-def list_messages(request: Request) -> Answer:
-    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
-    shown = messages_json(request.relay.inbox, searched(request), start, limit)
+def status_of(inbox: Inbox, id: str) -> str:
+    """Return a message's status, "" when it is gone."""
+    try:
+        return inbox.load(id).status.value
+    except (KeyError, OSError, SpoolError):
+        return ""
+
+
+@route("GET /api/v1/messages", "list (`start`, `limit`)")
+@route("GET /api/v1/search", "list what `query` finds")
+def list_messages(request: Request) -> Any:
+    words = request.query.get("query", "")
+    if request.path.endswith("/search") and not words.strip():
+        raise HttpError(400, "query: expected what to look for")
+    shown = messages_json(request.relay.inbox, request.search(words), *request.page())
     for message in shown["messages"]:
-        message["Status"] = request.relay.status_of(message["ID"])
-    return json_answer(shown)
+        message["Status"] = status_of(request.relay.inbox, message["ID"])
+    return shown
 
 
-def mark_messages(request: Request) -> Answer:
-    request.relay.inbox.mark(ids_of(request), bool(request.fields.get("Read", False)))
-    return Answer(b"ok")
+@route("PUT /api/v1/messages", "mark `IDs`, or what a `Search` finds, as `Read` or not (neither: all)")
+def mark_messages(request: Request) -> bytes:
+    if not request.body.strip():
+        raise HttpError(400, "body: expected JSON")
+    ids = chosen(request, "read")
+    request.relay.inbox.mark(ids, take_field(request.fields, "Read", False))
+    return b"ok"
 
 
-def delete_messages(request: Request) -> Answer:
-    request.relay.postmaster.remove(ids_of(request))
-    return Answer(b"ok")
+@route("DELETE /api/v1/messages", "delete `IDs`, or what a `Search` finds (neither: all)")
+def delete_messages(request: Request) -> bytes:
+    request.postmaster.remove(chosen(request))
+    # MailHog's clients, which say nothing of what they accept, take no body but an empty one
+    return b"ok" if request.body or "Accept" in request.headers else b""
 
 
-def delete_found(request: Request) -> Answer:
-    """Delete what matches a search, which must be there: a slip of the pen is not to empty the inbox."""
-    if not request.query.get("query"):
-        raise HttpError(400, "query: expected what to delete; for everything there is DELETE /api/v1/messages")
-    page = request.relay.inbox.search(searched(request), 0, 0)
-    request.relay.postmaster.remove([item.id for item in page.items])
-    return Answer(b"ok")
+@route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
+def delete_message(request: Request) -> bytes:
+    request.postmaster.remove([found(request).id])
+    return b""
 
 
-def show_message(request: Request) -> Answer:
-    """Show one message, which marks it read."""
-    relay, item = request.relay, found(request)
-    relay.inbox.mark([item.id], True)
-    record = relay.inbox.load(item.id)
-    shown = waited_json(item._replace(read=True), relay.inbox.mail(item.id), record)
-    if relay.settings.api_token:
-        shown["ViewKey"] = view_key(relay.settings.api_token, item.id)
-    return json_answer({**shown, "Status": record.status, "Delivery": delivery_json(record)})
+@route("DELETE /api/v1/search", "delete what `query` finds")
+def delete_found(request: Request) -> bytes:
+    request.postmaster.remove(matching(request, request.query.get("query", "")))
+    return b"ok"
 
 
-def delivery_json(record: Message) -> dict[str, Any]:
-    """Return what became of a message, with what was said."""
-    shown = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at",
-             "transcript")
-    return {**{name: getattr(record, name) for name in shown}, "recipients": [vars(r) for r in record.recipients]}
+@route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
+       "`latest` is an id, and may come with a `query`")
+def show_message(request: Request) -> Any:
+    d, item = request.relay, found(request)
+    d.inbox.mark([item.id], True)
+    record = d.inbox.load(item.id)
+    shown = waited_json(item._replace(read=True), d.inbox.mail(item.id), record)
+    if d.settings.api_token:
+        shown["ViewKey"] = view_key(d.settings.api_token, item.id)
+    told = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at",
+            "transcript")
+    delivery = {**{name: getattr(record, name) for name in told}, "recipients": [vars(r) for r in record.recipients]}
+    return {**shown, "Status": record.status, "Delivery": delivery}
 
 
-def show_headers(request: Request) -> Answer:
-    return json_answer(headers_json(request.relay.inbox.mail(found(request).id)))
+@route("GET /api/v1/message/{id}/headers", "its header fields")
+def show_headers(request: Request) -> Any:
+    return headers_json(request.relay.inbox.mail(found(request).id))
 
 
+@route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
 def show_raw(request: Request) -> Answer:
-    return Answer(request.relay.inbox.raw(found(request).id))
+    id = found(request).id
+    saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'} if request.query.get("dl") == "1" else {}
+    return Answer(request.relay.inbox.raw(id), headers=saved)
 
 
+@route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
+       "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    """Show a part of a message; what could run in a browser is a download."""
     parts = request.relay.inbox.mail(found(request).id).parts
     part = next((p for p in parts if p.number == request.names["part"]), None)
     if part is None:
@@ -9116,87 +9297,163 @@ def show_part(request: Request) -> Answer:
     return Answer(part.content, headers.pop("Content-Type"), headers=headers)
 
 
+@route("GET /api/v1/message/{id}/html-check /api/v1/message/{id}/link-check /api/v1/message/{id}/sa-check /api/events",
+       "404: HTML check, link check, spam check and WebSocket are not done here")
+def not_done(request: Request) -> Any:
+    raise HttpError(404, f"{request.path.rpartition('/')[2]} is not done here")
+
+
+@route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", Access.VIEW)
 def show_html(request: Request) -> Answer:
-    """Show the HTML body in a sandbox that loads nothing from outside unless ?remote=1."""
-    remote = request.query.get("remote") == "1"
-    page = view_html(request.relay.inbox.mail(found(request).id))
-    return Answer(page.encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
-        "Content-Security-Policy": VIEW_CSP.format(REMOTE if remote else INSIDE), "X-DNS-Prefetch-Control": "off"})
+    mail = request.relay.inbox.mail(found(request).id)
+    if not mail.html:
+        raise HttpError(404, "this message has no HTML")
+    policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
+    return Answer(view_html(mail).encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
+        "Content-Security-Policy": policy, "X-DNS-Prefetch-Control": "off"})
 
 
-def show_text(request: Request) -> Answer:
-    return Answer(request.relay.inbox.mail(found(request).id).text.encode("utf-8", "replace"))
+@route("GET /view/{id}.txt", "its text")
+def show_text(request: Request) -> bytes:
+    return request.relay.inbox.mail(found(request).id).text.encode("utf-8", "replace")
 
 
-def release_message(request: Request) -> Answer:
-    to = release_to(request.fields) if request.fields.get("To") else []
-    request.relay.postmaster.release(found(request).id, to, request.fields.get("Beyond") is True)
-    return Answer(b"ok")
+@route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
+       "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
+def release_message(request: Request) -> bytes:
+    to = release_to(request.fields)
+    request.postmaster.release(found(request).id, to, take_field(request.fields, "Beyond", False))
+    return b"ok"
 
 
-def send_message(request: Request) -> Answer:
+@route("POST /api/v1/send", "put a message in, given as JSON")
+def send_message(request: Request) -> Any:
     """Take a message as JSON, as if it had come by SMTP."""
     content, sender, recipients = compose(request.fields)
-    return json_answer({"ID": request.relay.submit(content, sender, recipients)})
+    if len(content) > request.relay.settings.max_size:
+        raise HttpError(413, f"message is larger than {request.relay.settings.max_size} octets")
+    envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", recipients=recipients)
+    return {"ID": request.postmaster.store(envelope, [content])}
 
 
-def show_tags(request: Request) -> Answer:
-    return json_answer(list(request.relay.inbox.counts()[2]))
+@route("GET /api/v1/tags", "the tags that there are")
+def show_tags(request: Request) -> Any:
+    return list(request.relay.inbox.counts()[2])
 
 
-def set_tags(request: Request) -> Answer:
-    tags = request.fields.get("Tags")
-    if not (isinstance(tags, list) and all(isinstance(t, str) for t in tags)):
-        raise HttpError(400, "Tags: expected a list of tags")
-    request.relay.inbox.tag(ids_of(request) or [], tags)
-    return Answer(b"ok")
+@route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")
+def set_tags(request: Request) -> bytes:
+    tags = request.strings("Tags")
+    request.relay.inbox.tag(request.strings("IDs"), tags)
+    return b"ok"
 
 
-def rename_tag(request: Request) -> Answer:
-    request.relay.inbox.rename_tag(request.names["tag"], str(request.fields.get("Name", "")))
-    return Answer(b"ok")
+def known_tag(request: Request) -> str:
+    """Return the tag that the path names, as it is spelt."""
+    wanted = request.names["tag"].lower()
+    tag = next((tag for tag in request.relay.inbox.counts()[2] if tag.lower() == wanted), "")
+    if not tag:
+        raise HttpError(400, f"tag not found: {request.names['tag'][:100]}")
+    return tag
 
 
-def remove_tag(request: Request) -> Answer:
-    request.relay.inbox.rename_tag(request.names["tag"])
-    return Answer(b"ok")
+@route("PUT /api/v1/tags/{tag}", "rename to `Name`")
+def rename_tag(request: Request) -> bytes:
+    old, new = known_tag(request), clean_tags([take_field(request.fields, "Name", "")])
+    if not new:
+        raise HttpError(400, "Name: expected a tag")
+    if new[0].lower() != old.lower() and new[0].lower() in map(str.lower, request.relay.inbox.counts()[2]):
+        raise HttpError(400, f"tag already exists: {new[0]}")
+    request.relay.inbox.rename_tag(old, new[0])
+    return b"ok"
 
 
-def show_info(request: Request) -> Answer:
-    return json_answer(request.relay.info())
+@route("DELETE /api/v1/tags/{tag}", "take it off all messages")
+def remove_tag(request: Request) -> bytes:
+    request.relay.inbox.rename_tag(known_tag(request))
+    return b"ok"
 
 
-def show_webui(request: Request) -> Answer:
-    """Mailpit's configuration of its page: what clients look for is whether release works."""
-    relay = {"Enabled": request.relay.postmaster.can_release, "SMTPServer": request.relay.smart_host,
-             "ReturnPath": "", "AllowedRecipients": "", "BlockedRecipients": "", "OverrideFrom": ""}
-    return json_answer({"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
-                        "ChaosEnabled": True, "DuplicatesIgnored": False})
+@route("GET /api/v1/info", "version, counts, memory")
+def show_info(request: Request) -> Any:
+    d, m = request.relay, measured(request.relay)
+    stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
+             "SMTPAccepted": int(m.get("smtp_messages_received_total")),
+             "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
+    return {**info_json(d.inbox, __version__, d.settings.spool, **stats),
+            "SMTPPort": d.port, "Delivery": d.settings.delivery, "RelayHost": smart_host_text(d.settings)}
 
 
-def mailhog_messages(request: Request) -> Answer:
-    start, limit = int(request.number("start", 0)), int(request.number("limit", 50))
-    return json_answer(mailhog_json(request.relay.inbox, searched(request), start, limit))
+def smart_host_text(settings: Settings) -> str:
+    return ", ".join(host_port(*h) for h in settings.smart_hosts)
+
+
+@route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
+def show_webui(request: Request) -> Any:
+    s = request.relay.settings
+    allowed = s.relay_allowed_recipients
+    relay = {"Enabled": bool(s.relay_host or s.delivery == "mx"), "SMTPServer": smart_host_text(s),
+             "ReturnPath": s.relay_return_path, "AllowedRecipients": allowed.pattern if allowed else "",
+             "BlockedRecipients": "", "OverrideFrom": s.relay_from}
+    return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": True,
+            "DuplicatesIgnored": False}
+
+
+@route("GET /api/v2/messages", "MailHog's list")
+def mailhog_messages(request: Request) -> Any:
+    return mailhog_json(request.relay.inbox, ALL, *request.page())
+
+
+@route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
+def mailhog_search(request: Request) -> Any:
+    inbox, kind, wanted = request.relay.inbox, request.query.get("kind"), request.query.get("query", "").lower()
+    if kind not in ("from", "to", "containing") or not wanted:
+        raise HttpError(400, "expected a query, and a kind: from, to, containing")
+
+    def holds(item: Item) -> bool:
+        record, mail = inbox.load(item.id), inbox.mail(item.id)
+        if kind == "containing":
+            return wanted in "\n".join((decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject)).lower()
+        path = [record.reverse_path] if kind == "from" else [r.address for r in record.recipients]
+        return wanted in "\n".join((*path, decode_words(header(mail.headers, kind)))).lower()
+
+    return mailhog_json(inbox, Query(((holds, True),)), *request.page())
 
 
 # -- waiting, events, queue, faults, accounts: ours --
 
-def wait_for_message(request: Request) -> Answer:
-    """Block until a message matches; 408 when none came in time."""
-    since = int(request.number("since", 0)) if request.query.get("since") else None
-    timeout = min(request.number("timeout", 10), 300.0)
-    query, inbox, part = searched(request), request.relay.inbox, request.query.get("with", "")
+@route("GET /api/v1/wait", "block until a message comes that is to `to`, from `from`, about `subject`, matches "
+       "`query` and has a code or a link (`with`), up to `timeout` seconds, or 408; `since` is a sequence number. "
+       "With its links and codes", takes="to from subject query with since timeout tz")
+def wait_for_message(request: Request) -> Any:
+    q, inbox = request.query, request.relay.inbox
+    since = int(request.number("since", 0)) if q.get("since") else None
+    timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
     if part not in ("", "code", "link"):
         raise HttpError(400, "with: expected code or link")
-    if part:
-        query = query._replace(tests=(*query.tests, (lambda item: holds(inbox, item, part), True)))
-    item = inbox.wait(query, since, timeout)
+    query = request.search(q.get("query", ""))
+    tests = [functools.partial(is_meant, q.get("to", ""), q.get("subject", ""), q.get("from", ""))]
+    tests += [functools.partial(holds_part, inbox, part)] if part else []
+    query = query._replace(tests=(*query.tests, *((test, True) for test in tests)))
+    item = inbox.wait(query, since, timeout, request.gone)
     if item is None:
         raise HttpError(408, f"no message {f'with a {part} ' if part else ''}matched within {timeout:g} seconds")
-    return json_answer(waited_json(item, inbox.mail(item.id), inbox.load(item.id)))
+    return waited_json(item, inbox.mail(item.id), inbox.load(item.id))
 
 
-def holds(inbox: Inbox, item: Item, part: str) -> bool:
+def is_meant(to: str, subject: str, sender: str, item: Item) -> bool:
+    """Tell whether a message is to and from someone (a part of an address will do where it has no @) on something."""
+    s = item.summary
+
+    def among(wanted: str, people: Iterable[Person]) -> bool:
+        addresses, wanted = [p["Address"].lower() for p in people], wanted.lower()
+        return wanted in addresses if "@" in wanted else not wanted or any(wanted in a for a in addresses)
+
+    return (among(to, (*s["To"], *s["Cc"], *s["Bcc"])) and among(sender, [s["From"]])
+            and subject.lower() in s["Subject"].lower())
+
+
+def holds_part(inbox: Inbox, part: str, item: Item) -> bool:
     """Tell whether a message has a code, or a link."""
     try:
         mail = inbox.mail(item.id)
@@ -9205,10 +9462,11 @@ def holds(inbox: Inbox, item: Item, part: str) -> bool:
     return bool(codes(mail.text, mail.html, mail.subject) if part == "code" else links(mail.text, mail.html))
 
 
+@route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
 def show_events(request: Request) -> Answer:
-    """The life of messages as server-sent events."""
+    feed = request.relay.feed
     try:
-        stream = event_stream(request.relay.feed, request.relay.feed.subscribe(EVENT_STREAMS))
+        stream = event_stream(feed, feed.subscribe(EVENT_STREAMS))
     except ValueError as e:
         raise HttpError(503, str(e)) from None
     return Answer(next(stream), "text/event-stream", stream=stream)
@@ -9231,160 +9489,164 @@ def event_stream(feed: Feed, events: queue.Queue[Any]) -> Generator[bytes, None,
         feed.unsubscribe(events)
 
 
-def show_queue(request: Request) -> Answer:
-    return json_answer(request.relay.postmaster.queue(int(request.number("limit", 200))))
+@route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")
+def show_queue(request: Request) -> Any:
+    return request.postmaster.queue(int(request.number("limit", 200)))
 
 
-def retry_queue(request: Request) -> Answer:
-    return json_answer({"retried": request.relay.postmaster.retry(request.names["id"])})
+@route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id may be `all`",
+       takes="")
+def retry_queue(request: Request) -> Any:
+    return {"retried": request.postmaster.retry(request.names["id"])}
 
 
-def remove_queued(request: Request) -> Answer:
-    request.relay.postmaster.remove([request.names["id"]])
-    return Answer(b"ok")
+@route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")
+def remove_queued(request: Request) -> bytes:
+    request.postmaster.remove([request.names["id"]])
+    return b"ok"
 
 
-def show_faults(request: Request) -> Answer:
-    return json_answer({"rules": [rule for rule in request.relay.faults().split("\n") if rule]})
+@route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
+def show_faults(request: Request) -> Any:
+    return {"rules": [rule for rule in fault_rules(request).split("\n") if rule]}
 
 
-def change_faults(request: Request) -> Answer:
-    """Put other rules (SMTP_FAULTS) in the place of those there, until the relay stops."""
-    rules = request.fields.get("rules")
-    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+@route("PUT /api/v1/faults", "put other `rules` in their place, until the relay stops", takes="")
+def change_faults(request: Request) -> Any:
+    if "rules" not in request.fields:
         raise HttpError(400, "rules: expected a list of rules")
-    request.relay.change_faults("\n".join(rules))
+    put_faults(request, "\n".join(request.strings("rules")))
     return show_faults(request)
 
 
-def show_chaos(request: Request) -> Answer:
-    return json_answer(to_chaos(request.relay.faults()))
+def fault_rules(request: Request) -> str:
+    request.relay.faults.reread()
+    return request.relay.faults.text
 
 
-def change_chaos(request: Request) -> Answer:
-    """Set Mailpit's chaos triggers; one that is not named is off."""
+def put_faults(request: Request, rules: str) -> None:
     try:
-        rules = with_chaos(request.relay.faults(), request.fields)
-    except (ValueError, AttributeError) as e:
+        request.relay.faults.change(rules)
+    except ValueError as e:
         raise HttpError(400, str(e)) from None
-    request.relay.change_faults(rules)
+
+
+@route("GET /api/v1/chaos", "Mailpit's failures on order, as rules of `SMTP_FAULTS`")
+def show_chaos(request: Request) -> Any:
+    return to_chaos(fault_rules(request))
+
+
+@route("PUT /api/v1/chaos", "set them; one that is not named is off")
+def change_chaos(request: Request) -> Any:
+    def trigger(stage: str) -> dict[str, Any]:
+        given = take_field(request.fields, stage, {})
+        return {name: value for name in ("ErrorCode", "Probability")
+                for key, value in given.items() if key.lower() == name.lower()}
+
+    try:
+        rules = with_chaos(fault_rules(request), {stage: trigger(stage) for stage in CHAOS})
+    except ValueError as e:
+        raise HttpError(400, str(e)) from None
+    put_faults(request, rules)
     return show_chaos(request)
 
 
-def show_stats(request: Request) -> Answer:
-    return json_answer(request.relay.statistics())
+@route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
+def show_stats(request: Request) -> Any:
+    d, now = request.relay, int(time.time() // 3600)
+    days, names = d.reception.quotas.days(), {"received": "received", "forwarded": "sent", "failed": "failed"}
+    return {
+        "hours": [{"at": iso_time(h * 3600), "received": d.hours[h, "received"], "forwarded": d.hours[h, "forwarded"],
+                   "deferred": d.hours[h, "retrying"], "failed": d.hours[h, "failed"]}
+                  for h in range(now - 23, now + 1)],
+        "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
+        "accounts": [{"name": a.name, **{k: d.reception.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
+                     for a in d.reception.accounts.listed()],
+        "totals": {k: int(d.metrics.get(f"smtp_messages_{v}_total"))
+                   for k, v in (("received", "received"), ("forwarded", "delivered"), ("failed", "failed"))}}
 
 
-def list_users(request: Request) -> Answer:
-    return json_answer({"users": request.relay.users()})
+@route("GET /api/v1/users", "list accounts", takes="")
+def list_users(request: Request) -> Any:
+    guard = request.relay.reception
+    return {"users": [
+        {"name": a.name, "allowed_domains": list(a.allowed_domains), "quota_daily": a.quota_daily,
+         "quota_per_minute": a.quota_per_minute, "relay_host": a.relay_host, "has_api_key": bool(a.api_key),
+         "used_today": guard.quotas.today(a.name).get("received", 0)} for a in guard.accounts.listed()]}
 
 
-def save_user(request: Request) -> Answer:
-    name = request.names.get("name") or str(request.fields.get("name", ""))
-    return json_answer(request.relay.save_user(name, request.fields, new="name" not in request.names))
+@route("POST /api/v1/users", "make one; its key is shown this once", takes="")
+@route("PUT /api/v1/users/{name}", "change it", takes="")
+def save_user(request: Request) -> Any:
+    given, new = request.fields, "name" not in request.names
+    name = take_field(given, "name", "") if new else request.names["name"]
+    if not request.relay.settings.users_file:
+        raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
+    if new == is_account(request, name):
+        raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
+    changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
+    if isinstance(changed.get("password"), str) and changed["password"]:
+        changed["password"] = hash_password(changed["password"])
+    else:
+        changed.pop("password", None)
+    if new and "api_key" not in changed:
+        changed["api_key"] = new_api_key()
+    write_users(request, {name: changed})
+    return {"name": name, **({"api_key": changed["api_key"]} if "api_key" in changed else {})}
 
 
-def remove_user(request: Request) -> Answer:
-    request.relay.remove_user(request.names["name"])
-    return Answer(b"ok")
+@route("DELETE /api/v1/users/{name}", "remove it", takes="")
+def remove_user(request: Request) -> bytes:
+    name = request.names["name"]
+    if not is_account(request, name):
+        raise HttpError(404, f"account {name!r} not found")
+    write_users(request, {name: None})
+    return b"ok"
 
 
-def own_messages(request: Request) -> Answer:
-    """The messages of the account whose key this is."""
-    account = request.account
-    assert account is not None
-    return json_answer(request.relay.messages_of(account.name, int(request.number("limit", 50))))
+def is_account(request: Request, name: str) -> bool:
+    return name in [a.name for a in request.relay.reception.accounts.listed()]
 
 
-def own_stats(request: Request) -> Answer:
-    account = request.account
-    assert account is not None
-    return json_answer(request.relay.statistics_of(account))
+def write_users(request: Request, changes: dict[str, dict[str, Any] | None]) -> None:
+    s = request.relay.settings
+    try:
+        change_users(s.users_file, changes, Sealer(s.spool_key))
+    except AccountsError as e:
+        raise HttpError(400, str(e)) from None
 
 
+def caller(request: Request) -> Account:
+    """Return the account whose key this is: the guard has let nobody else in."""
+    assert request.account is not None
+    return request.account
+
+
+@route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
+def own_messages(request: Request) -> Any:
+    inbox, name = request.relay.inbox, caller(request).name
+    mine = Query(((lambda item: item.summary["Username"] == name, True),))
+    page = inbox.search(mine, 0, int(request.number("limit", 50)))
+    return {"total": page.total, "emails": [
+        {"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
+         "size": i.summary["Size"], "created": i.summary["Created"], "status": status_of(inbox, i.id)}
+        for i in page.items]}
+
+
+@route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
+def own_stats(request: Request) -> Any:
+    a, quotas = caller(request), request.relay.reception.quotas
+    today = quotas.today(a.name)
+    left = max(0, a.quota_daily - today.get("received", 0)) if a.quota_daily else None
+    return {"account": a.name, "today": today, "days": quotas.days(a.name), "quota_daily": a.quota_daily,
+            "quota_per_minute": a.quota_per_minute, "left_today": left}
+
+
+@route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", Access.PAGE)
 def show_page(request: Request) -> Answer:
     """The page: one document that loads nothing from elsewhere; with 401 it is the form that asks for the token."""
     status = 200 if is_admin(request) else 401
     return Answer(PAGE.encode(), "text/html; charset=utf-8", status, {"Content-Security-Policy": PAGE_CSP})
-
-
-class Route(NamedTuple):
-    """A method, a path with {names}, who may call it, what it does."""
-
-    method: str
-    path: str
-    access: Access
-    action: Callable[[Request], Answer]
-
-
-OPEN, ADMIN, ACCOUNT = Access.OPEN, Access.ADMIN, Access.ACCOUNT
-ROUTES = (
-    Route("GET", "/healthz", OPEN, health),
-    Route("GET", "/health", OPEN, health),
-    Route("GET", "/readyz", OPEN, health),
-    Route("GET", "/livez", OPEN, alive),
-    Route("GET", "/metrics", OPEN, metrics),
-    Route("GET", "/debug/vars", OPEN, metrics),
-    Route("GET", "/api/v1/messages", ADMIN, list_messages),
-    Route("PUT", "/api/v1/messages", ADMIN, mark_messages),
-    Route("DELETE", "/api/v1/messages", ADMIN, delete_messages),
-    Route("GET", "/api/v1/search", ADMIN, list_messages),
-    Route("DELETE", "/api/v1/search", ADMIN, delete_found),
-    Route("GET", "/api/v1/message/{id}", ADMIN, show_message),
-    Route("GET", "/api/v1/message/{id}/headers", ADMIN, show_headers),
-    Route("GET", "/api/v1/message/{id}/raw", ADMIN, show_raw),
-    Route("GET", "/api/v1/message/{id}/part/{part}", ADMIN, show_part),
-    Route("GET", "/api/v1/message/{id}/part/{part}/thumb", ADMIN, show_part),
-    Route("POST", "/api/v1/message/{id}/release", ADMIN, release_message),
-    Route("POST", "/api/v1/send", ADMIN, send_message),
-    Route("GET", "/api/v1/tags", ADMIN, show_tags),
-    Route("PUT", "/api/v1/tags", ADMIN, set_tags),
-    Route("PUT", "/api/v1/tags/{tag}", ADMIN, rename_tag),
-    Route("DELETE", "/api/v1/tags/{tag}", ADMIN, remove_tag),
-    Route("GET", "/api/v1/info", ADMIN, show_info),
-    Route("GET", "/api/v1/webui", ADMIN, show_webui),
-    Route("GET", "/view/{id}.html", Access.VIEW, show_html),
-    Route("GET", "/view/{id}.txt", ADMIN, show_text),
-    Route("GET", "/api/v2/messages", ADMIN, mailhog_messages),
-    Route("GET", "/api/v1/wait", ADMIN, wait_for_message),
-    Route("GET", "/api/v1/events", ADMIN, show_events),
-    Route("GET", "/api/v1/queue", ADMIN, show_queue),
-    Route("POST", "/api/v1/queue/{id}/retry", ADMIN, retry_queue),
-    Route("DELETE", "/api/v1/queue/{id}", ADMIN, remove_queued),
-    Route("GET", "/api/v1/chaos", ADMIN, show_chaos),
-    Route("PUT", "/api/v1/chaos", ADMIN, change_chaos),
-    Route("GET", "/api/v1/faults", ADMIN, show_faults),
-    Route("PUT", "/api/v1/faults", ADMIN, change_faults),
-    Route("GET", "/api/v1/stats", ADMIN, show_stats),
-    Route("GET", "/api/v1/users", ADMIN, list_users),
-    Route("POST", "/api/v1/users", ADMIN, save_user),
-    Route("PUT", "/api/v1/users/{name}", ADMIN, save_user),
-    Route("DELETE", "/api/v1/users/{name}", ADMIN, remove_user),
-    Route("GET", "/api/emails", ACCOUNT, own_messages),
-    Route("GET", "/api/stats", ACCOUNT, own_stats),
-    Route("GET", "/", Access.PAGE, show_page),
-)
-
-
-def path_pattern(path: str) -> re.Pattern[str]:
-    """Compile a route's path: {name} matches one segment."""
-    return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
-                              for p in re.split(r"(\{\w+\})", path)))
-
-
-MATCHERS = [(path_pattern(route.path), route) for route in ROUTES]
-
-
-def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
-    """Return the route of a request and the names in its path; HttpError 404 or 405."""
-    matches = [(route, m) for pattern, route in MATCHERS for m in [pattern.fullmatch(path)] if m]
-    for route, match in matches:
-        if route.method == method:
-            return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
-    if matches:
-        raise HttpError(405, "method not allowed")
-    raise HttpError(404, "not found")
-
 
 # -- the server --
 
@@ -9412,6 +9674,24 @@ class HttpReader:
             self.wire.start = stop
         return b"".join(blocks)
 
+    def chunks(self, most: int) -> bytes:
+        """Return a chunked body (RFC 9112 7.1); HttpError when it breaks the rules, or is larger than `most`."""
+        blocks: list[bytes] = []
+        while True:
+            size = self.readline(1024).partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+                raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
+            most -= int(size, 16)
+            if most < 0:
+                raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+            blocks.append(self.read(int(size, 16)))
+            while (line := self.readline().strip()) and not int(size, 16):
+                """Skip the trailer."""
+            if line:
+                raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
+            if not int(size, 16):
+                return b"".join(blocks)
+
     def close(self) -> None:
         """Do nothing: the socket is closed by its owner."""
 
@@ -9429,6 +9709,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.client = client_name(self.connection.family, self.client_address)
         self.wire = Wire(self.connection, Deadline(HTTP_TIME))
         self.rfile = HttpReader(self.wire)  # type: ignore[assignment]
 
@@ -9439,6 +9720,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             super().handle_one_request()
         except (PeerGone, OSError, http.client.LineTooLong):
             self.close_connection = True
+        self.server.note(self.connection, time.monotonic())
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -9454,38 +9736,45 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.command not in ("GET", "HEAD"):
             self.server.relay.audit.write(
                 "changed" if answer.status < 400 else "change_refused", status=answer.status,
-                client=self.client_address[0], method=self.command, path=self.path.partition("?")[0])
+                client=self.client, method=self.command, path=self.path.partition("?")[0])
         self.send_answer(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
 
     def tried(self) -> Answer:
-        """Return the answer to a request, whatever comes of it."""
+        """Find the route, let the caller through, read the body, act; return the answer, whatever comes of it."""
+        found, status, unread = None, 500, True
         try:
-            return self.answer()
-        except (HttpError, BadRequest) as e:
-            return json_answer({"Error": str(e)}, getattr(e, "status", 400))
+            request = self.heard()
+            found = find_route(request)
+            admit(request, found)
+            if self.connection in self.server.kept and found.access is not Access.OPEN:
+                raise HttpError(503, "too many connections: all but health and metrics must wait")
+            request.body, unread = self.read_body(), False
+            self.server.note(self.connection, math.inf)
+            if found.access is not Access.OPEN:
+                self.server.relay.catch_up()
+            value = found.action(request)
+            if isinstance(value, Answer):
+                return value
+            return Answer(value) if isinstance(value, bytes) else json_answer(value)
+        except HttpError as e:
+            status, text = e.status, str(e)
+        except BadRequest as e:
+            status, text = 400, str(e)
         except (KeyError, FileNotFoundError, SpoolError):
-            return json_answer({"Error": "message not found"}, 404)
+            status, text = 404, "message not found"
         except (PeerGone, TimeoutError, socket.timeout):
             raise PeerGone from None
         except Exception as e:
-            self.server.relay.log.bug("http_bug", e, path=self.path)
-            return json_answer({"Error": "internal error"}, 500)
-
-    def answer(self) -> Answer:
-        """Find the route, let the caller through, read the body, act."""
-        try:
-            request = self.heard()
-            route, request.names = find_route(request.method, request.path)
-            admit(request, route.access)
-            request.body = self.read_body()
-        except HttpError:
-            self.close_connection = True  # what is left of the body is not read
-            raise
-        if route.access is not OPEN:
-            self.server.relay.catch_up()
-        return route.action(request)
+            self.server.relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
+            text = "internal error"
+        finally:
+            has_body = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+            self.close_connection |= unread and has_body or self.connection in self.server.kept
+        if found and found.takes is None and found.path != "/api/v1/send":
+            return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
+        return json_answer({"Error": text}, status)
 
     def heard(self) -> Request:
         try:
@@ -9494,33 +9783,53 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(400, "the address does not parse") from None
         return Request(self.server.relay, "GET" if self.command == "HEAD" else self.command, url.path,
                        dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), self.headers,
-                       is_loopback(client_name(self.connection.family, self.client_address)))
+                       self.client, self.gone)
+
+    def gone(self) -> bool:
+        """Tell whether the caller has hung up."""
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def read_body(self) -> bytes:
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,12}", length):
+        """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
+        lengths, coded = set(self.headers.get_all("Content-Length", [])), self.headers.get("Transfer-Encoding")
+        if len(lengths) > 1 or lengths and coded is not None:
+            raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
+        length = lengths.pop() if lengths else "0"
+        if coded is not None and (coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+            raise HttpError(501, "Transfer-Encoding: expected chunked")
+        if not re.fullmatch(r"[0-9]{1,12}", length):
             raise HttpError(411, "Content-Length: expected a number of octets")
         if int(length) > HTTP_BODY:
             raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
-        return self.rfile.read(int(length))
+        reader: Any = self.rfile
+        return bytes(reader.read(int(length)) if coded is None else reader.chunks(HTTP_BODY))
 
     def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
         fixed = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                  "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
                  "Content-Security-Policy": CALM}
-        if answer.stream:
-            self.close_connection = True
-            fixed["Connection"] = "close"
-        else:
+        self.close_connection |= bool(answer.stream)
+        if not answer.stream:
             fixed["Content-Length"] = str(len(answer.body))
-        if answer.status == 401:
-            fixed["WWW-Authenticate"] = "Bearer"
+        if self.close_connection:
+            fixed["Connection"] = "close"
         for name, value in {**fixed, **answer.headers}.items():
             self.send_header(name, value)
+        if answer.status == 401:
+            self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
+            scripted = self.headers.get("Sec-Fetch-Dest") == "empty" or (
+                self.command == "GET" and self.headers.get("Content-Type") == "application/json")
+            if not scripted and not answer.kind.startswith("text/html"):  # our page asks for the token itself
+                self.send_header("WWW-Authenticate", 'Basic realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
         try:
@@ -9531,43 +9840,128 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 answer.stream.close()
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.server.relay.log.debug("http", client=self.client_address[0], request=format % args)
+        self.server.relay.log.debug("http", client=self.client, request=format % args)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a socket that is bound already, to so many connections at once."""
+    """Serves HTTP on a socket that is bound already, to so many connections at once, and to so many of one client.
+
+    Where there are more, one that has asked nothing for a while loses its place. Some places
+    are kept for health and metrics: a relay that is busy is not to look dead.
+    """
 
     daemon_threads = True
 
-    def __init__(self, sock: socket.socket, relay: Backstage) -> None:
+    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
         super().__init__(("", 0), HttpHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = sock
-        self.relay = relay
-        self.room = threading.Semaphore(HTTP_CONNECTIONS)
+        self.socket, self.relay = sock, relay
+        self.lock = threading.Lock()
+        self.callers: dict[Any, tuple[str, float]] = {}  # connection: client, idle since when (inf: never)
+        self.kept: set[Any] = set()  # connections in the places that are kept
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
+        try:
+            return self.socket.accept()
+        except OSError as e:
+            if e.errno in EXHAUSTED:
+                self.relay.log.error("accept_failed", error=e)
+                time.sleep(0.1)
+            raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self.room.acquire(blocking=False)
+        """Find a place for a connection."""
+        client, now, idle = client_name(self.socket.family, client_address), time.monotonic(), None
+        with self.lock:
+            same = [caller for caller, (name, _) in self.callers.items() if name == client]
+            crowd = same if len(same) >= HTTP_PER_CLIENT else [*self.callers]
+            if len(crowd) >= HTTP_CONNECTIONS or crowd is same:
+                idle = min(crowd, key=lambda caller: self.callers[caller][1])
+                if self.callers[idle][1] > now - HTTP_IDLE:
+                    idle = None
+                    if len(self.callers) >= HTTP_CONNECTIONS + HTTP_KEPT:
+                        return False
+                    self.kept.add(request)
+                else:
+                    del self.callers[idle]
+            self.callers[request] = client, now
+        if idle:
+            with contextlib.suppress(OSError):
+                idle.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def note(self, request: Any, idle_since: float) -> None:
+        """Note since when a connection asks nothing."""
+        with self.lock:
+            if request in self.callers:
+                self.callers[request] = self.callers[request][0], idle_since
+
+    def leave(self, request: Any) -> None:
+        with self.lock:
+            self.callers.pop(request, None)
+            self.kept.discard(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request(request, client_address)
         except RuntimeError as e:
-            self.room.release()
             self.relay.log.warn("no_thread_for_http", error=e)
+            self.leave(request)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.room.release()
+            self.leave(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what the handler did not expect; a client that went away is no news."""
         error = sys.exc_info()[1]
         if error and not isinstance(error, (OSError, PeerGone)):
             self.relay.log.bug("http_bug", error)
+
+
+# -- the webhook --
+
+def run_webhook(d: Delivering) -> None:
+    """POST events to SMTP_WEBHOOK_URL until the relay stops; when more wait than fit, start anew with those to come."""
+    events = d.feed.subscribe(1 << 30)
+    while not d.stopping.is_set():
+        event = events.get()
+        if event is None:
+            events = d.feed.subscribe(1 << 30)
+            if not d.stopping.is_set():
+                d.log.warn("webhook_behind", url=shown_url(d.settings.webhook_url))
+        elif event["type"] in WEBHOOK_KINDS:
+            send_event(d, event)
+
+
+def send_event(d: Delivering, event: dict[str, Any]) -> None:
+    """Send one event, again where need be; RFC 9110 calls 2xx success, and nothing else is: no redirect is followed."""
+    import urllib.request as web
+
+    url = urllib.parse.urlsplit(d.settings.webhook_url)
+    login, _, place = url.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json"}
+    if login:
+        headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+    opener = web.OpenerDirector()
+    for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None), web.HTTPHandler(),
+                    web.HTTPSHandler(), web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
+        opener.add_handler(handler)
+    trouble: Exception | None = None
+    for pause in (0.0, *WEBHOOK_PAUSES):
+        if d.stopping.wait(pause):
+            return
+        try:
+            asked = web.Request(url._replace(netloc=place, fragment="").geturl(), json.dumps(event).encode(), headers)
+            with opener.open(asked, timeout=WEBHOOK_TIME):
+                return
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            trouble = e
+    d.log.error("webhook_failed", url=shown_url(d.settings.webhook_url), id=event["id"], error=trouble)
 
 
 # === 21 RELAY ================================================================
@@ -9586,8 +9980,6 @@ LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
 WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
-WEBHOOK_TIME = 10.0
-WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
 BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
@@ -9610,7 +10002,7 @@ class Delivering:
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web = [HttpServer(sock, Backstage(self)) for sock in http]
+        self.web = [HttpServer(sock, self) for sock in http]
         self.threads: list[threading.Thread] = []
         self.rescans = self.beside = self.deaths = self.seen_announced = 0.0
         self.stopping = threading.Event()
@@ -9629,7 +10021,7 @@ class Delivering:
         self.take_stock()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", Webhook(self.settings.webhook_url, self.feed, self.log, self.stopping).run))
+            jobs.append(("webhook", functools.partial(run_webhook, self)))
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         self.threads = []
@@ -10183,44 +10575,6 @@ class Delivering:
         self.reception.reload()
 
 
-class Webhook:
-    """POSTs events to SMTP_WEBHOOK_URL, one after the other, each tried a few times."""
-
-    KINDS = ("received", "forwarded", "failed")
-
-    def __init__(self, url: str, feed: Feed, log: Log, stopping: threading.Event) -> None:
-        self.url, self.log, self.feed, self.stopping = url, log, feed, stopping
-        self.events = feed.subscribe(1 << 30)
-
-    def run(self) -> None:
-        """Send until the relay stops; when more wait than fit, start anew with those to come."""
-        while not self.stopping.is_set():
-            event = self.events.get()
-            if event is None:
-                self.events = self.feed.subscribe(1 << 30)
-                if not self.stopping.is_set():
-                    self.log.warn("webhook_behind", url=self.url)
-            elif event["type"] in self.KINDS:
-                self.send(event)
-
-    def send(self, event: dict[str, Any]) -> None:
-        """Send one event; RFC 9110 calls 2xx success."""
-        import urllib.request
-
-        trouble: Exception | None = None
-        for pause in (0.0, *WEBHOOK_PAUSES):
-            if self.stopping.wait(pause):
-                return
-            try:
-                request = urllib.request.Request(
-                    self.url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST")
-                with urllib.request.urlopen(request, timeout=WEBHOOK_TIME):
-                    return
-            except (OSError, ValueError, http.client.HTTPException) as e:
-                trouble = e
-        self.log.error("webhook_failed", url=self.url, id=event["id"], error=trouble)
-
-
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue; `reason` says why it is still there."""
     reason = m.history[-1]["detail"] if m.status is Status.HELD and m.history else m.last_error
@@ -10377,163 +10731,6 @@ class Postmaster:
             return self.half.reception.admit(envelope, blocks)
         except Refused as e:
             raise HttpError(503 if e.reply.code < 500 else 400, str(e.reply)) from None
-
-
-
-class Backstage:
-    """What HTTP may ask of a relay."""
-
-    def __init__(self, delivering: Delivering) -> None:
-        self.delivering = delivering
-        self.settings, self.log, self.audit = delivering.settings, delivering.log, delivering.audit
-        self.inbox, self.feed, self.catch_up = delivering.inbox, delivering.feed, delivering.catch_up
-        self.accounts, self.quotas = delivering.reception.accounts, delivering.reception.quotas
-        self.postmaster = delivering.postmaster
-
-    # -- messages --
-
-    def status_of(self, id: str) -> str:
-        """Return a message's status without reading it, where that is known."""
-        try:
-            return self.inbox.load(id).status.value
-        except (KeyError, OSError, SpoolError):
-            return ""
-
-    @property
-    def smart_host(self) -> str:
-        return ", ".join(host_port(*h) for h in self.settings.smart_hosts)
-
-    def submit(self, content: bytes, sender: str, recipients: list[str]) -> str:
-        """Take a message in as if it had come by SMTP; return its id."""
-        if len(content) > self.settings.max_size:
-            raise HttpError(413, f"message is larger than {self.settings.max_size} octets")
-        envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", recipients=recipients)
-        return self.delivering.postmaster.store(envelope, [content])
-
-    def faults(self) -> str:
-        """Return the rules of SMTP_FAULTS as they are now, one a line."""
-        self.delivering.faults.reread()
-        return self.delivering.faults.text
-
-    def change_faults(self, rules: str) -> None:
-        try:
-            self.delivering.faults.change(rules)
-        except ValueError as e:
-            raise HttpError(400, str(e)) from None
-
-    # -- accounts and figures --
-
-    def account_of(self, key: str) -> Account | None:
-        return self.accounts.by_key(key) if key else None
-
-    def users(self) -> list[dict[str, Any]]:
-        """Return the accounts, without their secrets."""
-        return [{"name": a.name, "allowed_domains": list(a.allowed_domains), "quota_daily": a.quota_daily,
-                 "quota_per_minute": a.quota_per_minute, "relay_host": a.relay_host, "has_api_key": bool(a.api_key),
-                 "used_today": self.quotas.today(a.name).get("received", 0)} for a in self.accounts.listed()]
-
-    def save_user(self, name: str, given: Any, new: bool) -> dict[str, Any]:
-        """Make or change an account; what is made here (a key) is shown this once."""
-        if not self.settings.users_file:
-            raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
-        if not isinstance(given, dict):
-            raise HttpError(400, "body: expected an object")
-        if new == (name in [a.name for a in self.accounts.listed()]):
-            raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
-        fields = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
-        if isinstance(fields.get("password"), str) and fields["password"]:
-            fields["password"] = hash_password(fields["password"])
-        else:
-            fields.pop("password", None)
-        if new and "api_key" not in fields:
-            fields["api_key"] = new_api_key()
-        self.change_users({name: fields})
-        return {"name": name, **({"api_key": fields["api_key"]} if "api_key" in fields else {})}
-
-    def remove_user(self, name: str) -> None:
-        if name not in [a.name for a in self.accounts.listed()]:
-            raise HttpError(404, f"account {name!r} not found")
-        self.change_users({name: None})
-
-    def change_users(self, changes: dict[str, dict[str, Any] | None]) -> None:
-        try:
-            change_users(self.settings.users_file, changes, Sealer(self.settings.spool_key))
-        except AccountsError as e:
-            raise HttpError(400, str(e)) from None
-
-    def messages_of(self, user: str, limit: int) -> dict[str, Any]:
-        """Return an account's own messages, newest first."""
-        page = self.inbox.search(Query(((lambda item: item.summary["Username"] == user, True),)), 0, limit)
-        shown = [{"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
-                  "size": i.summary["Size"], "created": i.summary["Created"], "status": self.status_of(i.id)}
-                 for i in page.items]
-        return {"total": page.total, "emails": shown}
-
-    def statistics_of(self, account: Account) -> dict[str, Any]:
-        """Return an account's figures: today's, each day's, and what its quotas leave."""
-        today = self.quotas.today(account.name)
-        left = max(0, account.quota_daily - today.get("received", 0)) if account.quota_daily else None
-        return {"account": account.name, "today": today, "days": self.quotas.days(account.name),
-                "quota_daily": account.quota_daily, "quota_per_minute": account.quota_per_minute, "left_today": left}
-
-    def statistics(self) -> dict[str, Any]:
-        """Return figures by hour of the last day, by day, and by account."""
-        now, hours = int(time.time() // 3600), self.delivering.hours
-        days = self.quotas.days()
-        names = {"received": "received", "forwarded": "sent", "failed": "failed"}
-        return {
-            "hours": [{"at": iso_time(h * 3600), "received": hours[h, "received"], "forwarded": hours[h, "forwarded"],
-                       "deferred": hours[h, "retrying"], "failed": hours[h, "failed"]}
-                      for h in range(now - 23, now + 1)],
-            "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
-            "accounts": [{"name": a.name, **{k: self.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
-                         for a in self.accounts.listed()],
-            "totals": {k: int(self.delivering.metrics.get(f"smtp_messages_{v}_total"))
-                       for k, v in (("received", "received"), ("forwarded", "delivered"), ("failed", "failed"))}}
-
-    def info(self) -> dict[str, Any]:
-        """Return what Mailpit's clients and the page want to know."""
-        m = self.measured()
-        stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
-                 "SMTPAccepted": int(m.get("smtp_messages_received_total")),
-                 "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
-        return {**info_json(self.inbox, __version__, self.settings.spool, **stats),
-                "SMTPPort": self.delivering.port, "Delivery": self.settings.delivery, "RelayHost": self.smart_host}
-
-    # -- health --
-
-    def health(self) -> dict[str, str]:
-        """Return each part and "ok", or what is wrong with it."""
-        return {"listeners": self.listener_trouble() or "ok", "workers": self.worker_trouble() or "ok",
-                "spool": self.spool_trouble() or "ok", "accounts": self.delivering.reception.trouble() or "ok"}
-
-    def listener_trouble(self) -> str:
-        ages = [time.monotonic() - beat for beat in self.delivering.metrics.each("alive") if beat]
-        return "" if ages and max(ages) < 5 else "no sign of life from the listeners"
-
-    def worker_trouble(self) -> str:
-        dead = [t.name for t in self.delivering.threads if t.name.startswith("worker") and not t.is_alive()]
-        return f"dead: {', '.join(dead)}" if dead else ""
-
-    def spool_trouble(self) -> str:
-        try:
-            self.delivering.spool.probe()
-            short = self.delivering.spool.free() < self.settings.spool_min_free
-        except OSError as e:
-            return f"cannot write: {e.strerror}"
-        return "less free space than SMTP_SPOOL_MIN_FREE" if short else ""
-
-    def measured(self) -> Metrics:
-        """Return the counters with the gauges that are read on demand brought up to date."""
-        m, d = self.delivering.metrics, self.delivering
-        oldest = d.scheduler.oldest()
-        m.set("smtp_queue_oldest_age_seconds", max(0.0, time.time() - id_micros(oldest[11:]) / 1e6) if oldest else 0)
-        m.set("smtp_messages_held", len(d.held))
-        m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
-        m.set("smtp_build_info", 1, __version__)
-        with contextlib.suppress(OSError):
-            m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
-        return m
 
 
 DELIVERING_ROW, RECEIVING_ROW = 0, 1  # who writes which row of the counters; a row for each of SMTP_PROCESSES
@@ -11013,12 +11210,8 @@ class Relay:
         after that sequence number (`relay.sequence` before the mail is sent). TimeoutError, which tells what did
         arrive, when there is none within `timeout` seconds.
         """
-        def is_meant(item: Item) -> bool:
-            s = item.summary
-            return (is_named(to, [*s["To"], *s["Cc"], *s["Bcc"]]) and is_named(from_, [s["From"]])
-                    and subject.lower() in s["Subject"].lower())
-
-        item = self.delivering.inbox.wait(Query(((is_meant, True),)), after.sequence if after else since, timeout)
+        query = Query(((functools.partial(is_meant, to, subject, from_), True),))
+        item = self.delivering.inbox.wait(query, after.sequence if after else since, timeout)
         if not item:
             asked = {"to": to, "subject": subject, "from_": from_}
             wanted = " ".join(f"{k}={v!r}" for k, v in asked.items() if v) or "any"
@@ -11048,12 +11241,6 @@ class Relay:
         if message and postmaster.load(message.id).status is not Status.HELD:
             return 0
         return postmaster.retry(message.id if message else "held")
-
-
-def is_named(who: str, people: Iterable[Mapping[str, str]]) -> bool:
-    """Tell whether someone is among people; a part of an address will do where it has no @."""
-    who, addresses = who.lower(), [person["Address"].lower() for person in people]
-    return who in addresses if "@" in who else not who or any(who in address for address in addresses)
 
 
 def start(**settings: object) -> Relay:
@@ -12104,7 +12291,8 @@ def check(settings: Settings, arguments: Arguments) -> int:
     if arguments.print:
         for name, f in FIELDS.items():
             value = getattr(settings, f.name)
-            print(f"{name}={'***' if f.metadata['secret'] and value else setting_text(value)}")
+            shown = shown_url(value) if name == "SMTP_WEBHOOK_URL" else setting_text(value)
+            print(f"{name}={'***' if f.metadata['secret'] and value else shown}")
     else:
         print("settings are fine")
     return 0
