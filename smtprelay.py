@@ -40,9 +40,9 @@ Contents:
     18 INBOX         reading mail: MIME, search, waiting, links and codes
     19 PAGE          the inbox and queue page, one document
     20 HTTP          health, metrics, the mail API, and its guards
-    21 RELAY         joins the parts: workers, processes, start and stop
-    22 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
-    23 SENDMAIL      the command of that name
+    21 SENDMAIL      the command of that name
+    22 RELAY         joins the parts: workers, processes, start and stop
+    23 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
     24 DOCTOR        what stands between this machine and the next hop
     25 COMMAND LINE  one function for each verb
 """
@@ -108,6 +108,7 @@ import logging.handlers
 import math
 import mimetypes
 import mmap
+import pwd
 import queue
 import random
 import re
@@ -9964,7 +9965,447 @@ def send_event(d: Delivering, event: dict[str, Any]) -> None:
     d.log.error("webhook_failed", url=shown_url(d.settings.webhook_url), id=event["id"], error=trouble)
 
 
-# === 21 RELAY ================================================================
+# === 21 SENDMAIL =============================================================
+#
+# sendmail's command, for programs that know no other way to send: cron, PHP,
+# mutt, git send-email, s-nail. There are two ways. LAUNCHER is what stands in
+# sendmail's place on a machine where the relay is installed: it costs no time, and
+# hands what it was given to SubmitServer in the delivering half, where the caller is
+# who the kernel says. Where no relay answers, the whole program does the errand: by
+# SMTP to the relay after all, else into the spool, by the same rules. A relay that
+# starts later finds it there; one that runs is told through the file ARRIVED.
+#
+# Exit status 75 means that the message was not taken and may be tried again.
+
+SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
+# A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
+ALONE, ATTACHED, TAKEN = "cEGIiJkmnstUvxY", "AbdeqQT", "BCDFLMNORVXfhopr"
+SENDMAIL_MODES = {"m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", **dict.fromkeys("ihHv", "nothing")}
+SENDMAIL_HELP = """\
+usage: smtprelay.py sendmail [-i] [-t] [-f SENDER] [-F NAME] [RECIPIENT ...] < message
+
+  -t         take recipients from To, Cc and Bcc     -bs  speak SMTP on standard input and output
+  -i         a line of one dot does not end it       -bp  list the queue (as mailq)
+  -f SENDER  the envelope sender                     -q   try all that is owed now
+  -F NAME    the sender's full name                  other flags of sendmail are taken, and mean nothing"""
+
+SUBMIT_SOCKET = "/run/smtprelay/submit.sock"
+SUBMIT_CALLERS, SUBMIT_WORDS = 20, MIB
+# To the relay: eight hexadecimal digits, so many octets of arguments, a NUL behind each; where it says ">", the
+# message in such blocks, the last one empty. From it: the exit status, a line end, and what is to be said.
+LAUNCHER = """\
+#!/usr/bin/python3 -IS
+# sendmail, mailq and newaliases: what is asked of them the running relay does, else the whole program.
+import os, sys, _socket  # socket itself takes as long to load as all the rest
+
+SOCKET, PROGRAM = "/run/smtprelay/submit.sock", "/usr/local/bin/smtprelay"
+words = {"mailq": ["-bp"], "newaliases": ["-bi"]}.get(os.path.basename(sys.argv[0]), []) + sys.argv[1:]
+given, answer, letter = b"".join(os.fsencode(word) + b"\\0" for word in words), b"", -1
+stdin = iter(lambda: os.read(0, 65536), b"")
+try:
+    relay = _socket.socket(_socket.AF_UNIX)
+    relay.settimeout(60)
+    relay.connect(SOCKET)
+    relay.sendall(b"%08x" % len(given) + given)
+    answer = relay.recv(1)
+    if answer == b">":
+        answer, letter = b"", os.memfd_create("letter")
+        try:
+            for block in stdin:
+                os.write(letter, block)
+                relay.sendall(b"%08x" % len(block) + block)
+            relay.sendall(b"00000000")
+        except BrokenPipeError:
+            pass  # it has heard enough, and says why
+        relay.settimeout(600)
+    for block in iter(lambda: relay.recv(65536), b""):
+        answer += block
+except OSError:
+    pass
+status, told, text = answer.partition(b"\\n")
+if told:
+    os.write(1 if status == b"0" else 2, text)
+    sys.exit(int(status))
+if letter >= 0:  # the relay has died: the program gets what has been read, and the rest
+    for block in stdin:
+        os.write(letter, block)
+    os.lseek(letter, 0, 0)
+    os.dup2(letter, 0)
+os.execv(PROGRAM, [PROGRAM, "sendmail", *words])
+"""
+
+
+@dataclass
+class Errand:
+    """What sendmail was asked to do."""
+
+    mode: str = "deliver"
+    sender: str | None = None
+    name: str = ""
+    dot_ends: bool = True
+    from_headers: bool = False
+    notify: str = ""  # RFC 3461, as are the next
+    ret: str = ""
+    recipients: list[str] = field(default_factory=list)
+
+
+def read_errand(words: Sequence[str]) -> Errand:
+    """Read sendmail's command line; ValueError says what is wrong with it. What means nothing here is taken, too."""
+    import getopt
+
+    errand = Errand()
+    words = [word + "-" * bool(re.fullmatch(f"-[{ALONE}]*[{ATTACHED}]", word)) for word in words]
+    try:
+        flags, errand.recipients = getopt.gnu_getopt(words, ALONE + re.sub("(.)", r"\1:", ATTACHED + TAKEN))
+    except getopt.GetoptError as e:
+        raise ValueError(str(e)) from None
+    for flag, value in flags:
+        if flag in ("-f", "-r"):
+            errand.sender = value
+        elif flag == "-F":
+            errand.name = value
+        elif flag == "-t":
+            errand.from_headers = True
+        elif flag == "-N" and is_notify(value):
+            errand.notify = value.upper()
+        elif flag == "-R" and is_ret(value):
+            errand.ret = value.upper()
+        elif flag == "-i" or re.match("-oi|-O(?i:ignoredots)", flag + value):
+            errand.dot_ends = False
+        elif flag in ("-I", "-q"):
+            errand.mode = "flush" if flag == "-q" else "nothing"
+        elif flag == "-b":
+            if value not in SENDMAIL_MODES:
+                hint = "; see the command serve" if value in ("d", "D") else ""
+                raise ValueError(f"-b{value.rstrip('-')} is not done here{hint}")
+            errand.mode = SENDMAIL_MODES[value]
+    for given in (errand.sender or "", errand.name, *errand.recipients):
+        if re.search("[\r\n\0]", given):  # it would be a command, or a header field, of the caller's own
+            raise ValueError(f"{given!r} has a line end or a NUL")
+    return errand
+
+
+def split_header(raw: bytes, dot_ends: bool) -> tuple[list[tuple[str, bytes]], list[bytes]]:
+    """Split what a program wrote into header fields, each with its name in lower case, and the body's lines."""
+    lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    if dot_ends and b"." in lines:
+        lines = lines[:lines.index(b".")]
+    elif not lines[-1]:
+        del lines[-1]
+    fields: list[tuple[str, bytes]] = []
+    for i, line in enumerate(lines):
+        name = re.match(rb"([!-9;-~]+)[ \t]*:", line)
+        if line[:1] in (b" ", b"\t") and fields and line.strip():
+            fields[-1] = (fields[-1][0], fields[-1][1] + b"\r\n" + line)
+        elif name:
+            fields.append((name[1].decode().lower(), line))
+        elif i or not re.match(b">?From ", line):  # an mbox line at the top is no field, and no body
+            return fields, lines[i + (not line):]
+    return fields, []
+
+
+def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[Envelope, bytes]:
+    """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody.
+
+    A name alone, as cron's, is one of this machine's: so it stands in the envelope, and in From, To and Cc.
+    """
+    def people(text: str) -> list[tuple[str, str]]:
+        return [(name, address if "@" in address else f"{address}@{hostname}")
+                for name, address in email.utils.getaddresses([" ".join(text.split())]) if address]
+
+    fields, body = split_header(raw, errand.dot_ends)
+    given = me if errand.sender is None else errand.sender.strip(" <>") and errand.sender
+    author, sender = next(iter(people(given)), ("", ""))
+    if given and not sender:
+        raise ValueError(f"{given!r} is no address")
+    resent = "resent-" * any(name in ("resent-to", "resent-cc", "resent-bcc") for name, _ in fields)
+    wanted, kept = list(errand.recipients), []
+    for name, line in fields:
+        text = line.partition(b":")[2].decode("utf-8", "surrogateescape")
+        if errand.from_headers and name in (resent + "to", resent + "cc", resent + "bcc"):
+            wanted.append(text)
+        if name in ("from", "to", "cc") and any(a and "@" not in a for _, a in email.utils.getaddresses([text])):
+            complete = ",\r\n\t".join(write_mailbox(*person) for person in people(text))
+            line = line.partition(b":")[0] + b": " + complete.encode("utf-8", "surrogateescape")
+        if name not in ("bcc", "resent-bcc"):
+            kept.append(line)
+    recipients = list(dict.fromkeys(address for text in wanted for _, address in people(text)))
+    if not recipients:
+        raise ValueError("nobody is named to send to")
+    added = {"From": write_mailbox(errand.name or author, sender or f"{me}@{hostname}"),
+             "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
+    kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
+             for name, value in added.items() if name.lower() not in dict(fields)]
+    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    flags = ("8BITMIME",) * (not content.isascii())
+    flags += ("SMTPUTF8",) * (not all(address.isascii() for address in (sender, *recipients)))
+    notify = dict.fromkeys(recipients, errand.notify)
+    return Envelope(sender, "local", me, "local", "", flags, recipients, errand.ret, "", notify), content
+
+
+def write_mailbox(name: str, address: str) -> str:
+    """Return a name and an address as they stand in a header; a name beyond ASCII as an encoded word."""
+    if not name.isascii():
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        name = email.header.Header(name, "utf-8").encode(linesep="\r\n")
+    elif re.search(r'[][()<>@,:;.\\"]', name) and "=?" not in name:
+        name = f'"{email.utils.quote(name)}"'
+    return f"{name} <{address}>" if name else address
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name in this machine, as an address can have it."""
+    try:
+        return re.sub(r"[^\w.+-]", "_", pwd.getpwuid(uid).pw_name)
+    except KeyError:  # a user without a name, as containers have them
+        return f"user{uid}"
+
+
+def relay_socket(settings: Settings) -> socket.socket:
+    """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
+    address = settings.port[0]
+    if address.path:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(settings.relay_timeout)
+        sock.connect(address.path)
+        return sock
+    return socket.create_connection((reachable(address.host), address.port), settings.relay_timeout)
+
+
+def reachable(host: str) -> str:
+    """Return where to find what listens on every interface."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def own_reception(settings: Settings) -> Reception:
+    """Return a way into the spool without a relay; OSError or SettingsError when there is none.
+
+    Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
+    """
+    path = os.path.abspath(settings.spool)
+    if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
+        raise FileNotFoundError(errno.ENOENT, "no spool", path)
+    os.makedirs(path, 0o700, exist_ok=True)
+    owner = os.stat(path)
+    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read it
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write", path)
+    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False,
+                                    auth_required=False, tls_required=False, rate_limit=0, audit_log="",
+                                    debug=False, faults="")
+    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
+    log, arrived = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), os.path.join(path, ARRIVED)
+
+    def announce(stem: str, owed: bool) -> bool:
+        with contextlib.suppress(OSError):
+            write_file(arrived, b"")
+        return True
+
+    return Reception(open_door, FileSpool(open_door, log), Metrics(), log, announce, Accounts(open_door, log), None,
+                     Quotas("", log), Faults(""))
+
+
+def admit_letter(envelope: Envelope, content: bytes, reception: Reception) -> dict[str, str]:
+    """Put a message into the spool, in portions; return the replies to those recipients that were refused."""
+    refused = {}
+    for address in envelope.recipients:
+        try:
+            parse_path(f"<{address}>")
+        except ValueError as e:
+            refused[address] = f"{BAD_RECIPIENT}: {e}"
+    good, most = [a for a in envelope.recipients if a not in refused], reception.settings.max_recipients
+    for i in range(0, len(good), most):
+        try:
+            reception.admit(dataclasses.replace(envelope, recipients=good[i:i + most]), [content])
+        except (Refused, OSError) as e:
+            refused.update(dict.fromkeys(good[i:i + most], str(e.reply if isinstance(e, Refused) else INTERNAL)))
+    return refused
+
+
+def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings: Settings) -> dict[str, str]:
+    """Send a message to the relay by SMTP; return the replies to those recipients that it refused.
+
+    OSError, of which smtplib's exceptions are, says that it was not sent at all.
+    """
+    smtp = smtplib.SMTP(local_hostname=settings.hostname)
+    smtp.sock, smtp.command_encoding = sock, "utf-8"
+    sock.settimeout(settings.relay_reply_timeout)
+    reply = smtp.getreply()
+    if reply[0] != 220:
+        raise smtplib.SMTPConnectError(*reply)
+    smtp.ehlo()
+    if settings.auth_user and smtp.has_extn("auth"):
+        smtp.login(settings.auth_user, settings.auth_password)
+    parameters = f" SIZE={len(content)}" + f" RET={envelope.ret}" * bool(envelope.ret)
+    parameters += " BODY=8BITMIME" * ("8BITMIME" in envelope.flags) + " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
+    replies: dict[str, tuple[int, bytes]] = {}
+    todo = envelope.recipients
+    while todo:  # again where it took a portion (RFC 5321 4.5.3.1.10)
+        reply = smtp.docmd(f"MAIL FROM:<{envelope.reverse_path}>{parameters}")
+        if reply[0] in (421, 530, 538):
+            raise smtplib.SMTPSenderRefused(*reply, envelope.reverse_path)
+        for address in todo:
+            notify = f" NOTIFY={envelope.notify[address]}" * bool(envelope.notify[address])
+            replies[address] = smtp.docmd(f"RCPT TO:<{address}>{notify}") if reply[0] < 300 else reply
+        taken = [address for address in todo if replies[address][0] < 300]
+        if taken:
+            try:
+                reply = smtp.data(content)
+            except smtplib.SMTPDataError as e:
+                reply = e.smtp_code, cast(bytes, e.smtp_error)
+            except smtplib.SMTPServerDisconnected:
+                reply = 451, b"no answer to the content: it may have been taken"
+            replies.update(dict.fromkeys(taken, reply))
+        todo = [address for address in todo if replies[address][0] == 452] if taken and reply[0] < 300 else []
+    with contextlib.suppress(OSError):
+        smtp.quit()
+    return {a: f"{code} {text.decode('utf-8', 'replace')}" for a, (code, text) in replies.items() if code >= 300}
+
+
+def verdict(refused: Mapping[str, str]) -> int:
+    """Return the exit status for what the recipients' replies say."""
+    return EX_TEMPFAIL if any(reply[0] == "4" for reply in refused.values()) else EX_UNAVAILABLE if refused else 0
+
+
+def complain(*lines: str) -> None:
+    for line in lines:
+        print(f"smtprelay: {line}", file=sys.stderr)
+
+
+def send(envelope: Envelope, content: bytes, settings: Settings) -> int:
+    """Hand a message over, to the relay or into the spool, and report; return the exit status."""
+    try:
+        refused = hand_over(envelope, content, relay_socket(settings), settings)
+    except OSError as e:
+        try:
+            refused = admit_letter(envelope, content, own_reception(settings))
+        except (OSError, SettingsError) as why:
+            complain(f"cannot take the message now: relay: {e}; spool: {why}")
+            return EX_TEMPFAIL
+    complain(*(f"{address}: {reply}" for address, reply in refused.items()))
+    return verdict(refused)
+
+
+def speak_smtp(settings: Settings) -> int:
+    """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
+    try:
+        sock = relay_socket(settings)
+    except OSError:
+        try:
+            reception = own_reception(settings)
+        except (OSError, SettingsError) as e:
+            complain(f"no relay answers, and there is no spool to be had: {e}")
+            return EX_TEMPFAIL
+        sock, theirs = socket.socketpair()
+
+        def hold_session() -> None:
+            with theirs:
+                Session(reception, theirs, "local").run()
+
+        threading.Thread(target=hold_session, daemon=True).start()
+    sock.settimeout(None)
+    os.write(1, sock.recv(4096))  # nothing may be said before the greeting
+
+    def pass_on() -> None:
+        with contextlib.suppress(OSError):
+            for block in iter(lambda: os.read(0, 64 * KIB), b""):
+                sock.sendall(block)
+            sock.shutdown(socket.SHUT_WR)
+
+    threading.Thread(target=pass_on, daemon=True).start()
+    for block in iter(lambda: sock.recv(64 * KIB), b""):
+        write_all(1, block)
+    return 0
+
+
+def mailq(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the queue as mailq prints it: monitoring looks for the words of the last line."""
+    lines = []
+    for row in rows:
+        sender = row["reverse_path"] or "MAILER-DAEMON"
+        lines.append(f"{row['id']} {row['size']:>8} {row['received_at'][:19]}  {row['status']:<10} {sender}")
+        lines += [f"    ({row['reason']})"] * bool(row["reason"])
+        lines += [f"    {address}" for address in row["recipients"]]
+    total = f"-- {-(-sum(row['size'] for row in rows) // KIB)} Kbytes in {len(rows)} Request{'s' * (len(rows) != 1)}."
+    return "\n".join([*lines, total if rows else "Mail queue is empty"]) + "\n"
+
+
+class SubmitServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Does sendmail's errands for so many launchers at once; one more is hung up on, and does it by itself."""
+
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, reception: Reception, postmaster: Postmaster) -> None:
+        super().__init__("", SubmitHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.reception, self.postmaster = sock, reception, postmaster
+        self.room = threading.Semaphore(SUBMIT_CALLERS)
+
+
+class SubmitHandler(socketserver.BaseRequestHandler):
+    """One launcher: what it was asked to do, the message where one is wanted, and how it went."""
+
+    server: SubmitServer
+
+    def handle(self) -> None:
+        if not self.server.room.acquire(blocking=False):
+            return
+        sock, log, timeout = self.request, self.server.reception.log, self.server.reception.settings.command_timeout
+        try:
+            begun = Deadline(timeout)
+            words = self.read(min(int(self.read(8, begun), 16), SUBMIT_WORDS), begun).decode("utf-8", "surrogateescape")
+            done = self.run(words.split("\0")[:-1])
+            shut(sock, socket.SHUT_RD)  # who is still writing learns it
+            sock.settimeout(timeout)
+            sock.sendall("{}\n{}".format(*done).encode("utf-8", "surrogateescape"))
+        except (OSError, NotImplementedError) as e:  # it hears nothing, and does it by itself
+            log.debug("submit_failed", error=e)
+        except Exception as e:
+            log.bug("submit_bug", e)
+        finally:
+            self.server.room.release()
+
+    def run(self, words: Sequence[str]) -> tuple[int, str]:
+        """Do an errand; return the exit status and what is to be said."""
+        reception, settings = self.server.reception, self.server.reception.settings
+        try:
+            errand = read_errand(words)
+            if errand.mode == "smtp":
+                raise NotImplementedError("a dialogue is for the whole program")
+            if errand.mode == "queue":
+                queue = self.server.postmaster.queue(1000)
+                return 0, mailq([*queue["messages"], *queue["held"]])
+            if errand.mode == "flush":
+                self.server.postmaster.retry("all")
+            if errand.mode != "deliver":
+                return 0, ""
+            _, uid, _ = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            self.request.sendall(b">")
+            deadline, raw = Deadline(settings.data_timeout), b""
+            while more := int(self.read(8, deadline), 16):
+                if len(raw) + more > settings.max_size:
+                    return EX_UNAVAILABLE, f"sendmail: {TOO_BIG}\n"
+                raw += self.read(more, deadline)
+            refused = admit_letter(*write_letter(raw, errand, user_name(uid), settings.hostname), reception)
+        except ValueError as e:
+            return EX_USAGE, f"sendmail: {e}\n"
+        return verdict(refused), "".join(f"{address}: {reply}\n" for address, reply in refused.items())
+
+    def read(self, size: int, deadline: Deadline) -> bytes:
+        """Read so many octets; ConnectionError where there are less: half a message is none."""
+        data = bytearray()
+        while len(data) < size:
+            self.request.settimeout(deadline.left())
+            block = self.request.recv(min(64 * KIB, size - len(data)))
+            if not block:
+                raise ConnectionAbortedError("the caller has gone")
+            data += block
+        return bytes(data)
+
+
+# === 22 RELAY ================================================================
 #
 # Joins the parts. Delivering is the delivering half: it takes in the stems that
 # the Link brings and those it finds in the spool, and its workers move messages
@@ -9989,7 +10430,7 @@ class Delivering:
 
     def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
                  reception: Reception, pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (),
-                 own: Sequence[int] = ()) -> None:
+                 own: Sequence[int] = (), submit: Sequence[socket.socket] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
         self.look_at = time.monotonic() + LOOK_EVERY
@@ -10002,7 +10443,8 @@ class Delivering:
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web = [HttpServer(sock, self) for sock in http]
+        self.web: list[socketserver.TCPServer] = [HttpServer(sock, self) for sock in http]
+        self.web += [SubmitServer(sock, reception, self.postmaster) for sock in submit]
         self.threads: list[threading.Thread] = []
         self.rescans = self.beside = self.deaths = self.seen_announced = 0.0
         self.stopping = threading.Event()
@@ -10751,6 +11193,7 @@ class Parts:
         self.pair = (settings.tls_cert, settings.tls_key)
         self.port = 0  # the first of SMTP's TCP ports
         self.http: list[socket.socket] = []
+        self.submit: list[socket.socket] = []  # sendmail's launchers
         self.own: list[int] = []
 
     def open(self, inherit: bool = True) -> None:
@@ -10765,6 +11208,7 @@ class Parts:
             self.smtp = inherit and inherited_sockets("smtp") or bind_all("SMTP_PORT", s.port, log)
             self.smtps = inherit and inherited_sockets("smtps") or bind_all("SMTP_SMTPS_PORT", s.smtps_port, log)
             self.http = inherit and inherited_sockets("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
+            self.submit = inherited_sockets("submit") if inherit else []
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             names = [sock.getsockname() for sock in self.smtp]
             self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
@@ -10784,7 +11228,7 @@ class Parts:
         return Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
 
     def close(self) -> None:
-        close_all([*self.smtp, *self.smtps, *self.http])
+        close_all([*self.smtp, *self.smtps, *self.http, *self.submit])
         for address in (*self.settings.port, *self.settings.smtps_port):
             if address.path:
                 with contextlib.suppress(OSError):
@@ -10860,7 +11304,7 @@ class Parts:
     def delivering(self) -> Delivering:
         metrics = self.metrics.row(DELIVERING_ROW)
         delivering = Delivering(self.settings, self.spool, metrics, self.log, self.link, self.reception("d", metrics),
-                                self.pair, self.http, self.own)
+                                self.pair, self.http, self.own, self.submit)
         delivering.port = self.port
         return delivering
 
@@ -10872,7 +11316,7 @@ def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     found = []
     for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
-        given = names[i] if i < len(names) and names[i] in ("http", "smtps") else "smtp"
+        given = names[i] if i < len(names) and names[i] in ("http", "smtps", "submit") else "smtp"
         if given == name:
             found.append(socket.socket(fileno=first + i))
     return found
@@ -10987,7 +11431,7 @@ class Supervisor:
         if role != "deliver":
             number = int(role.split()[1])
             self.parts.metrics.clear_row(RECEIVING_ROW + number)
-            close_all(self.parts.http)
+            close_all([*self.parts.http, *self.parts.submit])
             half: Receiving | Delivering = self.parts.receiving(number)
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
@@ -11017,7 +11461,7 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
                 half.flush()
 
 
-# === 22 LIBRARY ==============================================================
+# === 23 LIBRARY ==============================================================
 #
 # The relay in the hands of a test: `start()`, the Relay that it returns, and two
 # fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
@@ -11315,320 +11759,6 @@ if pytest:
     smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
     smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
     pytest_configure = configure_pytest
-
-
-# === 23 SENDMAIL =============================================================
-#
-# sendmail's command, for programs that know no other way to send: cron, PHP,
-# mutt, git send-email, s-nail. SENDMAIL_FLAGS is every flag that they use. The
-# message is completed, then handed over by SMTP: to the relay where it runs, else
-# to a Session of our own over a pair of sockets, which puts it into the spool by
-# the same rules. A relay that starts later finds it; one that runs, but could not
-# be spoken to, is told through the file ARRIVED in the spool's directory.
-#
-# Exit status 75 means that the message was not taken and may be tried again.
-
-SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
-# A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
-ALONE, ATTACHED, TAKEN = "alone", "attached", "taken"
-SENDMAIL_FLAGS = {
-    **dict.fromkeys("GIimnstUv", ALONE),
-    **dict.fromkeys("Abdeq", ATTACHED),
-    **dict.fromkeys("BCDFLMNORVXfhopr", TAKEN),
-}
-SENDMAIL_MODES = {
-    "m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", "i": "nothing", "h": "nothing", "H": "nothing",
-    "v": "deliver", "d": "", "D": "", "t": "", "z": "",
-}
-BLIND = (b"bcc", b"resent-bcc")
-SENDMAIL_HELP = """\
-usage: smtprelay.py sendmail [-i] [-t] [-f SENDER] [-F NAME] [RECIPIENT ...] < message
-
-  -t         take recipients from To, Cc and Bcc     -bs  speak SMTP on standard input and output
-  -i         a line of one dot does not end it       -bp  list the queue (as mailq)
-  -f SENDER  the envelope sender                     -q   try all that is owed now
-  -F NAME    the sender's full name                  other flags of sendmail are taken, and mean nothing"""
-
-
-@dataclass
-class Errand:
-    """What sendmail was asked to do."""
-
-    mode: str = "deliver"
-    sender: str | None = None
-    name: str = ""
-    dot_ends: bool = True
-    from_headers: bool = False
-    notify: str = ""  # RFC 3461, as are the next
-    ret: str = ""
-    recipients: list[str] = field(default_factory=list)
-
-
-def read_errand(words: Sequence[str]) -> Errand:
-    """Read sendmail's command line; ValueError says what is wrong with it."""
-    errand, left = Errand(), collections.deque(words)
-    while left:
-        word = left.popleft()
-        if word == "--":
-            errand.recipients += left
-            break
-        if not word.startswith("-") or word == "-":
-            errand.recipients.append(word)
-            continue
-        letters = word[1:]
-        while letters:
-            letter, letters = letters[0], letters[1:]
-            kind = SENDMAIL_FLAGS.get(letter)
-            if kind is None:
-                raise ValueError(f"unknown flag -{letter}")
-            value = ""
-            if kind != ALONE:
-                value, letters = letters, ""
-                if kind == TAKEN and not value:
-                    if not left:
-                        raise ValueError(f"-{letter} needs a value")
-                    value = left.popleft()
-            heed_flag(errand, letter, value)
-    for given in (errand.sender or "", errand.name, *errand.recipients):
-        if re.search("[\r\n\0]", given):  # it would be a command, or a header field, of the caller's own
-            raise ValueError(f"{given!r} has a line end or a NUL")
-    return errand
-
-
-def heed_flag(errand: Errand, letter: str, value: str) -> None:
-    """Enter one flag; those that change nothing here are accepted in silence."""
-    if letter in "fr":
-        errand.sender = value.strip("<>")
-    elif letter == "F":
-        errand.name = value
-    elif letter == "t":
-        errand.from_headers = True
-    elif letter == "N" and re.fullmatch("(?i)never|(success|failure|delay)(,(success|failure|delay))*", value):
-        errand.notify = value.upper()
-    elif letter == "R" and value.upper() in ("HDRS", "FULL"):
-        errand.ret = value.upper()
-    elif letter == "i" or (letter + value).startswith("oi") or (letter + value.lower()).startswith("Oignoredots"):
-        errand.dot_ends = False
-    elif letter == "I":
-        errand.mode = "nothing"
-    elif letter == "q":
-        errand.mode = "flush"
-    elif letter == "b":
-        errand.mode = SENDMAIL_MODES.get(value, "")
-        if not errand.mode:
-            raise ValueError(f"-b{value} is not done here" + ("; see the command serve" if value in ("d", "D") else ""))
-
-
-class Letter(NamedTuple):
-    """A message that is ready to be sent."""
-
-    sender: str
-    recipients: list[str]
-    content: bytes
-    notify: str = ""
-    ret: str = ""
-
-    def record(self) -> Message:
-        """Return the record that a NextHop sends from."""
-        flags: tuple[str, ...] = () if self.content.isascii() else ("8BITMIME",)
-        flags += () if all(a.isascii() for a in (self.sender, *self.recipients)) else ("SMTPUTF8",)
-        people = [Recipient(address, notify=self.notify) for address in self.recipients]
-        return Message("", Status.RECEIVED, "", self.sender, people, len(self.content), flags=flags, ret=self.ret)
-
-
-def read_lines(raw: bytes, dot_ends: bool) -> list[bytes]:
-    """Split what a program wrote into lines, up to a lone dot where that ends it."""
-    lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    if dot_ends and b"." in lines:
-        return lines[:lines.index(b".")]
-    return lines[:-1] if lines[-1] == b"" else lines
-
-
-def split_header(lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Split lines into header fields, each with its continuation, and the body."""
-    fields: list[bytes] = []
-    for i, line in enumerate(lines):
-        if line[:1] in (b" ", b"\t") and fields and line.strip():
-            fields[-1] += b"\r\n" + line
-        elif FIELD_NAME.match(line):
-            fields.append(line)
-        elif i or not line.startswith(b"From "):  # an mbox line at the top is no field, and no body
-            return fields, lines[i + (not line):]
-    return fields, []
-
-
-def write_letter(raw: bytes, errand: Errand, hostname: str) -> Letter:
-    """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody."""
-    fields, body = split_header(read_lines(raw, errand.dot_ends))
-    names = [field.partition(b":")[0].strip().lower() for field in fields]
-    me = qualified(login_name(), hostname)
-    sender = me if errand.sender is None else qualified(errand.sender, hostname)
-    wanted = list(errand.recipients)
-    if errand.from_headers:
-        resent = any(name in (b"resent-to", b"resent-cc", b"resent-bcc") for name in names)
-        asked = [b"resent-" * resent + name for name in (b"to", b"cc", b"bcc")]
-        wanted += [field.partition(b":")[2].decode("utf-8", "surrogateescape")
-                   for field, name in zip(fields, names) if name in asked]
-    found = [a for _, a in email.utils.getaddresses([" ".join(w.split()) for w in wanted]) if a]
-    recipients = list(dict.fromkeys(qualified(a, hostname) for a in found))
-    if not recipients:
-        raise ValueError("nobody is named to send to")
-    kept = [field for field, name in zip(fields, names) if name not in BLIND]
-    added = {"From": email.utils.formataddr((errand.name, sender or me)),
-             "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
-    kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
-             for name, value in added.items() if name.lower().encode() not in names]
-    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
-    return Letter(sender, recipients, content, errand.notify, errand.ret)
-
-
-def qualified(address: str, hostname: str) -> str:
-    """Give an address that is a user's name alone this machine's domain."""
-    return f"{address}@{hostname}" if address and "@" not in address else address
-
-
-def login_name() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as containers have them
-        return f"user{os.getuid()}"
-
-
-def relay_socket(settings: Settings) -> socket.socket:
-    """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
-    address = settings.port[0]
-    if address.path:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(settings.relay_timeout)
-        sock.connect(address.path)
-        return sock
-    return socket.create_connection((reachable(address.host), address.port), settings.relay_timeout)
-
-
-def reachable(host: str) -> str:
-    """Return where to find what listens on every interface."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def spool_socket(settings: Settings) -> socket.socket:
-    """Return a connection to a session of our own, which spools what it is given; OSError when there is no spool.
-
-    Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
-    """
-    path = os.path.abspath(settings.spool)
-    if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
-        raise FileNotFoundError(errno.ENOENT, "no spool", path)
-    os.makedirs(path, 0o700, exist_ok=True)
-    owner = os.stat(path)
-    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read it
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "no permission to write", path)
-    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False,
-                                    auth_required=False, tls_required=False, rate_limit=0, audit_log="",
-                                    debug=False, faults="")
-    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
-    log, metrics = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), Metrics()
-    reception = Reception(open_door, FileSpool(open_door, log), metrics, log, Link().announce,
-                          Accounts(open_door, log), None, Quotas("", log), Faults(""))
-    ours, theirs = socket.socketpair()
-    threading.Thread(target=hold_session, args=(Session(reception, theirs, "local"),), daemon=True).start()
-    return ours
-
-
-def hold_session(session: Session) -> None:
-    """Run a session that has no listener; what it took is made known to a relay that may be running."""
-    session.run()
-    with contextlib.suppress(OSError):
-        if session.reception.metrics.get("smtp_messages_received_total"):
-            write_file(os.path.join(session.reception.settings.spool, ARRIVED), b"")
-    session.wire.sock.close()
-
-
-def complain(*lines: str) -> None:
-    for line in lines:
-        print(f"smtprelay: {line}", file=sys.stderr)
-
-
-def hand_over(letter: Letter, sock: socket.socket, settings: Settings) -> dict[str, Outcome]:
-    """Send a message to the relay, or to a session of ours; Trouble when it cannot be spoken to."""
-    target = Target("smtprelay", 0, "none", settings.auth_user, settings.auth_password)
-    hop = NextHop(settings, target, client_context(verify=False), Log(logging.Logger("sendmail", logging.CRITICAL + 1)))
-    message, outcomes = letter.record(), {}
-    hop.attach(sock)
-    try:
-        hop.expect("greeting", hop.reply("greeting"), 220)
-        hop.hello()
-        if target.username and hop.offers("auth"):
-            hop.login()
-        while message.pending():
-            latest = hop.deliver(message, message.pending(), Outgoing(io.BytesIO(letter.content)))
-            outcomes.update(latest)
-            for r in message.recipients:
-                r.status = outcomes[r.address].status
-            if not any(o.status is Status.FORWARDED for o in latest.values()):
-                break  # else it took a portion (RFC 5321 4.5.3.1.10), and may take the rest
-    finally:
-        with contextlib.suppress(OSError, Trouble):
-            hop.say("greeting", b"QUIT")
-            while sock.recv(1024):
-                """Wait for the other end to close: a session of ours has more to do after its last reply."""
-        sock.close()
-    return outcomes
-
-
-def send(letter: Letter, settings: Settings) -> int:
-    """Hand a message over, to the relay or into the spool, and report; return the exit status."""
-    outcomes: dict[str, Outcome] = {}
-    reasons = []
-    for connect in (relay_socket, spool_socket):
-        try:
-            outcomes = hand_over(letter, connect(settings), settings)
-            shut_out = all(o.scope is Scope.HOST for o in outcomes.values())
-            if not shut_out:
-                break
-            reasons.append(str(next(iter(outcomes.values()))))
-        except (OSError, Trouble) as e:
-            reasons.append(f"{connect.__name__.partition('_')[0]}: {e}")
-            if isinstance(e, Trouble) and e.stage == "content":
-                break  # it may have been taken: the caller tries again, or not
-    else:
-        outcomes = {}
-    refused = {address: o for address, o in outcomes.items() if o.status is not Status.FORWARDED}
-    complain(*(f"{address}: {o.code} {o.reply}" for address, o in refused.items()))
-    if not outcomes:
-        complain(f"cannot take the message now: {'; '.join(reasons)}")
-    later = not outcomes or any(o.status is Status.RETRYING for o in refused.values())
-    return EX_TEMPFAIL if later else EX_UNAVAILABLE if refused else 0
-
-
-def speak_smtp(settings: Settings) -> int:
-    """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
-    try:
-        sock = relay_socket(settings)
-    except OSError:
-        try:
-            sock = spool_socket(settings)
-        except OSError as e:
-            complain(f"no relay answers, and there is no spool to be had: {e}")
-            return EX_TEMPFAIL
-    sock.settimeout(None)
-    os.write(1, sock.recv(4096))  # nothing may be said before the greeting
-    threading.Thread(target=pass_on, args=(sock,), daemon=True).start()
-    for block in iter(lambda: sock.recv(64 * KIB), b""):
-        write_all(1, block)
-    return 0
-
-
-def pass_on(sock: socket.socket) -> None:
-    """Send standard input to a socket, up to its end."""
-    with contextlib.suppress(OSError):
-        for block in iter(lambda: os.read(0, 64 * KIB), b""):
-            sock.sendall(block)
-        sock.shutdown(socket.SHUT_WR)
 
 
 # === 24 DOCTOR ===============================================================
@@ -12009,14 +12139,19 @@ def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaste
         parts.spool.close()
 
 
-def queue_(settings: Settings, arguments: Arguments) -> int:
-    """List what is owed and held."""
+def queue_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Return what is owed and held."""
     try:
         listed = Remote(settings).ask_json("GET", "/api/v1/queue")
     except NoRelay:
         with Progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
             listed = postmaster.queue(sys.maxsize)
-    rows: list[dict[str, Any]] = [*listed["messages"], *listed["held"]]
+    return [*listed["messages"], *listed["held"]]
+
+
+def queue_(settings: Settings, arguments: Arguments) -> int:
+    """List what is owed and held."""
+    rows = queue_rows(settings)
     if arguments.json:
         print_json(rows)
         return 0
@@ -12332,14 +12467,15 @@ def sendmail(words: Sequence[str]) -> int:
     try:
         errand = read_errand(words)
         if errand.mode == "deliver":
-            return send(write_letter(sys.stdin.buffer.read(), errand, settings.hostname), settings)
+            me = user_name(os.getuid())
+            return send(*write_letter(sys.stdin.buffer.read(), errand, me, settings.hostname), settings)
     except ValueError as e:
         complain(f"sendmail: {e}")
         return EX_USAGE
     if errand.mode == "smtp":
         return speak_smtp(settings)
     if errand.mode == "queue":
-        return main(["queue"])
+        print(mailq(queue_rows(settings)), end="")
     if errand.mode == "flush":
         return 0 if main(["retry", "all"]) in (0, EX_NO) else EX_TEMPFAIL
     return 0

@@ -8683,6 +8683,566 @@ def test_deep_json_ends_no_process(program: Callable[..., Program], deep: bytes)
     assert "half_died" not in relay.log()
 
 
+# === SENDMAIL ================================================================
+
+
+Mail = tuple[smtprelay.Message, bytes]
+ME = smtprelay.user_name(os.getuid())
+
+
+def mails(relay: smtprelay.Relay) -> list[Mail]:
+    """What a relay has, without the Received header that it added."""
+    spool = relay.parts.spool
+    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
+
+
+def without_trace(content: bytes) -> bytes:
+    lines = content.split(b"\r\n")
+    return b"\r\n".join(lines[3 + (b"\tfor <" in lines[2]) :] if lines[0].startswith(b"Received: from") else lines)
+
+
+def clean_env(**env: str) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SMTP_", "XDG_"))}, **env}
+
+
+@pytest.fixture
+def relay() -> Iterator[smtprelay.Relay]:
+    with smtprelay.start() as relay:
+        yield relay
+
+
+@pytest.fixture
+def env(relay: smtprelay.Relay, tmp_path: Path) -> dict[str, str]:
+    """The environment of a program that sends by sendmail, to the relay of this test."""
+    script = tmp_path / "bin" / "sendmail"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{ONE_LINER}" sendmail "$@"\n')
+    script.chmod(0o755)
+    return clean_env(
+        SMTP_PORT=f"127.0.0.1:{relay.port}",
+        SMTP_HOSTNAME="box.example",
+        HOME=str(tmp_path),
+        PATH=f"{script.parent}:{os.environ['PATH']}",
+        SENDMAIL=str(script),
+        TZ="UTC",
+    )
+
+
+def run_command(*command: str, env: Mapping[str, str], stdin: bytes = b"", status: int = 0, cwd: object = None) -> str:
+    done = subprocess.run(command, env=env, input=stdin, capture_output=True, timeout=30, cwd=str(cwd or ROOT))
+    assert done.returncode == status, (done.stdout, done.stderr)
+    return done.stdout.decode()
+
+
+ERRANDS: list[tuple[str, Any]] = [  # what programs call sendmail with: sender, recipients, -t, a dot ends it; or why not
+    ("-t -i", (None, [], True, False)),  # PHP
+    ("-ti", (None, [], True, False)),
+    ("-FCronDaemon -i -B8BITMIME -oem root", (None, ["root"], False, False)),  # cron, Debian's
+    ("-FCronDaemon -odi -oem -oi -t -f root", ("root", [], True, False)),  # cron, cronie's
+    ("-oem -oi -f me@x.example -- a@b.example c", ("me@x.example", ["a@b.example", "c"], False, False)),  # mutt
+    ("-oem -oi -N failure,delay -R hdrs -B8BITMIME -- a", (None, ["a"], False, False)),  # mutt with DSN
+    ("-i -f me@x.example a@b.example", ("me@x.example", ["a@b.example"], False, False)),  # git send-email
+    ("-i -m -v -r me -- a", ("me", ["a"], False, False)),  # s-nail
+    ("-E -i -t", (None, [], True, False)),  # bsd-mailx
+    ("-G -Tqt -c -x -k -J -Y -Qwhy a", (None, ["a"], False, True)),
+    ("-f<> a", ("<>", ["a"], False, True)),
+    ("-f  a", ("", ["a"], False, True)),
+    ("-fme a -vi b", ("me", ["a", "b"], False, False)),
+    ("-O DeliveryMode=b -OIgnoreDots=1 -X /dev/null -V id -L tag -h 3 -p smtp:x -Am -GUn -d0.1 a", (None, ["a"], False, False)),
+    ("-o i a", (None, ["a"], False, False)),
+    ("-Am -Z a", "-Z not recognized"),
+    ("--read-recipients a", "read-recipients not recognized"),
+    ("-f", "-f requires argument"),
+    ("-bd", "-bd is not done here; see the command serve"),
+    ("-b", "-b is not done here$"),
+]
+
+
+@pytest.mark.parametrize("line, expected", ERRANDS)
+def test_sendmails_flags_are_read_in_every_spelling(line: str, expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            smtprelay.read_errand(line.split(" "))
+        return
+    errand = smtprelay.read_errand(line.split(" "))
+    assert (errand.sender, errand.recipients, errand.from_headers, errand.dot_ends) == expected
+
+
+INJECTED_PATH = "x@y.example>\r\nDATA"
+SENDMAIL_INJECTIONS = [["-f", INJECTED_PATH, "a"], [f"-r{INJECTED_PATH}", "a"], ["-F", "Me\nBcc: b@c.example", "a"], ["a\nb@c.example"],
+              ["-t", "--", "a\0b"], ["-FMe\r", "a"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SENDMAIL_INJECTIONS)
+def test_nobody_injects_through_sendmails_arguments(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        smtprelay.read_errand(words)
+
+
+def test_what_would_inject_is_a_mistake_of_usage(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    for words in SENDMAIL_INJECTIONS[:3]:
+        run_command("sendmail", *words, env=env, stdin=b"x\n", status=64)
+    assert mails(relay) == []
+
+
+SENDMAIL_MODES = [("-bp", "queue"), ("-bi", "nothing"), ("-I", "nothing"), ("-bv", "nothing"), ("-bs", "smtp"),
+                  ("-q", "flush"), ("-vq", "flush"), ("-q30m", "flush"), ("-qRx", "flush"), ("-bm", "deliver")]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, mode", SENDMAIL_MODES)
+def test_sendmails_modes(flag: str, mode: str) -> None:
+    assert smtprelay.read_errand([flag]).mode == mode
+
+
+SENDMAIL_LETTERS = [  # what is written, flags: sender, who gets it, what must be in it, what must not
+    (b"To: a@b.example, Carl <c>\nCc: d@e.example\nBcc: f@g.example\nSubject: s\n\nbody\n", "-t",
+     "me@box a@b.example c@box d@e.example f@g.example", [b"To: a@b.example,\r\n\tCarl <c@box>\r\n", b"\r\n\r\nbody\r\n"], [b"f@g"]),
+    (b"To: old@b.example\nResent-To: new@b.example\nResent-Bcc: blind@b.example\n\nx\n", "-t",
+     "me@box new@b.example blind@b.example", [b"To: old@b.example\r\n"], [b"blind"]),
+    (b"To: a@b.example\nX: 1\n\nx\n", "-t extra@b.example", "me@box extra@b.example a@b.example", [], []),
+    (b"no header at all\n", "a", "me@box a@box",
+     [b"\r\n\r\nno header at all\r\n", b"From: me@box\r\n", b"Date: ", b"Message-ID: <"], []),
+    (b"From me Mon Jan 1\nSubject: mbox\n\nx\n", "a", "me@box a@box", [b"Subject: mbox\r\n"], [b"From me"]),
+    (b">From me Mon Jan 1\nSubject: mbox\n\n>From x\n", "a", "me@box a@box", [b"Subject: mbox\r\n", b"\r\n\r\n>From x\r\n"], [b"From me"]),
+    (b"Subject: x\n\none\n.\ntwo\n", "a", "me@box a@box", [b"one\r\n"], [b"two"]),
+    (b"Subject: x\n\none\n.\ntwo\n", "-i a", "me@box a@box", [b"one\r\n.\r\ntwo\r\n"], []),
+    (b"Subject: x\r\n\r\none\r\ntwo\rthree", "a", "me@box a@box", [b"one\r\ntwo\r\nthree\r\n"], [b"\r\r"]),
+    (b"Subject: x\nFrom: Own <own@x.example>\nDate: d\nMessage-ID: <m@x>\n\nx\n", "-F Other a", "me@box a@box",
+     [b"From: Own <own@x.example>\r\n"], [b"Other", b"+0000"]),
+    (b"\nx\n", "-F Cron -f root a", "root@box a@box", [b"From: Cron <root@box>\r\n"], []),
+    (b"From: root (Cron Daemon)\nTo: root\n\nx\n", "root", "me@box root@box", [b"From: Cron Daemon <root@box>\r\nTo: root@box\r\n"], []),
+    ("From: J\u00f6rg <j>\nTo: undisclosed-recipients:;\n\nx\n".encode(), "a", "me@box a@box",
+     [b"From: =?utf-8?b?SsO2cmc=?= <j@box>\r\nTo: undisclosed-recipients:;\r\n"], []),
+    (b"Subject: folded\n words\n\n\nx\n", "a,b", "me@box a@box b@box",
+     [b"Subject: folded\r\n words\r\n", b"\r\n\r\n\r\nx\r\n"], []),
+    (b"", "a", "me@box a@box", [b"From: "], []),
+    (b"x: y\n\nx\n", "-f Web\u00a0App\u00a0<app@x.example> a", "app@x.example a@box", [b"From: Web App <app@x.example>\r\n"], []),
+    (b"x: y\n\nx\n", "-f <app@x.example> a", "app@x.example a@box", [b"From: app@x.example\r\n"], []),
+    (b"x: y\n\nx\n", "-f <> a", " a@box", [b"From: me@box\r\n"], []),
+    (b"x: y\n\nx\n", "-f j\u00f6rg@x.example a", "j\u00f6rg@x.example a@box", ["From: j\u00f6rg@x.example\r\n".encode()], []),
+    (b"x: y\n\nx\n", "-F Web,\u00a0Inc. a", "me@box a@box", [b'From: "Web, Inc." <me@box>\r\n'], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw, flags, path, has, lacks", SENDMAIL_LETTERS)
+def test_a_message_is_completed(raw: bytes, flags: str, path: str, has: list[bytes], lacks: list[bytes]) -> None:
+    errand = smtprelay.read_errand([word.replace("\u00a0", " ") for word in flags.split(" ")])
+    envelope, content = smtprelay.write_letter(raw, errand, "me", "box")
+    assert " ".join([envelope.reverse_path, *envelope.recipients]) == path
+    assert all(part in content for part in has), content
+    assert not any(part in content for part in lacks), content
+    assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
+
+
+def test_nobody_to_send_to_is_a_mistake_of_usage(env: dict[str, str]) -> None:
+    run_command("sendmail", "-t", env=env, stdin=b"Subject: x\n\nx\n", status=64)
+
+
+def test_sendmail_hands_over_to_the_relay_by_smtp(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command("sendmail", "-oi", "-F", "J\u00fcrgen", "bob", env=env, stdin="Subject: \u00fc\n\n.\n..\n".encode())
+    ((record, content),) = mails(relay)
+    assert (record.reverse_path, [r.address for r in record.recipients], record.protocol) == (
+        f"{ME}@box.example",
+        ["bob@box.example"],
+        "ESMTP",
+    )
+    assert record.flags == ("8BITMIME", "HOLD")
+    assert content.endswith(b"\r\n\r\n.\r\n..\r\n") and b"From: =?utf-8?" in content
+
+
+def test_sendmail_passes_on_what_the_sender_wants_to_be_told(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command("sendmail", "-N", "failure,delay", "-Rhdrs", "bob", env=env, stdin=b"x\n")
+    ((record, _),) = mails(relay)
+    assert (record.recipients[0].notify, record.ret) == ("FAILURE,DELAY", "HDRS")
+
+
+def test_sendmail_takes_portions(env: dict[str, str]) -> None:
+    with smtprelay.start(SMTP_MAX_RECIPIENTS="2") as relay:
+        run_command(
+            "sendmail", "a", "b", "c", "d", "e", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n"
+        )
+        assert sorted(len(record.recipients) for record, _ in mails(relay)) == [1, 2, 2]
+
+
+def test_what_the_relay_refuses_sendmail_refuses(env: dict[str, str]) -> None:
+    with smtprelay.start(SMTP_MAX_SIZE="1K") as relay:
+        run_command(
+            "sendmail", "a", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n" * 1000, status=69
+        )
+        assert mails(relay) == []
+
+
+def spooled(path: Path) -> list[Mail]:
+    spool = smtprelay.FileSpool(settings_of(SMTP_SPOOL=str(path)), smtprelay.Log(logging.getLogger("test")))
+    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
+
+
+def test_sendmail_spools_itself_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    run_command("sendmail", "-f", "me@x.example", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
+    ((record, content),) = spooled(tmp_path / "spool")
+    assert (record.status.value, record.client, record.flags) == ("received", "local", ())
+    assert content.endswith(b"\r\n\r\nhello\r\n")
+    with smtprelay.start(
+        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
+    ) as relay:
+        wait_until(lambda: len(relay.delivering.scheduler) == 1)
+
+
+def test_a_running_relay_finds_what_was_spooled_beside_it(env: dict[str, str], tmp_path: Path) -> None:
+    with smtprelay.start(
+        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
+    ) as relay:
+        wait_until(lambda: relay.delivering.rescans == 0.0)
+        run_command(
+            "sendmail",
+            "bob",
+            env={**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")},
+            stdin=b"x\n",
+        )
+        wait_until(lambda: len(relay.delivering.scheduler) == 1)
+
+
+NO_SPOOL: list[dict[str, str]] = [{}, {"SMTP_STORAGE": "memory"}, {"SMTP_SPOOL": "/proc/nowhere"}]
+
+
+@pytest.mark.parametrize("more", NO_SPOOL)
+def test_sendmail_that_can_do_neither_says_75(env: dict[str, str], tmp_path: Path, more: dict[str, str]) -> None:
+    run_command(
+        "sendmail", "bob", env={**env, "SMTP_PORT": free_place(), **more}, stdin=b"x\n", status=75, cwd=tmp_path
+    )
+    assert not (tmp_path / "data").exists()
+
+
+def test_sendmail_goes_by_its_own_names(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    names = {}
+    for name in ("sendmail", "mailq", "newaliases"):
+        (tmp_path / name).symlink_to(PROGRAM)
+        names[name] = str(tmp_path / name)
+    env["SMTP_SPOOL"] = str(tmp_path / "spool")
+    run_command(sys.executable, names["sendmail"], "bob", env=env, stdin=b"x\n")
+    run_command(sys.executable, names["newaliases"], env=env)
+    run_command(sys.executable, names["sendmail"], "bob", env={**env, "SMTP_PORT": free_place()}, stdin=b"x\n")
+    assert len(mails(relay)) == 1
+    listed = run_command(sys.executable, names["mailq"], env={**env, "SMTP_HEALTH_ADDR": "off"})
+    assert "    bob@box.example\n" in listed and "-- 1 Kbytes in 1 Request.\n" in listed
+
+
+def test_a_sealed_spool_takes_nothing_without_its_key(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    with smtprelay.start(SMTP_STORAGE="file", SMTP_SPOOL=env["SMTP_SPOOL"], SMTP_SPOOL_KEY="ab" * 32):
+        pass
+    run_command("sendmail", "bob", env=env, stdin=b"x\n", status=75)
+    assert not list(Path(env["SMTP_SPOOL"]).glob("*/*.eml"))
+
+
+def test_mailq_of_an_empty_queue_says_so(env: dict[str, str]) -> None:
+    with smtprelay.start() as relay:
+        env = {**env, "SMTP_HEALTH_ADDR": relay.http_url[7:]}
+        assert run_command("sendmail", "-bp", env=env) == "Mail queue is empty\n"
+
+
+def test_without_a_relay_the_spool_has_a_sessions_rules(env: dict[str, str], tmp_path: Path) -> None:
+    env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool"), "SMTP_MAX_SIZE": "1K"}
+    run_command("sendmail", "a", env=env, stdin=b"x\n" * 1000, status=69)
+    run_command("sendmail", "-i", "a", "b", "c", "d@-", env={**env, "SMTP_MAX_RECIPIENTS": "2"}, stdin=b"x\n", status=69)
+    assert sorted(len(record.recipients) for record, _ in spooled(tmp_path / "spool")) == [1, 2]
+
+
+class Submit:
+    """A relay with a socket for launchers, and the launchers."""
+
+    def __init__(self, path: Path, **settings: str) -> None:
+        path.mkdir(exist_ok=True)
+        self.path = str(path / "submit.sock")
+        self.relay = smtprelay.start(SMTP_HOSTNAME="box.example", **settings)
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.bind(self.path)
+        self.sock.listen(200)
+        half = self.relay.delivering
+        self.server = smtprelay.SubmitServer(self.sock, half.reception, half.postmaster)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        (path / "program").write_text('#!/bin/sh\necho "$@"\ncat\nexit 75\n')
+        (path / "program").chmod(0o755)
+        self.launcher = path / "sendmail"
+        text = smtprelay.LAUNCHER.replace(smtprelay.SUBMIT_SOCKET, self.path)
+        self.launcher.write_text(text.replace("/usr/local/bin/smtprelay", str(path / "program")))
+        (path / "mailq").symlink_to("sendmail")
+
+    def run(self, *words: str, stdin: bytes = b"", name: str = "sendmail") -> tuple[int, str, str]:
+        program = str(self.launcher.with_name(name))
+        command = [sys.executable, "-I", "-S", program, *words]
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=30, env={"LOGNAME": "liar"})
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def connect(self, *words: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(5)
+        sock.connect(self.path)
+        given = b"".join(word.encode() + b"\0" for word in words)
+        sock.sendall(b"%08x" % len(given) + given)
+        return sock
+
+    def stop(self) -> None:
+        smtprelay.stop_server(self.server)
+        self.relay.stop()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Submit]]:
+    made: list[Submit] = []
+
+    def make(**settings: str) -> Submit:
+        made.append(Submit(tmp_path / f"submit{len(made)}", **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+def test_the_launcher_has_the_relay_do_it(launch: Callable[..., Submit]) -> None:
+    s = launch()
+    assert s.run("-FCronDaemon", "-i", "root", stdin=b"Subject: \xc3\xbc\nTo: root\n\n.\nx\n") == (0, "", "")
+    to, sender, content = the_only(s.relay)
+    assert (to, sender) == (["root@box.example"], f"{ME}@box.example")
+    assert content.startswith(b"Subject: \xc3\xbc\r\nTo: root@box.example\r\n") and content.endswith(b"\r\n.\r\nx\r\n")
+    ((record, _),) = mails(s.relay)
+    assert (record.client, record.helo, record.protocol) == ("local", ME, "local")
+    status, listed, _ = s.run(name="mailq")
+    assert status == 0 and "root@box.example" in listed and "-- 1 Kbytes in 1 Request." in listed
+    s.relay.clear()
+    assert s.run("-bp") == (0, "Mail queue is empty\n", "")
+    assert s.run("-bv", "a", stdin=b"x\n") == s.run("-bi") == s.run("-q") == (0, "", "") and mails(s.relay) == []
+
+
+def test_the_launcher_says_what_was_refused(launch: Callable[..., Submit]) -> None:
+    s = launch(SMTP_MAX_SIZE="100K", SMTP_MAX_RECIPIENTS="2")
+    assert s.run("-t", stdin=b"Subject: x\n\nx\n") == (64, "", "sendmail: nobody is named to send to\n")
+    assert s.run("-f", "a\nb", "c") == (64, "", "sendmail: 'a\\nb' has a line end or a NUL\n")
+    status, _, said = s.run("a", stdin=b"x" * 70 + b"\n" + b"y\n" * 600000)
+    assert (status, said[:19]) == (69, "sendmail: 552 5.3.4")
+    assert mails(s.relay) == []
+    status, _, said = s.run("-i", "a", "b", "bad@-", "c", stdin=b"x\n")
+    assert status == 69 and said.startswith("bad@-: 501 5.1.3 ") and said.count("\n") == 1
+    assert sorted(len(record.recipients) for record, _ in mails(s.relay)) == [1, 2]
+
+
+def test_where_no_relay_answers_the_launcher_runs_the_program(launch: Callable[..., Submit]) -> None:
+    s = launch()
+    assert s.run("-bs", stdin=b"QUIT\r\n") == (75, "sendmail -bs\nQUIT\r\n", "")  # a dialogue is not for the relay
+    s.server.room = threading.Semaphore(0)
+    assert s.run("-t", "a b", stdin=b"x\n" * 99) == (75, "sendmail -t a b\n" + "x\n" * 99, "")
+    os.unlink(s.path)
+    assert s.run(name="mailq") == (75, "sendmail -bp\n", "")
+    dies = socket.socket(socket.AF_UNIX)  # one that hangs up in the middle of a message
+    dies.bind(s.path)
+    dies.listen()
+
+    def hang_up() -> None:
+        client, _ = dies.accept()
+        client.sendall(b">")
+        client.recv(1 << 16)
+        client.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    message = b"%d\n" * 300000 % tuple(range(300000))
+    assert s.run("a", stdin=message) == (75, "sendmail a\n" + message.decode(), "")
+    thread.join()
+    dies.close()
+
+
+def test_half_a_message_is_none(launch: Callable[..., Submit]) -> None:
+    s = launch()
+    with s.connect("a") as sock:
+        assert sock.recv(1) == b">"
+        sock.sendall(b"00000002x\n")
+    with s.connect("a") as sock:
+        assert sock.recv(1) == b">"
+        sock.sendall(b"00000002y\n00000000")
+        assert sock.recv(10) == b"0\n"
+    assert [content[-5:] for _, content in mails(s.relay)] == [b"\r\ny\r\n"]
+
+
+@pytest.mark.parametrize("said", [b"", b"ffffffff", b"-0000001", b"00000004-bs\0", b"zzzzzzzz", b"7fffffffa\0"])
+def test_nonsense_on_the_socket_is_hung_up_on(launch: Callable[..., Submit], said: bytes) -> None:
+    s = launch()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(s.path)
+        sock.sendall(said)
+        sock.shutdown(socket.SHUT_WR)
+        assert re.fullmatch(b"|>|64\nsendmail: .*\n", sock.recv(1000))
+    assert s.run("-bi") == (0, "", "")
+
+
+def test_a_slow_caller_holds_up_nobody_and_not_for_ever(launch: Callable[..., Submit]) -> None:
+    s = launch(SMTP_COMMAND_TIMEOUT="0.3", SMTP_DATA_TIMEOUT="0.3")
+    with s.connect("a") as slow:
+        assert slow.recv(1) == b">"
+        assert s.run("a", stdin=b"x\n") == (0, "", "")
+        assert slow.recv(1) == b""
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.settimeout(5)
+        mute.connect(s.path)
+        assert mute.recv(1) == b""
+
+
+def test_the_launcher_costs_little_more_than_python() -> None:
+    assert set(re.findall(r"(?m)^ *import (.*?) *(?:#.*)?$", smtprelay.LAUNCHER)) == {"os, sys, _socket"}
+    assert smtprelay.SUBMIT_SOCKET in smtprelay.LAUNCHER and smtprelay.LAUNCHER.startswith("#!/usr/bin/python3 -IS\n")
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_sendmail_speaks_smtp_on_its_standard_streams(
+    relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path, running: bool
+) -> None:
+    if not running:
+        env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
+    said = run_command(
+        "sendmail",
+        "-bs",
+        env=env,
+        stdin=b"EHLO me\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nX: y\r\n\r\nx\r\n.\r\nQUIT\r\n",
+    )
+    assert re.fullmatch(r"220 .*250 2.0.0 Ok: queued as \w+\r\n221 [^\n]*\n", said.replace("\r\r", "\r"), re.S), said
+    ((record, content),) = mails(relay) if running else spooled(tmp_path / "spool")
+    assert content == b"X: y\r\n\r\nx\r\n"
+
+
+def the_only(relay: smtprelay.Relay) -> tuple[list[str], str, bytes]:
+    ((record, content),) = mails(relay)
+    return [r.address for r in record.recipients], record.reverse_path, content
+
+
+def test_mutt(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "muttrc").write_text(
+        f'set sendmail="{env["SENDMAIL"]} -oem -oi"\nset from=me@x.example\nset use_envelope_from=yes\nset copy=no\n'
+    )
+    run_command(
+        need("mutt"),
+        "-n",
+        "-F",
+        str(tmp_path / "muttrc"),
+        "-s",
+        "Hello",
+        "-b",
+        "blind@d.example",
+        "--",
+        "a@b.example",
+        env=env,
+        stdin="K\u00e4se\n".encode(),
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
+    assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+
+def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    run_command(
+        need("s-nail"),
+        "-n",
+        "-S",
+        f"mta={env['SENDMAIL']}",
+        "-s",
+        "Hello",
+        "-r",
+        "me@x.example",
+        "-c",
+        "c@d.example",
+        "a@b.example",
+        env=env,
+        stdin=b"x\n.\ny\n",
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "c@d.example"}, "me@x.example")
+    assert content.endswith(b"\r\n\r\nx\r\n.\r\ny\r\n")
+
+
+def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
+    git = need("git")
+    lacks = subprocess.run([need("perl"), "-MMail::Address", "-e1"], capture_output=True, env=env).returncode
+    if lacks or subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode > 1:
+        pytest.skip("git send-email is not installed")
+    for command in (
+        "init -q .",
+        "config user.name Me",
+        "config user.email me@x.example",
+        "commit -q --allow-empty -m First",
+        "-c core.hooksPath=/dev/null commit -q --allow-empty -m Second",
+    ):
+        run_command(git, *command.split(), env=env, cwd=tmp_path)
+    (tmp_path / "file").write_text("x\n")
+    run_command(git, "add", "file", env=env, cwd=tmp_path)
+    run_command(git, "commit", "-q", "-m", "Add a file", env=env, cwd=tmp_path)
+    run_command(
+        git,
+        "send-email",
+        "--quiet",
+        "--confirm=never",
+        "--envelope-sender=bounce@x.example",
+        f"--smtp-server={env['SENDMAIL']}",
+        "--to=a@b.example",
+        "-1",
+        env=env,
+        cwd=tmp_path,
+    )
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "me@x.example"}, "bounce@x.example")
+    assert b"Subject: [PATCH] Add a file\r\n" in content
+
+
+def test_php_mail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    script = r'var_dump(mail("a@b.example", "Hello", "one\r\n.\ntwo", "From: me@x.example\r\nBcc: blind@d.example", "-fbounce@x.example"));'
+    assert "true" in run_command(need("php"), "-d", f"sendmail_path={env['SENDMAIL']} -t -i", "-r", script, env=env)
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["a@b.example", "blind@d.example"], "bounce@x.example")
+    assert content.endswith(b"\r\n\r\none\r\n.\r\ntwo\r\n") and b"blind" not in content
+
+
+def test_cron(relay: smtprelay.Relay, env: dict[str, str]) -> None:
+    job = "From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@box> backup\nContent-Type: text/plain; charset=UTF-8\n\ndone\n"
+    run_command("sh", "-c", f"printf '{job}' | {env['SENDMAIL']} -FCronDaemon -i -B8BITMIME -oem root", env=env)
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["root@box.example"], f"{ME}@box.example")
+    assert b"From: Cron Daemon <root@box.example>\r\nTo: root@box.example\r\n" in content
+
+
+def test_django(relay: smtprelay.Relay) -> None:
+    pytest.importorskip("django")
+    script = """
+import sys
+from django.conf import settings
+settings.configure(EMAIL_HOST="127.0.0.1", EMAIL_PORT=int(sys.argv[1]), DEFAULT_CHARSET="utf-8")
+from django.core.mail import EmailMultiAlternatives
+mail = EmailMultiAlternatives("Gr\\u00fc\\u00dfe", "text", "Me <me@x.example>", ["a@b.example"], bcc=["blind@d.example"])
+mail.attach_alternative("<b>html</b>", "text/html")
+assert mail.send() == 1
+"""
+    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
+    to, sender, content = the_only(relay)
+    assert (to, sender) == (["a@b.example", "blind@d.example"], "me@x.example")
+    assert b"<b>html</b>" in content and b"blind" not in content
+
+
+def test_flask_mail(relay: smtprelay.Relay) -> None:
+    pytest.importorskip("flask_mail")
+    script = """
+import sys
+from flask import Flask
+from flask_mail import Mail, Message
+app = Flask("app")
+app.config.update(MAIL_SERVER="127.0.0.1", MAIL_PORT=int(sys.argv[1]), MAIL_DEFAULT_SENDER="me@x.example")
+with app.app_context():
+    Mail(app).send(Message("Hello", ["a@b.example"], "text", bcc=["blind@d.example"]))
+"""
+    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
+    to, sender, content = the_only(relay)
+    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
+    assert b"Subject: Hello\r\n" in content and b"blind" not in content
+
+
 # === RELAY ===================================================================
 
 
@@ -9679,443 +10239,6 @@ def test_the_library_leaves_the_size_of_stacks_alone(start: Any, monkeypatch: py
     with hello(relay), hello(relay), hello(relay) as client:
         assert client.mail().startswith("250")
     set_size.assert_not_called()
-
-
-# === SENDMAIL ================================================================
-
-
-Mail = tuple[smtprelay.Message, bytes]
-
-
-def mails(relay: smtprelay.Relay) -> list[Mail]:
-    """What a relay has, without the Received header that it added."""
-    spool = relay.parts.spool
-    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
-
-
-def without_trace(content: bytes) -> bytes:
-    lines = content.split(b"\r\n")
-    return b"\r\n".join(lines[3 + (b"\tfor <" in lines[2]) :] if lines[0].startswith(b"Received: from") else lines)
-
-
-def clean_env(**env: str) -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if not k.startswith(("SMTP_", "XDG_"))}, **env}
-
-
-@pytest.fixture
-def relay() -> Iterator[smtprelay.Relay]:
-    with smtprelay.start() as relay:
-        yield relay
-
-
-@pytest.fixture
-def env(relay: smtprelay.Relay, tmp_path: Path) -> dict[str, str]:
-    """The environment of a program that sends by sendmail, to the relay of this test."""
-    script = tmp_path / "bin" / "sendmail"
-    script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{ONE_LINER}" sendmail "$@"\n')
-    script.chmod(0o755)
-    return clean_env(
-        SMTP_PORT=f"127.0.0.1:{relay.port}",
-        SMTP_HOSTNAME="box.example",
-        HOME=str(tmp_path),
-        PATH=f"{script.parent}:{os.environ['PATH']}",
-        SENDMAIL=str(script),
-        TZ="UTC",
-        LOGNAME="me",
-        USER="me",
-    )
-
-
-def run_command(*command: str, env: Mapping[str, str], stdin: bytes = b"", status: int = 0, cwd: object = None) -> str:
-    done = subprocess.run(command, env=env, input=stdin, capture_output=True, timeout=30, cwd=str(cwd or ROOT))
-    assert done.returncode == status, (done.stdout, done.stderr)
-    return done.stdout.decode()
-
-
-ERRANDS = [  # what programs call sendmail with: sender, recipients, -t, a dot ends it
-    ("-t -i", None, [], True, False),  # PHP
-    ("-ti", None, [], True, False),
-    ("-FCronDaemon -i -B8BITMIME -oem root", None, ["root"], False, False),  # cron, Debian's
-    ("-FCronDaemon -odi -oem -oi -t -f root", "root", [], True, False),  # cron, cronie's
-    ("-oem -oi -f me@x.example -- a@b.example c", "me@x.example", ["a@b.example", "c"], False, False),  # mutt
-    ("-oem -oi -N failure,delay -R hdrs -B8BITMIME -- a", None, ["a"], False, False),  # mutt with DSN
-    ("-i -f me@x.example a@b.example", "me@x.example", ["a@b.example"], False, False),  # git send-email
-    ("-i -m -v -r me -- a", "me", ["a"], False, False),  # s-nail
-    ("-f<> a", "", ["a"], False, True),
-    ("-f  a", "", ["a"], False, True),
-    ("-fme a b", "me", ["a", "b"], False, True),
-    (
-        "-O DeliveryMode=b -OIgnoreDots=1 -X /dev/null -V id -L tag -h 3 -p smtp:x -Am -G -U -n -x0 a",
-        "unknown",
-        [],
-        False,
-        False,
-    ),
-    (
-        "-O DeliveryMode=b -OIgnoreDots=1 -X /dev/null -V id -L tag -h 3 -p smtp:x -Am -GUn -d0.1 a",
-        None,
-        ["a"],
-        False,
-        False,
-    ),
-    ("-o i a", None, ["a"], False, False),
-    ("-f", "needs a value", [], False, False),
-    ("-bd", "serve", [], False, False),
-]
-
-
-@pytest.mark.parametrize("line, sender, recipients, from_headers, dot_ends", ERRANDS)
-def test_sendmails_flags_are_read_in_every_spelling(
-    line: str, sender: str | None, recipients: list[str], from_headers: bool, dot_ends: bool
-) -> None:
-    words = line.split(" ")
-    if sender in ("unknown", "needs a value", "serve"):
-        with pytest.raises(ValueError, match=sender):
-            smtprelay.read_errand(words)
-        return
-    errand = smtprelay.read_errand(words)
-    assert (errand.sender, errand.recipients, errand.from_headers, errand.dot_ends) == (
-        sender,
-        recipients,
-        from_headers,
-        dot_ends,
-    )
-
-
-INJECTED_PATH = "x@y.example>\r\nDATA"
-SENDMAIL_INJECTIONS = [["-f", INJECTED_PATH, "a"], [f"-r{INJECTED_PATH}", "a"], ["-F", "Me\nBcc: b@c.example", "a"], ["a\nb@c.example"],
-              ["-t", "--", "a\0b"], ["-FMe\r", "a"]]  # fmt: skip
-
-
-@pytest.mark.parametrize("words", SENDMAIL_INJECTIONS)
-def test_nobody_injects_through_sendmails_arguments(words: list[str]) -> None:
-    with pytest.raises(ValueError, match="line end"):
-        smtprelay.read_errand(words)
-
-
-def test_what_would_inject_is_a_mistake_of_usage(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    for words in SENDMAIL_INJECTIONS[:3]:
-        run_command("sendmail", *words, env=env, stdin=b"x\n", status=64)
-    assert mails(relay) == []
-
-
-SENDMAIL_MODES = [
-    ("-bp", "queue"),
-    ("-bi", "nothing"),
-    ("-I", "nothing"),
-    ("-bs", "smtp"),
-    ("-q", "flush"),
-    ("-q30m", "flush"),
-    ("-qRx", "flush"),
-    ("-bm", "deliver"),
-    ("-bv", "deliver"),
-]
-
-
-@pytest.mark.parametrize("flag, mode", SENDMAIL_MODES)
-def test_sendmails_modes(flag: str, mode: str) -> None:
-    assert smtprelay.read_errand([flag]).mode == mode
-
-
-SENDMAIL_LETTERS = [  # what is written, flags: who gets it, what must be in it, what must not
-    (
-        b"To: a@b.example, Carl <c>\nCc: d@e.example\nBcc: f@g.example\nSubject: s\n\nbody\n",
-        "-t",
-        ["a@b.example", "c@box", "d@e.example", "f@g.example"],
-        [b"\r\n\r\nbody\r\n"],
-        [b"f@g"],
-    ),
-    (
-        b"To: old@b.example\nResent-To: new@b.example\nResent-Bcc: blind@b.example\n\nx\n",
-        "-t",
-        ["new@b.example", "blind@b.example"],
-        [b"To: old@b.example\r\n"],
-        [b"blind"],
-    ),
-    (b"To: a@b.example\nX: 1\n\nx\n", "-t extra@b.example", ["extra@b.example", "a@b.example"], [], []),
-    (
-        b"no header at all\n",
-        "a",
-        ["a@box"],
-        [b"\r\n\r\nno header at all\r\n", b"From: me@box\r\n", b"Date: ", b"Message-ID: <"],
-        [],
-    ),
-    (b"From me Mon Jan 1\nSubject: mbox\n\nx\n", "a", ["a@box"], [b"Subject: mbox\r\n"], [b"From me"]),
-    (b"Subject: x\n\none\n.\ntwo\n", "a", ["a@box"], [b"one\r\n"], [b"two"]),
-    (b"Subject: x\n\none\n.\ntwo\n", "-i a", ["a@box"], [b"one\r\n.\r\ntwo\r\n"], []),
-    (b"Subject: x\r\n\r\none\r\ntwo\rthree", "a", ["a@box"], [b"one\r\ntwo\r\nthree\r\n"], [b"\r\r"]),
-    (
-        b"Subject: x\nFrom: Own <own@x.example>\nDate: d\nMessage-ID: <m@x>\n\nx\n",
-        "-F Other a",
-        ["a@box"],
-        [b"From: Own <own@x.example>\r\n"],
-        [b"Other", b"+0000"],
-    ),
-    (b"\nx\n", "-F Cron -f root a", ["a@box"], [b"From: Cron <root@box>\r\n"], []),
-    (
-        b"Subject: folded\n words\n\n\nx\n",
-        "a,b",
-        ["a@box", "b@box"],
-        [b"Subject: folded\r\n words\r\n", b"\r\n\r\n\r\nx\r\n"],
-        [],
-    ),
-    (b"", "a", ["a@box"], [b"From: "], []),
-]
-
-
-@pytest.mark.parametrize("raw, flags, recipients, has, lacks", SENDMAIL_LETTERS)
-def test_a_message_is_completed(
-    raw: bytes, flags: str, recipients: list[str], has: list[bytes], lacks: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOGNAME", "me")
-    letter = smtprelay.write_letter(raw, smtprelay.read_errand(flags.split()), "box")
-    assert letter.recipients == recipients
-    assert all(part in letter.content for part in has), letter.content
-    assert not any(part in letter.content for part in lacks), letter.content
-    assert letter.content.count(b"\n") == letter.content.count(b"\r\n") == letter.content.count(b"\r")
-
-
-def test_nobody_to_send_to_is_a_mistake_of_usage(env: dict[str, str]) -> None:
-    run_command("sendmail", "-t", env=env, stdin=b"Subject: x\n\nx\n", status=64)
-
-
-def test_sendmail_hands_over_to_the_relay_by_smtp(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    run_command("sendmail", "-oi", "-F", "J\u00fcrgen", "bob", env=env, stdin="Subject: \u00fc\n\n.\n..\n".encode())
-    ((record, content),) = mails(relay)
-    assert (record.reverse_path, [r.address for r in record.recipients], record.protocol) == (
-        "me@box.example",
-        ["bob@box.example"],
-        "ESMTP",
-    )
-    assert record.flags == ("8BITMIME", "HOLD")
-    assert content.endswith(b"\r\n\r\n.\r\n..\r\n") and b"From: =?utf-8?" in content
-
-
-def test_sendmail_passes_on_what_the_sender_wants_to_be_told(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    run_command("sendmail", "-N", "failure,delay", "-Rhdrs", "bob", env=env, stdin=b"x\n")
-    ((record, _),) = mails(relay)
-    assert (record.recipients[0].notify, record.ret) == ("FAILURE,DELAY", "HDRS")
-
-
-def test_sendmail_takes_portions(env: dict[str, str]) -> None:
-    with smtprelay.start(SMTP_MAX_RECIPIENTS="2") as relay:
-        run_command(
-            "sendmail", "a", "b", "c", "d", "e", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n"
-        )
-        assert sorted(len(record.recipients) for record, _ in mails(relay)) == [1, 2, 2]
-
-
-def test_what_the_relay_refuses_sendmail_refuses(env: dict[str, str]) -> None:
-    with smtprelay.start(SMTP_MAX_SIZE="1K") as relay:
-        run_command(
-            "sendmail", "a", env={**env, "SMTP_PORT": f"127.0.0.1:{relay.port}"}, stdin=b"x\n" * 1000, status=69
-        )
-        assert mails(relay) == []
-
-
-def spooled(path: Path) -> list[Mail]:
-    spool = smtprelay.FileSpool(settings_of(SMTP_SPOOL=str(path)), smtprelay.Log(logging.getLogger("test")))
-    return [(spool.load(stem), without_trace(spool.content(stem).read())) for stem, _ in spool.names()]
-
-
-def test_sendmail_spools_itself_where_no_relay_runs(env: dict[str, str], tmp_path: Path) -> None:
-    env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
-    run_command("sendmail", "-f", "me@x.example", "bob", env=env, stdin=b"Subject: x\n\nhello\n")
-    ((record, content),) = spooled(tmp_path / "spool")
-    assert (record.status.value, record.client, record.flags) == ("received", "local", ())
-    assert content.endswith(b"\r\n\r\nhello\r\n")
-    with smtprelay.start(
-        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
-    ) as relay:
-        wait_until(lambda: len(relay.delivering.scheduler) == 1)
-
-
-def test_a_running_relay_finds_what_was_spooled_beside_it(env: dict[str, str], tmp_path: Path) -> None:
-    with smtprelay.start(
-        SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
-    ) as relay:
-        wait_until(lambda: relay.delivering.rescans == 0.0)
-        run_command(
-            "sendmail",
-            "bob",
-            env={**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")},
-            stdin=b"x\n",
-        )
-        wait_until(lambda: len(relay.delivering.scheduler) == 1)
-
-
-NO_SPOOL: list[dict[str, str]] = [{}, {"SMTP_STORAGE": "memory"}, {"SMTP_SPOOL": "/proc/nowhere"}]
-
-
-@pytest.mark.parametrize("more", NO_SPOOL)
-def test_sendmail_that_can_do_neither_says_75(env: dict[str, str], tmp_path: Path, more: dict[str, str]) -> None:
-    run_command(
-        "sendmail", "bob", env={**env, "SMTP_PORT": free_place(), **more}, stdin=b"x\n", status=75, cwd=tmp_path
-    )
-    assert not (tmp_path / "data").exists()
-
-
-def test_sendmail_goes_by_its_own_names(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
-    names = {}
-    for name in ("sendmail", "mailq", "newaliases"):
-        (tmp_path / name).symlink_to(PROGRAM)
-        names[name] = str(tmp_path / name)
-    env["SMTP_SPOOL"] = str(tmp_path / "spool")
-    run_command(sys.executable, names["sendmail"], "bob", env=env, stdin=b"x\n")
-    run_command(sys.executable, names["newaliases"], env=env)
-    run_command(sys.executable, names["sendmail"], "bob", env={**env, "SMTP_PORT": free_place()}, stdin=b"x\n")
-    assert len(mails(relay)) == 1
-    listed = run_command(sys.executable, names["mailq"], env={**env, "SMTP_HEALTH_ADDR": "off"})
-    assert "to bob@box.example" in listed and "1 message" in listed
-
-
-@pytest.mark.parametrize("running", [True, False])
-def test_sendmail_speaks_smtp_on_its_standard_streams(
-    relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path, running: bool
-) -> None:
-    if not running:
-        env = {**env, "SMTP_PORT": free_place(), "SMTP_SPOOL": str(tmp_path / "spool")}
-    said = run_command(
-        "sendmail",
-        "-bs",
-        env=env,
-        stdin=b"EHLO me\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nX: y\r\n\r\nx\r\n.\r\nQUIT\r\n",
-    )
-    assert re.fullmatch(r"220 .*250 2.0.0 Ok: queued as \w+\r\n221 [^\n]*\n", said.replace("\r\r", "\r"), re.S), said
-    ((record, content),) = mails(relay) if running else spooled(tmp_path / "spool")
-    assert content == b"X: y\r\n\r\nx\r\n"
-
-
-def the_only(relay: smtprelay.Relay) -> tuple[list[str], str, bytes]:
-    ((record, content),) = mails(relay)
-    return [r.address for r in record.recipients], record.reverse_path, content
-
-
-def test_mutt(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "muttrc").write_text(
-        f'set sendmail="{env["SENDMAIL"]} -oem -oi"\nset from=me@x.example\nset use_envelope_from=yes\nset copy=no\n'
-    )
-    run_command(
-        need("mutt"),
-        "-n",
-        "-F",
-        str(tmp_path / "muttrc"),
-        "-s",
-        "Hello",
-        "-b",
-        "blind@d.example",
-        "--",
-        "a@b.example",
-        env=env,
-        stdin="K\u00e4se\n".encode(),
-    )
-    to, sender, content = the_only(relay)
-    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
-    assert b"Subject: Hello\r\n" in content and b"blind" not in content
-
-
-def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    run_command(
-        need("s-nail"),
-        "-n",
-        "-S",
-        f"mta={env['SENDMAIL']}",
-        "-s",
-        "Hello",
-        "-r",
-        "me@x.example",
-        "-c",
-        "c@d.example",
-        "a@b.example",
-        env=env,
-        stdin=b"x\n.\ny\n",
-    )
-    to, sender, content = the_only(relay)
-    assert (set(to), sender) == ({"a@b.example", "c@d.example"}, "me@x.example")
-    assert content.endswith(b"\r\n\r\nx\r\n.\r\ny\r\n")
-
-
-def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> None:
-    git = need("git")
-    if subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode > 1:
-        pytest.skip("git send-email is not installed")
-    for command in (
-        "init -q .",
-        "config user.name Me",
-        "config user.email me@x.example",
-        "commit -q --allow-empty -m First",
-        "-c core.hooksPath=/dev/null commit -q --allow-empty -m Second",
-    ):
-        run_command(git, *command.split(), env=env, cwd=tmp_path)
-    (tmp_path / "file").write_text("x\n")
-    run_command(git, "add", "file", env=env, cwd=tmp_path)
-    run_command(git, "commit", "-q", "-m", "Add a file", env=env, cwd=tmp_path)
-    run_command(
-        git,
-        "send-email",
-        "--quiet",
-        "--confirm=never",
-        "--envelope-sender=bounce@x.example",
-        f"--smtp-server={env['SENDMAIL']}",
-        "--to=a@b.example",
-        "-1",
-        env=env,
-        cwd=tmp_path,
-    )
-    to, sender, content = the_only(relay)
-    assert (set(to), sender) == ({"a@b.example", "me@x.example"}, "bounce@x.example")
-    assert b"Subject: [PATCH] Add a file\r\n" in content
-
-
-def test_php_mail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    script = r'var_dump(mail("a@b.example", "Hello", "one\r\n.\ntwo", "From: me@x.example\r\nBcc: blind@d.example", "-fbounce@x.example"));'
-    assert "true" in run_command(need("php"), "-d", f"sendmail_path={env['SENDMAIL']} -t -i", "-r", script, env=env)
-    to, sender, content = the_only(relay)
-    assert (to, sender) == (["a@b.example", "blind@d.example"], "bounce@x.example")
-    assert content.endswith(b"\r\n\r\none\r\n.\r\ntwo\r\n") and b"blind" not in content
-
-
-def test_cron(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    job = "From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@box> backup\nContent-Type: text/plain; charset=UTF-8\n\ndone\n"
-    run_command("sh", "-c", f"printf '{job}' | {env['SENDMAIL']} -FCronDaemon -i -B8BITMIME -oem root", env=env)
-    to, sender, content = the_only(relay)
-    assert (to, sender) == (["root@box.example"], "me@box.example")
-    assert b"From: root (Cron Daemon)\r\n" in content
-
-
-def test_django(relay: smtprelay.Relay) -> None:
-    pytest.importorskip("django")
-    script = """
-import sys
-from django.conf import settings
-settings.configure(EMAIL_HOST="127.0.0.1", EMAIL_PORT=int(sys.argv[1]), DEFAULT_CHARSET="utf-8")
-from django.core.mail import EmailMultiAlternatives
-mail = EmailMultiAlternatives("Gr\\u00fc\\u00dfe", "text", "Me <me@x.example>", ["a@b.example"], bcc=["blind@d.example"])
-mail.attach_alternative("<b>html</b>", "text/html")
-assert mail.send() == 1
-"""
-    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
-    to, sender, content = the_only(relay)
-    assert (to, sender) == (["a@b.example", "blind@d.example"], "me@x.example")
-    assert b"<b>html</b>" in content and b"blind" not in content
-
-
-def test_flask_mail(relay: smtprelay.Relay) -> None:
-    pytest.importorskip("flask_mail")
-    script = """
-import sys
-from flask import Flask
-from flask_mail import Mail, Message
-app = Flask("app")
-app.config.update(MAIL_SERVER="127.0.0.1", MAIL_PORT=int(sys.argv[1]), MAIL_DEFAULT_SENDER="me@x.example")
-with app.app_context():
-    Mail(app).send(Message("Hello", ["a@b.example"], "text", bcc=["blind@d.example"]))
-"""
-    run_command(sys.executable, "-c", script, str(relay.port), env=clean_env())
-    to, sender, content = the_only(relay)
-    assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
-    assert b"Subject: Hello\r\n" in content and b"blind" not in content
 
 
 # === DOCTOR ==================================================================
