@@ -3527,20 +3527,25 @@ def openssl(*arguments: str) -> bytes:
 #
 # Which message is tried next, and when. Each next hop has a Lane. A message waits
 # in the lane of each next hop that is owed it, and is in one worker's hands at a
-# time. What was refused for now waits for itself, in the heap. A next hop that
-# cannot be reached keeps its mail in its lane and lets one probe through at a
-# time, which costs no message an attempt. take() goes round the lanes, so none
-# holds up another; within one, the oldest goes first, new and due mail in turn.
+# time. One heap holds what is for later: messages that were refused for now, and
+# lanes whose next hop could not be reached. Such a lane keeps its mail and lets one
+# probe through at a time, which costs no message an attempt. take() goes round the
+# lanes that are ready; within one the oldest goes first, new and due mail in turn.
 #
-# A pool of workers is eaten up by next hops that answer slowly or not at all. So
-# a lane that has not answered yet gets one worker; lanes that failed get half of
-# all workers at most; and one worker in four, the last ones free, is for lanes
-# whose last task was quick. One leaf lock; workers and the other half call in.
+# Workers are few, and a next hop may answer slowly or not at all. So a lane has one
+# worker until its next hop has answered, and for as long as that answers at once:
+# the same worker takes the next message, and nobody need be woken. And a lane has
+# a rank: all workers are for quick ones, three in four for those not known yet or
+# worse, half for those that are slow or fail. One leaf lock; workers and HTTP call in.
 
-UNREAD = "(unread)"  # the lane of messages found at start, known by name only
+UNREAD = "(unread)"  # the lane of messages whose record says what is owed: found at start, or not written
 UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
 LOCAL_LANES = (UNREAD, UNSORTED)
-SLOW = 1.0  # seconds
+AT_ONCE, SLOW = 0.01, 1.0  # seconds
+IN_HAND = -1.0  # in place of when it is due: its turn came while a worker had it for another lane
+CROWDED_TIME = 60.0
+QUICK, UNKNOWN, BAD = range(3)  # the rank of a lane
+NOWHERE: Mapping[str, float] = {}
 
 
 def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
@@ -3555,35 +3560,34 @@ class Lane:
     """The mail that waits for one next hop."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.is_local = name, name in LOCAL_LANES
         self.fresh: collections.deque[str] = collections.deque()
         self.due: list[str] = []
         self.turn = False
         self.running: dict[str, float] = {}  # stem: since when, oldest first
-        self.proven = self.quick = name in LOCAL_LANES  # has answered; its last task was quick
-        self.listed = False  # in the order, or parked
-        self.parked = 0.0
-        self.throttled_until = 0.0
-        self.steps = 0
-        self.reason = ""
+        self.proven = self.is_local  # has answered
+        self.took = 0.0  # seconds, its last task
+        self.throttled_until, self.steps, self.reason = 0.0, 0, ""
         self.here = {name: 0.0}  # where a message waits that waits here alone; shared, never changed
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.due)
 
-    def pop(self, oldest: bool = False) -> str:
+    def oldest(self) -> str:
+        return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
+
+    def pop(self, oldest: bool) -> str:
         """Return the next stem, of new and due mail in turn, or of both the oldest."""
         self.turn = self.oldest() in itertools.islice(self.fresh, 1) if oldest else not self.turn
         if self.fresh and (self.turn or not self.due):
             return self.fresh.popleft()
         return heapq.heappop(self.due)
 
-    def is_quick(self, now: float) -> bool:
-        """Tell whether its last task was quick and those under way have not become slow."""
-        return self.quick and now - next(iter(self.running.values()), now) < SLOW
-
-    def oldest(self) -> str:
-        return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
+    def rank(self, now: float) -> int:
+        """Return how much it can be trusted to give its workers back soon."""
+        if self.steps or max(self.took, now - next(iter(self.running.values()), now)) >= SLOW and not self.is_local:
+            return BAD
+        return QUICK if self.proven else UNKNOWN
 
 
 class Task(NamedTuple):
@@ -3598,20 +3602,21 @@ class Scheduler:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic,
                  rng: random.Random | None = None) -> None:
-        self.settings = settings
-        self.clock = clock
+        self.settings, self.clock = settings, clock
         self.rng = rng or random.Random(settings.seed or None)
+        self.shares = [max(1, settings.workers * part // 4) for part in (4, 3, 2)]  # workers at most, by rank
         self.changed = threading.Condition(threading.Lock())
         self.lanes: dict[str, Lane] = {}
-        self.order: collections.deque[Lane] = collections.deque()
-        self.parked: list[tuple[float, str]] = []  # lanes that nothing may leave before that time
-        self.heap: list[tuple[float, str, str]] = []
-        self.waiting: dict[str, Mapping[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it
+        self.ready: dict[str, Lane] = {}  # those that may have mail for now, in the order of their turns
+        self.heap: list[tuple[float, str, str]] = []  # due, stem ("": the lane itself), lane
+        self.waiting: dict[str, Mapping[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it, or IN_HAND
         self.active: dict[str, str] = {}  # stem -> lane
+        self.crowded: dict[str, tuple[float, int]] = {}  # lane -> until when it has room for so many
         self.clock_set = 0.0  # Unix time; stems from before prove no age
-        self.blocked: dict[str, list[str]] = {}  # active stem -> lanes in which its turn had come
         self.alarm = math.inf  # when the first of the workers that wait will look again
         self.stopped = False
+
+    # -- what comes in --
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
         """Queue a message for a next hop: if it waits there, or a worker has it, it can only gain."""
@@ -3620,67 +3625,80 @@ class Scheduler:
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
 
-    def put_all(self, stems: Iterable[str], lane: str) -> None:
+    def put_all(self, stems: Iterable[str], lane: str, fresh: bool = False) -> None:
         """Queue messages that are not known yet, all at once, before the first of them is taken."""
         with self.changed:
             for stem in stems:
                 if stem not in self.active and stem not in self.waiting:
-                    self._enter(stem, lane, False)
-            self.changed.notify_all()
+                    self._enter(stem, lane, fresh)
+            self._stir()
 
-    def done(self, task: Task, delay: float | None = None) -> None:
-        """Give a task back; with a delay, its message is queued there again."""
+    def postpone(self, stem: str, lane: str, delay: float) -> None:
+        """Let a message wait for a next hop for so many seconds from now, and no less."""
         with self.changed:
-            del self.active[task.stem]
+            self._put_off(stem, lane, self.clock() + max(delay, 0.001))
+
+    def done(self, task: Task, delay: float | None = None) -> int:
+        """Give a task back; with a delay, its message is queued there again. Return how many are owed."""
+        with self.changed:
+            stem, now = task.stem, self.clock()
+            del self.active[stem]
             lane = self.lanes[task.lane]
-            took = self.clock() - lane.running.pop(task.stem)
-            lane.quick = took < SLOW or lane.name in LOCAL_LANES
+            lane.took = now - lane.running.pop(stem)
             if delay is not None:
-                self._queue(task.stem, task.lane, delay, False)
-            for name in self.blocked.pop(task.stem, ()):
-                if self.waiting.get(task.stem, {}).get(name) == 0.0:
-                    self._enter(task.stem, name, False)
-                    self._stir()
-            if not lane.listed and not lane.running:
+                self._queue(stem, task.lane, delay, False)
+            if stem in self.waiting:
+                for name in [name for name, due in self.waiting[stem].items() if due == IN_HAND]:
+                    self._enter(stem, name, False)
+                self._stir()
+            if not lane and not lane.running and now >= lane.throttled_until and lane.name not in self.ready:
                 del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
+            return self._count()
 
     def seize(self, stem: str) -> Task | None:
         """Take a message out of turn, wherever it waits; None when it is in other hands. Give it back by done()."""
         with self.changed:
             if stem in self.active:
                 return None
-            self.waiting[stem] = self._lane(UNREAD).here
+            self.waiting.pop(stem, None)
             return self._hand_out(stem, self._lane(UNREAD), self.clock())
+
+    def drop(self, stem: str) -> None:
+        """Forget where a message waits."""
+        with self.changed:
+            self.waiting.pop(stem, None)
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
         due = self.clock() + delay if delay > 0 else 0.0
-        if self.waiting.get(stem, {}).get(lane, math.inf) <= due:
+        if self.waiting.get(stem, NOWHERE).get(lane, math.inf) <= due:
             return
         if due:
             self._put_off(stem, lane, due)
         else:
             self._enter(stem, lane, fresh)
-        self._stir()
+            self._stir()
+
+    def _put_off(self, stem: str, lane: str, due: float) -> None:
+        self.waiting[stem] = {**self.waiting.get(stem, NOWHERE), lane: due}
+        heapq.heappush(self.heap, (due, stem, lane))
+        if due < self.alarm:
+            self.changed.notify()
+
+    def _enter(self, stem: str, name: str, fresh: bool) -> None:
+        lane, others = self._lane(name), self.waiting.get(stem)
+        self.waiting[stem] = {**others, name: 0.0} if others and [*others] != [name] else lane.here
+        self.ready[name] = lane
+        if fresh:
+            lane.fresh.append(stem)
+        else:
+            heapq.heappush(lane.due, stem)
 
     def _lane(self, name: str) -> Lane:
         if name not in self.lanes:
             self.lanes[name] = Lane(name)
         return self.lanes[name]
 
-    def _put_off(self, stem: str, lane: str, due: float) -> None:
-        self.waiting[stem] = {**self.waiting.get(stem, {}), lane: due}
-        heapq.heappush(self.heap, (due, stem, lane))
-
-    def _enter(self, stem: str, name: str, fresh: bool) -> None:
-        lane, others = self._lane(name), self.waiting.get(stem)
-        self.waiting[stem] = {**others, name: 0.0} if others and [*others] != [name] else lane.here
-        if not lane.listed:
-            lane.listed = True
-            self.order.append(lane)
-        if fresh:
-            lane.fresh.append(stem)
-        else:
-            heapq.heappush(lane.due, stem)
+    # -- what goes out --
 
     def take(self, timeout: float) -> Task | None:
         """Return the next task; None after `timeout` seconds, or when stopped."""
@@ -3688,189 +3706,159 @@ class Scheduler:
         with self.changed:
             while not self.stopped:
                 now = self.clock()
-                self._wake(now)
-                task = self._next(now)
-                if task:
-                    self._stir()
-                    return task
-                left = min(give_up - time.monotonic(), self._quiet_for(now))
-                if give_up <= time.monotonic():
+                while self.heap and self.heap[0][0] <= now:
+                    due, stem, name = heapq.heappop(self.heap)
+                    if stem and self.waiting.get(stem, NOWHERE).get(name) == due:
+                        self._enter(stem, name, False)
+                    elif not stem and name in self.lanes:  # an empty one, too: its mail may be in hand
+                        self.ready[name] = self.lanes[name]
+                lane, look_at = self._first(now)
+                if lane:
+                    task = self._pop(lane, now)
+                    if task:
+                        if self.ready:
+                            self._stir()
+                        return task
+                    continue
+                left = give_up - time.monotonic()
+                if left <= 0:
                     return None
-                self.alarm = min(self.alarm, now + left)
-                self.changed.wait(max(left, 0.001))
+                self.alarm = min(self.alarm, look_at, now + left)
+                self.changed.wait(max(min(left, look_at - now), 0.001))
                 self.alarm = math.inf  # nobody is known to look in time
         return None
 
-    def _stir(self) -> None:
-        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
-        now = self.clock()
-        if self._quiet_for(now) < self.alarm - now or any(self._may_start(lane, now) for lane in self.order):
-            self.changed.notify()
+    def _first(self, now: float) -> tuple[Lane | None, float]:
+        """Return the first lane, going round, that may have one more worker, or else when to look again."""
+        worst, look_at = BAD, self.heap[0][0] if self.heap else math.inf
+        if len(self.lanes) > 1:  # else there is nobody to keep workers for
+            busy = [self.lanes[name].rank(now) for name in self.active.values()]
+            worst -= busy.count(BAD) >= self.shares[BAD]
+            worst = QUICK if len(busy) - busy.count(QUICK) >= self.shares[UNKNOWN] else worst
+        for name, lane in [*self.ready.items()]:
+            throttled = lane.steps > 0 and now < lane.throttled_until
+            if not lane or throttled and not self._is_overdue(lane):
+                del self.ready[name]  # the heap has it until its probe is due
+                if not lane and not lane.running:
+                    del self.lanes[name]
+                continue
+            room = self.settings.workers if lane.is_local else self.settings.relay_connections if lane.proven else 1
+            if name in self.crowded:
+                until, most = self.crowded[name]
+                room = min(room, most) if now < until else room
+            since = next(iter(lane.running.values()), now)
+            if throttled or len(lane.running) < room and lane.rank(now) <= worst:
+                if throttled or not lane.running or lane.took >= AT_ONCE or now - since >= AT_ONCE:
+                    return lane, now
+                look_at = min(look_at, since + AT_ONCE)
+        return None, look_at
 
-    def _wake(self, now: float) -> None:
-        """Move what has fallen due into its lane, and lanes whose probe is due into the order."""
-        while self.heap and self.heap[0][0] <= now:
-            due, stem, lane = heapq.heappop(self.heap)
-            if self.waiting.get(stem, {}).get(lane) == due:
-                self._enter(stem, lane, False)
-        while self.parked and self.parked[0][0] <= now:
-            until, name = heapq.heappop(self.parked)
-            self._unpark(name, until)
-
-    def _unpark(self, name: str, until: float) -> None:
-        lane = self.lanes.get(name)
-        if lane is not None and lane.parked == until:  # an empty one, too: its mail may be in hand
-            lane.parked = 0.0
-            self.order.append(lane)
-
-    def _next(self, now: float) -> Task | None:
-        """Return the next message of the first lane, going round, that has one and has room."""
-        for lane in list(self.order):
-            overdue = lane.steps > 0 and self._is_overdue(lane)
-            if lane.steps and now < lane.throttled_until and not overdue:
-                self._park(lane)
-            elif overdue or self._has_room(lane, now):
-                task = self._pop(lane, now, overdue)
-                if task:
-                    return task
-        return None
-
-    def _may_start(self, lane: Lane, now: float) -> bool:
-        return not (lane.steps and now < lane.throttled_until) and self._has_room(lane, now)
-
-    def _park(self, lane: Lane) -> None:
-        """Put a throttled lane out of the way until its probe is due."""
-        self.order.remove(lane)
-        lane.parked = lane.throttled_until
-        heapq.heappush(self.parked, (lane.parked, lane.name))
-
-    def _is_overdue(self, lane: Lane) -> bool:
-        """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
-        came = id_micros(lane.oldest()[11:]) / 1e6 if lane else math.inf
-        age = (time.time() - came) * self.settings.time_scale
-        return self.clock_set <= came and age > self.settings.retry_max_age
-
-    def _has_room(self, lane: Lane, now: float) -> bool:
-        """Tell whether a lane may have one more worker."""
-        workers, room, quick = self.settings.workers, self.settings.relay_connections, lane.is_quick(now)
-        alone = len(self.lanes) == 1  # then there is nobody to keep workers for
-        half = workers if alone else max(1, workers // 2)
-        if not lane.proven:
-            room = 1
-        elif lane.name in LOCAL_LANES:
-            room = workers
-        elif not quick:
-            room = min(room, half)
-        if len(lane.running) >= room:
-            return False
-        if not lane.steps and (quick or alone):
-            return True
-        busy = [self.lanes[name] for name in self.active.values()]
-        if lane.steps and sum(other.steps > 0 for other in busy) >= half:
-            return False
-        return quick or alone or sum(not o.is_quick(now) for o in busy) < max(1, workers - max(1, workers // 4))
-
-    def _pop(self, lane: Lane, now: float, oldest: bool) -> Task | None:
-        """Take the next message from a lane in the order; None when all of them have gone."""
-        self.order.remove(lane)
-        lane.listed = False
-        found = None
+    def _pop(self, lane: Lane, now: float) -> Task | None:
+        """Take the next message from a lane, which goes behind the others; None when all of them have gone."""
+        del self.ready[lane.name]
+        oldest, found = lane.steps > 0 and self._is_overdue(lane), None
         while lane and not found:
             stem = lane.pop(oldest)
-            if self.waiting.get(stem, {}).get(lane.name) != 0.0:
+            places = self.waiting.get(stem, NOWHERE)
+            if places.get(lane.name) != 0.0:
                 continue  # it was removed
             if stem in self.active:
-                self.blocked.setdefault(stem, []).append(lane.name)
+                self.waiting[stem] = {**places, lane.name: IN_HAND}
                 continue
+            if len(places) > 1:
+                self.waiting[stem] = {name: due for name, due in places.items() if name != lane.name}
+            else:
+                del self.waiting[stem]
             found = self._hand_out(stem, lane, now)
         if lane:
-            lane.listed = True
-            self.order.append(lane)
-        elif not lane.running:
+            self.ready[lane.name] = lane
+        elif not lane.running and now >= lane.throttled_until:
             del self.lanes[lane.name]
         return found
 
     def _hand_out(self, stem: str, lane: Lane, now: float) -> Task:
-        places = self.waiting.pop(stem)
-        if len(places) > 1:
-            self.waiting[stem] = {name: due for name, due in places.items() if name != lane.name}
         self.active[stem] = lane.name
         lane.running[stem] = now
         return Task(stem, lane.name)
 
-    def _quiet_for(self, now: float) -> float:
-        """Return for how long nothing can fall due."""
-        times = [first[0][0] for first in (self.heap, self.parked) if first]
-        return max(min(times) - now, 0.0) if times else math.inf
+    def _stir(self) -> None:
+        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
+        lane, look_at = self._first(self.clock())
+        if lane or look_at < self.alarm:
+            self.changed.notify()
+
+    def _is_overdue(self, lane: Lane) -> bool:
+        """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
+        came = id_micros(lane.oldest()[11:]) / 1e6
+        age = (time.time() - came) * self.settings.time_scale
+        return self.clock_set <= came and age > self.settings.retry_max_age
+
+    # -- what is known of a next hop: told by a worker that has a task of its lane --
 
     def throttle(self, name: str, reason: str) -> float:
         """Hold all mail for a next hop that cannot be reached; return for how many seconds."""
         with self.changed:
-            lane = self.lanes[name]
-            now = self.clock()
-            if lane.steps and now < lane.throttled_until:
-                return lane.throttled_until - now  # one that was under way when the first one failed
-            lane.steps += 1
-            lane.reason, lane.proven = reason, False
-            delay = backoff(self.settings, lane.steps, self.rng)
-            lane.throttled_until = now + delay
-            if not lane.listed:  # even with no mail, to be forgotten in time
-                lane.listed = True
-                self.order.append(lane)
-            return delay
-
-    def postpone(self, stem: str, lane: str, delay: float) -> None:
-        """Let a message wait for a next hop for so many seconds from now, and no less."""
-        with self.changed:
-            self._put_off(stem, lane, self.clock() + max(delay, 0.001))
+            lane, now = self.lanes[name], self.clock()
+            if not lane.steps or now >= lane.throttled_until:  # else under way when the first one failed
+                lane.steps += 1
+                lane.reason, lane.proven = reason, False
+                lane.throttled_until = now + backoff(self.settings, lane.steps, self.rng)
+                heapq.heappush(self.heap, (lane.throttled_until, "", name))
+            return lane.throttled_until - now
 
     def is_throttled(self, name: str) -> bool:
-        with self.changed:
-            return self.lanes[name].steps > 0
+        return self.lanes[name].steps > 0
 
     def reached(self, name: str) -> None:
         """Note that a next hop has answered: unless it is throttled, more workers may follow."""
-        with self.changed:
-            lane = self.lanes[name]
-            if not lane.proven and not lane.steps:
+        lane = self.lanes[name]
+        if not lane.proven and not lane.steps:
+            with self.changed:
                 lane.proven = True
-                self.changed.notify_all()
+                self._stir()
 
     def release(self, name: str) -> None:
         """Let everything go: the next hop answered, and took what it was sent or said why not."""
-        with self.changed:
-            lane = self.lanes[name]
-            if lane.steps or not lane.proven:
+        lane = self.lanes[name]
+        if lane.steps or not lane.proven:
+            with self.changed:
                 lane.steps, lane.reason, lane.proven = 0, "", True
-                if lane.parked:
-                    self._unpark(name, lane.parked)
-                self.changed.notify_all()
+                self._probe(lane)
+
+    def crowd(self, name: str) -> int:
+        """Note that a next hop takes no more connections than it has: return how many, 0 if that is known."""
+        with self.changed:
+            now, room = self.clock(), max(1, len(self.lanes[name].running) - 1)
+            self.crowded = {n: (until, most) for n, (until, most) in self.crowded.items() if now < until}
+            known = name in self.crowded and self.crowded[name][1] <= room
+            if not known:
+                self.crowded[name] = now + CROWDED_TIME, room
+            return 0 if known else room
 
     def flush(self) -> None:
         """Make everything due now, and try throttled next hops at once."""
         with self.changed:
             for _, stem, lane in sorted(self.heap):
-                if self.waiting.get(stem, {}).get(lane):
+                if stem and self.waiting.get(stem, NOWHERE).get(lane, 0.0) > 0:
                     self._enter(stem, lane, False)
             self.heap.clear()
             for entry in self.lanes.values():
                 self._probe(entry)
-            self.parked.clear()
-            self.changed.notify_all()
 
     def hurry(self, stem: str) -> None:
         """Make one message that waits for itself due now, and a throttled next hop that it waits for."""
         with self.changed:
-            for name in self.waiting.get(stem, ()):
+            for name in self.waiting.get(stem, NOWHERE):
                 self._queue(stem, name, 0.0, False)
                 self._probe(self._lane(name))
-            self._stir()
 
     def _probe(self, lane: Lane) -> None:
         """Let a throttled lane try its next hop at once."""
         lane.throttled_until = 0.0
-        if lane.parked:
-            self._unpark(lane.name, lane.parked)
+        self.ready[lane.name] = lane
+        self._stir()
+
+    # -- for people --
 
     def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
@@ -3880,28 +3868,29 @@ class Scheduler:
             hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": len(lane.running),
                      "waiting": len(lane), "reason": lane.reason,
                      "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
-                    for lane in self.lanes.values() if lane.name not in LOCAL_LANES]
+                    for lane in self.lanes.values() if not lane.is_local]
         return stems, hops
-
-    def drop(self, stem: str) -> None:
-        """Forget where a message waits."""
-        with self.changed:
-            self.waiting.pop(stem, None)
-            self.blocked.pop(stem, None)
-
-    def stop(self) -> None:
-        with self.changed:
-            self.stopped = True
-            self.changed.notify_all()
-
-    def __len__(self) -> int:
-        with self.changed:
-            return len(self.waiting) + sum(stem not in self.waiting for stem in self.active)
 
     def oldest(self) -> str | None:
         """Return the stem that has waited longest."""
         with self.changed:
             return min(itertools.chain(self.waiting, self.active), default=None)
+
+    def knows(self, stem: str) -> bool:
+        """Tell whether a message waits anywhere."""
+        return stem in self.waiting
+
+    def __len__(self) -> int:
+        with self.changed:
+            return self._count()
+
+    def _count(self) -> int:
+        return len(self.waiting) + sum(stem not in self.waiting for stem in self.active)
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
 
 
 # === 12 RESOLVER =============================================================

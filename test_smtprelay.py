@@ -3621,6 +3621,54 @@ def test_a_message_is_in_one_workers_hands() -> None:
     assert len(s) == 0 and s.lanes == {} and s.waiting == {}
 
 
+def test_a_next_hop_that_answers_at_once_keeps_one_worker_busy_and_a_slower_one_more() -> None:
+    clock = Ticker()
+    s = scheduler(clock)
+    for i in range(9):
+        s.put(stem_at(i), "smarthost")
+    for took in (0.002, 0.002, 0.05):
+        task = s.take(0)
+        assert task and s.take(0) is None
+        s.reached("smarthost")
+        clock.now += took
+        s.done(task)
+    assert len(list(iter(lambda: s.take(0), None))) == 4
+
+
+def test_a_host_that_takes_no_more_connections_is_given_no_more_for_a_while() -> None:
+    clock = Ticker()
+    s = scheduler(clock)
+    for i in range(9):
+        s.put(stem_at(i), "smarthost")
+    first = s.take(0)
+    s.reached("smarthost")
+    clock.now += 0.1
+    tasks: list[Any] = [first, s.take(0), s.take(0)]
+    assert all(tasks) and s.crowd("smarthost") == 2 and s.crowd("smarthost") == 0
+    s.done(tasks.pop(), 0.0)
+    assert s.take(0) is None
+    s.done(tasks.pop())
+    tasks.append(s.take(0))
+    assert tasks[-1] and s.take(0) is None
+    clock.now += 61
+    assert len(list(iter(lambda: s.take(0), None))) == 2
+
+
+def test_slow_and_dead_next_hops_leave_workers_to_one_that_is_not_known_yet() -> None:
+    clock = Ticker()
+    s = scheduler(clock, SMTP_DELIVERY="mx", SMTP_RELAY_CONNECTIONS="8")
+    for i in range(40):
+        s.put(stem_at(i), f"slow{i % 2}.test")
+    for _ in range(2):
+        task = s.take(0)
+        assert task
+        s.reached(task.lane)
+    clock.now += 300  # a reply may take that long
+    assert len(list(iter(lambda: s.take(0), None))) == 2  # half of all workers
+    s.put(stem_at(99), "new.test")
+    assert s.take(0)
+
+
 def test_what_is_too_old_leaves_a_throttled_lane() -> None:
     clock = Ticker()
     s = scheduler(clock, SMTP_RETRY_MAX_AGE="1h")
@@ -3641,6 +3689,8 @@ def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
         s.put(stem_at(i), "smarthost")
     slow = s.take(0)
     s.reached("smarthost")
+    assert s.take(0) is None  # it may answer at once
+    clock.now += 0.1
     quick = s.take(0)
     assert slow and quick
     delay = s.throttle("smarthost", "dead")
