@@ -7699,21 +7699,21 @@ def take_field(body: Any, path: str, default: Any) -> Any:
     outer, _, name = path.rpartition(".")
     if not isinstance(body, dict):
         raise BadRequest(f"{outer or 'body'}: must be an object")
-    value = next((v for key, v in body.items() if key.lower() == name.lower()), None)
+    value = next((v for key, v in reversed(body.items()) if key.lower() == name.lower()), None)
     if not isinstance(value, (type(default), type(None))):
         raise BadRequest(f"{path}: must be of type {type(default).__name__}")
     return default if value is None else value
 
 
 def read_mailbox(value: Any, path: str) -> str:
-    if not isinstance(value, str) or not value.isascii() or not MAILBOX.fullmatch(value):
+    if not isinstance(value, str) or not value.isprintable() or not MAILBOX.fullmatch(value):
         raise BadRequest(f"{path}: invalid address {str(value)[:100]!r}")
     return value
 
 
 def read_person(value: Any, path: str) -> tuple[str, str]:
     """Read a {"Name", "Email"} object."""
-    name = take_field(value, f"{path}.Name", "").translate(NO_BREAKS)[:200]
+    name = take_field(value, f"{path}.Name", "").translate(NO_BREAKS)[:200].strip()
     return name, read_mailbox(take_field(value, f"{path}.Email", ""), f"{path}.Email")
 
 
@@ -7730,70 +7730,129 @@ def release_to(body: Any) -> list[str]:
 
 
 def compose(body: Any) -> tuple[bytes, str, list[str]]:
-    """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest."""
+    """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest.
+
+    Every octet of it is written here, for the email package decodes what it is given and
+    writes it anew: an encoded word could become a field of its own (CVE-2024-6923).
+    """
     sender = read_person(take_field(body, "From", {}), "From")
-    people = {name: read_each(body, name, read_person) for name in ("To", "Cc", "ReplyTo")}
-    named = [person[1] for person in (*people["To"], *people["Cc"])]
-    recipients = named + read_each(body, "Bcc", read_mailbox)
+    to, cc, reply_to = (read_each(body, name, read_person) for name in ("To", "Cc", "ReplyTo"))
+    recipients = [address for _, address in (*to, *cc)] + read_each(body, "Bcc", read_mailbox)
     if not recipients:
         raise BadRequest("To: no recipients")
-    try:
-        message = composed(body, {"From": [sender], **people})
-        return message.as_bytes(), sender[1], list(dict.fromkeys(recipients))
-    except BadRequest:
-        raise
-    except EMAIL_RAISES as error:
-        raise BadRequest(f"body: {error}") from None
-
-
-def composed(body: Any, people: dict[str, list[tuple[str, str]]]) -> email.message.EmailMessage:
-    message = email.message.EmailMessage(email.policy.SMTP)
-    message["Date"] = email.utils.formatdate()
-    message["Subject"] = take_field(body, "Subject", "").translate(NO_BREAKS)
-    for field_name, group in people.items():
-        if group:
-            value = ", ".join(map(email.utils.formataddr, group))
-            message["Reply-To" if field_name == "ReplyTo" else field_name] = value
-    if take_field(body, "Tags", []):
-        message["X-Tags"] = ", ".join(clean_tags(map(str, take_field(body, "Tags", []))))
+    fields = {"Date": email.utils.formatdate(), "Subject": take_field(body, "Subject", "")}
+    tags = ", ".join(clean_tags(map(str, take_field(body, "Tags", []))))
+    fields.update({"X-Tags": tags} if tags else {})
     for name, value in take_field(body, "Headers", {}).items():
         if OWN_FIELDS.fullmatch(name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
             raise BadRequest(f"Headers: cannot set {name[:76]!r}")
-        message[name] = str(value).translate(NO_BREAKS)
-    if "message-id" not in message:
-        domain = people["From"][0][1].rpartition("@")[2]
-        message["Message-ID"] = email.utils.make_msgid(domain=domain)
-    fill_body(message, body)
-    return message
-
-
-def fill_body(message: email.message.EmailMessage, body: Any) -> None:
-    """Give a message its text, HTML and attachments."""
-    text, page = take_field(body, "Text", ""), take_field(body, "HTML", "")
-    if text or not page:
-        message.set_content(text)
-        if page:
-            message.add_alternative(page, subtype="html")
-    else:
-        message.set_content(page, subtype="html")
-    shown: Any = message.get_body(("html",)) or message
-    for n, value in enumerate(take_field(body, "Attachments", [])):
-        path = f"Attachments[{n}]"
-        name, cid = (take_field(value, f"{path}.{key}", "") for key in ("Filename", "ContentID"))
-        guess = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        kind, _, subtype = (take_field(value, f"{path}.ContentType", "") or guess).partition("/")
-        add: Any = shown.add_related if cid and page else message.add_attachment
-        place = {"cid": f"<{cid}>", "disposition": "inline"} if cid else {}
-        content = decode_content(take_field(value, f"{path}.Content", ""), f"{path}.Content")
-        add(content, kind, subtype, filename=safe_filename(name), **place)
-
-
-def decode_content(value: str, path: str) -> bytes:
-    """Decode base64, with or without the data: prefix that browsers put before it."""
+        fields[name] = str(value)
+    if "message-id" not in map(str.lower, fields):
+        fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
+    lines = [f"{name}: " + ",\r\n ".join(f"{phrase(who)} <{address}>".lstrip() for who, address in people)
+             for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to)) if people]
+    lines += [folded(name, value.translate(NO_BREAKS)) for name, value in fields.items()]
     try:
-        return base64.b64decode(value.rpartition(",")[2], validate=True)
+        content = "\r\n".join([*lines, "MIME-Version: 1.0", ""]).encode() + written_body(body)
+    except UnicodeEncodeError as e:  # half of a pair of surrogates
+        raise BadRequest(f"body: {e}") from None
+    return content, sender[1], list(dict.fromkeys(recipients))
+
+
+def encoded_words(text: str) -> list[str]:
+    """Write text as encoded words of at most 75 characters (RFC 2047 2)."""
+    pieces = [""]
+    for c in text:
+        if len((pieces[-1] + c).encode("utf-8", "replace")) > 45:
+            pieces.append("")
+        pieces[-1] += c
+    return [f"=?utf-8?b?{base64.b64encode(piece.encode('utf-8', 'replace')).decode()}?=" for piece in pieces]
+
+
+def phrase(name: str) -> str:
+    """Write a name before an address: as it is, quoted, or encoded."""
+    if not name.isascii():
+        return "\r\n ".join(encoded_words(name))
+    return name if re.fullmatch(r"[\w !#$%&'*+/=^`{|}~-]*", name) else f'"{email.utils.quote(name)}"'
+
+
+def folded(name: str, value: str) -> str:
+    """Write a header field, folded at spaces; what is not ASCII, or one long word, is encoded."""
+    words = value.split(" ")
+    lines = [f"{name}:"]
+    for word in words if value.isascii() and max(map(len, words)) < 900 else encoded_words(value):
+        if word and len(lines[-1]) + len(word) > 76 and lines[-1].strip() and lines != [f"{name}:"]:
+            lines.append("")
+        lines[-1] += " " + word
+    return "\r\n".join(lines)
+
+
+def written_body(body: Any) -> bytes:
+    """Write the MIME fields and the body: text, HTML and attachments."""
+    text, page = (take_field(body, name, "") for name in ("Text", "HTML"))
+    attached = read_each(body, "Attachments", read_attachment)
+    shown = [part for cid, part in attached if cid and page]
+    bodies = [written_text("plain", text)] if text or not page else []
+    bodies += [multipart("related", [written_text("html", page), *shown])] if page else []
+    others = [part for cid, part in attached if not (cid and page)]
+    return multipart("mixed", [multipart("alternative", bodies), *others])
+
+
+def multipart(kind: str, parts: Sequence[bytes]) -> bytes:
+    """Join parts, each with its fields; one alone stands for itself."""
+    if len(parts) == 1:
+        return parts[0]
+    mark = secrets.token_hex(16).encode()
+    head = b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), mark)
+    return head + b"".join(b"--%s\r\n%s\r\n" % (mark, part) for part in parts) + b"--%s--\r\n" % mark
+
+
+def written_text(kind: str, text: str) -> bytes:
+    """Write a text part; its line ends are CRLF, whatever they were."""
+    octets = (re.sub(r"\r\n?|\n", "\r\n", text).rstrip("\r\n") + "\r\n").encode()
+    plain = octets.isascii() and b"\0" not in octets and max(map(len, octets.split(b"\n"))) < 990
+    encoding, octets = ("7bit", octets) if plain else ("quoted-printable", binascii.b2a_qp(octets, istext=True))
+    head = f"Content-Type: text/{kind}; charset=utf-8\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    return head.encode() + octets
+
+
+def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
+    """Read an attachment; return its content id and the part, whose octets are in base64 whatever they are."""
+    name, cid, kind, coded = (take_field(value, f"{path}.{key}", "")
+                              for key in ("Filename", "ContentID", "ContentType", "Content"))
+    try:
+        content = base64.b64decode(coded.rpartition(",")[2], validate=True)  # browsers put data:...; before it
     except ValueError:
-        raise BadRequest(f"{path}: not base64") from None
+        raise BadRequest(f"{path}.Content: not base64") from None
+    kind, name = kind or type_of(content, name), safe_filename(name)
+    if not re.fullmatch(r"[!-.0-~]+/[ -~]{1,200}", kind) or kind.lower().startswith("multipart/"):
+        raise BadRequest(f"body: {path}.ContentType cannot be {kind[:100]!r}")
+    if not re.fullmatch(r"[!-;=?-~]{0,200}", cid):
+        raise BadRequest(f"{path}.ContentID: cannot be {cid[:100]!r}")
+    shown = f'filename="{name}"' if name.isascii() else f"filename*=utf-8''{urllib.parse.quote(name, safe='')}"
+    head = (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: base64\r\n"
+            f"Content-Disposition: {'inline' if cid else 'attachment'}; {shown}\r\n"
+            + f"Content-ID: <{cid}>\r\n" * bool(cid))
+    return cid, head.encode() + b"\r\n" + base64.encodebytes(content).replace(b"\n", b"\r\n")
+
+
+FILE_MAGIC = {  # how a file begins, in upper case
+    b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif",
+    b"%PDF-": "application/pdf", b"PK\x03\x04": "application/zip", b"\x1f\x8b\x08": "application/x-gzip",
+    b"<!DOCTYPE HTML": "text/html", b"<HTML": "text/html", b"<?XML": "text/xml",
+}
+
+
+def type_of(content: bytes, name: str) -> str:
+    """Tell a file's type by its octets, and by its name where they say nothing."""
+    head = content[:99].lstrip().upper()
+    kind = next((kind for magic, kind in FILE_MAGIC.items() if head.startswith(magic)), "")
+    try:
+        if not kind and content.decode() and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
+            kind = "text/plain; charset=utf-8"
+    except UnicodeDecodeError:
+        pass
+    return kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 # === 19 PAGE =================================================================
@@ -9319,10 +9378,13 @@ def release_message(request: Request) -> bytes:
 @route("POST /api/v1/send", "put a message in, given as JSON")
 def send_message(request: Request) -> Any:
     """Take a message as JSON, as if it had come by SMTP."""
-    content, sender, recipients = compose(request.fields)
+    content, sender, to = compose(request.fields)
     if len(content) > request.relay.settings.max_size:
         raise HttpError(413, f"message is larger than {request.relay.settings.max_size} octets")
-    envelope = Envelope(sender, "127.0.0.1", "http", "HTTP", recipients=recipients)
+    wide = {"8BITMIME": not content.isascii(), "SMTPUTF8": not "".join((sender, *to)).isascii()}
+    flags = tuple(flag for flag, fits in wide.items() if fits)
+    user = request.login()[0][:200].translate(NO_BREAKS)
+    envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
     return {"ID": request.postmaster.store(envelope, [content])}
 
 

@@ -7463,7 +7463,7 @@ REFUSED_SENDS = [  # (change, error begins with)
     ({"To": {}}, "To: must be of type list"),
     ({"To": ["a@b.example"]}, "To[0]: must be an object"),
     ({"To": [{"Email": "a b@c"}]}, "To[0].Email: invalid address"),
-    ({"To": [{"Email": "ä@b.example"}]}, "To[0].Email: invalid address"),
+    ({"To": [{"Email": "ä\x00@b.example"}]}, "To[0].Email: invalid address"),
     ({"Bcc": [1]}, "Bcc[0]: invalid address '1'"),
     ({"Subject": 1}, "Subject: must be of type str"),
     ({"Headers": {"To": "x"}}, "Headers: cannot set 'To'"),
@@ -7488,6 +7488,49 @@ def test_compose_takes_the_least() -> None:
     assert recipients == ["c@d.example"] and smtprelay.read_mail(raw).plain == "\n"
     html_only = smtprelay.read_mail(smtprelay.compose({**MINIMAL, "HTML": "<b>x"})[0])
     assert (html_only.plain, html_only.html) == ("", "<b>x\n")
+
+
+def test_compose_writes_what_it_is_given_and_nothing_more() -> None:
+    """Encoded words stay as they are (CVE-2024-6923), attachments keep their octets, whatever these are."""
+    evil, word = "=?utf-8?q?a=0D=0ABcc=3A_x=40y.test=0D=0A=0D=0Abody?=", "=?utf-8?b?" + "QUJD" * 30 + "?="
+    inner = b"Subject: in\rner\n\nbare\r\n.\r\n\0"
+    body = {
+        **MINIMAL,
+        "Subject": evil,
+        "From": {"Name": evil, "Email": "a@b.example"},
+        "To": [{"Name": "Zoë " * 30, "Email": "zoë@bücher.example"}],
+        "Headers": {"X-Evil": evil, "X-Long": "ä" * 500, "X-Word": word, "X-Spaces": "a  b" + " c" * 300, "X-One": "x" * 1500},
+        "Text": "a\rb\nc\r\n.\r\n" + "x" * 2000 + "\0",
+        "HTML": "<p>" + "é" * 400,
+        "Attachments": [{"ContentType": "message/rfc822", "Content": base64.b64encode(inner).decode(), "Filename": "é.eml"}],
+    }
+    raw, _, recipients = smtprelay.compose(body)
+    assert raw.count(b"\r\n") == raw.count(b"\r") == raw.count(b"\n") and b"\0" not in raw
+    assert max(map(len, raw.split(b"\r\n"))) <= 998 and recipients == ["zoë@bücher.example"]
+    mail = smtprelay.read_mail(raw)
+    fields = dict(mail.headers)
+    assert (fields["Subject"], fields["X-Evil"], fields["X-Word"], "Bcc" in fields) == (evil, evil, word, False)
+    assert smtprelay.decode_words(fields["X-Long"]) == "ä" * 500 and fields["X-Spaces"] == body["Headers"]["X-Spaces"]
+    assert [part.content for part in mail.parts if part.content_type == "message/rfc822"] == [inner]
+    assert people(mail.people("to")) == [(("Zoë " * 30).strip(), "zoë@bücher.example")]
+    parsed = email.message_from_bytes(raw, policy=email.policy.default)
+    texts = [part.get_content() for part in parsed.walk() if part.get_content_maintype() == "text"]
+    assert [text.replace("\r\n", "\n") for text in texts[:2]] == ["a\nb\nc\n.\n" + "x" * 2000 + "\0\n", "<p>" + "é" * 400 + "\n"]
+
+
+@pytest.mark.parametrize(
+    "content, name, kind",
+    [
+        (b"\x89PNG\r\n\x1a\nxx", "a.txt", "image/png"),
+        (b"%PDF-1.4", "", "application/pdf"),
+        (b"  <!doctype html><p>", "a.csv", "text/html"),
+        (b"one,two", "a.csv", "text/plain; charset=utf-8"),
+        (b"\0\1", "a.wasm", "application/wasm"),
+        (b"\0\1", "", "application/octet-stream"),
+    ],
+)
+def test_a_files_type_is_told_by_its_octets(content: bytes, name: str, kind: str) -> None:
+    assert smtprelay.type_of(content, name) == kind
 
 
 def test_release_to() -> None:
@@ -8514,6 +8557,35 @@ def test_an_answer_that_ends_the_connection_says_so(start: Callable[..., Any]) -
     challenges.request("GET", "/api/v1/messages")
     assert "Basic" in (said := str(challenges.getresponse().headers.get_all("WWW-Authenticate"))) and "Bearer" in said
     challenges.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "body", "status", "words"),
+    [
+        ({"SMTP_MAX_RECIPIENTS": "2"}, {"Bcc": ["a@x.test", "b@x.test"]}, 503, "452 4.5.3"),
+        ({"SMTP_QUEUE_SIZE": "1"}, {}, 503, "452 4.3.1"),
+        ({"SMTP_SPOOL_MIN_FREE": "900000GiB"}, {}, 503, "452 4.3.1"),
+        ({"SMTP_MAX_SIZE": "1000"}, {"Text": "x" * 1000}, 413, "1000 octets"),
+    ],
+)
+def test_what_is_sent_over_http_meets_a_sessions_rules(
+    start: Callable[..., Any], settings: dict[str, str], body: dict[str, Any], status: int, words: str
+) -> None:
+    relay = start(SMTP_RELAY_HOST="127.0.0.1:9", SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", **settings)
+    sent = {"From": {"Email": "a@b.test"}, "To": [{"Email": "c@d.test"}]}
+    if "SMTP_QUEUE_SIZE" in settings:
+        assert api(relay, "POST", "/api/v1/send", sent)[0] == 200
+    got, answer = api(relay, "POST", "/api/v1/send", {**sent, **body})
+    assert got == status and words in answer["Error"], answer
+
+
+def test_who_sends_over_http_is_shown(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    sent = {"From": {"Email": "ä@b.test"}, "To": [{"Email": "c@d.test"}]}
+    login = "Basic " + base64.b64encode(b"joe\r\nX: y:secret").decode()
+    assert api(relay, "POST", "/api/v1/send", sent, Authorization=login)[0] == 200
+    seen = api(relay, "GET", "/api/v1/message/latest")[1]
+    assert (seen["Username"], seen["From"]["Address"]) == ("joe  X: y".partition(":")[0], "ä@b.test")
 
 
 def test_a_chunked_body_is_read(start: Callable[..., Any]) -> None:
