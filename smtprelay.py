@@ -7892,7 +7892,6 @@ PAGE = r"""<!doctype html>
 .forwarded, .ok, .on { --tone: var(--good); }
 .deferred, .retrying, .throttled { --tone: var(--warn); }
 .failed { --tone: var(--bad); }
-
 * { box-sizing: border-box; margin: 0; padding: 0; }
 [hidden] { display: none !important; }
 body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
@@ -7918,7 +7917,6 @@ button.plain { padding: 4px 6px; color: var(--soft); background: none; border-co
 button.plain:hover { color: var(--ink); }
 .busy::after { content: " …"; animation: wait 1s steps(4, jump-none) infinite; }
 @keyframes wait { from { opacity: 0; } }
-
 /* The bar */
 header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
   border-bottom: 1px solid var(--line); }
@@ -7935,7 +7933,6 @@ nav span, #live { font-size: 12px; color: var(--soft); }
 #live::before, .status::before { content: ""; display: inline-block; width: 7px; height: 7px;
   margin-right: 6px; border-radius: 50%; background: currentColor; }
 #live::before { color: var(--tone, var(--warn)); }
-
 /* Two columns, the rail and the pane */
 main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0, 1fr); }
 #rail, #pane { display: flex; flex-direction: column; min-height: 0; }
@@ -7969,11 +7966,8 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 .row b { font-weight: inherit; }
 .row.unread b { font-weight: 620; }
 .row.unread time { color: var(--accent); }
-.row.fresh { animation: arrive 1.6s ease-out; }
-@keyframes arrive { from { background: var(--pick); } }
 .tag { padding: 0 5px; margin-right: 4px; font-size: 11px; color: var(--soft); border-radius: 4px;
   box-shadow: inset 0 0 0 1px var(--line); }
-
 /* A message */
 #head { padding: 18px 24px 12px; }
 #head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
@@ -8011,7 +8005,6 @@ td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
 td.do button { margin-left: 6px; padding: 2px 9px; }
 .history li { display: grid; grid-template-columns: 9ch 12ch 1fr; gap: 12px; padding: 3px 0; }
 .box { padding: 9px 12px; background: var(--wash); border-radius: 6px; overflow-wrap: anywhere; }
-
 /* Overview, queue, accounts */
 .sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
 .sheet p { margin-top: 6px; }
@@ -8028,7 +8021,6 @@ meter { width: 60px; height: 10px; }
 #side table { margin-bottom: 20px; }
 #side td { padding: 3px 0; border: 0; }
 #side :is(th, td) + :is(th, td) { padding-right: 0; text-align: right; }
-
 /* What is said, what is asked */
 #said { position: fixed; bottom: 20px; left: 50%; translate: -50%; max-width: 90vw;
   padding: 8px 16px; color: var(--paper); background: var(--ink); border-radius: 8px;
@@ -8044,7 +8036,6 @@ dialog label { display: block; margin-top: 12px; font-size: 12px; color: var(--s
 dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
 dialog dl { gap: 6px 16px; margin: 12px 0; }
 kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); border-radius: 4px; }
-
 @media (min-width: 761px) { .back { display: none; } }
 @media (max-width: 760px) {
   header { flex-wrap: wrap; gap: 4px 10px; padding: 6px 16px; }
@@ -8122,7 +8113,7 @@ const $ = id => document.getElementById(id);
 const list = $('list'), rows = $('rows'), pane = $('pane');
 const state = {
   view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
-  query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1, fresh: new Set(),
+  query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1,
   queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
   lost: false, busy: false, warning: '',
 };
@@ -8187,9 +8178,8 @@ const isToday = at => new Date(at).toDateString() === new Date().toDateString();
 const when = at => dated(isToday(at) ? CLOCK : DAY, at);
 function relative(at) {
   const seconds = Math.round((Date.parse(at) - Date.now()) / 1000), size = Math.abs(seconds);
-  const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min']].find(([unit]) => size >= unit)
-    || [1, 's'];
-  const amount = `${Math.floor(size / unit)} ${name}`;
+  const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']].find(([n]) => size >= n);
+  const amount = `${Math.floor(size / (unit || 1))} ${name}`;
   return size < 2 ? 'now' : seconds > 0 ? 'in ' + amount : seconds < 0 ? amount + ' ago' : '';
 }
 
@@ -8268,9 +8258,8 @@ async function listen() {
   }
 }
 function hear(event) {
-  const data = event.split('\n').filter(line => line.startsWith('data:'));
-  if (!data.length) return;
-  if (JSON.parse(data.map(line => line.slice(5)).join('\n')).id === state.id) updateSoon();
+  if (!/^data:/m.test(event)) return;
+  if (event.includes(state.id)) updateSoon();
   everythingSoon();
 }
 
@@ -8359,7 +8348,6 @@ async function reload() {
   else if (list.scrollTop > ROW) list.scrollTop += grown * ROW;
   const before = new Set([...old.values()].map(row => row.ID));
   const fresh = all.slice(0, total && !start ? grown : 0).filter(row => !before.has(row.ID));
-  state.fresh = new Set(fresh.map(row => row.ID));
   if (fresh.length) $('heard').textContent = fresh.length > 1 ? `${fresh.length} new messages`
     : `New message from ${person(fresh[0].From)}: ${fresh[0].Subject}`;
   render();
@@ -8373,16 +8361,13 @@ function renderList() {
       row.ID === state.id, when(row.Created), row.Tags, state.info.Delivery].join() : '';
     if (row) wanted.push(kept.get(sign) || drawRow(row, i, sign));
   }
-  for (const node of kept.values()) if (!wanted.includes(node)) node.remove();
-  wanted.forEach((node, i) => {
-    if (rows.children[i] !== node) rows.insertBefore(node, rows.children[i]);
-  });
+  if (wanted.length !== rows.children.length || wanted.some((node, i) => node !== rows.children[i]))
+    rows.replaceChildren(...wanted);
   list.setAttribute('aria-activedescendant', 'row-' + state.cursor);
 }
 function drawRow(row, i, sign) {
-  const {cursor, fresh, info, id, total} = state;
-  const kind = ['row', !row.Read && 'unread', i === cursor && 'cursor',
-    fresh.has(row.ID) && 'fresh'].filter(Boolean).join(' ');
+  const {cursor, info, id, total} = state;
+  const kind = `row ${row.Read ? '' : 'unread'} ${i === cursor ? 'cursor' : ''}`;
   const to = [row.To, row.Cc, row.Bcc].flatMap(some => some || []);
   /* How mail ordinarily ends here goes without saying. */
   const ordinary = info.Delivery === 'hold' ? 'held' : 'forwarded';
@@ -8588,9 +8573,8 @@ async function showSource(m) {
   return h('pre', short(await (await api('GET', mail(m.ID, '/raw'))).text()));
 }
 async function showHeaders(m) {
-  const headers = Object.entries(await get(mail(m.ID, '/headers')));
-  return table(['Name', 'Value'], headers.flatMap(([name, values]) =>
-    [values].flat().map(value => [soft(bdi(name)), bdi(value)])));
+  const line = ([name, values]) => [values].flat().map(value => [soft(bdi(name)), bdi(value)]);
+  return table(['Name', 'Value'], Object.entries(await get(mail(m.ID, '/headers'))).flatMap(line));
 }
 function showFiles(m) {
   return table(['Name', 'Type', 'Size', ''], files(m).map(file => {
@@ -8649,8 +8633,7 @@ async function deleteAll() {
   const {query, total} = state, what = plural(total, 'message');
   const note = query ? `All that match ${query}` : 'The whole inbox.';
   if (!await ask(`Delete ${what}?`, note, 'Delete')) return;
-  if (query) await api('DELETE', 'api/v1/search?query=' + enc(query));
-  else await api('DELETE', 'api/v1/messages', {IDs: []});
+  await api('DELETE', query ? 'api/v1/search?query=' + enc(query) : 'api/v1/messages');
   say(`Deleted ${what}.`);
   if (state.id) close();
   await reload();
@@ -8666,9 +8649,9 @@ async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => say('Copied.'));
-  const field = {name: 'text', label: 'This address may not use the clipboard', value: text};
-  await ask('Copy it by hand', '', 'Done', [{...field, readonly: ''}], '');
+  if (!navigator.clipboard) throw new Error('The browser lets only https and localhost copy.');
+  await navigator.clipboard.writeText(text);
+  say('Copied.');
 }
 
 /* == The queue and the next hops == */

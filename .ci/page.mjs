@@ -224,6 +224,17 @@ await check('a message opened by its address is chosen in the list; j goes on fr
   await page.evaluate(() => { document.getElementById('list').scrollTop = 0; });
   await page.waitForSelector('#row-0');
 });
+await check('/view/latest and /search?q= are the page at that place', async () => {
+  await page.goto(HELD + '/view/latest');
+  await page.locator('#row-0[aria-selected=true]').waitFor();
+  const [{ ID }] = (await (await fetch(`${HELD}/api/v1/messages?limit=1`)).json()).messages;
+  const opened = page.url() === `${HELD}/#/message/${ID}`;
+  await page.goto(HELD + '/search?q=subject:brand');
+  await until(async () => (await text(page, '#tools')).startsWith('1 found'));
+  const words = await page.inputValue('#search');
+  await visit(page);
+  return opened && words === 'subject:brand';
+});
 await check('without the relay the page says so, and comes back by itself', async () => {
   const cut = await newPage();
   await cut.goto(HELD + '/404');  /* of the same origin, so that the page itself can be given from here */
