@@ -643,6 +643,15 @@ def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, 
         raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
 
 
+def are_private(given: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+    """Tell whether networks are this machine's, or private ones (RFC 1918, 3927, 4193, 4291), and none else.
+
+    Python's own answer differs between versions, and is yes for 0.0.0.0/0 in some.
+    """
+    homes = networks("loopback 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16 fc00::/7 fe80::/10")
+    return all(any(n.version == home.version and n.subnet_of(home) for home in homes) for n in given)  # type: ignore
+
+
 class Preset(NamedTuple):
     """What a provider's name in SMTP_RELAY_HOST stands for."""
 
@@ -763,7 +772,7 @@ class Settings:
     auth_required: bool | None = setting("", maybe_flag, "no MAIL before AUTH", shown="1 if accounts exist")
     auth_methods: tuple[str, ...] = setting("plain,login,cram-md5", methods, "mechanisms offered")
     auth_insecure: bool = setting("0", flag, "allow PLAIN and LOGIN without TLS off loopback")
-    auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback only")
+    auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback and private networks only")
     auth_failures: int = setting("5", positive, "failed logins a minute from one address, then 421")
     rate_limit: int = setting(
         "0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
@@ -926,8 +935,10 @@ CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
     (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
     (lambda s: is_open(s) and s.allow_networks == networks("loopback") and not (s.auth_user or s.users_file),
      "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
-    (lambda s: is_open(s) and s.auth_any,
-     "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, since it lets anybody in"),
+    (lambda s: is_open(s) and s.auth_any and (
+        s.allow_networks == networks("loopback") or not are_private(s.allow_networks)),
+     "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, or private networks alone in "
+     "SMTP_ALLOW_NETWORKS, since it lets anybody in"),
     (lambda s: bool(s.auth_user) != bool(s.auth_password),
      "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD (or SMTP_AUTH_PASSWORD_FILE) beside it, and the other way round"),
     (lambda s: bool(s.tls_cert) != bool(s.tls_key),
@@ -970,6 +981,34 @@ def unknown_settings(env: Mapping[str, str]) -> list[str]:
     for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
         warnings.append(f"{name} is not a setting{nearest(name, real, 0.5)}")
     return warnings
+
+
+MAILPITS = {  # the settings of Mailpit and MailHog, with ours
+    "MP_SMTP_BIND_ADDR": "SMTP_PORT", "MP_UI_BIND_ADDR": "SMTP_HEALTH_ADDR", "MP_DATABASE": "SMTP_SPOOL",
+    "MP_DATA_FILE": "SMTP_SPOOL", "MP_MAX_MESSAGES": "SMTP_SPOOL_MAX_MESSAGES", "MP_MAX_AGE": "SMTP_KEEP",
+    "MP_MAX_MESSAGE_SIZE": "SMTP_MAX_SIZE", "MP_SMTP_MAX_RECIPIENTS": "SMTP_MAX_RECIPIENTS",
+    "MP_WEBROOT": "SMTP_WEB_ROOT", "MP_UI_AUTH": "SMTP_API_TOKEN", "MP_UI_AUTH_FILE": "SMTP_API_TOKEN_FILE",
+    "MP_SMTP_AUTH": "SMTP_AUTH_USER and SMTP_AUTH_PASSWORD", "MP_SMTP_AUTH_FILE": "SMTP_USERS_FILE",
+    "MP_SMTP_AUTH_ACCEPT_ANY": "SMTP_AUTH_ANY", "MP_SMTP_AUTH_ALLOW_INSECURE": "SMTP_AUTH_INSECURE",
+    "MP_SMTP_TLS_CERT": "SMTP_TLS_CERT", "MP_SMTP_TLS_KEY": "SMTP_TLS_KEY", "MP_SMTP_REQUIRE_TLS": "SMTP_SMTPS_PORT",
+    "MP_SMTP_REQUIRE_STARTTLS": "SMTP_TLS_REQUIRED", "MP_SMTP_RELAY_CONFIG": "SMTP_RELAY_HOST",
+    "MP_SMTP_RELAY_ALL": "SMTP_DELIVERY=relay", "MP_SMTP_RELAY_MATCHING": "SMTP_RELAY_ALLOWED_RECIPIENTS",
+    "MP_SMTP_RELAY_ALLOWED_RECIPIENTS": "SMTP_RELAY_ALLOWED_RECIPIENTS", "MP_TAG": "SMTP_TAGS",
+    "MP_ENABLE_CHAOS": "SMTP_FAULTS", "MP_CHAOS_TRIGGERS": "SMTP_FAULTS", "MP_VERBOSE": "SMTP_LOG_LEVEL=debug",
+    "MP_QUIET": "SMTP_LOG_LEVEL=error", "MH_SMTP_BIND_ADDR": "SMTP_PORT", "MH_API_BIND_ADDR": "SMTP_HEALTH_ADDR",
+    "MH_UI_BIND_ADDR": "SMTP_HEALTH_ADDR", "MH_MAILDIR_PATH": "SMTP_SPOOL", "MH_AUTH_FILE": "SMTP_API_TOKEN",
+    "MH_UI_WEB_PATH": "SMTP_WEB_ROOT", "MH_OUTGOING_SMTP": "SMTP_RELAY_HOST",
+}
+
+
+def foreign_settings(env: Mapping[str, str]) -> list[str]:
+    """Return a line for each setting of Mailpit's or MailHog's: which of ours does it."""
+    lines = []
+    for name in sorted(n for n in env if n.startswith(("MP_", "MH_"))):
+        ours = MAILPITS.get(name) or next((n for n in FIELDS if n.endswith(name[3:].removeprefix("SMTP_"))), "")
+        whose = "Mailpit's" if name.startswith("MP_") else "MailHog's"
+        lines.append(f"{name} is {whose}: {f'set {ours}' if ours else 'nothing here is like it'}")
+    return lines
 
 
 def nearest(name: str, names: Iterable[str], likeness: float) -> str:
@@ -5582,7 +5621,7 @@ class Reception:
         """Tell whether a client's address may connect; where any login is good, none from outside may."""
         if client == "local":
             return True
-        if self.settings.auth_any and not is_loopback(client):
+        if self.settings.auth_any and not are_private(networks(client)):
             return False
         return in_networks(client, self.settings.allow_networks)
 
@@ -9064,7 +9103,7 @@ def web_root(settings: Settings) -> str:
 def find_route(request: Request) -> Route:
     """Return the route of a request, whose names it gets; HttpError 404 or 405."""
     root = web_root(request.relay.settings)
-    path = request.path[len(root) - 1:] if request.path.startswith(root) else request.path
+    path = "/" + request.path[len(root):] if (request.path + "/").startswith(root) else request.path
     status, text = 404, "not found"
     for found in ROUTES:
         match = path_pattern(found.path).fullmatch(path)
@@ -10197,13 +10236,17 @@ def user_name(uid: int) -> str:
 
 def relay_socket(settings: Settings) -> socket.socket:
     """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
-    address = settings.port[0]
-    if address.path:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(settings.relay_timeout)
-        sock.connect(address.path)
-        return sock
-    return socket.create_connection((reachable(address.host), address.port), settings.relay_timeout)
+    return dial(settings.port[0], settings.relay_timeout)
+
+
+def dial(address: Address, seconds: float) -> socket.socket:
+    """Connect to where a relay of this machine listens."""
+    if not address.path:
+        return socket.create_connection((reachable(address.host), address.port), seconds)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(seconds)
+    sock.connect(address.path)
+    return sock
 
 
 def reachable(host: str) -> str:
@@ -11263,7 +11306,7 @@ class Parts:
 
     def close(self) -> None:
         close_all([*self.smtp, *self.smtps, *self.http, *self.submit])
-        for address in (*self.settings.port, *self.settings.smtps_port):
+        for address in (*self.settings.port, *self.settings.smtps_port, *self.settings.health_addr):
             if address.path:
                 with contextlib.suppress(OSError):
                     os.unlink(address.path)
@@ -12120,16 +12163,17 @@ class Remote:
         if not self.settings.health_addr:
             raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
         address = self.settings.health_addr[0]
-        connection = http.client.HTTPConnection(reachable(address.host), address.port, timeout=patience)
+        connection = http.client.HTTPConnection(reachable(address.host) or "localhost", address.port, timeout=patience)
         words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
         token = self.settings.api_token
         headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
         try:
+            connection.sock = dial(address, patience)
             connection.request(method, f"{path}?{words}" if words else path, headers=headers)
             answer = connection.getresponse()
             body = answer.read()
         except (OSError, http.client.HTTPException) as e:
-            raise NoRelay(f"no relay answers at {host_port(reachable(address.host), address.port)}: {e}") from None
+            raise NoRelay(f"no relay answers at {address._replace(host=reachable(address.host))}: {e}") from None
         finally:
             connection.close()
         if answer.status >= 400:
@@ -12152,7 +12196,7 @@ def refusal_text(status: int, body: bytes) -> str:
 
 def read_environment() -> Settings:
     """Read the settings from the environment, warning of names that are none."""
-    complain(*unknown_settings(os.environ))
+    complain(*unknown_settings(os.environ), *foreign_settings(os.environ))
     return Settings.read(os.environ)
 
 
@@ -12441,9 +12485,13 @@ def first_lines(parts: Parts) -> list[str]:
     if beyond and s.auth_required is not False and not parts.accounts.configured():
         lines.append("warning: clients beyond loopback must log in, but there are no accounts "
                      "(SMTP_AUTH_REQUIRED=0 lets them send)")
-    if not s.api_token and not all(is_loopback(a.host) for a in s.health_addr):
+    if s.api_networks != networks("loopback"):
+        lines.append(f"the page and /api need no token from {', '.join(map(str, s.api_networks))} (SMTP_API_NETWORKS)")
+    elif not s.api_token and not all(a.path or is_loopback(a.host) for a in s.health_addr):
         lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: "
                      "the page and /api serve this machine alone")
+    if s.auth_any:
+        lines.append("warning: SMTP_AUTH_ANY=1: any user and password will do for whoever SMTP_ALLOW_NETWORKS lets in")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
     if s.delivery != "hold" and not s.relay_tls_verify:

@@ -31,6 +31,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import pty
 import pwd
@@ -8131,6 +8132,9 @@ def mailed(relay: Any, *letters: bytes, to: tuple[str, ...] = ("bob@example.com"
         ({"Host": "localhost:1"}, 200, 200),
         ({"Host": "[::1]:99"}, 200, 200),
         ({"Host": "relay.test"}, 200, 200),
+        ({"Host": "mail:8080"}, 200, 200),
+        ({"Host": "172.17.0.2:8080"}, 200, 200),
+        ({"Host": ""}, 403, 403),
         ({"Host": "evil.test"}, 403, 403),
         ({"Host": "127.0.0.1.evil.test"}, 403, 403),
         ({"Host": "["}, 403, 403),
@@ -8151,6 +8155,8 @@ def test_other_sites_and_rebound_names_are_kept_out(
         fetch(relay, "/api/v1/messages", "DELETE", **headers)[0],
     ) == (get, delete)
     assert fetch(relay, "/livez", **headers)[0] == fetch(relay, "/metrics", **headers)[0] == 200
+    for proxy in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"):  # whoever asked it is not on this machine
+        assert fetch(relay, "/api/v1/messages", **{**headers, proxy: "127.0.0.1"})[0] == 403
     own = headers.get("Host", relay.http_url[7:])
     assert fetch(relay, "/api/v1/messages", "DELETE", **{**headers, "Origin": f"http://{own}"})[0] == (
         200 if get == 200 else 403
@@ -8212,6 +8218,41 @@ def test_without_a_token_strangers_are_not_served(program: Callable[..., Program
         pytest.skip("this machine has no address beyond loopback")
     relay.http_url = f"http://{own}:" + relay.log().partition("http://0.0.0.0:")[2].split()[0]
     assert [fetch(relay, path)[0] for path in ("/", "/api/v1/messages", "/livez", "/metrics")] == [403, 403, 200, 200]
+
+
+def test_networks_that_need_no_token(start: Callable[..., Any]) -> None:
+    """And no proxy is taken for one of them."""
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret", SMTP_API_NETWORKS="127.0.0.1 10.0.0.0/8")
+    answers = [fetch(relay, path)[0] for path in ("/", "/api/v1/messages", "/api/v1/queue")]
+    assert (answers, fetch(relay, "/api/v1/messages", Via="1.1 proxy")[0]) == ([200, 200, 200], 401)
+    assert fetch(relay, "/api/v1/messages", Host="evil.test")[0] == 403
+    relay = start(SMTP_STORAGE="memory", SMTP_API_TOKEN="secret", SMTP_API_NETWORKS="10.0.0.0/8")
+    assert fetch(relay, "/api/v1/messages")[0] == 401
+
+
+@pytest.mark.parametrize("root", ["mail", "/mail/", "/tools/mail"])
+def test_all_is_at_hand_under_the_web_root(start: Callable[..., Any], root: str) -> None:
+    relay = start(SMTP_STORAGE="memory", SMTP_WEB_ROOT=root)
+    mailed(relay, PAGE_MAIL)
+    under = "/" + root.strip("/")
+    for path in ("", "/", "/view/latest", "/search?q=x", "/view/latest.html", "/api/v1/messages", "/livez"):
+        assert fetch(relay, under + path)[0] == fetch(relay, path or "/")[0] == 200
+    assert fetch(relay, under + "x/api/v1/messages")[0] == 404
+
+
+def test_http_over_a_unix_socket(program: Callable[..., Program], tmp_path: Path) -> None:
+    place = tempfile.mkdtemp(dir="/tmp")
+    try:
+        relay = program(SMTP_HEALTH_ADDR=f"unix:{place}/web, 127.0.0.1:0", SMTP_API_NETWORKS="loopback")
+        asked = [need("curl"), "-sS", "--unix-socket", f"{place}/web", "http://relay/api/v1/messages"]
+        assert json.loads(subprocess.run(asked, capture_output=True, timeout=10).stdout)["total"] == 0
+        for verb in ("healthcheck", "queue"):
+            assert run(verb, **relay.env).returncode == 0
+        assert f"listening on http://unix:{place}/web" in relay.log() and "serve this machine alone" not in relay.log()
+        relay.stop()
+        assert os.listdir(place) == []
+    finally:
+        shutil.rmtree(place)
 
 
 def test_security_headers(start: Callable[..., Any]) -> None:
@@ -8349,6 +8390,43 @@ def test_who_does_not_read_is_cut_off(start: Callable[..., Any], monkeypatch: py
         wait_until(lambda: not callers, 4)
 
 
+def test_idle_connections_shut_nobody_out(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client's share is less than all; who asks nothing loses his place; a few are kept for health."""
+    monkeypatch.setattr(smtprelay, "HTTP_IDLE", 0.1)
+    monkeypatch.setattr(smtprelay, "HTTP_PER_CLIENT", 10)
+    monkeypatch.setattr(smtprelay, "HTTP_KEPT", 5)
+    relay = start(SMTP_STORAGE="memory")
+    host, port = relay.http_url[7:].split(":")
+    callers = relay.delivering.web[0].callers
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection((host, int(port)), 8)) for _ in range(40)]
+        wait_until(lambda: fetch(relay, "/healthz")[0] == fetch(relay, "/api/v1/messages")[0] == 200)
+        for client in idle:
+            client.close()
+        wait_until(lambda: not callers)
+        waiting = [stack.enter_context(socket.create_connection((host, int(port)), 8)) for _ in range(10)]
+        for client in waiting:
+            client.sendall(b"GET /api/v1/wait?timeout=60&to=nobody HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: [since for _, since in callers.values()] == [math.inf] * 10)
+        assert fetch(relay, "/metrics")[0] == 200 and fetch(relay, "/api/v1/messages")[0] == 503
+        for client in waiting:
+            client.close()  # and they who have hung up wait no more
+        wait_until(lambda: fetch(relay, "/api/v1/messages")[0] == 200)
+
+
+def test_no_descriptors_for_http(start: Callable[..., Any]) -> None:
+    """The loop that accepts neither ends nor spins."""
+    relay = start(SMTP_STORAGE="memory")
+    server, errors = relay.delivering.web[0], [OSError(errno.EMFILE, "none left")] * 3
+    begun = time.monotonic()
+    with mock.patch.object(server, "socket", mock.Mock(wraps=server.socket)) as sock:
+        sock.accept.side_effect = errors
+        for error in errors:
+            with pytest.raises(OSError, match=str(error.strerror)):
+                server.get_request()
+    assert time.monotonic() - begun >= 0.29 and fetch(relay, "/livez")[0] == 200
+
+
 def test_event_streams_are_bounded_and_end(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory")
     for _ in range(smtprelay.EVENT_STREAMS + 2):
@@ -8385,7 +8463,8 @@ class Hook(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HookHandler)
-        self.refusals, self.got = 2, list[Any]()
+        self.refusals, self.moved = 2, ""
+        self.got, self.logins = list[Any](), list[Any]()
 
 
 class HookHandler(http.server.BaseHTTPRequestHandler):
@@ -8396,7 +8475,9 @@ class HookHandler(http.server.BaseHTTPRequestHandler):
         self.server.refusals -= 1
         if self.server.refusals < 0:
             self.server.got.append(body)
-        self.send_response(500 if self.server.refusals >= 0 else 204)
+        self.server.logins.append(self.headers["Authorization"])
+        self.send_response(302 if self.server.moved else 500 if self.server.refusals >= 0 else 204)
+        self.send_header("Location", self.server.moved)
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -8412,6 +8493,27 @@ def test_the_webhook_is_tried_again(start: Callable[..., Any], monkeypatch: pyte
         wait_until(lambda: hook.got)
         hook.shutdown()
     assert [(event["type"], len(event["id"])) for event in hook.got] == [("received", 16)]
+
+
+def test_the_webhook_follows_nobody(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """No redirect, and no proxy to this machine; its secrets go where they belong alone."""
+    monkeypatch.setattr(smtprelay, "WEBHOOK_PAUSES", ())
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Hook() as hook, Hook() as other:
+        hook.refusals, hook.moved = 0, f"http://127.0.0.1:{other.server_port}/"
+        for server in (hook, other):
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://joe:s3cret@127.0.0.1:{hook.server_port}/hook?key=s3cret"
+        relay = start(SMTP_STORAGE="memory", SMTP_WEBHOOK_URL=address)
+        caplog.set_level(logging.DEBUG)
+        mailed(relay)
+        wait_until(lambda: "webhook_failed" in caplog.text)
+        assert hook.logins == ["Basic " + base64.b64encode(b"joe:s3cret").decode()] and not other.got
+        assert f"url=http://127.0.0.1:{hook.server_port}/hook " in caplog.text and "s3cret" not in caplog.text
+        hook.shutdown()
+        other.shutdown()
+    shown = run("check", "--print", SMTP_WEBHOOK_URL=address).stdout
+    assert f"SMTP_WEBHOOK_URL=http://127.0.0.1:{hook.server_port}/hook\n" in shown
 
 
 def test_changes_over_http_are_audited(start: Callable[..., Any], tmp_path: Path) -> None:
