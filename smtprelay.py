@@ -325,6 +325,7 @@ class Recipient:
     notify: str = ""  # as the sender asked, RFC 3461
     orcpt: str = ""
     reported: bool = False  # the sender has been told what became of it
+    passed: list[str] = field(default_factory=list)  # of several addresses by SMTP_ALIASES, those that are done
 
 
 @dataclass
@@ -658,15 +659,16 @@ class Preset(NamedTuple):
     host: str
     port: int
     tls: str
+    most: int = 0  # recipients of one message, where that is known
 
 
 PRESETS = {
-    "gmail": Preset("smtp.gmail.com", 587, "starttls"),
-    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls"),  # ses:REGION
-    "m365": Preset("smtp.office365.com", 587, "starttls"),
-    "mailgun": Preset("smtp.mailgun.org", 587, "starttls"),
-    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls"),
-    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls"),
+    "gmail": Preset("smtp.gmail.com", 587, "starttls", 100),
+    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls", 50),  # ses:REGION
+    "m365": Preset("smtp.office365.com", 587, "starttls", 500),
+    "mailgun": Preset("smtp.mailgun.org", 587, "starttls", 1000),
+    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls", 1000),
+    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls", 50),
     "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
     "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
 }
@@ -4319,24 +4321,23 @@ class Resolver:
 
 # === 13 DELIVERY =============================================================
 #
-# One attempt to pass a message on. A NextHop is one client connection: smtplib
-# for what it is good at, under a Wire so that every step has an absolute
-# deadline and no reply is endless. MAIL, RCPT and DATA go out in one segment
-# where PIPELINING is offered. Connections are kept for the next message.
+# One attempt to pass a message on. A NextHop is one client connection, kept for the
+# next message; MAIL, RCPT and DATA go out in one segment where PIPELINING is offered.
+# A reply is judged by its first digit (RFC 5321 4.2), has a deadline of its own, which
+# counts from the last octet sent (4.5.3.2), and an end.
 #
-# Whatever goes wrong is a Trouble at a stage, and `classify` is the one table
-# from (stage, answer) to whom it concerns and whether it is for good. An attempt
-# returns an Outcome for each recipient it settled, and the Outcome of the host
-# when the next hop itself is what failed: that costs the message no attempt.
+# `classify` is the one rule from (stage, answer) to whom it concerns and whether it is
+# for good. Whom one host does not take for now is offered to the next in the same
+# attempt (5.1); whom a host has taken, or may have, to no other. An attempt returns an
+# Outcome for each recipient it settled, or that of the host, when the next hop itself
+# is what failed: this costs the message no attempt.
 #
-# A lane is a next hop by name: the smart hosts, an account's own, or a domain,
-# whose hosts DNS gives. Its targets are tried in order until one answers; one
-# that took long to fail is tried last for a while.
+# A lane is a next hop by name: the smart hosts, an account's own, or a domain, whose
+# hosts DNS gives. A host that took long to fail is tried last for a while.
 
 REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
-CONTENT_PATIENCE = 4  # RFC 5321 4.5.3.2.6 asks for much more time after the final dot than elsewhere
-CONNECTION_TIME = 4  # times SMTP_RELAY_TIMEOUT, from the first packet to the login
-MESSAGE_TIME = 900.0
+CONTENT_PATIENCE = 2  # RFC 5321 4.5.3.2.6 asks for more time after the final dot than elsewhere
+CONTENT_TIME = 3600.0  # for sending the content of one message, however slowly it is taken
 TARGETS_MOST = 5  # tried in one attempt
 AVOID_TIME = 60.0
 GROUPING_TIME = 5.0  # for looking up who shares hosts with the domain in hand
@@ -4344,24 +4345,13 @@ SMARTHOST = "smarthost"
 REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
 REPLY_KEPT = 1000  # characters of a reply that go into a record
+LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
+ALIASES_MOST = 100  # names looked up for one recipient
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
-HOST_LATER, MESSAGE_LATER, RECIPIENT_LATER = (Scope.HOST, LATER), (Scope.MESSAGE, LATER), (Scope.RECIPIENT, LATER)
-MESSAGE_NEVER, RECIPIENT_NEVER = (Scope.MESSAGE, NEVER), (Scope.RECIPIENT, NEVER)
-# stage: (no answer, 4yz, 5yz)
-JUDGEMENTS = {
-    "connect": (HOST_LATER, HOST_LATER, HOST_LATER),
-    "greeting": (HOST_LATER, HOST_LATER, HOST_LATER),
-    "hello": (HOST_LATER, HOST_LATER, HOST_LATER),
-    "starttls": (HOST_LATER, HOST_LATER, HOST_LATER),
-    "login": (HOST_LATER, HOST_LATER, HOST_LATER),
-    "mail": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
-    "rcpt": (MESSAGE_LATER, RECIPIENT_LATER, RECIPIENT_NEVER),
-    "data": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
-    "content": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
-    "loop": (MESSAGE_LATER, MESSAGE_LATER, MESSAGE_NEVER),
-}
+OPENING = ("connect", "greeting", "hello", "starttls", "login")
 LOGIN_CODES = (530, 534, 535, 538)  # it wants a login, or a better one: not this message's fault
+AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
 class Trouble(Exception):
@@ -4372,15 +4362,26 @@ class Trouble(Exception):
         self.stage, self.code, self.reply = stage, code, reply
 
 
-def classify(stage: str, code: int, reply: str, host: str) -> Outcome:
-    """Return what an answer at a stage means, and for whom."""
-    none, transient, permanent = JUDGEMENTS[stage]
-    scope, status = permanent if 500 <= code <= 599 else transient if 400 <= code <= 499 else none
-    if code in LOGIN_CODES:
-        scope, status = HOST_LATER
-    elif stage == "rcpt" and code == 552:  # RFC 5321 4.5.3.1.10: an old way to say 452
-        scope, status = RECIPIENT_LATER
-    return Outcome(status, scope, code, reply[:REPLY_KEPT], host)
+def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status, Scope]:
+    """Return what an answer that is no success means, and for whom; `name` is the one that we gave with EHLO."""
+    ours = stage in ("mail", "rcpt") and code >= 500 and (
+        re.search(r"\b(helo|ehlo)\b", reply, re.IGNORECASE) or code == 504 and name and f"<{name}>" in reply)
+    if stage in OPENING or code in LOGIN_CODES or ours:  # what it has against us is no verdict on a recipient
+        return LATER, Scope.HOST
+    scope = Scope.RECIPIENT if stage == "rcpt" and code else Scope.MESSAGE
+    never = code >= 500 and (stage, code) != ("rcpt", 552)  # RFC 5321 4.5.3.1.10: an old way to say 452
+    return NEVER if never else LATER, scope
+
+
+def is_owed(outcome: Outcome | None) -> bool:
+    """Tell whether another host is to be asked: this one took it not now, or cannot, and has surely not taken it."""
+    return outcome is None or not outcome.lost and (outcome.status is LATER or outcome.scope is Scope.HOST)
+
+
+def number(text: str) -> int:
+    """Read a number that a next hop has sent; 0, for no limit, when it is none or has no end."""
+    found = re.match(r"[0-9]{1,18}(?![0-9])", text)
+    return int(found[0]) if found else 0
 
 
 class Target(NamedTuple):
@@ -4392,6 +4393,7 @@ class Target(NamedTuple):
     username: str = ""
     password: str = ""
     ip: str = ""  # known in mx mode only
+    most: int = 0  # recipients of one transaction; 0 is no limit
 
     def __str__(self) -> str:
         return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
@@ -4400,86 +4402,177 @@ class Target(NamedTuple):
         return str(self)  # without the password
 
 
+# -- what leaves --
+
 class Outgoing:
-    """Content as it leaves: headers of ours, then the file from where it stands."""
+    """Content as it leaves: octets of ours, then a file from where it stands; `size` is that of both."""
 
     def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self.file, self.head, self.start = file, head, file.tell()
-        self.rewind()
+        self.size = len(head) + file.seek(0, os.SEEK_END) - self.start
+        self.long = self.eight = self.signed = False  # as far as survey() has looked
 
-    def rewind(self) -> None:
+    def blocks(self) -> Iterator[bytes]:
         self.file.seek(self.start)
-        self.ahead = self.head
+        block = self.head + self.file.read(64 * KIB)
+        while block:
+            yield block
+            block = self.file.read(64 * KIB)
 
-    def read(self, octets: int) -> bytes:
-        block, self.ahead = self.ahead, b""
-        return block or self.file.read(octets)
+    def survey(self) -> None:
+        """Find out whether there are lines that are too long, and 8-bit octets."""
+        line = b""  # the beginning of one that the next block goes on with
+        for block in self.blocks():
+            self.eight = self.eight or not block.isascii()
+            text, at = line + block, 0
+            while not self.long and len(text) - at > LINE_MOST + 2:
+                end = text.rfind(b"\n", at, at + LINE_MOST + 2)
+                self.long, at = end < 0, end + 1
+            line = text[at:] if not self.long else b""
+
+    def mended(self, seven: bool) -> Outgoing:
+        """Return it with short lines and, where asked for, in seven bits, as far as that can be done."""
+        if self.signed:
+            return self
+        mended = Outgoing(cast(BinaryIO, io.BytesIO(mend(b"".join(self.blocks()), seven))))
+        mended.survey()
+        return mended
+
+    @functools.cached_property
+    def seven(self) -> Outgoing:
+        """What is sent to a next hop without 8BITMIME (RFC 6152 3)."""
+        return self.mended(seven=True)
 
 
-class ReplyReader:
-    """The file that smtplib reads replies from: a Wire, with a bound on the whole reply."""
+def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
+    """Return a message, or a part of one, with short lines and, where asked for, in seven bits (RFC 2045, 6152 3).
 
-    def __init__(self, wire: Wire, heard: Callable[[bytes], None]) -> None:
-        self.wire = wire
-        self.heard = heard
-        self.left = REPLY_LIMIT
+    What is signed or not to be read as MIME stays as it is.
+    """
+    empty = part.startswith(b"\r\n")
+    head, _, body = (b"", b"", part[2:]) if empty else part.partition(b"\r\n\r\n")
+    fields = {name.strip().lower(): value.strip() for name, _, value in (
+        line.partition(b":") for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"))}
+    kind = fields.get(b"content-type", b"text/plain").lower()
+    encoding = before = fields.get(b"content-transfer-encoding", b"7bit").lower()
+    fine = (body.isascii() or not seven) and max(map(len, part.split(b"\r\n"))) <= LINE_MOST
+    if fine or depth > 20 or b"dkim-signature" in fields or kind.startswith(
+            (b"multipart/signed", b"multipart/encrypted", b"multipart/digest")):
+        return part
+    if kind.startswith(b"multipart/"):
+        named = re.search(rb"""\bboundary=(?:"([^"]+)"|([^\s;"]+))""", fields[b"content-type"], re.IGNORECASE)
+        mark = b"--" + (named[1] or named[2]) if named else b"\n"
+        pieces = re.split(rb"((?:^|\r\n)%s(?:--)?[ \t]*(?=\r\n|\Z))" % re.escape(mark), body)
+        for i in range(2, len(pieces), 2):  # what follows the last delimiter is no part
+            if pieces[i - 1].strip() == mark:
+                pieces[i] = b"\r\n" + mend(pieces[i][2:], seven, False, depth + 1)
+        body, encoding = b"".join(pieces), b"7bit" if encoding == b"8bit" else encoding
+    elif kind.startswith(b"message/rfc822"):
+        body, encoding = mend(body, seven, True, depth + 1), b"7bit" if encoding == b"8bit" else encoding
+    elif encoding == b"base64":
+        text = b"".join(body.split())
+        body = b"\r\n".join(text[i:i + 76] for i in range(0, len(text), 76)) + b"\r\n"
+    elif kind.startswith(b"text/") and encoding in (b"7bit", b"8bit", b"binary", b"quoted-printable"):
+        plain = binascii.a2b_qp(body) if encoding == b"quoted-printable" else body
+        body = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
+        if whole and b"content-type" not in fields:
+            charset = b"us-ascii" if plain.isascii() else b"utf-8" if is_utf8(plain) else b"unknown-8bit"  # RFC 1428
+            head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
+        encoding = b"quoted-printable"
+    elif encoding in (b"7bit", b"8bit", b"binary") and not kind.startswith(b"message/"):
+        body, encoding = base64.encodebytes(body).replace(b"\n", b"\r\n"), b"base64"
+    if encoding != before and (encoding != b"7bit" or body.isascii()):
+        head = with_field(head, b"Content-Transfer-Encoding", encoding)
+        if whole and b"mime-version" not in fields:
+            head = with_field(head, b"MIME-Version", b"1.0")
+    lines: list[bytes] = []
+    for line in head.split(b"\r\n"):
+        while len(line) > LINE_MOST and line[:LINE_MOST].rfind(b" ", 1) > 0:  # RFC 5322 2.2.3
+            at = line.rfind(b" ", 1, LINE_MOST)
+            lines, line = [*lines, line[:at]], line[at:]
+        lines.append(line)
+    head = b"\r\n".join(lines)
+    return (head + b"\r\n\r\n" if head else b"\r\n") + body
 
-    def readline(self, limit: int) -> bytes:
-        try:
-            line = self.wire.line(limit)
-        except PeerGone:
-            return b""
-        except LineTooLong:
-            raise OSError("reply line is too long") from None
-        self.left -= len(line)
-        if self.left < 0:
-            raise OSError("reply does not end")
-        self.heard(line)
-        return line
 
-    def close(self) -> None:
-        """Do nothing: the socket is closed by its owner."""
+def is_utf8(text: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        return bool(text.decode())
+    return False
 
+
+def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
+    """Return a header, without its last CRLF, in which a field has this value."""
+    rest = re.sub(rb"(?im)^%s[ \t]*:.*\n(?:[ \t].*\n)*" % name, b"", head + b"\r\n" if head else b"")
+    return rest + name + b": " + value
+
+
+def with_author(head: bytes, address: str) -> bytes:
+    """Put an address into a header's From, and who was named there into Reply-To, where there is none."""
+    fields = re.findall(rb"[^\n]*\n(?:[ \t][^\n]*\n)*", head)
+    names = [field.partition(b":")[0].strip().lower() for field in fields]
+    at = names.index(b"from") if b"from" in names else len(fields)
+    old = b"".join(fields[at:at + 1]).partition(b":")[2].strip()
+    phrase = b" ".join(old.partition(b"<")[0].split()) if b"<" in old else b""
+    comment = re.search(rb"\(([^()\\\"]*)\)$", old)  # root@here (Cron Daemon)
+    if comment and not phrase:
+        phrase = b'"%s"' % comment[1]
+    if re.search(rb"[@,:;<>]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", phrase)):  # more than one author
+        phrase = b""
+    fields[at:at + 1] = [b"From: %s<%s>\r\n" % (phrase + b" " if phrase else b"", address.encode())]
+    if old and b"reply-to" not in names and address.lower().encode() not in old.lower():
+        fields.append(b"Reply-To: %s\r\n" % old)
+    return b"".join(fields)
+
+
+# -- a connection --
 
 class NextHop:
-    """One connection to a next hop. Trouble says what it could not do."""
+    """One connection to a next hop; Trouble says why it could not be opened.
 
-    def __init__(self, settings: Settings, target: Target, context: ssl.SSLContext, log: Log) -> None:
-        self.settings, self.target, self.context, self.log = settings, target, context, log
-        self.smtp = smtplib.SMTP(local_hostname=settings.hostname, timeout=settings.relay_timeout)
+    `spent` tells that it is of no more use; `full`, that it has had its fill: it carried messages
+    before, and nothing of the one in hand.
+    """
+
+    def __init__(self, settings: Settings, target: Target, log: Log,
+                 context: Callable[[], ssl.SSLContext] = client_context) -> None:
+        self.settings, self.target, self.log, self.context = settings, target, log, context
+        self.name = settings.hostname  # that it knows us by
+        self.features: dict[str, str] = {}
         self.transcript: list[str] = []
-        self.sent = 0
-        self.idle_since = 0.0
+        self.sent, self.idle_since = 0, 0.0
+        self.most = target.most  # recipients of one transaction; 0 is no limit
         self.clean = True
-        self.latest = math.inf
+        self.ready = self.carried = self.spent = self.full = False
         self.ip = self.tls = ""
-
-    def patience(self, times: float = 1.0) -> Deadline:
-        """Return the deadline of the next step, within that of the whole."""
-        return Deadline(self.settings.relay_timeout * times, self.latest)
 
     def open(self) -> None:
         """Connect, say hello, start TLS and log in, as the target asks."""
-        self.latest = self.patience(CONNECTION_TIME).at
+        target = self.target
         try:
             sock = self.connect()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.ip = sock.getpeername()[0]  # fails when the peer has gone already
+            ours = str(sock.getsockname()[0]).partition("%")[0]
         except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
             raise Trouble("connect", 0, f"cannot connect: {e}") from None
+        if "." not in self.name and self.name == machine_name():  # RFC 5321 4.1.4
+            self.name = f"[IPv6:{ours}]" if ":" in ours else f"[{ours}]"
         self.attach(sock)
-        if self.target.tls == "tls":
+        if target.tls == "tls":
             self.secure("connect")
-        self.expect("greeting", self.reply("greeting"), 220)
+        self.expect("greeting")
         self.hello()
-        if self.target.tls in ("starttls", "opportunistic"):
+        alone = target.tls == "opportunistic" and is_loopback(target.host) and not target.ip  # nobody listens there
+        if target.tls in ("starttls", "opportunistic") and not alone:
             self.start_tls()
-        if self.target.username:
+        if target.username:
             self.login()
+        self.ready = True
 
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
-        deadline, trouble = self.patience(), OSError("no address")
+        deadline, trouble = Deadline(self.settings.relay_timeout), OSError("no address")
         port = self.target.port
         places = socket.getaddrinfo(self.target.ip or self.target.host, port, type=socket.SOCK_STREAM)
         for i, place in enumerate(places):
@@ -4490,69 +4583,96 @@ class NextHop:
         raise trouble
 
     def attach(self, sock: socket.socket) -> None:
-        self.wire = Wire(sock, self.patience())
-        self.reader = ReplyReader(self.wire, functools.partial(self.note, "S: "))
-        self.smtp.sock = sock
-        self.smtp.file = self.reader
+        self.wire = Wire(sock, Deadline(self.settings.relay_reply_timeout))
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""
         name = self.target.ip if self.target.host.startswith("[") else self.target.host
         try:
-            self.wire.sock.settimeout(self.patience().left())
-            sock = self.context.wrap_socket(self.wire.sock, server_hostname=name)
+            self.wire.sock.settimeout(self.settings.relay_timeout)
+            sock = self.context().wrap_socket(self.wire.sock, server_hostname=name)
             self.tls = sock.version() or ""
             self.attach(sock)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TlsError) as e:
             raise Trouble(stage, 0, f"TLS failed: {e}") from None
 
     def hello(self) -> None:
         """EHLO, or HELO to a next hop that knows no better (RFC 5321 3.2)."""
-        self.say("hello", b"EHLO %s" % self.settings.hostname.encode())
+        self.say("hello", b"EHLO %s" % self.name.encode())
         code, text = self.reply("hello")
-        self.smtp.esmtp_features = {}
-        own = re.match(r"\S*", text)
-        if self.target.ip and own and own[0].lower() == self.settings.hostname.lower():
-            code, status, words = LOOPS_BACK
-            raise Trouble("loop", code, f"{status} {self.target}: {words}")
-        if code == 250:
-            for line in text.split("\n")[1:]:
-                name, _, argument = line.partition(" ")
-                self.smtp.esmtp_features[name.lower()] = argument
+        first, *lines = text.split("\n")
+        if self.target.ip and first.partition(" ")[0].lower() == self.settings.hostname.lower():
+            raise Trouble("loop", LOOPS_BACK.code, f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}")
+        self.features = {}
+        if 300 <= code <= 499:
+            raise Trouble("hello", code, text)
+        if code >= 500:
+            self.say("hello", b"HELO %s" % self.name.encode())
+            self.expect("hello")
             return
-        self.say("hello", b"HELO %s" % self.settings.hostname.encode())
-        self.expect("hello", self.reply("hello"), 250)
-
-    def offers(self, extension: str) -> bool:
-        return extension in self.smtp.esmtp_features
+        for line in lines:
+            name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
+            self.features[name.lower()] = " ".join([self.features.get(name.lower(), ""), *argument]).strip()
+        limit = re.search(r"\bRCPTMAX=([0-9]+)", self.features.get("limits", ""), re.IGNORECASE)
+        self.most = number(limit[1]) if limit else self.target.most
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
-        if not self.offers("starttls"):
+        if "starttls" not in self.features:
             if self.target.tls == "starttls":
                 raise Trouble("starttls", 0, "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it")
             return
         self.say("starttls", b"STARTTLS")
-        self.expect("starttls", self.reply("starttls"), 220)
+        code, text = self.reply("starttls")
+        if code >= 400 and self.target.tls == "opportunistic" and not self.spent:
+            return  # nothing was started: in clear, as if it had not been offered
+        if code >= 300:
+            raise Trouble("starttls", code, text)
         if self.wire.start != self.wire.end:
             raise Trouble("starttls", 0, "something was sent between STARTTLS and the handshake")
         self.secure("starttls")
         self.hello()
 
     def login(self) -> None:
-        """AUTH with the mechanism that is set, or the best one offered (RFC 4954)."""
-        offered = self.smtp.esmtp_features.get("auth", "").upper().split()
-        wanted = [self.settings.relay_auth.upper()] if self.settings.relay_auth != "auto" else AUTO_AUTH
-        mechanism = next((m for m in wanted if m in offered), None)
-        if mechanism is None:
-            raise Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
-        code, text = CLIENT_AUTH[mechanism](self)
-        self.expect("login", (code, text), 235)
+        """AUTH with the mechanism that is set, or those offered, the best first, until one is taken (RFC 4954)."""
+        offered = self.features.get("auth", "").upper().split()
+        wanted = AUTO_AUTH if self.settings.relay_auth == "auto" else (self.settings.relay_auth.upper(),)
+        refused = Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
+        for mechanism in (m for m in wanted if m in offered):
+            try:
+                code, text = self.authenticate(mechanism)
+            except Trouble as trouble:  # when it hung up after a refusal, that is the reason
+                raise (refused if refused.code else trouble) from None
+            if code < 300:
+                return
+            refused = Trouble("login", code, text)
+            if code not in (504, 534, 535):
+                break
+        raise refused
 
-    def ask_secret(self, line: bytes, secret: bytes = b"") -> tuple[int, str]:
-        """Send a line of AUTH whose last part is shown nowhere; return the reply."""
-        self.say("login", line + base64.b64encode(secret), shown=line + b"***" if secret else line)
-        return self.reply("login")
+    def authenticate(self, mechanism: str) -> tuple[int, str]:
+        """Carry out one AUTH dialogue; return its last reply."""
+        user, password = self.target.username, self.password()
+        plain, token = f"\0{user}\0{password}", f"user={user}\1auth=Bearer {password}\1\1"
+        first, *more = {  # the initial response, and those to each 334
+            "PLAIN": [plain, plain], "XOAUTH2": [token, ""], "LOGIN": ["", user, password], "CRAM-MD5": ["", user],
+        }[mechanism]
+        line = b"AUTH " + mechanism.encode()
+        secret = b" " + base64.b64encode(first.encode()) if first else b""
+        self.say("login", line + secret, shown=line + b" ***" if first else line)
+        code, text = self.reply("login")
+        for response in more:
+            if code != 334:
+                break
+            if mechanism == "CRAM-MD5":
+                try:
+                    challenge = base64.b64decode(text)
+                except ValueError:
+                    raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
+                response += " " + hmac.new(password.encode(), challenge, "md5").hexdigest()
+            self.say("login", base64.b64encode(response.encode()), shown=b"***")
+            code, text = self.reply("login")
+        return code, text
 
     def password(self) -> str:
         """Return the password; the smart host's is reread from its file: a token does not last."""
@@ -4564,197 +4684,229 @@ class NextHop:
         except ValueError as e:
             raise Trouble("login", 0, f"expected {e}") from None
 
-    def plain(self) -> tuple[int, str]:
-        secret = f"\0{self.target.username}\0{self.password()}"
-        return self.ask_secret(b"AUTH PLAIN ", secret.encode())
-
-    def xoauth2(self) -> tuple[int, str]:
-        """XOAUTH2: for a token that is refused, a challenge says why before the reply."""
-        secret = f"user={self.target.username}\1auth=Bearer {self.password()}\1\1"
-        answer = self.ask_secret(b"AUTH XOAUTH2 ", secret.encode())
-        return self.ask_secret(b"") if answer[0] == 334 else answer
-
-    def auth_login(self) -> tuple[int, str]:
-        answer = self.ask_secret(b"AUTH LOGIN")
-        for secret in (self.target.username, self.password()):
-            if answer[0] != 334:
-                break
-            answer = self.ask_secret(b"", secret.encode())
-        return answer
-
-    def cram_md5(self) -> tuple[int, str]:
-        code, text = self.ask_secret(b"AUTH CRAM-MD5")
-        if code != 334:
-            return code, text
-        try:
-            challenge = base64.b64decode(text)
-        except ValueError:
-            raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
-        digest = hmac.new(self.password().encode(), challenge, "md5").hexdigest()
-        return self.ask_secret(b"", f"{self.target.username} {digest}".encode())
-
     def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
-        """Send command lines in one segment."""
-        for line in lines:
-            self.note("C: ", shown or line)
-        self.send(stage, b"".join(line + b"\r\n" for line in lines))
+        """Send command lines in one segment; whatever went into one, it cannot become two."""
+        data = b"\r\n".join((*lines, b""))
+        if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
+            raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
+        self.note("C: ", (shown,) if shown else lines)
+        self.send(stage, data)
 
-    def send(self, stage: str, data: bytes) -> None:
-        self.wire.deadline = self.patience()
+    def send(self, stage: str, data: bytes, latest: float = math.inf) -> None:
+        self.wire.deadline = Deadline(self.settings.relay_reply_timeout, latest)
         self.wire.write(data)
         try:
             self.wire.flush()
         except (PeerGone, OSError) as e:
+            self.spent = True
             raise Trouble(stage, 0, f"connection lost: {e}") from None
 
-    def note(self, who: str, line: bytes) -> None:
-        """Keep a line for the transcript; the middle of a long one is lost."""
-        text = who + line[:500].decode("utf-8", "replace").rstrip("\r\n")
-        self.transcript.append(text)
+    def note(self, who: str, lines: Iterable[bytes]) -> None:
+        """Keep lines for the transcript; the middle of a long one is lost."""
+        shown = [who + line[:500].decode("utf-8", "replace").rstrip("\r\n") for line in lines]
+        self.transcript += shown
         if len(self.transcript) > TRANSCRIPT_LINES:
-            del self.transcript[TRANSCRIPT_LINES // 2]
-        if self.settings.debug:
-            self.log.debug("wire", host=self.target, line=text)
+            del self.transcript[TRANSCRIPT_LINES // 2:-TRANSCRIPT_LINES // 2]
+        for line in shown if self.settings.debug else ():
+            self.log.debug("wire", host=self.target, line=line)
 
-    def reply(self, stage: str, patience: float = 1.0) -> tuple[int, str]:
+    def reply(self, stage: str, seconds: float = 0.0) -> tuple[int, str]:
         """Return the code and text of the next reply; Trouble when there is none that parses."""
-        self.wire.deadline = self.patience(patience)
-        self.reader.left = REPLY_LIMIT
+        wire, lines, left = self.wire, [b"-"], REPLY_LIMIT
+        wire.deadline = Deadline(seconds or self.settings.relay_reply_timeout)
         try:
-            code, text = self.smtp.getreply()
-        except (OSError, smtplib.SMTPException) as e:
+            while len(lines) == 1 or lines[-1][3:4] == b"-":
+                end = wire.buffer.find(b"\n", wire.start, wire.end) + 1
+                if end:
+                    lines.append(bytes(wire.buffer[wire.start:end]))
+                    left, wire.start = left - len(lines[-1]), end
+                if left < (0 if end else wire.end - wire.start):
+                    raise OSError("reply does not end")
+                if not end:
+                    wire.fill()
+        except (PeerGone, OSError) as e:
+            self.spent = True
             raise Trouble(stage, 0, f"no answer: {e}") from None
-        if not 200 <= code <= 599:
-            raise Trouble(stage, 0, f"not a reply: {text[:100]!r}")
-        return code, text.decode("utf-8", "replace")
+        self.note("S: ", lines[1:])
+        text = b"\n".join([line[4:].strip() for line in lines[1:]]).decode("utf-8", "replace")
+        code = lines[-1][:3]
+        if not code.isdigit() or not b"200" <= code <= b"599":
+            self.spent = True
+            raise Trouble(stage, 0, f"not a reply: {lines[-1][:100]!r}")
+        self.spent = self.spent or code == b"421"
+        return int(code), text
 
-    def expect(self, stage: str, answer: tuple[int, str], code: int) -> None:
-        if answer[0] != code:
-            raise Trouble(stage, *answer)
+    def expect(self, stage: str) -> None:
+        """Read a reply that is to say yes."""
+        code, text = self.reply(stage)
+        if code >= 300:
+            raise Trouble(stage, code, text)
 
-    def refusal(self, message: Message, recipients: Sequence[Recipient]) -> Outcome | None:
-        """Return why this next hop cannot take the message at all, by what it offers."""
-        limit = self.smtp.esmtp_features.get("size", "")
-        if limit.isdigit() and 0 < int(limit) < message.size:
-            why = f"message has {message.size} octets, the next hop takes {limit}"
-            return Outcome(NEVER, Scope.MESSAGE, 552, why, self.target.host)
-        plain = all(a.isascii() for a in (message.reverse_path, *(r.address for r in recipients)))
-        if not plain and not self.offers("smtputf8"):
-            why = "an address needs SMTPUTF8, which the next hop does not offer"
-            return Outcome(NEVER, Scope.MESSAGE, 553, why, self.target.host)
-        return None
+    def outcome(self, status: Status, scope: Scope, code: int, reply: str, lost: bool = False) -> Outcome:
+        """Return an outcome that says how it was come by."""
+        verified = bool(self.tls) and self.settings.relay_tls_verify
+        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls, verified,
+                       "dsn" in self.features, lost)
 
-    def commands(self, message: Message, recipients: Sequence[Recipient]) -> list[tuple[str, bytes]]:
-        """Return the lines of a transaction, with the parameters that are offered, and their stages."""
-        line = f"MAIL FROM:<{message.reverse_path}>"
-        if self.offers("size"):
-            line += f" SIZE={message.size}"
-        if self.offers("8bitmime") and "8BITMIME" in message.flags:
-            line += " BODY=8BITMIME"
-        if self.offers("smtputf8") and "SMTPUTF8" in message.flags:
-            line += " SMTPUTF8"
-        if self.offers("dsn"):  # RFC 3461 5.2.1
-            line += asked(RET=message.ret, ENVID=message.envid)
-        lines = [("mail", line),
-                 *(("rcpt", f"RCPT TO:<{r.address}>{self.asked_for(r)}") for r in recipients),
-                 ("data", "DATA")]
-        return [(stage, text.encode("utf-8", "surrogateescape")) for stage, text in lines]
-
-    def asked_for(self, recipient: Recipient) -> str:
-        """Return what the sender asked to be told of a recipient, for a next hop that offers DSN."""
-        if not self.offers("dsn"):
-            return ""
-        orcpt = encode_unitext(recipient.orcpt, utf8=self.offers("smtputf8"))
-        # An address that grows past the limit in ASCII is left out: better than a 501.
-        return asked(NOTIFY=recipient.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
-
-    def converse(self, steps: Sequence[tuple[str, bytes]]) -> Iterator[tuple[int, str]]:
-        """Yield the reply to each command; with PIPELINING all are sent before the first is read."""
-        pipelined = self.offers("pipelining")
-        if pipelined:
-            self.say("mail", *(command for _, command in steps))
-        for stage, command in steps:
-            if not pipelined:
-                self.say(stage, command)
-            yield self.reply(stage)
+    def judge(self, trouble: Trouble) -> Outcome:
+        return self.outcome(*classify(trouble.stage, trouble.code, trouble.reply, self.name), trouble.code,
+                            trouble.reply, lost=trouble.stage == "content" and not trouble.code)
 
     def deliver(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
-        """Send one message; return an outcome for each recipient. Trouble: the connection is of no more use."""
-        self.latest = Deadline(MESSAGE_TIME).at
-        refused = self.refusal(message, recipients)
-        if refused:
-            return {r.address: refused for r in recipients}
-        if not self.clean:
-            self.say("mail", b"RSET")
-            self.expect("mail", self.reply("mail"), 250)
-        self.clean = False
-        self.sent += 1
-        return self.transaction(self.converse(self.commands(message, recipients)), recipients, content)
+        """Send one message; return an outcome for each recipient, but for those that are left when it is full.
 
-    def transaction(self, replies: Iterator[tuple[int, str]], recipients: Sequence[Recipient],
-                    content: Outgoing) -> dict[str, Outcome]:
-        """Read the replies to a transaction, sending the content if anyone is to have it."""
-        host, outcomes = self.target.host, {}
-        code, text = next(replies)
-        refused = None if code == 250 else classify("mail", code, text, host)
-        if refused and not self.offers("pipelining"):
-            return {r.address: refused for r in recipients}
-        for r in recipients:
-            code, text = next(replies)
-            if code not in (250, 251):
-                outcomes[r.address] = classify("rcpt", code, text, host)
-        taken = [] if refused else [r for r in recipients if r.address not in outcomes]
-        if taken or self.offers("pipelining"):
-            final = self.content_outcome(next(replies), content if taken else None)
-            outcomes.update({r.address: final for r in taken})
-        return {r.address: refused for r in recipients} if refused else outcomes
+        In portions where the next hop has a limit, known beforehand (RFC 9422) or from its 452 (RFC 5321 4.5.3.1.10).
+        """
+        if content.eight and "8bitmime" not in self.features:
+            content = content.seven
+            if content.eight:
+                self.log.warn("sent_as_it_came", id=message.id, host=self.target, reason="8-bit content, no 8BITMIME")
+        outcomes = self.unable(message, recipients, content)
+        waiting = [r for r in recipients if r.address not in outcomes]
+        most, last = self.most or len(waiting), None
+        while waiting and not self.spent:
+            portion, waiting = waiting[:most], waiting[most:]
+            found = self.transaction(message, portion, content)
+            outcomes.update(found)
+            last = next(iter(found.values()), last)
+            if any(o.status is Status.FORWARDED for o in found.values()):
+                full = [r for r in portion if found[r.address].code in (452, 552)
+                        and found[r.address].scope is Scope.RECIPIENT]
+                waiting = full + waiting
+        if last and not self.full:  # it broke off: nothing was said of these
+            rest = self.outcome(LATER, Scope.MESSAGE, last.code if last.status is LATER else 0, "connection lost")
+            outcomes.update({r.address: rest for r in waiting})
+        return outcomes
 
-    def content_outcome(self, answer: tuple[int, str], content: Outgoing | None) -> Outcome:
-        """Send the content after 354 (none when nobody is left to have it, RFC 2920 3.1), and return what it meant."""
-        code, text = answer
-        if code != 354:
-            return classify("data", code, text, self.target.host)
-        if content:
+    def unable(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
+        """Return for whom this next hop cannot take the message, by what it offers: another one may."""
+        limit = number(self.features.get("size", ""))
+        if 0 < limit < content.size:
+            reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
+            return dict.fromkeys([r.address for r in recipients], self.outcome(NEVER, Scope.HOST, 552, reply))
+        closed = "SMTPUTF8" in message.flags and "smtputf8" not in self.features and not next(
+            content.blocks(), b"").partition(b"\r\n\r\n")[0].isascii()
+        nobody = closed or self.spelled(message.reverse_path) is None
+        found = [r.address for r in recipients if nobody or self.spelled(r.address) is None]
+        reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
+        return dict.fromkeys(found, self.outcome(NEVER, Scope.HOST, 553, reply)) if found else {}
+
+    def spelled(self, address: str) -> str | None:
+        """Return an address as this next hop takes it, a domain as A-labels without SMTPUTF8; None when it cannot."""
+        if address.isascii() and address.isprintable():
+            return address
+        if re.search("[\0-\x1f\x7f]", address) or "smtputf8" in self.features:
+            return None if re.search("[\0-\x1f\x7f]", address) else address
+        local, _, domain = address.rpartition("@")
+        with contextlib.suppress(ResolveError):
+            return f"{local}@{ascii_domain(domain)}" if local.isascii() else None
+        return None
+
+    def commands(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> list[bytes]:
+        """Return the lines of a transaction, with the parameters that are offered."""
+        offered, dsn = self.features, "dsn" in self.features
+        paths = [self.spelled(a) or "" for a in (message.reverse_path, *(r.address for r in recipients))]
+        lines = [f"MAIL FROM:<{paths[0]}>"]
+        if "size" in offered:
+            lines[0] += f" SIZE={content.size}"
+        if "8bitmime" in offered and (content.eight or "8BITMIME" in message.flags):
+            lines[0] += " BODY=8BITMIME"
+        if "smtputf8" in offered and ("SMTPUTF8" in message.flags or not "".join(paths).isascii()):
+            lines[0] += " SMTPUTF8"
+        if dsn:  # RFC 3461 5.2.1
+            lines[0] += asked(RET=message.ret, ENVID=message.envid)
+        for r, path in zip(recipients, paths[1:]):
+            line = f"RCPT TO:<{path}>"
+            if dsn:
+                orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
+                # An address that grows past the limit in ASCII is left out: better than a 501.
+                line += asked(NOTIFY=r.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
+            lines.append(line)
+        return [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
+
+    def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
+        """Carry out one transaction; return an outcome for each recipient, or none at all when it is full."""
+        outcomes: dict[str, Outcome] = {}
+        refused: Trouble | None = None
+        lines, pipelined = self.commands(message, recipients, content), "pipelining" in self.features
+        try:
+            self.sent += 1
+            if not self.clean:
+                self.say("mail", b"RSET")
+                self.expect("mail")
+            self.clean = False
+            self.say("mail", *(lines if pipelined else lines[:1]))
+            code, text = self.reply("mail")
+            if code >= 300:
+                refused = Trouble("mail", code, text)
+                if not pipelined or self.spent or code < 500 and self.carried:
+                    raise refused
+            for r, line in zip(recipients, lines[1:]):
+                if not pipelined:
+                    self.say("rcpt", line)
+                code, text = self.reply("rcpt")
+                if code == 421:
+                    raise Trouble("rcpt", code, text)
+                if code >= 300:
+                    outcomes[r.address] = self.judge(Trouble("rcpt", code, text))
+            taken = not refused and len(outcomes) < len(recipients)
+            if taken or pipelined:
+                if not pipelined:
+                    self.say("data", lines[-1])
+                code, text = self.reply("data")
+            if not taken:  # an end of content now might send an empty message: such a connection is dropped
+                self.spent = self.spent or pipelined and code < 400
+                return {r.address: self.judge(refused) for r in recipients} if refused else outcomes
+            if code // 100 != 3:
+                self.spent = self.spent or code < 300
+                raise Trouble("data", code if code >= 400 else 0, text)
             self.send_content(content)
-        else:
-            self.send("data", b".\r\n")
-        code, text = self.reply("content", CONTENT_PATIENCE)
-        if code == 250:
-            self.clean = True
-            return Outcome(Status.FORWARDED, Scope.MESSAGE, code, text, self.target.host)
-        return classify("content", code, text, self.target.host)
+            code, text = self.reply("content", CONTENT_PATIENCE * self.settings.relay_reply_timeout)
+            if code >= 300:
+                raise Trouble("content", code, text)
+            self.clean = self.carried = True
+            final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
+        except Trouble as trouble:
+            closed = (trouble.stage, trouble.code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
+            self.full = self.sent > 1 and closed or self.carried and trouble.stage == "mail" and trouble.code < 500
+            self.spent = self.spent or self.full
+            if self.full:
+                return {}
+            final = self.judge(refused or trouble)
+            if refused:
+                outcomes.clear()
+            if final.lost:
+                self.log.warn("possible_duplicate", id=message.id, host=self.target, reason="no answer to the content")
+        return {r.address: outcomes.get(r.address, final) for r in recipients}
 
     def send_content(self, content: Outgoing) -> None:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
-        last = b"\r\n"
-        block = content.read(64 * KIB)
-        while block:
-            following = content.read(64 * KIB)
-            data = (last[-1:] + block).replace(b"\n.", b"\n..")[1:]
-            last = (last + block)[-2:]
-            if not following:
-                data += b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"
-            self.send("data", data)
-            block = following
+        latest, last, held = time.monotonic() + CONTENT_TIME, b"\r\n", b""
+        try:
+            for block in content.blocks():
+                if held:
+                    self.send("data", held, latest)
+                held = (last[-1:] + block).replace(b"\n.", b"\n..")[1:]
+                last = (last + block)[-2:]
+            self.send("content", held + (b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"), latest)
+        except Trouble as trouble:
+            said = trouble
+            with contextlib.suppress(Trouble):  # it may have said why before it hung up
+                code, text = self.reply("content", 1.0)
+                said = Trouble("content", code, text) if code >= 400 else trouble
+            raise said from None
 
     def close(self) -> None:
-        """Say QUIT and go; what it answers changes nothing."""
+        """Say QUIT, unless it is of no more use, and go; what it answers changes nothing."""
         with contextlib.suppress(OSError, AttributeError):
-            self.wire.sock.settimeout(1.0)
-            self.wire.sock.sendall(b"QUIT\r\n")
-        self.drop()
-
-    def drop(self) -> None:
-        """Go without a word."""
+            if not self.spent:
+                self.wire.sock.settimeout(1.0)
+                self.wire.sock.sendall(b"QUIT\r\n")
         with contextlib.suppress(OSError, AttributeError):
             self.wire.sock.close()
 
 
-CLIENT_AUTH: dict[str, Callable[[NextHop], tuple[int, str]]] = {
-    "CRAM-MD5": NextHop.cram_md5, "PLAIN": NextHop.plain, "LOGIN": NextHop.auth_login,
-    "XOAUTH2": NextHop.xoauth2}
-AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
-
+# -- where to --
 
 def is_own_address(ip: str) -> bool:
     """Tell whether an address is one of this machine's."""
@@ -4764,6 +4916,22 @@ def is_own_address(ip: str) -> bool:
         return True
     except OSError:
         return False
+
+
+def recipient_limit(host: str) -> int:
+    """Return how many recipients a provider takes in one transaction; 0 is no limit that we know."""
+    return next((p.most for p in PRESETS.values() if fnmatch.fnmatch(host.lower(), p.host.format("*"))), 0)
+
+
+def read_aliases(text: str) -> dict[str, list[str]]:
+    """Read a file like /etc/aliases: names and the addresses behind them; files and programs are left out."""
+    aliases = {}
+    lines = [line for line in text.split("\n") if not line.lstrip().startswith("#") and line.strip()]
+    for entry in re.split(r"\n(?![ \t])", "\n".join(lines)):
+        name, _, value = entry.partition(":")
+        targets = [target.strip().strip('"') for target in re.findall(r'(?:"[^"]*"|[^,"])+', value)]
+        aliases[name.strip().strip('"').lower()] = [t for t in targets if t and t[0] not in "/|:\\"]
+    return aliases
 
 
 class Attempt(NamedTuple):
@@ -4791,12 +4959,22 @@ class Delivery:
         self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
         self.lock = threading.Lock()
         self.idle: dict[Target, list[NextHop]] = {}
+        self.live: collections.Counter[Target] = collections.Counter()  # connections that are open
         self.avoided: dict[Target, float] = {}
+        self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # what the file was like, and said
+        self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
         self.stopped = False
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
         return client_context(self.settings.relay_ca_file, self.settings.relay_tls_verify)
+
+    @functools.cached_property
+    def usual(self) -> list[Target]:
+        """The smart hosts of the settings."""
+        s = self.settings
+        login = (s.relay_tls, s.relay_username, s.relay_password)
+        return [Target(host, port, *login, most=recipient_limit(host)) for host, port in s.smart_hosts]
 
     # -- where to --
 
@@ -4815,26 +4993,49 @@ class Delivery:
             return {SMARTHOST: pending}
         found: dict[str, list[Recipient]] = {}
         for r in pending:
-            domain = self.final_address(r).rpartition("@")[2].lower().rstrip(".")
-            found.setdefault(domain, []).append(r)
+            for domain in dict.fromkeys(domain_of(a) for a in self.finals(r.address) if a not in r.passed):
+                found.setdefault(domain, []).append(r)
         return found
 
-    def final_address(self, recipient: Recipient) -> str:
-        return self.settings.relay_redirect_to or recipient.address
+    def finals(self, address: str) -> list[str]:
+        """Return the addresses to which mail for an address goes, by the settings that send it elsewhere."""
+        s = self.settings
+        if s.relay_redirect_to:
+            return [s.relay_redirect_to]
+        if not s.local_to and not s.aliases:
+            return [address]
+        aliases, names, found = self.read_aliases(), [address], []
+        for name in names:  # grows meanwhile
+            local, _, domain = name.rpartition("@") if "@" in name else (name, "", "localhost")
+            targets = aliases.get(local.lower(), []) if domain.lower().rstrip(".") in self.local else [name]
+            for target in targets or [s.local_to or f"{local}@{s.hostname}"]:
+                if target == name or not targets:
+                    found.append(target)
+                elif target not in names and len(names) < ALIASES_MOST:
+                    names.append(target)
+        return list(dict.fromkeys(found)) or [s.local_to or address]
+
+    def read_aliases(self) -> dict[str, list[str]]:
+        """Return what SMTP_ALIASES says; while it cannot be read, what it has said before."""
+        path = self.settings.aliases
+        with contextlib.suppress(OSError):
+            found = os.stat(path) if path else None
+            stamp = found and (found.st_mtime_ns, found.st_size, found.st_ino)
+            if found and stamp != self.aliases[0]:
+                self.aliases = stamp, read_aliases(read_whole(path).decode("utf-8", "replace"))
+        return self.aliases[1]
 
     def is_allowed(self, recipient: Recipient) -> bool:
-        return bool(self.settings.relay_allowed_recipients.search(self.final_address(recipient)))
+        return all(map(self.settings.relay_allowed_recipients.search, self.finals(recipient.address)))
 
     def smart_hosts(self, message: Message) -> list[Target]:
         """Return where a message goes that is not sent by MX: an account's host, or ours."""
-        s = self.settings
         account = self.accounts.get(message.user) if message.user else None
         if not account or not account.relay_host:
-            login = (s.relay_tls, s.relay_username, s.relay_password)
-            return [Target(host, port, *login) for host, port in s.smart_hosts]
+            return self.usual
         host, port = split_port(account.relay_host, "587")
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
-        return [Target(host, port, tls, account.relay_username, account.relay_password)]
+        return [Target(host, port, tls, account.relay_username, account.relay_password, most=recipient_limit(host))]
 
     def mail_hosts(self, domain: str) -> list[MxHost]:
         """Return the hosts that take mail for a domain and are nearer to it than we are."""
@@ -4851,172 +5052,244 @@ class Delivery:
             found = True
             yield Target(host.name, port, self.settings.relay_tls, ip=ip)
 
-    def sharers(self, lane: str, hosts: Sequence[MxHost],
-                routes: Mapping[str, list[Recipient]]) -> list[Recipient]:
-        """Return a domain's recipients and those of others with the very same hosts."""
-        latest, found = Deadline(GROUPING_TIME).at, list(routes[lane])
-        for other in (name for name in routes if name != lane):
-            with contextlib.suppress(ResolveError):
-                if time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
-                    found += routes[other]
-        return found
-
     # -- an attempt --
 
     def attempt(self, message: Message, lane: str, file: BinaryIO,
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
-        routes = self.routes(message)
-        recipients = routes[lane]
+        s, routes = self.settings, self.routes(message)
+        recipients, lanes = routes[lane], {lane}
+        by_mx = s.delivery == "mx" and not lane.endswith(")")
         try:
-            if self.settings.delivery == "mx" and not lane.endswith(")"):
-                hosts = self.mail_hosts(lane)
-                recipients = self.sharers(lane, hosts, routes)
-                return self.send(self.mx_targets(hosts), message, recipients, file, reached)
-            return self.send(self.smart_hosts(message), message, recipients, file, reached)
+            if by_mx:
+                hosts, latest = self.mail_hosts(lane), time.monotonic() + GROUPING_TIME
+                for other in routes:  # domains with the very same hosts share a transaction
+                    with contextlib.suppress(ResolveError):
+                        if other != lane and time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
+                            lanes.add(other)
+                recipients = list({id(r): r for name in (lane, *(lanes - {lane})) for r in routes[name]}.values())
+            targets = self.mx_targets(hosts) if by_mx else self.smart_hosts(message)
+            owners: dict[str, list[Recipient]] = {}
+            for r in recipients:
+                for address in self.finals(r.address):
+                    if address not in r.passed and (not by_mx or domain_of(address) in lanes):
+                        owners.setdefault(address, []).append(r)
+            parcels: dict[tuple[str, ...], list[Recipient]] = {}
+            for address, whose in owners.items():
+                changed = tuple(r.address for r in whose if r.address != address)
+                same = next((r for r in whose if r.address == address), None)
+                parcels.setdefault(changed, []).append(same or Recipient(address))
+            return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
+            sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
+            start, contents = file.tell(), []
+            for changed, people in parcels.items():
+                file.seek(start)
+                contents.append((people, self.content(message, file, changed)))
+            attempt = self.try_each(targets, sent, contents, reached)
         except ResolveError as e:
             said = f"{e.reply.enhanced} {e.reply.text}"
             if e.permanent:
                 outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
                 return Attempt({r.address: outcome for r in recipients}, None, [])
             return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
+        return attempt._replace(outcomes=self.settled(recipients, attempt.outcomes))
 
-    def send(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
-             file: BinaryIO, reached: Callable[[], None]) -> Attempt:
-        """Send a message as the settings rewrite it."""
-        s = self.settings
-        if s.relay_return_path and message.reverse_path:
-            message = dataclasses.replace(message, reverse_path=s.relay_return_path)
-        if not s.relay_redirect_to:
-            return self.try_each(targets, message, recipients, Outgoing(file), reached)
-        lines = "".join(f"X-Original-To: {r.address}\r\n" for r in recipients)
-        head = lines.encode("utf-8", "surrogateescape")
-        message = dataclasses.replace(message, size=message.size + len(head))
-        one = [Recipient(s.relay_redirect_to)]
-        attempt = self.try_each(targets, message, one, Outgoing(file, head), reached)
-        shared = {r.address: o for r in recipients for o in attempt.outcomes.values()}
-        return attempt._replace(outcomes=shared)
+    def settled(self, recipients: Sequence[Recipient], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+        """Return the outcomes of the recipients, from those of the addresses that stand for them.
 
-    def try_each(self, targets: Iterable[Target], message: Message, recipients: list[Recipient],
-                 content: Outgoing, reached: Callable[[], None]) -> Attempt:
-        """Try one target after the other until one is not to blame for what went wrong."""
-        attempt = Attempt({}, Outcome(LATER, Scope.HOST, 0, "no smart host"), [])
+        One with several addresses has it when all that take it have it; `passed` tells which need it no more.
+        """
+        found = {}
+        for r in recipients:
+            finals = self.finals(r.address)
+            mine = [outcomes[a] for a in finals if a in outcomes and a not in r.passed]
+            if len(finals) > 1:
+                r.passed += [a for a in finals if a in outcomes and outcomes[a].status is not LATER]
+            owed = [o for o in mine if o.status is LATER]
+            if owed or mine and (len(finals) == 1 or set(finals) <= set(r.passed)):
+                found[r.address] = min(owed or mine, key=lambda o: o.status is NEVER)
+        return found
+
+    def content(self, message: Message, file: BinaryIO, originals: Sequence[str]) -> Outgoing:
+        """Return a message as it leaves: with X-Original-To, by SMTP_RELAY_FROM, and with what it lacks (RFC 6409 8).
+
+        What is added stands below our Received. A message with a DKIM signature is not repaired: it may cover
+        what is not there, too.
+        """
+        s, start = self.settings, file.tell()
+        head = "".join(f"X-Original-To: {a}\r\n" for a in originals).encode("utf-8", "surrogateescape")
+        if s.relay_repair or s.relay_from:
+            first = file.read(HEAD_LIMIT)
+            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # where the message as it came begins
+            end = first.find(b"\r\n\r\n", max(top - 2, 0)) + 2
+            if end < 2:  # all header, or one beyond measure
+                end = len(first) if len(first) < HEAD_LIMIT else top
+            begun = re.match(rb"[!-9;-~]+[ \t]*:|\r\n", first[top:])
+            end = end if begun else top
+            fields, names = first[top:end], b"\n" + first[top:end].lower()
+            signed, added = b"\ndkim-signature:" in names, b""
+            if s.relay_repair and not signed and len(fields) < HEAD_LIMIT - top:
+                if b"\nmessage-id:" not in names:
+                    added = f"Message-ID: <{message.id}@{s.hostname}>\r\n".encode()
+                if b"\ndate:" not in names:
+                    added += f"Date: {mail_date(id_micros(message.id) // 1000000)}\r\n".encode()
+            changed = with_author(fields, s.relay_from) if s.relay_from else fields
+            if s.relay_repair and not begun:
+                changed += b"\r\n"
+            if added or changed != fields:
+                head, end = head + first[:top] + added + changed, end
+            else:
+                end = 0
+            file.seek(start + end)
+        out = Outgoing(file, head)
+        if s.relay_repair:
+            out.signed = signed
+            out.survey()
+            if out.long:
+                out = out.mended(seven=False)
+            if out.long:
+                self.log.warn("sent_as_it_came", id=message.id, reason="a line of more than 998 octets")
+        return out
+
+    def try_each(self, targets: Iterable[Target], message: Message, parcels: Sequence[tuple[list[Recipient], Outgoing]],
+                 reached: Callable[[], None]) -> Attempt:
+        """Try one target after the other, each for those whom none has taken or refused for good (RFC 5321 5.1)."""
+        outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
-        passed_over: list[tuple[Target, Outcome]] = []
+        troubles: list[tuple[Target, Outcome]] = []
         for target in itertools.islice(self.by_health(targets), TARGETS_MOST):
+            owed = [([r for r in people if is_owed(outcomes.get(r.address))], content) for people, content in parcels]
             started = time.monotonic()
-            attempt = self.attempt_at(target, message, recipients, content, reached)
+            attempt = self.attempt_at(target, message, owed, reached)
+            now = time.monotonic()
             lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
-            slow = time.monotonic() - started > SLOW
-            if not attempt.trouble:
+            if attempt.crowded and not outcomes:
+                return attempt._replace(transcript=lines)
+            if attempt.trouble:
+                lines.append(f"!! {attempt.trouble}")
+                troubles.append((target, attempt.trouble))
+                if now - started > SLOW:
+                    with self.lock:
+                        self.avoided = {t: until for t, until in self.avoided.items() if until > now - AVOID_TIME}
+                        self.avoided[target] = now + AVOID_TIME
+            for address, outcome in attempt.outcomes.items():
+                if address not in outcomes or (outcome.status, outcome.scope) != (NEVER, Scope.HOST):
+                    outcomes[address] = outcome
+            if attempt.outcomes and not any(map(is_owed, outcomes.values())):
                 break
-            lines.append(f"!! {attempt.trouble}")
-            passed_over.append((target, attempt.trouble))
-            if slow:
-                with self.lock:
-                    self.avoided[target] = time.monotonic() + AVOID_TIME
-        for target, trouble in passed_over[:-1] if attempt.trouble else passed_over:  # the last one throttles
+        for target, trouble in troubles if outcomes else troubles[:-1]:  # the last one throttles
             self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
-        return attempt._replace(transcript=lines)
+        if not outcomes:
+            return Attempt({}, troubles[-1][1] if troubles else Outcome(LATER, Scope.HOST, 0, "no smart host"), lines)
+        for address, outcome in outcomes.items():  # no host can take it: for good, if all were asked
+            if outcome.scope is Scope.HOST:
+                unasked = troubles and outcome.status is NEVER
+                outcomes[address] = (troubles[-1][1] if unasked else outcome)._replace(scope=Scope.MESSAGE)
+        return Attempt(outcomes, None, lines)
 
     def by_health(self, targets: Iterable[Target]) -> Iterator[Target]:
-        """Yield targets in order, those that lately took long to fail at the end."""
+        """Yield targets in order, at the end those that lately took long to fail."""
         last = []
         for target in targets:
-            if self.is_avoided(target):
+            now = time.monotonic()
+            with self.lock:
+                until = self.avoided.get(target, 0.0)
+                if 0 < until <= now:  # its time is up: one caller tries it
+                    self.avoided[target] = now + AVOID_TIME
+            if until > now:
                 last.append(target)
             else:
                 yield target
         yield from last
 
-    def is_avoided(self, target: Target) -> bool:
-        """Tell whether a target is passed over; when its time is up, one caller tries it."""
-        now = time.monotonic()
-        with self.lock:
-            until = self.avoided.get(target)
-            if until is not None and until <= now:
-                self.avoided[target] = now + AVOID_TIME
-            return until is not None and until > now
+    def attempt_at(self, target: Target, message: Message, parcels: Sequence[tuple[list[Recipient], Outgoing]],
+                   reached: Callable[[], None]) -> Attempt:
+        """Try one target; a connection that has had its fill, or has gone stale, is replaced without blame."""
+        outcomes: dict[str, Outcome] = {}
+        transcript: list[str] = []
+        full = True
+        while full:
+            hop = self.take(target, fresh=bool(transcript))
+            try:
+                if not hop.ready:
+                    hop.open()
+                    with self.lock:
+                        self.live[target] += 1
+                reached()
+                for people, content in parcels:
+                    owed = [r for r in people if r.address not in outcomes]
+                    if owed and not hop.full:
+                        outcomes.update(hop.deliver(message, owed, content))
+            except Trouble as trouble:
+                self.part(hop)
+                judged, transcript = hop.judge(trouble), transcript + hop.transcript
+                if judged.scope is Scope.HOST and not outcomes:
+                    crowded = 400 <= trouble.code <= 499 and self.live[target] > 0
+                    return Attempt({}, None if crowded else judged, transcript, crowded)
+                judged = judged._replace(scope=Scope.MESSAGE)
+                everyone = [r.address for people, _ in parcels for r in people]
+                return Attempt({**dict.fromkeys(everyone, judged), **outcomes}, None, transcript)
+            except BaseException:  # content that cannot be read: it must not end in a final dot
+                hop.spent = True
+                self.part(hop)
+                raise
+            transcript, full = transcript + hop.transcript, hop.full
+            self.give(hop)
+        host = next((o for o in outcomes.values() if o.scope is Scope.HOST and o.status is LATER), None)
+        if host and not any(o.lost or o.status is Status.FORWARDED for o in outcomes.values()):
+            return Attempt({}, host, transcript)
+        return Attempt(outcomes, None, transcript)  # whom it served must not be served again
 
-    def attempt_at(self, target: Target, message: Message, recipients: list[Recipient],
-                   content: Outgoing, reached: Callable[[], None]) -> Attempt:
-        """Try one target; a kept connection that has gone stale is replaced without blame."""
-        hop = self.take(target)
-        reused = hop.sent > 0
-        content.rewind()
-        try:
-            if not reused:
-                hop.open()
-            reached()
-            outcomes = hop.deliver(message, recipients, content)
-        except Trouble as trouble:
-            hop.close()
-            if reused and trouble.stage == "mail" and trouble.code in (0, 421):
-                self.drop_idle(target)
-                return self.attempt_at(target, message, recipients, content, reached)
-            return self.judge(trouble, hop, recipients)
-        except BaseException:  # content that cannot be read: it must not end in a final dot
-            hop.drop()
-            raise
-        self.give(hop)
-        outcomes = {a: self.seal(o, hop) for a, o in outcomes.items()}
-        host = [o for o in outcomes.values() if o.scope is Scope.HOST]
-        if not host or any(o.status is Status.FORWARDED for o in outcomes.values()):
-            return Attempt(outcomes, None, hop.transcript)  # whom it served must not be served again
-        return Attempt({}, host[0], hop.transcript)
-
-    def seal(self, outcome: Outcome, hop: NextHop) -> Outcome:
-        """Say in an outcome how it was come by."""
-        return outcome._replace(ip=hop.ip, tls=hop.tls, dsn=hop.offers("dsn"),
-                                verified=bool(hop.tls) and self.settings.relay_tls_verify)
-
-    def judge(self, trouble: Trouble, hop: NextHop, recipients: list[Recipient]) -> Attempt:
-        outcome = self.seal(classify(trouble.stage, trouble.code, trouble.reply, hop.target.host), hop)
-        if trouble.stage == "content":
-            self.log.warn("possible_duplicate", host=hop.target, reason="no answer after the content was sent")
-        if outcome.scope is Scope.HOST:
-            return Attempt({}, outcome, hop.transcript)
-        return Attempt({r.address: outcome for r in recipients}, None, hop.transcript)
-
-    def take(self, target: Target) -> NextHop:
+    def take(self, target: Target, fresh: bool) -> NextHop:
         """Return a kept connection, or a new one that is not open yet."""
         with self.lock:
             kept = self.idle.get(target)
-            hop = kept.pop() if kept else None
+            hop = kept.pop() if kept and not fresh else None
         if hop and time.monotonic() - hop.idle_since < REUSE_IDLE:
             hop.transcript = []
             return hop
         if hop:
-            hop.close()
-        return NextHop(self.settings, target, self.context, self.log)
+            self.part(hop)
+        return NextHop(self.settings, target, self.log, lambda: self.context)
 
     def give(self, hop: NextHop) -> None:
         """Keep a connection for the next message, unless it has done its share."""
         hop.idle_since = time.monotonic()
         with self.lock:
             self.avoided.pop(hop.target, None)
-            keep = hop.sent < REUSE_MESSAGES and not self.stopped
+            keep = hop.sent < REUSE_MESSAGES and not hop.spent and not self.stopped
             if keep:
                 self.idle.setdefault(hop.target, []).append(hop)
         if not keep:
-            hop.close()
+            self.part(hop)
 
-    def drop_idle(self, target: Target | None = None, older_than: float = 0.0) -> None:
-        """Close kept connections: to one target or all, idle for longer than so many seconds."""
+    def part(self, hop: NextHop) -> None:
+        """Close a connection."""
+        if hop.ready:
+            with self.lock:
+                self.live[hop.target] -= 1
+                self.live += collections.Counter()  # forgets what has come to nothing
+        hop.close()
+
+    def drop_idle(self, older_than: float = 0.0) -> None:
+        """Close connections that have been kept for longer than so many seconds."""
         now, out = time.monotonic(), []
         with self.lock:
-            for key in [target] if target else list(self.idle):
-                old = [h for h in self.idle.get(key, []) if now - h.idle_since >= older_than]
-                self.idle[key] = [h for h in self.idle.get(key, []) if h not in old]
-                out += old
-                if not self.idle[key]:
-                    del self.idle[key]
+            for target, hops in list(self.idle.items()):
+                out += [h for h in hops if now - h.idle_since >= older_than]
+                self.idle[target] = [h for h in hops if h not in out]
+                if not self.idle[target]:
+                    del self.idle[target]
         for hop in out:
-            hop.close()
+            self.part(hop)
 
     def stop(self) -> None:
         self.stopped = True
         self.drop_idle()
+
+
+def domain_of(address: str) -> str:
+    return address.rpartition("@")[2].lower().rstrip(".")
 
 
 # === 14 REPORTS ==============================================================
@@ -11966,11 +12239,11 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
     log = Log(logging.Logger("doctor", logging.CRITICAL + 1))
     try:
-        hop = NextHop(patient, target, client_context(settings.relay_ca_file, settings.relay_tls_verify), log)
+        context = client_context(settings.relay_ca_file, settings.relay_tls_verify)
     except TlsError as e:
         yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
         return
-    trouble = None
+    trouble, hop = None, NextHop(patient, target, log, lambda: context)
     try:
         hop.open()
     except Trouble as e:
@@ -11979,8 +12252,8 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     if said and said[0].startswith("220"):
         yield Finding("ok", "greeting", said[0])
         yield examine_clock(said[0], time.time())
-    if hop.smtp.esmtp_features:
-        offers = " ".join(f"{k.upper()} {v}".strip() + ";" for k, v in hop.smtp.esmtp_features.items()).rstrip(";")
+    if hop.features:
+        offers = " ".join(f"{k.upper()} {v}".strip() + ";" for k, v in hop.features.items()).rstrip(";")
         yield Finding("ok", "EHLO", offers)
     if trouble:
         yield trouble_finding(trouble)
@@ -12010,11 +12283,10 @@ def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[
                       "" if local else "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
     if target.username:
         yield Finding("ok", "login", f"as {target.username}")
-    elif hop.offers("auth"):
+    elif "auth" in hop.features:
         yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
                       "set it, if the server refuses mail without")
-    limit = hop.smtp.esmtp_features.get("size", "")
-    theirs = int(limit) if limit.isdigit() else 0
+    theirs = number(hop.features.get("size", ""))
     if 0 < theirs < settings.max_size:
         yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}",
                       f"set SMTP_MAX_SIZE={theirs}")
