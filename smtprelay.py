@@ -8932,14 +8932,14 @@ async function retry(id) {
   say('Trying now.');
   queueSoon();
 }
-async function remove(id) {
+async function remove(id, status) {
   const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
-  if (OWED.includes(rowAt(i)?.Status || state.message?.Status)
+  if (OWED.includes(status || rowAt(i)?.Status || state.message?.Status)
     && !await ask('Delete it?', 'It is still owed, and will not be delivered.', 'Delete')) return;
   await api('DELETE', 'api/v1/messages', {IDs: [id]});
   say('Deleted.');
   if (state.id) i >= 0 && next ? open(next.ID) : close();
-  await reload();
+  everythingSoon();
 }
 async function deleteAll() {
   const {query, total} = state, what = plural(total, 'message');
@@ -8982,7 +8982,7 @@ function renderQueue() {
     [status(m.status), h('div', m.last_error)], m.attempts,
     m.next_attempt_at && ticking(m.next_attempt_at),
     [button('Retry', () => retry(m.id), '', {'data-key': 'retry ' + m.id}),
-      button('Remove', () => drop(m.id), '.danger', {'data-key': 'remove ' + m.id})]];
+      button('Delete', () => remove(m.id, m.status), '.danger', {'data-key': 'delete ' + m.id})]];
   const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
     h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
       it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
@@ -8993,11 +8993,6 @@ function renderQueue() {
       total > 0 && button('Retry all', () => retry('all'))]),
     total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
     total > messages.length && h('p.soft', `The first ${messages.length} are shown.`)]));
-}
-async function drop(id) {
-  if (!await ask('Remove it from the queue?', 'It will not be delivered.', 'Remove')) return;
-  await api('DELETE', 'api/v1/queue/' + enc(id));
-  everythingSoon();
 }
 
 /* == Accounts == */
@@ -9154,11 +9149,10 @@ async function loadInfo() {
 function begin() {
   try { Object.assign(state, JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
   if (state.theme) document.documentElement.dataset.theme = state.theme;
-  const [, opened] = location.pathname.match(/\/view\/([^/]+)$/) || [];
-  const query = location.pathname === ROOT + 'search' && new URLSearchParams(location.search);
-  if (opened) history.replaceState(null, '', ROOT + '#/message/' + opened);
-  else if (query) history.replaceState(null, '',
-    ROOT + '#/search/' + enc(query.get('q') || query.get('query') || ''));
+  const place = location.pathname.slice(ROOT.length), words = new URLSearchParams(location.search);
+  const go = hash => history.replaceState(null, '', ROOT + hash);
+  if (place.startsWith('view/')) go('#/message/' + place.slice(5));
+  if (place === 'search') go('#/search/' + enc(words.get('q') || words.get('query') || ''));
   route();
   renderStrip();
   listen();

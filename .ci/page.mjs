@@ -464,8 +464,8 @@ await check('queue: retry one, remove one, retry all', async () => {
   await until(async () => await lines() === 3);
   await admin.click('#pane tbody tr:first-child >> text="Retry"');
   await until(async () => await lines() === 2);
-  await admin.click('#pane tbody tr:first-child >> text="Remove"');
-  await admin.click('dialog >> button:has-text("Remove")');
+  await admin.click('#pane tbody tr:first-child >> text="Delete"');
+  await admin.click('dialog >> button:has-text("Delete")');
   await until(async () => await lines() === 1);
   await admin.click('text="Retry all"');
   await admin.locator('h1', { hasText: 'Nothing is owed' }).waitFor();
