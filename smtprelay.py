@@ -10501,11 +10501,6 @@ def user_name(uid: int) -> str:
         return f"user{uid}"
 
 
-def relay_socket(settings: Settings) -> socket.socket:
-    """Connect to the running relay at the first of SMTP_PORT; OSError when none answers."""
-    return dial(settings.port[0], settings.relay_timeout)
-
-
 def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to where a relay of this machine listens."""
     if not address.path:
@@ -10554,11 +10549,13 @@ def own_reception(settings: Settings) -> Reception:
 def admit_letter(envelope: Envelope, content: bytes, reception: Reception) -> dict[str, str]:
     """Put a message into the spool, in portions; return the replies to those recipients that were refused."""
     refused = {}
-    for address in envelope.recipients:
+    for bad, address in [(BAD_SENDER, envelope.reverse_path), *((BAD_RECIPIENT, a) for a in envelope.recipients)]:
         try:
             parse_path(f"<{address}>")
         except ValueError as e:
-            refused[address] = f"{BAD_RECIPIENT}: {e}"
+            refused[address] = f"{bad}: {e}"
+    if envelope.reverse_path in refused:
+        return refused
     good, most = [a for a in envelope.recipients if a not in refused], reception.settings.max_recipients
     for i in range(0, len(good), most):
         try:
@@ -10621,7 +10618,7 @@ def complain(*lines: str) -> None:
 def send(envelope: Envelope, content: bytes, settings: Settings) -> int:
     """Hand a message over, to the relay or into the spool, and report; return the exit status."""
     try:
-        refused = hand_over(envelope, content, relay_socket(settings), settings)
+        refused = hand_over(envelope, content, dial(settings.port[0], settings.relay_timeout), settings)
     except OSError as e:
         try:
             refused = admit_letter(envelope, content, own_reception(settings))
@@ -10635,7 +10632,7 @@ def send(envelope: Envelope, content: bytes, settings: Settings) -> int:
 def speak_smtp(settings: Settings) -> int:
     """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
     try:
-        sock = relay_socket(settings)
+        sock = dial(settings.port[0], settings.relay_timeout)
     except OSError:
         try:
             reception = own_reception(settings)

@@ -9251,6 +9251,8 @@ def test_the_launcher_says_what_was_refused(launch: Callable[..., Submit]) -> No
     assert mails(s.relay) == []
     status, _, said = s.run("-i", "a", "b", "bad@-", "c", stdin=b"x\n")
     assert status == 69 and said.startswith("bad@-: 501 5.1.3 ") and said.count("\n") == 1
+    status, _, said = s.run("-i", "-f", "me@-", "a", stdin=b"x\n")
+    assert status == 69 and said.startswith("me@-: 501 5.1.7 ") and said.count("\n") == 1
     assert sorted(len(record.recipients) for record, _ in mails(s.relay)) == [1, 2]
 
 
@@ -9573,28 +9575,31 @@ def test_systemd_is_told(program: Callable[..., Program], tmp_path: Path) -> Non
     assert relay.process.wait(11) == 0
 
 
-def test_a_socket_from_systemd_is_used(program: Callable[..., Program]) -> None:
+def test_sockets_from_systemd_are_used(program: Callable[..., Program], tmp_path: Path) -> None:
     relay = program()
     relay.stop()
-    with socket.create_server(("127.0.0.1", 0)) as given:
+    with socket.create_server(("127.0.0.1", 0)) as given, socket.socket(socket.AF_UNIX) as submit:
+        submit.bind(str(tmp_path / "submit.sock"))
+        submit.listen()
         code = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True);"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, sys.argv[2]])"
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4);"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='smtp:submit');"
+            "os.execv(sys.executable, [sys.executable, sys.argv[3]])"
         )
-        command = [sys.executable, "-c", code, str(given.fileno()), str(PROGRAM)]
+        fds = given.fileno(), submit.fileno()
+        command = [sys.executable, "-c", code, *map(str, fds), str(PROGRAM)]
+        env = {"PATH": os.environ["PATH"], **relay.env}
         with relay.output.open("wb") as output:
-            relay.process = subprocess.Popen(
-                command,
-                env={"PATH": os.environ["PATH"], **relay.env},
-                stdout=output,
-                stderr=output,
-                pass_fds=[given.fileno()],
-            )
+            relay.process = subprocess.Popen(command, env=env, stdout=output, stderr=output, pass_fds=fds)
         wait_until(relay.ready)
         relay.port = given.getsockname()[1]
     said(relay)
     with dial(relay) as client:
         assert client.greeting.startswith("220 relay.test")
+    launcher = tmp_path / "launcher"
+    launcher.write_text(smtprelay.LAUNCHER.replace(smtprelay.SUBMIT_SOCKET, str(tmp_path / "submit.sock")))
+    run_command(sys.executable, "-I", "-S", str(launcher), "bob", env={}, stdin=b"Subject: by the launcher\n\nx\n")
+    wait_until(lambda: f"client=local helo={ME} " in relay.log())
 
 
 def load(relay: Program, acknowledged: set[str], stop: threading.Event, name: str) -> None:
