@@ -9643,7 +9643,7 @@ def not_done(request: Request) -> Any:
 
 @route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", Access.VIEW)
 def show_html(request: Request) -> Answer:
-    mail = request.relay.inbox.mail(found(request).id)
+    mail = viewed(request)
     if not mail.html:
         raise HttpError(404, "this message has no HTML")
     policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
@@ -9653,7 +9653,14 @@ def show_html(request: Request) -> Answer:
 
 @route("GET /view/{id}.txt", "its text")
 def show_text(request: Request) -> bytes:
-    return request.relay.inbox.mail(found(request).id).text.encode("utf-8", "replace")
+    return viewed(request).text.encode("utf-8", "replace")
+
+
+def viewed(request: Request) -> Mail:
+    """Return the message that the path names, which marks it read."""
+    id = found(request).id
+    request.relay.inbox.mark([id], True)
+    return request.relay.inbox.mail(id)
 
 
 @route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "

@@ -8543,7 +8543,6 @@ BAD = [  # (method, path, body, status, words): Mailpit's routes answer in text
     ("GET", "/api/v1/search?query=", None, 400, "expected what to look for"),
     ("GET", "/api/v1/message/latest?query=nobody", None, 404, "not found"),
     ("GET", "/view/nope.html", None, 404, "not found"),
-    ("GET", "/view/latest.html", None, 404, "no HTML"),
     ("GET", "/api/v1/message/latest/html-check", None, 404, "html-check is not done here"),
     ("POST", "/api/v1/message/nope/release", b'{"To": ["a@b.test"]}', 404, "not found"),
     ("POST", "/api/v1/message/latest/release", b"{}", 400, "To"),
@@ -8584,6 +8583,8 @@ def test_errors_are_shaped_as_mailpits(start: Callable[..., Any]) -> None:
         assert (got, list(answer)) == (status, ["Error"]) and words in answer["Error"], (method, path, answer)
     listed = api(relay, "GET", "/api/v1/messages?limit=x&start=-1")[1]
     assert (listed["total"], listed["unread"], listed["count"]) == (1, 1, 1)
+    assert spoken(relay, "GET", "/view/latest.html")[::2] == (404, "this message has no HTML")
+    assert api(relay, "GET", "/api/v1/messages")[1]["unread"] == 0  # to view it is to read it
 
 
 def spoken(relay: Any, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str, str]:
@@ -8783,21 +8784,22 @@ console.log(JSON.stringify(out));
 """
 
 
+def driven(relay: Any, code: str, needs: str, python: bool = False) -> Any:
+    """Run a script over somebody's client of an API, in .ci/node_modules or .ci/venv; return what it prints as JSON."""
+    venv = ROOT / ".ci/venv/bin/python"
+    if not (venv.exists() if python else shutil.which("node") and (MODULES / needs).is_dir()):
+        pytest.skip(f"needs {needs} (see .ci/install)")
+    command = [str(venv), "-c", code] if python else ["node", "--input-type=module", "-e", code]
+    env = {"PATH": os.environ["PATH"], "RELAY": relay.http_url, "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(command, cwd=ROOT / ".ci", capture_output=True, text=True, timeout=40, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
 def test_mailpits_own_client_works_unchanged(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
-    if not shutil.which("node") or not (MODULES / "mailpit-api").is_dir():
-        pytest.skip("needs node, and mailpit-api in .ci/node_modules (see .ci/install)")
     next_hop = hop()
     relay = start(SMTP_STORAGE="memory", SMTP_DELIVERY="hold", SMTP_API_TOKEN="a token", **next_hop.settings())
-    done = subprocess.run(
-        ["node", "--input-type=module", "-e", MAILPIT],
-        cwd=MODULES.parent,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env={"PATH": os.environ["PATH"], "RELAY": relay.http_url},
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout)
+    out = driven(relay, MAILPIT, "mailpit-api")
     found, listed = out["found"], out["list"]["messages"][0]
     assert found["ID"] == out["sent"]["ID"] == listed["ID"] and types(listed) == {**SUMMARY_TYPES, "Status": str}
     assert MESSAGE_TYPES.items() <= types(found).items()
@@ -8821,12 +8823,108 @@ def test_mailpits_own_client_works_unchanged(start: Callable[..., Any], hop: Cal
     wait_until(lambda: next_hop.delivered() == {"z@d.test": 1})
 
 
+MAILHOG = """
+import mailhog from 'mailhog';
+import awesome from 'mailhog-awesome';
+const { hostname: host, port } = new URL(process.env.RELAY), hog = mailhog({ host, port });
+const better = new awesome.MailhogClient({ host, port }), out = {};
+const step = async (name, work) => { out[name] = await work(); };
+await step('all', async () => (await hog.messages(0, 10)).items.map(m =>
+  [m.subject, m.from, m.to, m.text?.trim(), m.html?.trim(), m.attachments.map(a => a.name)]));
+await step('found', async () => [(await hog.latestFrom('ann@example.com')).subject, (await hog.latestTo('BOB@example.com')).subject,
+  (await hog.latestContaining('Hello')).subject, (await hog.search('nobody', 'to')).total, (await hog.search('env', 'from')).total]);
+await step('deleted', async () => (await hog.deleteMessage((await hog.messages(0, 1)).items[0].ID)).statusCode);
+await step('last', async () => (await better.getLastEmail({ subject: 'One' })).text.trim());
+await step('cleared', () => better.deleteEmails({ subject: 'One' }));
+await step('left', async () => (await hog.messages()).total);
+await step('emptied', async () => (await hog.deleteAll()).statusCode);
+await step('end', async () => (await hog.messages()).total);
+console.log(JSON.stringify(out));
+"""
+PYHOG = """
+import json, os
+import mailhog, openapi_client
+url = os.environ["RELAY"]
+host, port = url.split("//")[1].split(":")
+hog = mailhog.Mailhog(host, int(port))
+api = openapi_client.DefaultApi(openapi_client.ApiClient(openapi_client.Configuration(host=url)))
+out = {
+    "all": [[m.get_sender(), m.get_recipients(), m.get_subject()] for m in hog.messages().items],
+    "found": [hog.search("hello").total, hog.search("bob@example.com", "to").count, hog.search("eve", "from").total],
+    "pyhog": [api.api_v2_messages_get(limit=1).total, api.api_v2_search_get("to", "bob", limit=1).count],
+}
+hog.delete(hog.messages().items[0])
+out["left"] = hog.messages().total
+hog.delete_all()
+print(json.dumps({**out, "end": hog.messages().total}))
+"""
+FIXTURE = """
+import os, pytest
+from mailpit.testing.pytest import mailpit_api
+
+@pytest.mark.parametrize("mailpit_api", [os.environ["RELAY"]], indirect=True)
+def test_it(mailpit_api):
+    listed = mailpit_api.get_messages()
+    assert (listed.total, listed.unread, [m.subject for m in listed.messages]) == (3, 3, ["Three", "Two", "One!"])
+    mailpit_api.put_messages([listed.messages[0].id], "Read", True)
+    assert mailpit_api.get_messages().unread == 2
+    mailpit_api.delete_messages([listed.messages[0].id])
+    assert [m.subject for m in mailpit_api.get_messages().messages] == ["Two", "One!"]
+"""
+PYTEST = """
+import json, pathlib, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", {}], capture_output=True, text=True)
+print(json.dumps(done.stdout))
+"""
+THREE = (
+    b"From: Ann <ann@example.com>\r\nTo: bob@example.com\r\nContent-Type: text/plain\r\nSubject: =?utf-8?q?One=21?=\r\n\r\nhello\r\n",
+    b"From: ann@example.com\r\nTo: bob@example.com\r\nSubject: Two\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n"
+    b"--x\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\nhello =C3=A4\r\n"
+    b"--x\r\nContent-Type: text/html\r\n\r\n<p>hello\r\n"
+    b'--x\r\nContent-Type: text/plain\r\nContent-Disposition: attachment; filename="a.txt"\r\n\r\nfile\r\n--x--\r\n',
+    b"From: eve@example.com\r\nSubject: Three\r\n\r\nlast hello\r\n",
+)
+
+
+def test_mailhogs_clients_work_unchanged(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, *THREE)
+    out = driven(relay, MAILHOG, "mailhog-awesome")
+    assert out.pop("all") == [
+        ["Three", "eve@example.com", None, None, None, []],
+        ["Two", "ann@example.com", "bob@example.com", "hello ä", "<p>hello", ["a.txt"]],
+        ["One!", "Ann <ann@example.com>", "bob@example.com", "hello", None, []],
+    ]
+    assert out.pop("found") == ["Two", "Three", "Three", 0, 3]
+    assert out == {"deleted": 200, "last": "hello", "cleared": True, "left": 1, "emptied": 200, "end": 0}
+
+
+def test_mailhogs_clients_in_python_work_unchanged(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, *THREE)
+    sent = ["envelope@example.com", ["bob@example.com"]]
+    shown = [[*sent, subject] for subject in ("Three", "Two", "=?utf-8?q?One=21?=")]
+    want = {"all": shown, "found": [3, 3, 1], "pyhog": [3, 1], "left": 2, "end": 0}
+    assert driven(relay, PYHOG, "mailhog and pyhog", python=True) == want
+
+
+def test_mailpits_pytest_fixture_works_to_the_end(start: Callable[..., Any], tmp_path: Path) -> None:
+    """Its last step deletes what is left, with a form as its body."""
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, *THREE)
+    (tmp_path / "test_it.py").write_text(FIXTURE)
+    assert "1 passed" in driven(relay, PYTEST.format(repr(str(tmp_path))), "mailpit-api-client", python=True)
+    assert api(relay, "GET", "/api/v1/messages")[1]["total"] == 0
+
+
 def test_mailhogs_addresses(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory")
     mailed(relay, to=("bob@example.com", "carol@example.com"))
-    found = api(relay, "GET", "/api/v2/messages")[1]
+    found = api(relay, "GET", "/api/v2/messages?limit=x")[1]
     assert found["total"] == 1 and found["items"][0]["Raw"]["To"] == ["bob@example.com", "carol@example.com"]
-    assert api(relay, "DELETE", "/api/v1/messages")[0] == 200 and api(relay, "GET", "/api/v2/messages")[1]["total"] == 0
+    assert api(relay, "GET", "/api/v2/search?kind=to&query=CAROL")[1]["total"] == 1
+    assert api(relay, "DELETE", "/api/v1/messages", Accept="*/*") == (200, "ok")  # Mailpit's answer
+    assert api(relay, "GET", "/api/v2/messages")[1]["total"] == 0
 
 
 def test_held_mail_says_so_and_can_be_released(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
