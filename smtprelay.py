@@ -159,16 +159,13 @@ class Reply(NamedTuple):
     enhanced: str
     text: str
 
-    def wire(self) -> bytes:
-        """Return the reply as it is sent (RFC 5321 4.2.1)."""
-        return reply_octets(self)
-
     def __str__(self) -> str:
         return " ".join(part for part in (str(self.code), self.enhanced, self.text) if part)
 
 
 @functools.lru_cache(maxsize=128)
 def reply_octets(reply: Reply) -> bytes:
+    """Return a reply as it is sent (RFC 5321 4.2.1)."""
     lines = reply.text.split("\n")
     mark = f"{reply.enhanced} " if reply.enhanced else ""
     head = [f"{reply.code}-{mark}{line}\r\n" for line in lines[:-1]]
@@ -1296,18 +1293,20 @@ def prometheus(metrics: Metrics) -> str:
 
 # === 05 WIRE =================================================================
 #
-# A connection as both sides of the program see it: lines and blocks in under an
-# absolute deadline, replies out. One buffer is read into and searched in place;
-# what is written waits until the next read would block, so a pipelined burst is
-# answered with one segment (RFC 2920). Each Wire belongs to one thread.
+# A connection as both sides of the program see it: lines and blocks in, replies
+# out, until a deadline, which is a moment on the monotonic clock. One buffer is
+# read into and searched in place; what is written waits until the next read would
+# block, so a pipelined burst is answered with one segment (RFC 2920), but never
+# more than OUT_MOST of it. Each Wire belongs to one thread.
 #
 # Content is handled in whole blocks. Between blocks the longest tail that could
-# be the start of CRLF.CRLF is held back, so that the end is found at any split,
-# a doubled dot is never cut in half, and CR and LF are always counted together.
+# belong to a line end or to CRLF.CRLF is held back, so that the end is found at any
+# split, a doubled dot is never cut in half, and CR and LF are counted together.
 
 LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
-BLOCK_FIRST, BLOCK_MOST = 8 * KIB, 256 * KIB
+BLOCK_FIRST, BLOCK_MOST, OUT_MOST = 8 * KIB, 256 * KIB, 64 * KIB
 END = b"\r\n.\r\n"
+UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")  # the end of a block that what follows may change
 HEAD_LIMIT = 128 * KIB
 MAX_RECEIVED = 100  # RFC 5321 6.3
 
@@ -1320,121 +1319,96 @@ class LineTooLong(Exception):
     """A line passed the limit; it has been read to its end and thrown away."""
 
 
-class Deadline:
-    """A moment on the monotonic clock by which something must be done."""
-
-    __slots__ = ("at",)
-
-    def __init__(self, seconds: float, latest: float = math.inf) -> None:
-        self.at = min(time.monotonic() + seconds, latest)
-
-    def left(self) -> float:
-        """Return the seconds left; TimeoutError when there are none."""
-        left = self.at - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("deadline passed")
-        return left
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline; TimeoutError when there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline passed")
+    return left
 
 
 class Wire:
     """A socket with a reading buffer and replies that wait for the next read."""
 
-    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
-        self.sock = sock
-        self.deadline = deadline
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock, self.deadline = sock, deadline
         self.buffer = bytearray(BLOCK_FIRST)
-        self.start = self.end = 0
+        self.start = self.end = 0  # of what is unread
         self.out: list[bytes] = []
+        self.waiting = 0  # octets in it
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
-    def fill(self) -> None:
-        """Read what there is, once, after sending what waits."""
-        if self.out:
-            self.flush()
-        if self.end == len(self.buffer):
-            self.make_room()
-        elif self.start == self.end:
-            self.start = self.end = 0
-        n = self.do(self.sock.recv_into, memoryview(self.buffer)[self.end:])
-        if n == 0:
-            raise PeerGone("closed by the peer")
-        self.end += n
+    def fill(self, reading: bool = True) -> None:
+        """Send what waits; then read what there is, once.
 
-    def do(self, call: Callable[[memoryview], int], octets: memoryview) -> int:
-        """Read or send once; TimeoutError when the deadline passes, PeerGone when the connection is broken."""
-        while True:
-            left = self.deadline.at - time.monotonic()
+        TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
+        """
+        out = memoryview(b"".join(self.out))
+        self.out, self.waiting = [], 0
+        if reading and self.start == self.end:
+            self.start = self.end = 0
+        if reading and (self.end == len(self.buffer) or len(self.buffer) > BLOCK_FIRST and not self.bulk):
+            self.make_room()
+        while out or reading:
+            left = self.deadline - time.monotonic()
             if not min(left / 4, 10.0) <= self.timeout <= left:
-                self.set_timeout()
+                # The socket gives up somewhat before the deadline; to tell it so at each call would cost system calls.
+                self.timeout = 0.9 * time_left(self.deadline)
+                limit_calls(self.sock, self.timeout)
             try:
-                return call(octets)
+                if out:
+                    out = out[self.sock.send(out):]
+                    continue
+                octets = self.sock.recv_into(memoryview(self.buffer)[self.end:])
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
             except OSError as e:
                 raise PeerGone(str(e)) from None
-
-    def set_timeout(self) -> None:
-        """Make the socket give up somewhat before the deadline; not at each call, for it costs system calls."""
-        self.timeout = 0.9 * self.deadline.left()
-        limit_calls(self.sock, self.timeout)
+            if not octets:
+                raise PeerGone("closed by the peer")
+            self.end += octets
+            return
 
     def make_room(self) -> None:
-        """Move what is unread to the front, of a larger buffer for content or a long line: this one was filled."""
-        unread = self.buffer[self.start:self.end]
-        if len(self.buffer) < BLOCK_MOST and (self.bulk or len(unread) > len(self.buffer) // 2):
-            self.buffer = bytearray(len(self.buffer) * 4)
+        """Move what is unread to the front of a buffer: larger for content or a long line, small again after."""
+        unread, size = self.buffer[self.start:self.end], len(self.buffer)
+        if self.end == size and (self.bulk or len(unread) > size // 2):
+            size = min(4 * size, BLOCK_MOST)
+        elif not self.bulk and len(unread) <= BLOCK_FIRST // 2:
+            size = BLOCK_FIRST
+        if size != len(self.buffer):
+            self.buffer = bytearray(size)
         self.buffer[:len(unread)] = unread
         self.start, self.end = 0, len(unread)
 
-    def unread(self, data: bytes) -> None:
-        """Put octets back before what is unread."""
-        rest = data + self.buffer[self.start:self.end]
-        self.buffer[:len(rest)] = rest  # grows the buffer when it must
-        self.start, self.end = 0, len(rest)
-
     def line(self, limit: int = LINE_LIMIT) -> bytes:
         """Return the next line with its end; LineTooLong once a longer one has passed by."""
-        scanned = self.start
+        scanned, too_long = 0, False
         while True:
-            at = self.buffer.find(b"\n", scanned, self.end)
-            if 0 <= at < self.start + limit:
-                line = bytes(self.buffer[self.start:at + 1])
-                self.start = at + 1
+            at = self.buffer.find(b"\n", self.start + scanned, self.end) + 1
+            too_long = too_long or (at or self.end) - self.start > limit - (not at)
+            if at:
+                line = b"" if too_long else bytes(self.buffer[self.start:at])
+                self.start = at
+                if too_long:
+                    raise LineTooLong
                 return line
-            if at >= 0 or self.end - self.start >= limit:
-                self.skip_line()
-                raise LineTooLong
-            seen = self.end - self.start
-            self.fill()
-            scanned = self.start + seen
-
-    def skip_line(self) -> None:
-        while True:
-            at = self.buffer.find(b"\n", self.start, self.end)
-            if at >= 0:
-                self.start = at + 1
-                return
-            self.start = self.end
+            if too_long:
+                self.start = self.end
+            scanned = self.end - self.start
             self.fill()
 
     def write(self, data: bytes) -> None:
-        """Send this before the next read that would block."""
+        """Send this before the next read that would block, or now when much waits: nobody seems to read it."""
         self.out.append(data)
+        self.waiting += len(data)
+        if self.waiting > OUT_MOST:
+            self.fill(reading=False)
 
     def flush(self) -> None:
         """Send what waits; PeerGone when it cannot be sent."""
-        data, self.out = memoryview(b"".join(self.out)), []
-        while data:
-            data = data[self.do(self.sock.send, data):]
-
-    def shrink(self) -> None:
-        """Give back the memory of a large message."""
-        if len(self.buffer) > BLOCK_FIRST and self.end - self.start <= BLOCK_FIRST:
-            unread = self.buffer[self.start:self.end]
-            self.buffer = bytearray(BLOCK_FIRST)
-            self.buffer[:len(unread)] = unread
-            self.start, self.end = 0, len(unread)
+        self.fill(reading=False)
 
 
 def limit_calls(sock: socket.socket, seconds: float) -> None:
@@ -1456,85 +1430,80 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
 
 
 class Content:
-    """The content of one message as it passes: judged, counted, handed on in blocks."""
+    """The content of one message as it passes: judged, counted, handed on in blocks.
 
-    def __init__(self, write: Callable[[bytes], None], limit: int) -> None:
-        self.write = write
-        self.limit = limit
+    `lenient` makes CRLF of each bare CR and LF before anything else is done with it. `fault` is the
+    reply of a rule that was broken, `error` what the disk said: from then on nothing is handed on.
+    """
+
+    def __init__(self, write: Callable[[bytes], None], limit: int, lenient: bool = False) -> None:
+        self.write, self.limit, self.lenient = write, limit, lenient
         self.size = 0
-        self.bare = False
+        self.fault: Reply | None = None
+        self.error: OSError | None = None
         self.head: bytearray | None = bytearray()
-        self.received = 0
         self.carry = b""
 
-    def take(self, block: bytes) -> None:
-        """Take a block of unstuffed content that does not end between CR and LF."""
+    def take(self, block: bytes, stuffed: bool = False, skip: int = 0) -> None:
+        """Take a block that does not end between CR and LF, after so many octets that are no content.
+
+        `stuffed`: its transparency is to be undone (RFC 5321 4.5.2).
+        """
+        pairs = block.count(b"\r\n")
+        clean = pairs == block.count(b"\n") == block.count(b"\r")
+        if not clean and self.lenient:
+            block = re.sub(rb"\r\n?|\n", b"\r\n", block)
+        if stuffed and b"\r\n." in block:
+            # A dot alone between bare line ends has ended nothing: it is kept, and doubled on its way out.
+            block = block.replace(b"\r\n.", b"\r\n") if clean else re.sub(rb"\r\n\.(?!\r\n)", b"\r\n", block)
+        block = block[skip:] if skip else block
         self.size += len(block)
-        if not self.bare:
-            pairs = block.count(b"\r\n")
-            self.bare = not pairs == block.count(b"\n") == block.count(b"\r")
+        if not clean and not self.lenient:
+            self.fault = BARE_NEWLINE
+        elif self.size > self.limit and self.fault is not BARE_NEWLINE:
+            self.fault = TOO_BIG
         if self.head is not None:
-            self.read_head(block)
-        if self.fault() is None:
-            self.write(block)
+            self.head += block
+            if b"\r\n\r\n" in self.head or len(self.head) > HEAD_LIMIT:
+                self.count_received()
+        if not self.fault and not self.error:
+            try:
+                self.write(block)
+            except OSError as e:  # the rest must be read all the same: the session stays in step
+                self.error = e
 
     def feed(self, block: bytes) -> None:
         """Take a block that may end anywhere (RFC 3030): a last CR waits for its LF."""
-        block, self.carry = self.carry + block, b""
-        if block.endswith(b"\r"):
-            block, self.carry = block[:-1], b"\r"
-        self.take(block)
+        block = self.carry + block
+        cut = len(block) - block.endswith(b"\r")
+        self.carry = block[cut:]
+        self.take(block[:cut])
 
     def finish(self) -> None:
         """Judge what is still held when the content is over."""
         if self.carry:
             self.take(self.carry)
-        self.finish_head()
-
-    def read_head(self, block: bytes) -> None:
-        head = self.head
-        assert head is not None
-        head += block
-        end = head.find(b"\r\n\r\n")
-        if end >= 0 or len(head) > HEAD_LIMIT:
-            self.finish_head()
-
-    def finish_head(self) -> None:
-        """Count the Received headers, once the header section is over (RFC 5321 6.3)."""
         if self.head is not None:
-            section = (b"\r\n" + self.head).split(b"\r\n\r\n", 1)[0].lower()
-            self.received = section.count(b"\r\nreceived:")
-            self.head = None
+            self.count_received()
 
-    def fault(self) -> Reply | None:
-        """Return why this content is refused, or None."""
-        if self.bare:
-            return BARE_NEWLINE
-        if self.size > self.limit:
-            return TOO_BIG
-        return LOOP if self.received > MAX_RECEIVED else None
-
-
-def held_back(buffer: bytearray, start: int, end: int) -> int:
-    """Return how many octets at the end may be the beginning of CRLF.CRLF."""
-    for n in range(min(len(END) - 1, end - start), 0, -1):
-        if buffer.endswith(END[:n], end - n, end):
-            return n
-    return 0
+    def count_received(self) -> None:
+        """Count the Received fields, once the header section is over (RFC 5321 6.3)."""
+        section = (b"\r\n" + (self.head or b"")).split(b"\r\n\r\n", 1)[0].lower()
+        if section.count(b"\r\nreceived:") > MAX_RECEIVED:
+            self.fault = self.fault or LOOP
+        self.head = None
 
 
 def read_data(wire: Wire, content: Content) -> None:
-    """Read content up to CRLF.CRLF alone, undoing transparency (RFC 5321 4.5.2)."""
-    wire.unread(b"\r\n")  # the CRLF that ended DATA: content may open with its own end
+    """Read content up to CRLF.CRLF alone; the line that asked for it must have been the last thing read."""
+    wire.start -= 2  # the CRLF that ended DATA: content may open with its own end
     skip = 2
     while True:
         at = wire.buffer.find(END, wire.start, wire.end)
-        stop = at + 2 if at >= 0 else wire.end - held_back(wire.buffer, wire.start, wire.end)
+        tail = None if at >= 0 else UNDECIDED.search(wire.buffer, max(wire.end - 4, wire.start), wire.end)
+        stop = at + 2 if at >= 0 else tail.start() if tail else wire.end
         if stop > wire.start:
-            block = bytes(memoryview(wire.buffer)[wire.start:stop])
-            if b"\r\n." in block:
-                block = block.replace(b"\r\n.", b"\r\n")
-            content.take(block[skip:] if skip else block)
+            content.take(bytes(memoryview(wire.buffer)[wire.start:stop]), True, skip)
             wire.start, skip = stop, 0
         if at >= 0:
             wire.start = at + len(END)
@@ -1553,48 +1522,39 @@ def read_chunk(wire: Wire, content: Content, octets: int) -> None:
         content.feed(block)
 
 
-# -- the PROXY protocol: a balancer says whose connection this is --
-
-PROXY_V1 = re.compile(
-    rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5})\r\n")
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
 
 
-def proxied_client(sock: socket.socket, deadline: Deadline) -> str:
-    """Read a PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
+def proxied_client(sock: socket.socket, deadline: float) -> str:
+    """Read a balancer's PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
 
     Returns the client's address, "" when the balancer speaks for itself; ValueError for
     anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
     """
     head = read_exactly(sock, 6, deadline)
     if head == PROXY_V2[:6]:
-        return proxied_v2(sock, deadline)
+        head += read_exactly(sock, 10, deadline)
+        command, family, length = head[12], head[13], int.from_bytes(head[14:], "big")
+        if head[:12] != PROXY_V2 or command not in (0x20, 0x21) or length > 4096:
+            raise ValueError("not a PROXY header")
+        rest = read_exactly(sock, length, deadline)
+        octets = PROXY_OCTETS.get(family, 0) if command == 0x21 else 0
+        return str(ipaddress.ip_address(rest[:octets])) if octets else ""
     while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
         head += read_exactly(sock, 1, deadline)
-    found = PROXY_V1.fullmatch(head)
+    address = rb"TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5}"
+    found = re.fullmatch(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|%s)\r\n" % address, head)
     if not found:
         raise ValueError("not a PROXY header")
     return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
 
 
-def proxied_v2(sock: socket.socket, deadline: Deadline) -> str:
-    rest_of_signature = read_exactly(sock, 6, deadline)
-    command, family, *length = read_exactly(sock, 4, deadline)
-    octets, length_given = PROXY_OCTETS.get(family, 0), int.from_bytes(length, "big")
-    if rest_of_signature != PROXY_V2[6:] or command not in (0x20, 0x21) or length_given > 4096:
-        raise ValueError("not a PROXY header")
-    rest = read_exactly(sock, length_given, deadline)
-    if command == 0x20 or not octets:
-        return ""
-    return str(ipaddress.ip_address(rest[:octets]))
-
-
-def read_exactly(sock: socket.socket, octets: int, deadline: Deadline) -> bytes:
+def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
     """Read so many octets; PeerGone when they do not come."""
     data = b""
     while len(data) < octets:
-        limit_calls(sock, deadline.left())
+        limit_calls(sock, time_left(deadline))
         try:
             block = sock.recv(octets - len(data))
         except (TimeoutError, socket.timeout, BlockingIOError):
@@ -1626,12 +1586,6 @@ QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL_LIMIT = 252
 XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")  # RFC 3461 4
 PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?")
-
-
-def split_command(line: bytes) -> tuple[str, bytes]:
-    """Split a command line into its verb, in capitals, and its argument."""
-    verb, _, argument = line.partition(b" ")
-    return verb.decode("latin-1").upper(), argument.strip(b" ")
 
 
 def parse_domain(text: str) -> str:
@@ -1698,8 +1652,15 @@ def cut_path(text: str) -> tuple[str, str]:
     raise ValueError("address is too long, or has no closing bracket")
 
 
-def parse_path(text: str) -> tuple[str, str]:
-    """Parse <path> and what follows it; source routes are dropped (RFC 5321 4.1.2, appendix C)."""
+def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
+    """Parse <path> and what follows it; source routes are dropped (RFC 5321 4.1.2, appendix C).
+
+    With a hostname as old devices mean it: brackets may be missing, a local part alone is at that host.
+    """
+    if hostname and not text.startswith("<"):
+        _, bracket, after = text.partition("<")
+        path, blank, rest = text.partition(" ")
+        text = f"<{after}" if bracket else f"<{path}>{blank}{rest}"
     simple = SIMPLE_PATH.match(text, 0, LOCAL_LIMIT)
     if simple:
         return simple[1], text[simple.end():]
@@ -1712,6 +1673,8 @@ def parse_path(text: str) -> tuple[str, str]:
             parse_domain(hop[1:] if hop.startswith("@") else "")
         if not inner:
             raise ValueError("source route without an address")
+    if hostname and inner and "@" not in inner:
+        inner = f"{inner}@{hostname}"
     if inner.lower() == "postmaster":  # RFC 5321 4.1.1.3
         return inner, rest
     return (parse_mailbox(inner) if inner else ""), rest
@@ -1784,20 +1747,20 @@ def is_notify(value: str) -> bool:
     return events == ["NEVER"] or (len(events) <= 3 and NOTIFY_EVENTS.issuperset(events))
 
 
-def is_orcpt(value: str, smtputf8: bool = False) -> bool:
-    """Tell whether this is an address type and an address, raw UTF-8 where MAIL said SMTPUTF8."""
+def is_orcpt(value: str) -> bool:
+    """Tell whether this is an address type and an address; UTF-8 as it is only where MAIL said SMTPUTF8."""
     kind, _, address = value.partition(";")
     if not ADDRESS_TYPE.fullmatch(kind) or len(value.encode("utf-8", "replace")) > ORCPT_MAX:
         return False
     if kind.lower() == "utf-8":
-        return decode_unitext(address) is not None and (smtputf8 or address.isascii())
+        return decode_unitext(address) is not None
     return decode_xtext(address) is not None
 
 
 def original_recipient(orcpt: str, utf8: bool) -> str:
     """Write ORCPT as a report's Original-Recipient (RFC 3464 2.3.1, RFC 6533 3)."""
     kind, _, address = orcpt.partition(";")
-    if not is_orcpt(orcpt, smtputf8=True):
+    if not is_orcpt(orcpt):
         return ""
     if kind.lower() == "utf-8":
         return f"{kind}; {encode_unitext(address, utf8=utf8)}"
@@ -4572,18 +4535,18 @@ class NextHop:
 
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
-        deadline, trouble = Deadline(self.settings.relay_timeout), OSError("no address")
+        deadline, trouble = time.monotonic() + self.settings.relay_timeout, OSError("no address")
         port = self.target.port
         places = socket.getaddrinfo(self.target.ip or self.target.host, port, type=socket.SOCK_STREAM)
         for i, place in enumerate(places):
             try:
-                return socket.create_connection((str(place[4][0]), port), deadline.left() / (len(places) - i))
+                return socket.create_connection((str(place[4][0]), port), time_left(deadline) / (len(places) - i))
             except OSError as e:
                 trouble = e
         raise trouble
 
     def attach(self, sock: socket.socket) -> None:
-        self.wire = Wire(sock, Deadline(self.settings.relay_reply_timeout))
+        self.wire = Wire(sock, time.monotonic() + self.settings.relay_reply_timeout)
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""
@@ -4693,7 +4656,7 @@ class NextHop:
         self.send(stage, data)
 
     def send(self, stage: str, data: bytes, latest: float = math.inf) -> None:
-        self.wire.deadline = Deadline(self.settings.relay_reply_timeout, latest)
+        self.wire.deadline = min(time.monotonic() + self.settings.relay_reply_timeout, latest)
         self.wire.write(data)
         try:
             self.wire.flush()
@@ -4713,7 +4676,7 @@ class NextHop:
     def reply(self, stage: str, seconds: float = 0.0) -> tuple[int, str]:
         """Return the code and text of the next reply; Trouble when there is none that parses."""
         wire, lines, left = self.wire, [b"-"], REPLY_LIMIT
-        wire.deadline = Deadline(seconds or self.settings.relay_reply_timeout)
+        wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
         try:
             while len(lines) == 1 or lines[-1][3:4] == b"-":
                 end = wire.buffer.find(b"\n", wire.start, wire.end) + 1
@@ -5552,46 +5515,38 @@ class ReportCap:
 # message is taken, but its answer is not sent). Rules are tried in order: a delay
 # adds up and goes on to the next, anything else ends the search. first and after
 # count the times a rule was reached, for each recipient if it has to=; a share of
-# them is spread evenly. The same questions always get the same answers. Rules
-# changed over HTTP reach the receiving process in a file; Mailpit's chaos triggers
-# become rules with a share. Any thread may ask: the lock is a leaf.
+# them is spread evenly. The same questions always get the same answers. A script of
+# steps, each for once, goes before the rules: the library's simulated smart host has
+# one. Rules changed over HTTP reach the receiving process in a file; Mailpit's chaos
+# triggers become rules with a share. Any thread may ask: the lock is a leaf.
 
-FAULT_STAGES = ("connect", "auth", "mail", "rcpt", "data", "end")
-FAULT_GLOBS = {"to": ("rcpt", "data", "end"), "from": ("mail", "rcpt", "data", "end")}
-FAULT_REPLY = re.compile(r"([45])([0-9]{2})(?: (\1\.[0-9]{1,3}\.[0-9]{1,3}))?(?: ([ -~]{1,400}))?")
+FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "data": "from to", "end": "from to"}
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
+HANG_UP = Reply(0, "", "drop")  # not sent, as LOST
 CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
-CHAOS_RULE = re.compile(r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})")
-
-
-class FaultAnswer(NamedTuple):
-    """What a session does in place of the true answer, after `delay` seconds."""
-
-    delay: float = 0.0
-    reply: Reply | None = None
-    drop: bool = False  # close the connection without a word
-    kept: bool = False  # at the end: the message counts as received
+CHAOS_RULE = r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})"
 
 
 class Fault(NamedTuple):
-    """One rule: it answers a share of the times after < n <= after + first."""
+    """One rule: after a delay its reply, or none, a share of the times after < n <= after + first."""
 
     rule: str
     stage: str
     globs: dict[str, str]
-    answer: FaultAnswer
+    delay: float = 0.0
+    reply: Reply | None = None
     first: int = 10**9
     after: int = 0
     share: int = 100
 
-    def counts_by(self, sender: str, recipients: Sequence[str]) -> str | None:
-        """Return what to count by, the recipient or "" without to=; None if it does not match."""
-        if not fnmatch.fnmatchcase(sender.lower(), self.globs.get("from", "*")):
-            return None
-        if "to" not in self.globs:
-            return ""
-        glob = self.globs["to"]
-        return next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, glob)), None)
+    def play(self, stopping: Callable[[], bool] = bool) -> Reply | None:
+        """Wait, then return what is said in place of the true answer, LOST for nothing; PeerGone: hang up."""
+        end = time.monotonic() + self.delay
+        while time.monotonic() < end and not stopping():
+            time.sleep(min(0.05, max(0.0, end - time.monotonic())))
+        if self.reply is HANG_UP:
+            raise PeerGone("dropped by SMTP_FAULTS")
+        return self.reply
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -5607,40 +5562,41 @@ def parse_faults(text: str) -> list[Fault]:
     return found
 
 
-def parse_fault(rule: str) -> Fault:
-    stage, *parts = rule.split()
+def parse_fault(rule: str, step: bool = False) -> Fault:
+    """Read one rule, or a step of a script, which may answer well and is for the end if it names no stage."""
+    stage, *parts = rule.split() or [""]
+    if step and stage not in FAULT_STAGES:
+        stage, parts = "end", [stage, *parts]
     if stage not in FAULT_STAGES:
         raise ValueError(f"a stage ({', '.join(FAULT_STAGES)})")
-    globs, when = {}, {}
+    globs, delay = {}, -1.0
+    when: dict[str, Any] = {}
     while parts and parts[0].startswith(("to=", "from=")):
         name, _, glob = parts.pop(0).partition("=")
-        if stage not in FAULT_GLOBS[name]:
-            raise ValueError(f"{name}= at {', '.join(FAULT_GLOBS[name])} only")
+        if name not in FAULT_STAGES[stage].split():
+            raise ValueError(f"{name}= at {', '.join(s for s in FAULT_STAGES if name in FAULT_STAGES[s])} only")
         globs[name] = glob.lower()
     while len(parts) > 2 and parts[-2] in ("first", "after", "share"):
         number, name = parts.pop(), parts.pop()
         when[name] = count(number)
-    return Fault(rule, stage, globs, parse_fault_answer(parts, stage), **when)
-
-
-def parse_fault_answer(parts: list[str], stage: str) -> FaultAnswer:
-    delay = 0.0
     if parts[:1] == ["delay"]:
         delay, parts = duration("".join(parts[1:2])), parts[2:]
-        if not parts:
-            return FaultAnswer(delay)
-    if parts == ["drop"] or (parts == ["drop", "kept"] and stage == "end"):
-        return FaultAnswer(delay, drop=True, kept=len(parts) == 2)
-    match = FAULT_REPLY.fullmatch(" ".join(parts))
+    answer, good = " ".join(parts), "2-5" if step else "45"
+    fault = Fault(rule, stage, globs, max(delay, 0.0))._replace(**when)
+    if not parts and delay >= 0 or step and answer == "accept":
+        return fault
+    if answer == "drop" or answer == "drop kept" and stage == "end":
+        return fault._replace(reply=HANG_UP if answer == "drop" else LOST)
+    match = re.fullmatch(rf"([{good}])([0-9]{{2}})(?: (\1\.[0-9]{{1,3}}\.[0-9]{{1,3}}))?(?: ([ -~]{{1,400}}))?", answer)
     if not match:
         raise ValueError('a code from 400 to 599, then printable ASCII, "delay 5s" or "drop"')
-    code, status, text = match[1] + match[2], match[3] or f"{match[1]}.0.0", match[4]
-    return FaultAnswer(delay, Reply(int(code), status, text or "Scripted failure"))
+    status, text = match[3] or ("" if step else f"{match[1]}.0.0"), match[4] or "Scripted failure"
+    return fault._replace(reply=Reply(int(match[1] + match[2]), status, text))
 
 
 def to_chaos(rules: str) -> dict[str, Any]:
     """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
-    made = {m[1]: m for m in map(CHAOS_RULE.fullmatch, rules.split("\n")) if m}
+    made = {m[1]: m for m in (re.fullmatch(CHAOS_RULE, rule) for rule in rules.split("\n")) if m}
     shown = {name: (made.get(stage), usual) for name, (stage, usual) in CHAOS.items()}
     return {name: {"ErrorCode": int(m[2]) if m else usual, "Probability": int(m[3]) if m else 0}
             for name, (m, usual) in shown.items()}
@@ -5648,10 +5604,10 @@ def to_chaos(rules: str) -> dict[str, Any]:
 
 def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
     """Return the rules with other chaos triggers; ValueError names one that is wrong."""
-    kept = [rule for rule in rules.split("\n") if not CHAOS_RULE.fullmatch(rule)]
+    kept = [rule for rule in rules.split("\n") if not re.fullmatch(CHAOS_RULE, rule)]
     for name, (stage, usual) in CHAOS.items():
         trigger = triggers.get(name) or {}
-        code, share = (trigger.get(key, other) for key, other in (("ErrorCode", usual), ("Probability", 0)))
+        code, share = trigger.get("ErrorCode", usual), trigger.get("Probability", 0)
         if type(code) is not int or type(share) is not int or not (400 <= code <= 599 and 0 <= share <= 100):
             raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
         kept += [f"{stage} {code} Chaos share {share}"] if share else []
@@ -5663,6 +5619,7 @@ class Faults:
 
     def __init__(self, text: str, path: str = "", metrics: Metrics | None = None) -> None:
         self.lock, self.path, self.metrics, self.seen = threading.Lock(), path, metrics or Metrics(), 0.0
+        self.steps: collections.deque[Fault] = collections.deque()
         try:
             self.take(text)
         except ValueError as e:
@@ -5680,22 +5637,6 @@ class Faults:
             self.rules = rules
             self.counts: dict[str, int] = {}
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[dict[str, int]]:
-        """Lend the counts. Several processes keep them in a file, which says for which change of the rules they are."""
-        with self.lock:
-            if not self.path:
-                yield self.counts
-                return
-            with open(os.open(self.path + ".counts", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                change, _, kept = file.read().partition(b"\n")
-                counts: dict[str, int] = json.loads(kept) if change == b"%d" % self.seen and kept.endswith(b"}") else {}
-                yield counts
-                file.seek(0)
-                file.truncate()
-                file.write(b"%d\n%s" % (self.seen, json.dumps(counts).encode()))
-
     def change(self, text: str) -> None:
         """Go by these rules, here and, by way of the file, in the other process."""
         self.take(text)
@@ -5712,29 +5653,44 @@ class Faults:
             with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
                 self.take(read_whole(self.path).decode())
 
-    def answer(self, stage: str, sender: str = "", *recipients: str) -> FaultAnswer | None:
-        """Return the answer at a stage, None for the true one; data and end give all recipients."""
-        delay = 0.0
-        with self.counted() as counts:
-            for number, fault in enumerate(self.rules):
-                if fault.stage == stage and fires(counts, number, fault, sender, recipients):
-                    delay += fault.answer.delay
-                    if fault.answer.reply or fault.answer.drop:
-                        return fault.answer._replace(delay=delay)
-        return FaultAnswer(delay) if delay else None
+    def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault | None:
+        """Return what is to be played at a stage, None for the true answer; data and end give all recipients."""
+        with self.lock:
+            if self.steps and self.steps[0].stage == stage:
+                return self.steps.popleft()
+            if not self.path:
+                return self.search(self.counts, stage, sender, recipients)
+            # Several processes keep the counts in a file, which says for which change of the rules they are.
+            with open(os.open(self.path + ".counts", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                change, _, kept = file.read().partition(b"\n")
+                counts: dict[str, int] = json.loads(kept) if change == b"%d" % self.seen and kept.endswith(b"}") else {}
+                found = self.search(counts, stage, sender, recipients)
+                file.seek(0)
+                file.truncate()
+                file.write(b"%d\n%s" % (self.seen, json.dumps(counts).encode()))
+                return found
 
-
-def fires(counts: dict[str, int], number: int, fault: Fault, sender: str, recipients: Sequence[str]) -> bool:
-    """Count a matching rule as reached once more; tell whether it answers."""
-    by = fault.counts_by(sender, recipients)
-    if by is None:
-        return False
-    key = f"{number} {by}"
-    reached = counts[key] = counts.pop(key, 0) + 1
-    if len(counts) > FAULT_COUNTS_MOST:
-        del counts[next(iter(counts))]
-    return (fault.after < reached <= fault.after + fault.first
-            and reached * fault.share // 100 > (reached - 1) * fault.share // 100)
+    def search(self, counts: dict[str, int], stage: str, sender: str, recipients: Sequence[str]) -> Fault | None:
+        """Count each rule that matches as reached once more; add up delays to the first that answers."""
+        last, delay = None, 0.0
+        for number, fault in enumerate(self.rules):
+            if fault.stage != stage or not fnmatch.fnmatchcase(sender.lower(), fault.globs.get("from", "*")):
+                continue
+            by: str | None = ""
+            if "to" in fault.globs:
+                by = next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, fault.globs["to"])), None)
+            if by is None:
+                continue
+            n = counts[f"{number} {by}"] = counts.pop(f"{number} {by}", 0) + 1
+            if len(counts) > FAULT_COUNTS_MOST:
+                del counts[next(iter(counts))]
+            if (fault.after < n <= fault.after + fault.first
+                    and n * fault.share // 100 > (n - 1) * fault.share // 100):
+                last, delay = fault, delay + fault.delay
+                if fault.reply:
+                    break
+        return last._replace(delay=delay) if last else None
 
 
 # === 16 SESSION ==============================================================
@@ -5742,26 +5698,20 @@ def fires(counts: dict[str, int], number: int, fault: Fault, sender: str, recipi
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
 # errors, write the reply. A verb's method holds its own rule alone and returns a
-# Reply. VERBS, at the end, is the whole protocol at a glance.
+# Reply. VERBS and PARAMETERS, at the end, are the whole protocol at a glance.
 #
-# A session runs on one thread and shares only the Reception: limits, counters
-# (its lock is a leaf), and the way into the spool. The delivering half hears of
-# a new message by its stem alone, through a Link.
+# A session runs on one thread and shares only the Reception: accounts, limits,
+# counters (its lock is a leaf), and the way into the spool, which is that of every
+# other entrance, too. Who delivers hears of a new message by its stem alone.
 
 HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
-HELO_NAME = re.compile(r"[A-Za-z0-9._:%\[\]~+-]{1,255}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 LINK_LINE = len(stem_of("0" * 16, "")) + 1
-
-
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
-
-
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
+DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
 def keep_together(crowded: bool, pick: int) -> None:
@@ -5775,6 +5725,16 @@ def keep_together(crowded: bool, pick: int) -> None:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS)
             os.sched_setscheduler(0, os.SCHED_BATCH if crowded else os.SCHED_OTHER, os.sched_param(0))
+
+
+def descriptors(wanted: int = 0) -> int:
+    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Link:
@@ -5833,19 +5793,6 @@ class Link:
             os.close(writer)
 
 
-DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
-
-
-def descriptors(wanted: int = 0) -> int:
-    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
 class Refused(Exception):
     """A rule was broken; `reply` says which."""
 
@@ -5868,12 +5815,12 @@ class Reception:
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
         self.audit = Audit(settings.audit_log, log)
-        self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}").wire()
+        self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
-        self.free_checked = (-math.inf, True)
+        self.free_checked, self.has_free_space = -math.inf, True
         self.pick = 0  # the processor that a crowd of sessions keeps to
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
@@ -5890,78 +5837,73 @@ class Reception:
         if self.tls:
             self.tls.reload()
 
-    def lets_in(self, client: str) -> bool:
-        """Tell whether a client's address may connect; where any login is good, none from outside may."""
-        if client == "local":
-            return True
-        if self.settings.auth_any and not are_private(networks(client)):
-            return False
-        return in_networks(client, self.settings.allow_networks)
-
-    def turned_away(self, client: str, reply: Reply) -> None:
-        """Note a connection that gets no service."""
-        self.metrics.inc("smtp_connections_refused_total")
-        self.audit.write("blocked", client=client, reason=reply.text)
+    # -- who is here --
 
     def is_balancer(self, client: str) -> bool:
         """Tell whether a connection from here opens with a PROXY header."""
         nets = self.settings.proxy_networks
         return bool(nets) and client != "local" and in_networks(client, nets)
 
-    def rename(self, session: Session, client: str) -> bool:
-        """Count a session for the client that a balancer named; False when that one has too many."""
-        limit = self.settings.max_connections_per_client
-        with self.lock:
-            self.uncount(session.client)
-            self.clients[client_key(client)] += 1
-            session.client = client
-            return not 0 < limit < self.clients[client_key(client)]
-
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        key = client_key(session.client)
-        limit = 0 if self.is_balancer(session.client) else self.settings.max_connections_per_client
-        self.metrics.inc("smtp_sessions_active")  # first: two processes must not both take the last place
+        client, m = session.client, self.metrics
+        limit = 0 if self.is_balancer(client) else self.settings.max_connections_per_client
+        m.inc("smtp_sessions_active")  # first: two processes must not both take the last place
         with self.lock:
-            full = (self.metrics.get("smtp_sessions_active") > self.most_sessions
-                    or 0 < limit <= self.clients.get(key, 0))
+            full = (m.get("smtp_sessions_active") > self.most_sessions
+                    or 0 < limit <= self.clients.get(client_key(client), 0))
             if not full:
                 self.sessions.add(session)
-                self.clients[key] += 1
+                self.clients[client_key(client)] += 1
         if full:
-            self.metrics.inc("smtp_sessions_active", -1)
-            self.turned_away(session.client, TOO_MANY_SESSIONS)
+            m.inc("smtp_sessions_active", -1)
+            self.turned_away(client, TOO_MANY_SESSIONS)
         return not full
 
+    def rename(self, session: Session, client: str) -> bool:
+        """Count a session for the client that a balancer named, or for none; False when that one has too many."""
+        limit = self.settings.max_connections_per_client
+        with self.lock:
+            key = client_key(session.client)
+            self.clients[key] -= 1
+            if not self.clients[key]:
+                del self.clients[key]
+            session.client = client
+            if client:
+                self.clients[client_key(client)] += 1
+            return not 0 < limit < self.clients.get(client_key(client), 0)
+
     def leave(self, session: Session) -> None:
+        """Count a session out."""
+        self.rename(session, "")
         with self.lock:
             self.sessions.discard(session)
-            self.uncount(session.client)
         self.metrics.inc("smtp_sessions_active", -1)
 
-    def uncount(self, client: str) -> None:
-        key = client_key(client)
-        self.clients[key] -= 1
-        if not self.clients[key]:
-            del self.clients[key]
+    def turned_away(self, client: str, reply: Reply) -> None:
+        """Note a connection that gets no service."""
+        self.metrics.inc("smtp_connections_refused_total")
+        self.audit.write("blocked", client=client, reason=reply.text)
+
+    def refused(self, reply: Reply, client: str, user: str) -> None:
+        """Count and note a refusal."""
+        code = str(reply.code)
+        self.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
+        self.log.info("refused", client=client, reply=reply)
+        self.audit.write("refused", client=client, user=user, reply=str(reply))
+
+    # -- the way into the spool --
 
     def has_room(self, size: int) -> bool:
-        """Tell whether the spool can take a message of so many octets."""
-        s, m = self.settings, self.metrics
-        if 0 < s.queue_size <= m.get("smtp_queue_depth"):
+        """Tell whether the spool can take a message of so many octets; its file system is asked ten times a second."""
+        s, m, now = self.settings, self.metrics, time.monotonic()
+        if (0 < s.queue_size <= m.get("smtp_queue_depth")
+                or 0 < s.spool_max_messages <= m.get("smtp_queue_depth")
+                or 0 < s.spool_max_size < m.get("owed_bytes") + size):
             return False
-        if 0 < s.spool_max_messages <= m.get("smtp_queue_depth") or 0 < s.spool_max_size < m.get("owed_bytes") + size:
-            return False
-        return self.has_free_space()
-
-    def has_free_space(self) -> bool:
-        """Compare free space with SMTP_SPOOL_MIN_FREE, asking the file system ten times a second at most."""
-        at, enough = self.free_checked
-        now = time.monotonic()
-        if now - at > 0.1:
-            enough = self.spool.free() >= self.settings.spool_min_free
-            self.free_checked = (now, enough)
-        return enough
+        if now - self.free_checked > 0.1:
+            self.has_free_space, self.free_checked = self.spool.free() >= s.spool_min_free, now
+        return self.has_free_space
 
     def admit(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
         """Take in a whole message that no session has brought, by the same rules; return its queue id.
@@ -5994,16 +5936,18 @@ class Reception:
         return self.spool.draft(envelope)
 
     def keep(self, draft: Draft, envelope: Envelope, content: Content) -> str:
-        """Judge a message whose content is over, make it safe, and only then let the delivering half know of it.
+        """Judge a message whose content is over, make it safe, and only then let it be known to who delivers.
 
         Returns its queue id; raises Refused, or OSError when it is not kept.
         """
-        size = content.size
-        fault = content.fault() or (None if self.has_room(size) else SPOOL_FULL)  # others came in since MAIL
-        if fault:
-            raise Refused(fault)
+        size, owed = content.size, "HOLD" not in envelope.flags
+        if content.error:
+            raise content.error
+        if content.fault:
+            raise Refused(content.fault)
+        if not self.has_room(size):  # others came in since MAIL
+            raise Refused(SPOOL_FULL)
         stem = draft.commit()
-        owed = "HOLD" not in envelope.flags
         self.metrics.inc("smtp_messages_received_total")
         self.metrics.inc("smtp_bytes_received_total", size)
         if owed:
@@ -6018,92 +5962,54 @@ class Reception:
                       size=size, client=envelope.client, helo=envelope.helo, protocol=envelope.protocol)
         return draft.id
 
-    def refused(self, reply: Reply, client: str, user: str) -> None:
-        """Count and note a refusal."""
-        code = str(reply.code)
-        self.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
-        self.log.info("refused", client=client, reply=reply)
-        self.audit.write("refused", client=client, user=user, reply=str(reply))
-
 
 class Session:
     """A connection from a client, from its greeting to its end (RFC 5321 3)."""
 
     def __init__(self, reception: Reception, sock: socket.socket, client: str, implicit_tls: bool = False) -> None:
-        self.reception, self.client, self.implicit_tls = reception, client, implicit_tls
-        self.settings = reception.settings
+        self.reception, self.settings = reception, reception.settings
+        self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
+        self.is_tls = self.lenient = False
         self.account: Account | None = None
-        self.reserved: str | None = None  # the account a message was set aside for
-        self.accepted = False
-        self.failed_logins = 0
-        self.crowded = False
-        self.latest = Deadline(self.settings.session_timeout).at
-        self.wire = Wire(sock, Deadline(self.settings.command_timeout, self.latest))
-        self.helo = ""
-        self.protocol = "SMTP"
+        self.reserved = ""  # the account whose daily quota a message was taken from
+        self.failed_logins = self.errors = 0
+        self.crowded = self.over = self.quitting = False
+        now = time.monotonic()
+        self.latest = now + self.settings.session_timeout
+        self.wire = Wire(sock, min(now + self.settings.command_timeout, self.latest))
+        self.helo, self.extended = "", False  # extended: it was EHLO
         self.envelope: Envelope | None = None
         self.draft: Draft | None = None
         self.content: Content | None = None
-        self.disk_error: OSError | None = None
-        self.errors = 0
-        self.over = self.quitting = self.in_content = False
 
     # -- the loop --
 
     def run(self) -> None:
         """Hold the whole dialogue."""
-        self.reception.audit.write("session_start", client=self.client)
+        reception = self.reception
+        reception.audit.write("session_start", client=self.client)
         try:
-            if self.reception.is_balancer(self.client):
+            if reception.is_balancer(self.client):
                 self.meet_balancer()
             if self.implicit_tls:
                 self.handshake()
-            if self.greet():
-                while not self.over:
-                    self.one_command()
+            refusal = self.refusal()
+            if refusal:
+                self.answer(refusal)
+            else:
+                self.converse()
             self.wire.flush()
             if not self.quitting:
                 self.linger()
         except PeerGone:
-            if self.reception.stopping:
+            if reception.stopping:
                 self.last_words(STOPPING)
         except TimeoutError:
             self.last_words(TIMED_OUT)
         finally:
             self.forget()
-            self.reception.audit.write("session_end", client=self.client, user=self.user, tls=self.tls_version)
-
-    @property
-    def user(self) -> str:
-        return self.account.name if self.account else ""
-
-    @property
-    def tls_version(self) -> str:
-        sock = self.wire.sock
-        return (sock.version() or "") if isinstance(sock, ssl.SSLSocket) else ""
-
-    @property
-    def is_secure(self) -> bool:
-        """Tell whether nobody can listen: TLS, or a client on this machine."""
-        return self.is_local or isinstance(self.wire.sock, ssl.SSLSocket)
-
-    def greet(self) -> bool:
-        """Send the 220, or why not; tell whether the dialogue goes on."""
-        if self.crowded:
-            self.reception.turned_away(self.client, TOO_MANY_SESSIONS)
-            self.answer_with(TOO_MANY_SESSIONS)
-        elif not self.reception.lets_in(self.client):
-            self.reception.turned_away(self.client, NOT_ALLOWED)
-            self.answer_with(NOT_ALLOWED)
-        elif not self.implicit_tls and spoke_early(self.wire.sock):
-            self.answer_with(TALKED_EARLY)
-        else:
-            fault = self.fault("connect")
-            self.over = fault is not None
-            self.wire.write(fault.wire() if fault else self.reception.greeting)
-            return True
-        return False
+            reception.audit.write("session_end", client=self.client, user=self.user, tls=self.tls_version)
 
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a header that is none ends it without a word."""
@@ -6116,6 +6022,89 @@ class Session:
         self.crowded = not self.reception.rename(self, client)
         self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
 
+    def refusal(self) -> Reply | None:
+        """Return why this client gets no greeting, if so; where any login is good, none from afar may come."""
+        settings = self.settings
+        reply = TOO_MANY_SESSIONS if self.crowded else None
+        if not reply and self.client != "local" and (
+                settings.auth_any and not are_private(networks(self.client))
+                or not in_networks(self.client, settings.allow_networks)):
+            reply = NOT_ALLOWED
+        if reply:
+            self.reception.turned_away(self.client, reply)
+        elif settings.lenient:
+            named = tuple(net for net in settings.allow_networks if net.prefixlen and not net.is_loopback)
+            self.lenient = self.is_local or in_networks(self.client, named)
+        return reply or (TALKED_EARLY if not self.implicit_tls and spoke_early(self.wire.sock) else None)
+
+    def converse(self) -> None:
+        """Greet, then answer commands to the end; what is unexpected is 451, logged, and ends nothing."""
+        fault = self.fault("connect")
+        self.over = fault is not None
+        self.wire.write(reply_octets(fault or self.reception.greeting))
+        while not self.over:
+            reply: Reply | None = STOPPING
+            if self.reception.stopping:
+                self.over = True
+            else:
+                self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
+                try:
+                    reply = self.obey(self.wire.line(AUTH_LINE_LIMIT))
+                except LineTooLong:
+                    reply = LINE_TOO_LONG
+                except Refused as e:
+                    reply = e.reply
+                except (PeerGone, TimeoutError):
+                    raise
+                except Exception as e:
+                    self.reception.log.bug("session_bug", e, client=self.client)
+                    self.forget()
+                    reply = INTERNAL
+            if reply:
+                self.answer(reply)
+
+    def obey(self, line: bytes) -> Reply | None:
+        """Check what every command must pass, then do as it says."""
+        if self.settings.debug:
+            self.reception.log.debug("wire", client=self.client, line="C: " + shown_command(line))
+        if len(line) > LINE_LIMIT and line[:5].upper() != b"AUTH ":
+            return LINE_TOO_LONG
+        command = line[:-2].rstrip(b" \t")  # white space at the end means nothing, RFC 5321 4.1.1
+        if not line.endswith(b"\r\n") or BAD_OCTETS.search(command):
+            return BAD_LINE
+        first, _, argument = command.partition(b" ")
+        name, argument = first.decode("latin-1").upper(), argument.strip(b" ")
+        verb = VERBS.get(name)
+        if verb is None:
+            self.over = name in HTTP_VERBS
+            return NOT_SMTP if self.over else UNKNOWN_COMMAND
+        if not argument.isascii() and name not in UTF8_VERBS:
+            return BAD_LINE
+        if self.settings.tls_required and not verb.before_tls and not self.is_tls:
+            return TLS_FIRST
+        nameless = self.lenient and name in ("HELO", "EHLO")
+        if verb.needs_argument and not argument and not nameless or verb.needs_argument is False and argument:
+            return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
+        if verb.after == "hello" and not self.helo:
+            return SEQUENCE._replace(text="Say EHLO first")
+        if verb.after == "mail" and self.envelope is None:
+            return SEQUENCE._replace(text="Say MAIL first")
+        if self.content is not None and name in ("MAIL", "RCPT", "DATA"):
+            return SEQUENCE._replace(text="Only BDAT may follow BDAT")
+        return verb.act if isinstance(verb.act, Reply) else verb.act(self, argument)
+
+    def answer(self, reply: Reply) -> None:
+        """Write a reply, counting refusals; too many end the session."""
+        if reply.code >= 400:
+            self.reception.refused(reply, self.client, self.user)
+            self.errors += reply.code >= 500
+            if self.errors > self.settings.max_errors:
+                reply, self.over = TOO_MANY_ERRORS, True
+                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
+        if self.settings.debug:
+            self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
+        self.wire.write(reply_octets(reply))
+
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
         faults = self.reception.faults
@@ -6124,171 +6113,86 @@ class Session:
         if not faults.rules:
             return None
         answer = faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
-        if not answer:
-            return None
-        end = time.monotonic() + answer.delay
-        while time.monotonic() < end and not self.reception.stopping:
-            time.sleep(min(0.05, max(0.0, end - time.monotonic())))
-        if answer.kept:
-            return LOST
-        if answer.drop:
-            raise PeerGone("dropped by SMTP_FAULTS")
-        return answer.reply
-
-    def one_command(self) -> None:
-        if self.reception.stopping:
-            self.answer_with(STOPPING)
-            self.over = True
-            return
-        self.wire.deadline = Deadline(self.settings.command_timeout, self.latest)
-        try:
-            line = self.wire.line(AUTH_LINE_LIMIT)
-        except LineTooLong:
-            reply: Reply | None = LINE_TOO_LONG
-        else:
-            reply = self.reply_to(line)
-        if reply:
-            self.answer_with(reply)
-
-    def reply_to(self, line: bytes) -> Reply | None:
-        """Return the reply to a command line; what is unexpected is 451, logged, and ends nothing."""
-        if self.settings.debug:
-            self.reception.log.debug("wire", client=self.client, line="C: " + shown_command(line))
-        try:
-            return self.obey(line)
-        except Refused as e:
-            return e.reply
-        except (PeerGone, TimeoutError):
-            raise
-        except Exception as e:
-            self.reception.log.bug("session_bug", e, client=self.client)
-            self.forget()
-            return INTERNAL
-
-    def obey(self, line: bytes) -> Reply | None:
-        """Check what every command must pass, then let its method answer."""
-        if len(line) > LINE_LIMIT and line[:5].upper() != b"AUTH ":
-            return LINE_TOO_LONG
-        command = line[:-2].rstrip(b" \t")  # white space at the end means nothing, RFC 5321 4.1.1
-        if not line.endswith(b"\r\n") or BAD_OCTETS.search(command):
-            return BAD_LINE
-        name, argument = split_command(command)
-        verb = VERBS.get(name)
-        if verb is None:
-            return self.unknown(name)
-        if not argument.isascii() and name not in UTF8_VERBS:
-            return BAD_LINE
-        if not verb.before_tls and self.needs_tls():
-            return TLS_FIRST
-        if verb.needs_argument and not argument or verb.needs_argument is False and argument:
-            return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
-        if verb.after == "hello" and not self.helo:
-            return SEQUENCE._replace(text="Say EHLO first")
-        if verb.after == "mail" and self.envelope is None:
-            return SEQUENCE._replace(text="Say MAIL first")
-        if self.content is not None and name in ("MAIL", "RCPT", "DATA"):
-            return SEQUENCE._replace(text="Only BDAT may follow BDAT")
-        return verb.method(self, argument)
-
-    def needs_tls(self) -> bool:
-        return self.settings.tls_required and not isinstance(self.wire.sock, ssl.SSLSocket)
-
-    def unknown(self, name: str) -> Reply:
-        if name in HTTP_VERBS:
-            self.over = True
-            return NOT_SMTP
-        return UNKNOWN_COMMAND
-
-    def answer_with(self, reply: Reply) -> None:
-        """Write a reply, counting refusals; too many end the session."""
-        if reply.code >= 400:
-            self.reception.refused(reply, self.client, self.user)
-            if reply.code >= 500:
-                self.errors += 1
-            if self.errors > self.settings.max_errors:
-                reply, self.over = TOO_MANY_ERRORS, True
-                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
-        if self.settings.debug:
-            self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
-        self.wire.write(reply.wire())
+        return answer and answer.play(lambda: self.reception.stopping)
 
     def last_words(self, reply: Reply) -> None:
         """Say why we leave, to a peer that may no longer listen."""
-        self.wire.deadline = Deadline(1.0)
+        self.wire.deadline = time.monotonic() + 1.0
         with contextlib.suppress(PeerGone, TimeoutError):
-            self.answer_with(reply)
+            self.answer(reply)
             self.wire.flush()
 
     def linger(self) -> None:
         """Read what is still coming for a moment: closing on unread data would destroy our last reply."""
-        self.wire.deadline = Deadline(1.0)
+        self.wire.deadline = time.monotonic() + 1.0
         with contextlib.suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
             for _ in range(1000):
-                self.wire.start = self.wire.end = 0
+                self.wire.start = self.wire.end
                 self.wire.fill()
 
-    def interrupt(self) -> None:
-        """Wake a session that waits for a command, from another thread: its next read finds the end."""
-        shut(self.wire.sock, socket.SHUT_RD)
-
-    def forget(self) -> None:
-        """Drop the transaction (RFC 5321 4.1.1.5)."""
-        if self.reserved is not None:
-            self.reception.quotas.settle(self.reserved, self.accepted)
-        self.reserved, self.accepted = None, False
+    def forget(self, accepted: bool = False) -> None:
+        """Drop the transaction (RFC 5321 4.1.1.5); a message that was accepted is counted for its account."""
+        if self.reserved:
+            self.reception.quotas.settle(self.reserved, accepted)
+        elif accepted:
+            self.reception.quotas.count(self.user, "received")
         if self.draft:
             self.draft.abort()
-        self.envelope = self.draft = self.content = self.disk_error = None
+        self.reserved, self.envelope, self.draft, self.content = "", None, None, None
+
+    @property
+    def user(self) -> str:
+        return self.account.name if self.account else ""
+
+    @property
+    def tls_version(self) -> str:
+        sock = self.wire.sock
+        return (sock.version() or "") if isinstance(sock, ssl.SSLSocket) else ""
 
     # -- hello, and commands that change nothing --
 
-    def helo_(self, argument: bytes) -> Reply:
-        self.say_hello(argument, "SMTP")
-        return Reply(250, "", self.settings.hostname)
-
-    def ehlo(self, argument: bytes) -> Reply:
-        self.say_hello(argument, "ESMTP")
-        return Reply(250, "", "\n".join([f"{self.settings.hostname} greets {self.helo}", *self.extensions()]))
-
-    def say_hello(self, argument: bytes, protocol: str) -> None:
-        name = argument.decode("latin-1")
-        if not HELO_NAME.fullmatch(name):
+    def hello(self, argument: bytes) -> None:
+        """Take a name from HELO or EHLO; an old device has none, or one with blanks."""
+        name, good = argument.decode("latin-1"), r"A-Za-z0-9._:%\[\]~+-"
+        if self.lenient:
+            name = re.sub(f"[^{good}]+", "-", name)[:255] or "unnamed"
+        if not re.fullmatch(f"[{good}]{{1,255}}", name):
             raise Refused(BAD_ARGUMENT._replace(text="Expected a domain or an address literal"))
         self.forget()
-        self.helo, self.protocol = name, protocol
+        self.helo = name
 
-    def extensions(self) -> list[str]:
-        lines = [f"SIZE {self.settings.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "CHUNKING",
-                 "ENHANCEDSTATUSCODES", "DSN", f"LIMITS RCPTMAX={self.settings.max_recipients}", "HELP"]
-        tls = isinstance(self.wire.sock, ssl.SSLSocket)
-        if self.reception.tls and not tls:
+    def say_helo(self, argument: bytes) -> Reply:
+        """HELO (RFC 5321 4.1.1.1)."""
+        self.hello(argument)
+        self.extended = False
+        return Reply(250, "", self.settings.hostname)
+
+    def say_ehlo(self, argument: bytes) -> Reply:
+        """EHLO: list what there is for this client as it is now (RFC 5321 4.1.1.1)."""
+        settings, accounts = self.settings, self.reception.accounts
+        self.hello(argument)
+        self.extended = True
+        lines = [f"{settings.hostname} greets {self.helo}", f"SIZE {settings.max_size}", "8BITMIME", "SMTPUTF8",
+                 "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", f"LIMITS RCPTMAX={settings.max_recipients}",
+                 "HELP"]
+        if self.reception.tls and not self.is_tls:
             lines.append("STARTTLS")
-        mechanisms = self.reception.accounts.offers(self.is_secure) if self.reception.accounts.configured() else []
-        if mechanisms and (tls or not self.settings.tls_required):
-            lines.append(f"AUTH {' '.join(mechanisms)}")
-        return lines
+        if accounts.configured() and (self.is_tls or not settings.tls_required):
+            mechanisms = accounts.offers(self.is_local or self.is_tls)
+            lines += [f"AUTH {' '.join(mechanisms)}"] if mechanisms else []
+        return Reply(250, "", "\n".join(lines))
 
     def rset(self, argument: bytes) -> Reply:
         self.forget()
-        return OK
-
-    def noop(self, argument: bytes) -> Reply:
         return OK
 
     def quit(self, argument: bytes) -> Reply:
         self.over = self.quitting = True
         return BYE
 
-    def vrfy(self, argument: bytes) -> Reply:
-        return CANNOT_VERIFY
-
-    def expn(self, argument: bytes) -> Reply:
-        return NOT_IMPLEMENTED._replace(text="There are no lists here")
-
     def help(self, argument: bytes) -> Reply:
-        lines = [verb.syntax for verb in VERBS.values()]
-        return Reply(214, "2.0.0", "\n".join(["Commands:", *lines]))
+        return Reply(214, "2.0.0", "\n".join(["Commands:", *(verb.syntax for verb in VERBS.values())]))
 
     # -- closed doors --
 
@@ -6296,12 +6200,12 @@ class Session:
         """STARTTLS (RFC 3207): what came before the handshake counts for nothing after it."""
         if self.reception.tls is None:
             return NOT_IMPLEMENTED._replace(text="There is no TLS here")
-        if isinstance(self.wire.sock, ssl.SSLSocket):
+        if self.is_tls:
             return SEQUENCE._replace(text="TLS is on already")
         if self.wire.start != self.wire.end:  # CVE-2011-0411
             self.over = True
             return TALKED_BEFORE_TLS
-        self.answer_with(TLS_READY)
+        self.answer(TLS_READY)
         self.wire.flush()
         self.forget()
         self.handshake()
@@ -6314,312 +6218,244 @@ class Session:
         try:
             sock = self.reception.tls.current().wrap_socket(
                 self.wire.sock, server_side=True, do_handshake_on_connect=False)
-            self.wire.sock, self.wire.timeout = sock, 0.0
-            sock.settimeout(self.wire.deadline.left())
+            self.wire.sock, self.wire.timeout = sock, -1.0
+            sock.settimeout(time_left(self.wire.deadline))
             sock.do_handshake()
         except OSError as e:
             self.reception.log.info("tls_failed", client=self.client, error=e)
             raise PeerGone(f"TLS: {e}") from None
+        self.is_tls = True
         self.reception.metrics.inc("smtp_tls_sessions_total")
 
     def auth(self, argument: bytes) -> Reply:
-        """AUTH (RFC 4954)."""
-        accounts = self.reception.accounts
-        name, _, initial = argument.partition(b" ")
-        mechanism = name.decode("latin-1").upper()
-        if self.account or self.envelope or self.protocol == "SMTP":
+        """AUTH (RFC 4954); failures are answered ever more slowly."""
+        reception, accounts, rate = self.reception, self.reception.accounts, self.settings.auth_failures
+        first, _, initial = argument.partition(b" ")
+        mechanism = first.decode("latin-1").upper()
+        if self.account or self.envelope or not self.extended:
             return SEQUENCE._replace(text="AUTH comes once, after EHLO, outside a transaction")
         if not accounts.configured():
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
         if not accounts.allows(mechanism):
             return UNKNOWN_MECHANISM
-        if MECHANISMS[mechanism].clear and not self.is_secure and not self.settings.auth_insecure:
+        if MECHANISMS[mechanism].clear and not (self.is_local or self.is_tls or self.settings.auth_insecure):
             return MECHANISM_NEEDS_TLS
         fault = self.fault("auth")
         if fault:
             return fault
-        key, rate = client_key(self.client), self.settings.auth_failures
-        if not self.reception.logins.take(key, rate, rate):
-            return self.too_many_logins()
-        reply: Reply | None = None
+        if not reception.logins.take(client_key(self.client), rate, rate):
+            reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
+            self.over = True
+            return TOO_MANY_LOGINS
+        if self.lenient:  # "=" is no response to begin with for those who send it, but a wish to be asked
+            initial = b"" if initial == b"=" else padded(initial)
+        login = None
         try:
             login = authenticate(accounts, mechanism, initial or None, self.ask)
-            reply = login.reply
         finally:
-            if reply is not AUTH_WRONG:
-                self.reception.logins.give(key, rate)
-        return self.logged_in(login, mechanism) if reply in (AUTH_OK, AUTH_WRONG) else reply
-
-    def logged_in(self, login: Login, mechanism: str) -> Reply:
-        """Enter how a login ended; failures are answered ever more slowly."""
-        result = "success" if login.account else "failure"
-        self.reception.metrics.inc("smtp_auth_attempts_total", 1, result)
-        self.reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
-        self.reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism,
-                                   result=result, tls=self.tls_version)
-        self.account = login.account
+            if not login or login.reply is not AUTH_WRONG:
+                reception.logins.give(client_key(self.client), rate)
+        if login.reply not in (AUTH_OK, AUTH_WRONG):  # no password was tried
+            return login.reply
+        self.account, result = login.account, "success" if login.account else "failure"
+        reception.metrics.inc("smtp_auth_attempts_total", 1, result)
+        reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
+        reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism, result=result,
+                              tls=self.tls_version)
         if not login.account:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
         return login.reply
 
-    def too_many_logins(self) -> Reply:
-        self.reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
-        self.over = True
-        return TOO_MANY_LOGINS
-
     def ask(self, challenge: str) -> bytes:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""
         self.wire.write(b"334 " + challenge.encode() + b"\r\n")
-        self.wire.deadline = Deadline(self.settings.command_timeout, self.latest)
+        self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
         try:
-            return self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
+            line = self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
         except LineTooLong:
             raise Refused(LINE_TOO_LONG) from None
-
-    def must_log_in(self) -> bool:
-        """Tell whether a login has to come first; an account that is gone from the file counts for nothing."""
-        accounts, needed = self.reception.accounts, self.settings.auth_required
-        if self.account:
-            self.account = accounts.get(self.account.name)  # its limits may have changed, too
-        if needed is None:
-            needed = accounts.configured() or not self.is_local
-        return needed and not self.account
-
-    def spent(self) -> Reply | None:
-        """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        reception, account = self.reception, self.account
-        who = f"account {account.name}" if account else client_key(self.client)
-        minute = account.quota_per_minute if account else 0
-        if not reception.rates.take(who, self.settings.rate_limit, self.settings.rate_burst):
-            return self.put_off("rate", RATE_SPENT)
-        if not reception.quotas.minutes.take(self.user, minute, minute):
-            return self.put_off("quota_per_minute", QUOTA_SPENT)
-        if not reception.quotas.reserve(self.user, account.quota_daily if account else 0):
-            return self.put_off("quota_daily", QUOTA_SPENT)
-        self.reserved = self.user
-        return None
-
-    def put_off(self, limit: str, reply: Reply) -> Reply:
-        self.reception.metrics.inc("smtp_rate_limited_total")
-        self.reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
-        return reply
+        return padded(line) if self.lenient else line
 
     # -- the transaction --
 
     def mail(self, argument: bytes) -> Reply:
-        """MAIL FROM (RFC 5321 4.1.1.2): parameters are those of RFC 1870, 6152, 6531."""
+        """MAIL FROM (RFC 5321 4.1.1.2)."""
+        settings, reception = self.settings, self.reception
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
-        if self.must_log_in():
+        if self.account:  # one that is gone from the file counts for nothing, and its limits may have changed
+            self.account = reception.accounts.get(self.account.name)
+        needed = settings.auth_required
+        if needed is None:
+            needed = reception.accounts.configured() or not self.is_local
+        if needed and not self.account:
             return LOGIN_FIRST
-        address, parameters = read_path(argument, b"FROM:", BAD_SENDER)
+        address, given = self.path("MAIL", argument)
+        size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
         if address.lower() == "postmaster":
             return BAD_SENDER
-        flags = [MAIL_PARAMETERS[name](self, value) for name, value in known(parameters, MAIL_PARAMETERS)]
-        if not address.isascii() and "SMTPUTF8" not in flags:
+        if size > settings.max_size:
+            return TOO_BIG
+        if not utf8 and not address.isascii():
             return NEED_SMTPUTF8
-        if not self.reception.has_room(int(parameters.get("SIZE") or 0)):
+        if not reception.has_room(size):
             return SPOOL_FULL
         if self.account and not may_send_as(self.account, address):
             return WRONG_DOMAIN
         limit = self.spent()
         if limit:
             return limit
-        self.envelope = Envelope(address, self.client, self.helo, self.protocol_name("SMTPUTF8" in flags),
-                                 self.user, tuple(f for f in flags if f),
-                                 ret=parameters.get("RET", "").upper(), envid=parameters.get("ENVID", ""))
+        flags = ("8BITMIME",) if given.get("BODY", "").upper() == "8BITMIME" else ()
+        protocol = "SMTP"  # RFC 3848, 6531
+        if self.extended:
+            protocol = f"{'UTF8SMTP' if utf8 else 'ESMTP'}{'S' * self.is_tls}{'A' if self.account else ''}"
+        self.envelope = Envelope(address, self.client, self.helo, protocol, self.user,
+                                 (*flags, "SMTPUTF8") if utf8 else flags,
+                                 ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
         fault = self.fault("mail")
         if fault:
             self.forget()
         return fault or SENDER_OK
 
-    def protocol_name(self, utf8: bool) -> str:
-        """Return what Received calls the protocol (RFC 3848, 6531)."""
-        if self.protocol == "SMTP":
-            return "SMTP"
-        tail = ("S" if isinstance(self.wire.sock, ssl.SSLSocket) else "") + ("A" if self.account else "")
-        return ("UTF8SMTP" if utf8 else "ESMTP") + tail
+    def path(self, verb: str, argument: bytes) -> tuple[str, Mapping[str, str]]:
+        """Read the argument of MAIL or RCPT; extensions are for those who said EHLO."""
+        return read_path(verb, argument, self.extended or self.lenient, self.settings.hostname if self.lenient else "")
 
-    def size_parameter(self, value: str) -> str:
-        if not value.isdigit() or not value.isascii() or len(value) > 20:
-            raise Refused(BAD_ARGUMENT._replace(text="SIZE takes a number of octets"))
-        if int(value) > self.settings.max_size:
-            raise Refused(TOO_BIG)
-        return ""
-
-    def body_parameter(self, value: str) -> str:
-        if value.upper() not in ("7BIT", "8BITMIME"):
-            raise Refused(BAD_ARGUMENT._replace(text="BODY is 7BIT or 8BITMIME"))
-        return "8BITMIME" if value.upper() == "8BITMIME" else ""
-
-    def auth_parameter(self, value: str) -> str:
-        """Check AUTH= (RFC 4954 5); who submitted a message first is not passed on."""
-        if value != "<>" and not XTEXT.fullmatch(value):
-            raise Refused(BAD_ARGUMENT._replace(text="AUTH takes <> or an address as xtext"))
-        return ""
-
-    def ret_parameter(self, value: str) -> str:
-        if not is_ret(value):
-            raise Refused(BAD_ARGUMENT._replace(text="RET is FULL or HDRS"))
-        return ""
-
-    def envid_parameter(self, value: str) -> str:
-        if not is_envid(value):
-            raise Refused(BAD_ARGUMENT._replace(text="ENVID is at most 100 characters of printable ASCII as xtext"))
-        return ""
-
-    def notify_parameter(self, value: str) -> str:
-        if not is_notify(value):
-            raise Refused(BAD_ARGUMENT._replace(text="NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"))
-        return value.upper()
-
-    def orcpt_parameter(self, value: str) -> str:
-        if not self.envelope or not is_orcpt(value, "SMTPUTF8" in self.envelope.flags):
-            raise Refused(BAD_ARGUMENT._replace(text="ORCPT is an address type, a semicolon, an address as xtext"))
-        return value
-
-    def utf8_parameter(self, value: str) -> str:
-        if value:
-            raise Refused(BAD_ARGUMENT._replace(text="SMTPUTF8 takes no value"))
-        return "SMTPUTF8"
+    def spent(self) -> Reply | None:
+        """Take from the rate and the quotas of the sender; return the reply when one is spent."""
+        reception, account, settings = self.reception, self.account, self.settings
+        limit, reply = "", QUOTA_SPENT
+        if settings.rate_limit:
+            who = f"account {account.name}" if account else client_key(self.client)
+            if not reception.rates.take(who, settings.rate_limit, settings.rate_burst):
+                limit, reply = "rate", RATE_SPENT
+        if not limit and account:
+            minute, day = account.quota_per_minute, account.quota_daily
+            if not reception.quotas.minutes.take(account.name, minute, minute):
+                limit = "quota_per_minute"
+            elif day and not reception.quotas.reserve(account.name, day):
+                limit = "quota_daily"
+            elif day:
+                self.reserved = account.name
+        if not limit:
+            return None
+        reception.metrics.inc("smtp_rate_limited_total")
+        reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
+        return reply
 
     def rcpt(self, argument: bytes) -> Reply:
         """RCPT TO (RFC 5321 4.1.1.3)."""
         envelope = self.envelope
         assert envelope is not None
-        address, parameters = read_path(argument, b"TO:", BAD_RECIPIENT)
-        told = {name: RCPT_PARAMETERS[name](self, value) for name, value in known(parameters, RCPT_PARAMETERS)}
+        address, given = self.path("RCPT", argument)
+        utf8, orcpt = "SMTPUTF8" in envelope.flags, given.get("ORCPT", "")
+        if not utf8 and not orcpt.isascii():
+            return BAD_ARGUMENT._replace(text=PARAMETERS["ORCPT"][2])
         if not address:
             return BAD_RECIPIENT
-        if not address.isascii() and "SMTPUTF8" not in envelope.flags:
+        if not utf8 and not address.isascii():
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address)
+        fault = self.fault("rcpt", address) if self.reception.faults.rules else None
         if fault:
             return fault
         if address not in envelope.recipients:
             envelope.recipients.append(address)
-            envelope.notify[address], envelope.orcpt[address] = told.get("NOTIFY", ""), told.get("ORCPT", "")
+            envelope.notify[address], envelope.orcpt[address] = given.get("NOTIFY", "").upper(), orcpt
         return RECIPIENT_OK
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4)."""
-        if self.envelope is None or not self.envelope.recipients:
+        envelope = self.envelope
+        if envelope is None or not envelope.recipients:
             return NO_RECIPIENTS
-        fault = self.fault("data", *self.envelope.recipients)
+        fault = self.fault("data", *envelope.recipients) if self.reception.faults.rules else None
         if fault:
             self.forget()
             return fault
-        content = self.begin_content(self.envelope)
-        self.wire.write(GO_AHEAD.wire())
+        content = self.begin(envelope)
+        self.wire.write(reply_octets(GO_AHEAD))
         self.read(read_data, content)
-        return self.end_content(content)
+        return self.end(content)
 
     def bdat(self, argument: bytes) -> Reply:
         """BDAT (RFC 3030): its octets are read whatever the answer, to stay in step."""
-        match = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
+        match, envelope = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper()), self.envelope
         if not match:
             return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
-        refused = self.bdat_refusal()
-        unwanted = Content(discard, 0) if refused else None
-        content = self.content or unwanted or self.begin_content(self.envelope or Envelope(""))
+        fault = None
+        if envelope is None:
+            fault = SEQUENCE._replace(text="Say MAIL first")
+            if self.settings.tls_required and not self.is_tls:
+                fault = TLS_FIRST
+        elif not envelope.recipients:
+            fault = NO_RECIPIENTS
+        elif self.content is None and self.reception.faults.rules:
+            fault = self.fault("data", *envelope.recipients)
+        unwanted = Content(discard, 0) if fault or envelope is None else None
+        content = unwanted or self.content or self.begin(cast(Envelope, envelope))
         self.read(read_chunk, content, int(match[1]))
-        fault = refused or self.content_fault(content)
+        fault = fault or self.verdict(content)
         if fault:
             self.forget()
             return fault
-        return self.end_content(content) if match[2] else CHUNK_OK
+        return self.end(content) if match[2] else CHUNK_OK
 
-    def bdat_refusal(self) -> Reply | None:
-        if self.envelope is None:
-            return TLS_FIRST if self.needs_tls() else SEQUENCE._replace(text="Say MAIL first")
-        if not self.envelope.recipients:
-            return NO_RECIPIENTS
-        return self.fault("data", *self.envelope.recipients) if self.content is None else None
-
-    def begin_content(self, envelope: Envelope) -> Content:
+    def begin(self, envelope: Envelope) -> Content:
         self.draft = self.reception.begin(envelope)
-        self.content = Content(self.keep, self.settings.max_size)
+        self.content = Content(self.draft.write, self.settings.max_size, self.lenient)
         return self.content
 
     def read(self, reader: Callable[..., None], content: Content, *more: int) -> None:
         """Read content under its own deadline."""
-        self.wire.deadline = Deadline(self.settings.data_timeout, self.latest)
-        self.in_content = self.wire.bulk = True
+        self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
+        self.wire.bulk = True
         try:
             reader(self.wire, content, *more)
         except Exception:
             self.over = True  # what is left of the content must not be taken for commands
             raise
         finally:
-            self.in_content = self.wire.bulk = False
-            self.wire.shrink()
+            self.wire.bulk = False
 
-    def keep(self, block: bytes) -> None:
-        """Write a block to the draft; a disk that fails must not put the session out of step."""
-        if self.draft and not self.disk_error:
-            try:
-                self.draft.write(block)
-            except OSError as e:
-                self.disk_error = e
-
-    def content_fault(self, content: Content) -> Reply | None:
+    def verdict(self, content: Content) -> Reply | None:
         """Return why the content read so far will not be taken, if so."""
-        if self.disk_error:
-            self.reception.log.error("spool_error", client=self.client, error=self.disk_error)
-            return SPOOL_FULL if self.disk_error.errno in DISK_FULL else INTERNAL
-        return content.fault()
+        if content.error:
+            self.reception.log.error("spool_error", client=self.client, error=content.error)
+            return SPOOL_FULL if content.error.errno in DISK_FULL else INTERNAL
+        return content.fault
 
-    def end_content(self, content: Content) -> Reply:
+    def end(self, content: Content) -> Reply:
         """Judge the whole content, make it safe, and say so."""
         content.finish()
         draft, envelope = self.draft, self.envelope
         assert draft and envelope
-        scripted = None
-        reply = self.content_fault(content)
-        if not reply:
+        reply, scripted, accepted = self.verdict(content), None, False
+        if not reply and self.reception.faults.rules:
             scripted = self.fault("end", *envelope.recipients)
-            reply = scripted if scripted is not LOST else None
+            reply = None if scripted is LOST else scripted
         if not reply:
             try:
                 reply = Reply(250, "2.0.0", f"Ok: queued as {self.reception.keep(draft, envelope, content)}")
-                self.accepted = True
+                self.draft, accepted = None, True
             except Refused as e:
                 reply = e.reply
             except OSError as e:
-                self.disk_error = e
-                reply = self.content_fault(content) or INTERNAL
-        accepted = self.accepted
-        self.forget()
+                content.error = e
+                reply = self.verdict(content) or INTERNAL
+        self.forget(accepted)
         if scripted is LOST and accepted:
             raise PeerGone("dropped by SMTP_FAULTS")
         return reply
 
 
-@functools.lru_cache(maxsize=256)
-def read_path(argument: bytes, prefix: bytes, bad: Reply) -> tuple[str, Mapping[str, str]]:
-    """Parse FROM:<path> or TO:<path> with parameters; many messages have the same."""
-    if argument[:len(prefix)].upper() != prefix:
-        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
-    try:
-        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"))
-    except UnicodeDecodeError:
-        raise Refused(bad._replace(text=f"{bad.text}: not UTF-8")) from None
-    except ValueError as e:
-        raise Refused(bad._replace(text=f"{bad.text}: {e}")) from None
-    try:
-        return address, parse_parameters(rest)
-    except ValueError as e:
-        raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
-
-
 class Verb(NamedTuple):
-    """A command: its method, what must come first, whether it needs an argument (None: as you like), its
-    syntax, whether it is taken before TLS where that is required."""
+    """A command: its method or its only reply, what must come first, whether it needs an argument (None: as you like),
+    its syntax, whether it is taken before TLS where that is required."""
 
-    method: Callable[[Session, bytes], Reply | None]
+    act: Reply | Callable[[Session, bytes], Reply | None]
     after: str
     needs_argument: bool | None
     syntax: str
@@ -6627,8 +6463,8 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "HELO": Verb(Session.helo_, "", True, "HELO domain"),
-    "EHLO": Verb(Session.ehlo, "", True, "EHLO domain", True),
+    "HELO": Verb(Session.say_helo, "", True, "HELO domain"),
+    "EHLO": Verb(Session.say_ehlo, "", True, "EHLO domain", True),
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
     "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
     "DATA": Verb(Session.data, "mail", False, "DATA"),
@@ -6636,37 +6472,68 @@ VERBS: dict[str, Verb] = {
     "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
     "AUTH": Verb(Session.auth, "hello", True, "AUTH mechanism [initial response]"),
     "RSET": Verb(Session.rset, "", False, "RSET", True),
-    "NOOP": Verb(Session.noop, "", None, "NOOP [text]", True),
+    "NOOP": Verb(OK, "", None, "NOOP [text]", True),
     "QUIT": Verb(Session.quit, "", False, "QUIT", True),
-    "VRFY": Verb(Session.vrfy, "", True, "VRFY text"),
-    "EXPN": Verb(Session.expn, "", True, "EXPN text"),
+    "VRFY": Verb(CANNOT_VERIFY, "", True, "VRFY text"),
+    "EXPN": Verb(NOT_IMPLEMENTED._replace(text="There are no lists here"), "", True, "EXPN text"),
     "HELP": Verb(Session.help, "", None, "HELP [text]"),
 }
-MAIL_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
-    "SIZE": Session.size_parameter, "BODY": Session.body_parameter, "SMTPUTF8": Session.utf8_parameter,
-    "AUTH": Session.auth_parameter, "RET": Session.ret_parameter, "ENVID": Session.envid_parameter}
-RCPT_PARAMETERS: dict[str, Callable[[Session, str], str]] = {
-    "NOTIFY": Session.notify_parameter, "ORCPT": Session.orcpt_parameter}
+# A parameter: whose it is, what its value must pass, what is said of another (RFC 1870, 3461, 4954, 6152, 6531).
+PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
+    "SIZE": ("MAIL", lambda value: re.fullmatch("[0-9]{1,20}", value), "SIZE takes a number of octets"),
+    "BODY": ("MAIL", lambda value: value.upper() in ("7BIT", "8BITMIME"), "BODY is 7BIT or 8BITMIME"),
+    "SMTPUTF8": ("MAIL", lambda value: not value, "SMTPUTF8 takes no value"),
+    # Who submitted a message first is not passed on.
+    "AUTH": ("MAIL", lambda value: value == "<>" or XTEXT.fullmatch(value), "AUTH takes <> or an address as xtext"),
+    "RET": ("MAIL", is_ret, "RET is FULL or HDRS"),
+    "ENVID": ("MAIL", is_envid, "ENVID is at most 100 characters of printable ASCII as xtext"),
+    "NOTIFY": ("RCPT", is_notify, "NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"),
+    "ORCPT": ("RCPT", is_orcpt, "ORCPT is an address type, a semicolon, an address as xtext"),
+}
 
 
-def known(parameters: Mapping[str, str], table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the parameters; one that is not in the table is 555 (RFC 5321 4.1.1.11)."""
+@functools.lru_cache(maxsize=256)
+def read_path(verb: str, argument: bytes, extended: bool, hostname: str) -> tuple[str, Mapping[str, str]]:
+    """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
+
+    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any for who was offered none. A `hostname`
+    makes it lenient: it completes an address that has no domain.
+    """
+    prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
+    if argument[:len(prefix)].upper() != prefix:
+        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
+    try:
+        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), hostname)
+    except ValueError as e:
+        why = "not UTF-8" if isinstance(e, UnicodeDecodeError) else e
+        raise Refused(bad._replace(text=f"{bad.text}: {why}")) from None
+    try:
+        parameters = parse_parameters(rest)
+    except ValueError as e:
+        raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
     for name, value in parameters.items():
-        if name not in table:
+        if not extended or name not in PARAMETERS or PARAMETERS[name][0] != verb:
             raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
-        yield name, value
+        if not PARAMETERS[name][1](value):
+            raise Refused(BAD_ARGUMENT._replace(text=PARAMETERS[name][2]))
+    return address, parameters
+
+
+def padded(line: bytes) -> bytes:
+    """Complete base64 whose padding an old device left out; "*" cancels (RFC 4954 4)."""
+    return line if line == b"*" else line + b"=" * (-len(line) % 4)
 
 
 def shown_command(line: bytes) -> str:
     """Return a command line for the log. A client that goes on after AUTH failed sends its password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
-    name, argument = split_command(line.rstrip())
+    name, *more = text.upper().split(" ")
     if name not in VERBS:
         return "***"
     if name != "AUTH":
         return text
-    mechanism, _, more = argument.decode("latin-1").upper().partition(" ")
-    return f"AUTH {mechanism if mechanism in MECHANISMS else '***'}{' ***' if more else ''}"
+    more = [word for word in more if word]
+    return f"AUTH {more[0] if more[:1] and more[0] in MECHANISMS else '***'}{' ***' if more[1:] else ''}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -6806,7 +6673,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """Send 421 to one connection too many, without waiting for it."""
         with contextlib.suppress(OSError):
             request.settimeout(0)
-            request.send(TOO_MANY_SESSIONS.wire())
+            request.send(reply_octets(TOO_MANY_SESSIONS))
         self.shutdown_request(request)
 
     def hold(self, session: Session) -> None:
@@ -6864,8 +6731,8 @@ class Receiving:
         end = time.monotonic() + patience
         while self.reception.sessions and time.monotonic() < end:
             for session in list(self.reception.sessions):
-                if not session.in_content:
-                    session.interrupt()
+                if not session.wire.bulk:  # wake it where it waits for a command: its next read finds the end
+                    shut(session.wire.sock, socket.SHUT_RD)
             time.sleep(0.002)
         self.stopped.set()
         self.counter.join()
@@ -10058,12 +9925,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
-        self.wire = Wire(self.connection, Deadline(HTTP_TIME))
+        self.wire = Wire(self.connection, time.monotonic() + HTTP_TIME)
         self.rfile = HttpReader(self.wire)  # type: ignore[assignment]
 
     def handle_one_request(self) -> None:
         """Give each request of a connection its own deadline; a peer that is gone or too slow ends it."""
-        self.wire.deadline = Deadline(HTTP_TIME)
+        self.wire.deadline = time.monotonic() + HTTP_TIME
         try:
             super().handle_one_request()
         except (PeerGone, OSError, http.client.LineTooLong):
@@ -10702,7 +10569,7 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             return
         sock, log, timeout = self.request, self.server.reception.log, self.server.reception.settings.command_timeout
         try:
-            begun = Deadline(timeout)
+            begun = time.monotonic() + timeout
             words = self.read(min(int(self.read(8, begun), 16), SUBMIT_WORDS), begun).decode("utf-8", "surrogateescape")
             done = self.run(words.split("\0")[:-1])
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
@@ -10731,7 +10598,7 @@ class SubmitHandler(socketserver.BaseRequestHandler):
                 return 0, ""
             _, uid, _ = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             self.request.sendall(b">")
-            deadline, raw = Deadline(settings.data_timeout), b""
+            deadline, raw = time.monotonic() + settings.data_timeout, b""
             while more := int(self.read(8, deadline), 16):
                 if len(raw) + more > settings.max_size:
                     return EX_UNAVAILABLE, f"sendmail: {TOO_BIG}\n"
@@ -10741,11 +10608,11 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             return EX_USAGE, f"sendmail: {e}\n"
         return verdict(refused), "".join(f"{address}: {reply}\n" for address, reply in refused.items())
 
-    def read(self, size: int, deadline: Deadline) -> bytes:
+    def read(self, size: int, deadline: float) -> bytes:
         """Read so many octets; ConnectionError where there are less: half a message is none."""
         data = bytearray()
         while len(data) < size:
-            self.request.settimeout(deadline.left())
+            self.request.settimeout(time_left(deadline))
             block = self.request.recv(min(64 * KIB, size - len(data)))
             if not block:
                 raise ConnectionAbortedError("the caller has gone")
@@ -11817,9 +11684,6 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
 # stop(). Unless told of a smart host it has one in the same process, an Upstream
 # that answers by script; unless told to deliver it holds what it gets.
 
-UPSTREAM_STAGES = ("connect", "mail", "rcpt", "data", "end")
-
-
 class Taken(NamedTuple):
     """A message that the simulated smart host took."""
 
@@ -11831,9 +11695,9 @@ class Taken(NamedTuple):
 class Upstream(socketserver.ThreadingTCPServer):
     """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
 
-    A step is "accept", "drop" (hang up without an answer), or a reply. It holds for the end
-    of a message's content, unless a stage stands before it: connect, mail, rcpt, data. Steps
-    are taken in order, each when its stage comes; after the last one all is accepted.
+    A step is "accept", "drop" (hang up without an answer), or a reply, after a delay if it has one. It
+    holds for the end of a message's content, unless a stage stands before it: connect, mail, rcpt, data.
+    Steps are taken in order, each when its stage comes; after the last one all is accepted.
     """
 
     daemon_threads = True
@@ -11841,34 +11705,20 @@ class Upstream(socketserver.ThreadingTCPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), UpstreamHandler)
         self.changed = threading.Condition()
-        self.steps: collections.deque[tuple[str, str]] = collections.deque()
+        self.faults = Faults("")
         self.received: list[Taken] = []
         self.attempts = 0  # MAIL commands seen
+        self.stopping = False
         self.open: dict[socket.socket, threading.Thread] = {}
         self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
 
     def script(self, *steps: str) -> None:
         """Add steps; ValueError for one that is none."""
         for step in steps:
-            stage, _, reply = step.partition(" ")
-            if stage not in UPSTREAM_STAGES:
-                stage, reply = "end", step
-            if reply not in ("accept", "drop") and not re.match("[2-5][0-9][0-9]( |$)", reply):
-                raise ValueError(f"{step!r} is not [{'|'.join(UPSTREAM_STAGES)}] accept|drop|reply")
-            self.steps.append((stage, reply))
-
-    def answer(self, stage: str, usual: str) -> str:
-        """Return what is said at a stage: the usual, or what the next step wants if it is for this stage."""
-        with self.changed:
-            reply = self.steps.popleft()[1] if self.steps and self.steps[0][0] == stage else "accept"
-        if reply == "drop":
-            raise ConnectionAbortedError("by script")
-        return usual if reply == "accept" else reply
-
-    def take(self, message: Taken) -> None:
-        with self.changed:
-            self.received.append(message)
-            self.changed.notify_all()
+            try:
+                self.faults.steps.append(parse_fault(step, step=True))
+            except ValueError:
+                raise ValueError(f"{step!r} is not [{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply") from None
 
     def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
         """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
@@ -11879,6 +11729,7 @@ class Upstream(socketserver.ThreadingTCPServer):
             return list(self.received)
 
     def stop(self) -> None:
+        self.stopping = True
         stop_server(self)
         for sock, thread in list(self.open.items()):
             shut(sock, socket.SHUT_RDWR)
@@ -11902,7 +11753,7 @@ class UpstreamHandler(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         sender: str | None = None
         recipients: list[str] = []
-        going = self.say(self.server.answer("connect", "220 upstream ESMTP")) < 400
+        going = self.act("connect", "220 upstream ESMTP") < 400
         while going:
             line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
             verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
@@ -11910,33 +11761,40 @@ class UpstreamHandler(socketserver.StreamRequestHandler):
                 self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
             elif verb == "MAIL":
                 self.server.attempts += 1
-                taken = self.say(self.server.answer("mail", "250 2.1.0 Ok")) < 300
-                sender, recipients = path if taken else None, []
+                sender, recipients = path if self.act("mail", "250 2.1.0 Ok") < 300 else None, []
             elif verb in ("RCPT", "DATA") and sender is None:
                 self.say("503 5.5.1 Say MAIL first")
             elif verb == "RCPT":
-                if self.say(self.server.answer("rcpt", "250 2.1.5 Ok")) < 300:
+                if self.act("rcpt", "250 2.1.5 Ok") < 300:
                     recipients.append(path)
+            elif verb == "DATA" and not recipients:
+                self.say("554 5.5.1 No valid recipients")
             elif verb == "DATA":
-                self.data(sender or "", recipients)
+                if self.act("data", "354 Go ahead") == 354:
+                    lines = list(iter(self.rfile.readline, b".\r\n"))
+                    raw = b"".join(line[line.startswith(b"."):] for line in lines)
+                    self.act("end", "250 2.0.0 Ok", Taken(sender or "", recipients, raw))
             else:
                 going = verb not in ("QUIT", "")
                 self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
 
-    def say(self, reply: str) -> int:
-        """Send a reply; return its code."""
+    def say(self, reply: str) -> None:
         self.wfile.write(reply.encode() + b"\r\n")
-        return int(reply[:3])
 
-    def data(self, sender: str, recipients: list[str]) -> None:
-        if not recipients:
-            self.say("554 5.5.1 No valid recipients")
-        elif self.say(self.server.answer("data", "354 Go ahead")) == 354:
-            lines = list(iter(self.rfile.readline, b".\r\n"))
-            reply = self.server.answer("end", "250 2.0.0 Ok")
-            if reply.startswith("2"):
-                self.server.take(Taken(sender, recipients, b"".join(line[line.startswith(b"."):] for line in lines)))
-            self.say(reply)
+    def act(self, stage: str, usual: str, message: Taken | None = None) -> int:
+        """Say the usual, or what the script wants in its place; keep a message that is accepted. Returns the code."""
+        server = self.server
+        step = server.faults.answer(stage)
+        scripted = step.play(lambda: server.stopping) if step else None
+        reply = str(scripted or usual)
+        if message and (scripted is LOST or reply.startswith("2")):
+            with server.changed:
+                server.received.append(message)
+                server.changed.notify_all()
+        if scripted is LOST:
+            raise PeerGone("dropped by script")
+        self.say(reply)
+        return int(reply[:3])
 
 
 class Relay:
@@ -12024,7 +11882,7 @@ class Relay:
             self.delivering.postmaster.remove(None)
         if self._upstream:
             self._upstream.received.clear()
-            self._upstream.steps.clear()
+            self._upstream.faults.steps.clear()
 
     def release(self, message: Email | None = None) -> int:
         """Let a held message go, or all of them; return how many."""
