@@ -8082,6 +8082,7 @@ h2 { font-size: 13px; font-weight: 600; }
 ol, ul { list-style: none; }
 a { color: var(--accent); text-underline-offset: 2px; }
 time, .soft { color: var(--soft); }
+time { white-space: nowrap; }
 pre, code, .mono { font: 12.5px/1.55 var(--mono); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
@@ -9010,7 +9011,8 @@ function switchTheme() {
   document.documentElement.dataset.theme = state.theme;
 }
 async function loadInfo() {
-  state.info = await get('api/v1/info');
+  [state.info, state.stats] = await Promise.all([get('api/v1/info'), get('api/v1/stats')]);
+  renderStrip();
   render();
 }
 function begin() {

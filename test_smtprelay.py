@@ -7922,10 +7922,30 @@ def chromium() -> str:
     return browser
 
 
+def first_minute(program: Callable[..., Program]) -> str:
+    """What a terminal shows of the first minute, with the usual ports."""
+    relay = program(SMTP_HOSTNAME="localhost")
+    ports = {str(relay.port): "2525", relay.http_url.rpartition(":")[2]: "8080"}
+    shown = ["$ python3 smtprelay.py &", *(line for line in relay.log().splitlines() if re.search("listening|mail is|spool", line))]
+    letter = "printf 'From: app@example.com\\nTo: you@example.com\\nSubject: Your code\\n\\nIt is 482913.\\n'"
+    curl = f"  curl --crlf -sT - smtp://localhost:{relay.port}/me --mail-from app@example.com --mail-rcpt you@example.com"
+    send = f"{letter} |\n{curl}"
+    for command in (send, "python3 smtprelay.py wait --to you@example.com", "python3 smtprelay.py wait --code",
+                    "python3 smtprelay.py queue"):  # fmt: skip
+        line = command.replace("|\n", "|").replace("python3 smtprelay.py", f"{sys.executable} {PROGRAM}")
+        env = {**os.environ, **relay.env, "SMTP_HEALTH_ADDR": relay.http_url[7:]}
+        done = subprocess.run(line, shell=True, env=env, capture_output=True, text=True)
+        shown += ["$ " + command, *done.stdout.splitlines()]
+    text = "\n".join(shown).replace(relay.env["SMTP_SPOOL"], "./data/spool")
+    for port, usual in ports.items():
+        text = text.replace(port, usual)
+    return text
+
+
 def test_the_page_in_a_real_browser(
     program: Callable[..., Program], hop: Callable[..., FakeHop], tmp_path: Path
 ) -> None:
-    """SMTP_TEST_SHOTS names a directory for the README's screenshots, which this run makes."""
+    """SMTP_TEST_SHOTS names a directory for screenshots, which this run makes (see .ci/pictures)."""
     browser = chromium()
     busy = {
         f"rcpt busy{n}@example.com": ["450 4.2.1 The mailbox is busy, try again later"]
@@ -7966,6 +7986,7 @@ def test_the_page_in_a_real_browser(
         "TOKEN": "a token",
         "CHROMIUM": browser,
         "SHOTS": os.environ.get("SMTP_TEST_SHOTS", ""),
+        "TERMINAL": first_minute(program) if os.environ.get("SMTP_TEST_SHOTS") else "",
         "HOME": str(tmp_path),
     }
     run = subprocess.run(["node", str(ROOT / ".ci" / "page.mjs")], env=env, capture_output=True, text=True, timeout=120)

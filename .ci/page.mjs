@@ -1,11 +1,12 @@
 // Drives the page in headless Chromium, as a user would. One line for each check; exit 1 when one fails.
 // HELD and OWED are the origins of two relays (the test that starts this seeds them): one holds mail and
 // can release it, the other wants TOKEN and is owed mail by a next hop that is busy at first. CHROMIUM is
-// the browser, SHOTS a directory for the README's screenshots, or nothing.
+// the browser. SHOTS is a directory for screenshots, in light and dark, or nothing; TERMINAL is then a text
+// that is shown as a terminal's (see .ci/pictures).
 import http from 'node:http';
 import { chromium } from 'playwright-core';
 
-const { HELD, OWED, TOKEN, CHROMIUM, SHOTS } = process.env;
+const { HELD, OWED, TOKEN, CHROMIUM, SHOTS, TERMINAL } = process.env;
 const args = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
   '--disable-component-update', '--disable-sync'];
 const browser = await chromium.launch({ executablePath: CHROMIUM, args });
@@ -58,9 +59,11 @@ async function visit(page, hash = '', origin = HELD) {
   await page.waitForSelector('#live.on');
 }
 async function shoot(page, name) {
-  if (!SHOTS) return;
-  await sleep(300);
-  await page.screenshot({ path: `${SHOTS}/${name}.png` });
+  for (const colorScheme of SHOTS ? ['dark', 'light'] : []) {
+    await page.emulateMedia({ colorScheme });
+    await sleep(50);
+    await page.screenshot({ path: `${SHOTS}/${name}-${colorScheme}.png`, animations: 'disabled' });
+  }
 }
 const text = (page, selector) => page.locator(selector).first().innerText();
 const rowNamed = (page, words) => page.locator('.row', { hasText: words }).first();
@@ -125,7 +128,6 @@ await check('dark: by the system, and by the button', async () => {
   await openRow(dark, 'Your visit on Thursday');
   const bySystem = await paper(dark);
   await dark.frameLocator('iframe').locator('h1').waitFor();
-  await shoot(dark, 'message-dark');
   await dark.click('#theme');
   const back = await paper(dark);
   await dark.context().close();
@@ -451,7 +453,8 @@ await check('delivery: each recipient with the next hop\'s words, and what was s
   await admin.locator('#pane a').first().click();
   await admin.click('#tab-delivery');
   await admin.locator('#body', { hasText: '4.2.1 The mailbox is busy' }).waitFor();
-  await shoot(admin, 'delivery');
+  await admin.evaluate(() => document.getElementById('said').classList.remove('shown'));
+  await shoot(admin, 'message');
   return (await text(admin, '#body')).includes('127.0.0.1');
 });
 await check('retry now, and the status follows by itself', async () => {
@@ -504,6 +507,23 @@ await check('not one request left for another origin; no dialog; no error in the
   if (outside.length || dialogs.length || errors.length) throw new Error(JSON.stringify([outside, dialogs, errors.slice(0, 3)]));
 });
 
+if (SHOTS) {
+  const terminal = await newPage({ viewport: { width: 1280, height: 640 } });
+  await terminal.setContent(`<style>:root { color-scheme: light dark }
+    body { margin: 0; padding: 40px; background: light-dark(#f1efeb, #0e0e10) }
+    pre { height: 560px; margin: 0; padding: 24px 28px; box-sizing: border-box; overflow: hidden; border-radius: 10px;
+      font: 16px/1.6 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; color: light-dark(#1c1b1a, #eae9e7);
+      white-space: pre-wrap; background: light-dark(#fff, #17171a); border: 1px solid light-dark(#e6e4e0, #2f2f35) }
+    b { font-weight: 400; color: light-dark(#2456c8, #93b4ff) }</style><pre></pre>`);
+  await terminal.evaluate(text => {
+    for (const line of text.split('\n')) {
+      const node = document.createElement(/^(\$|  curl) /.test(line) ? 'b' : 'span');
+      node.textContent = line + '\n';
+      document.querySelector('pre').append(node);
+    }
+  }, TERMINAL);
+  await shoot(terminal, 'terminal');
+}
 await browser.close();
 console.log(failed ? `${failed} failed` : 'all is well');
 process.exit(failed ? 1 : 0);
