@@ -1657,7 +1657,7 @@ def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
 
     With a hostname as old devices mean it: brackets may be missing, a local part alone is at that host.
     """
-    if hostname and not text.startswith("<"):
+    if hostname and text and not text.startswith("<"):
         _, bracket, after = text.partition("<")
         path, blank, rest = text.partition(" ")
         text = f"<{after}" if bracket else f"<{path}>{blank}{rest}"

@@ -1163,6 +1163,8 @@ TALK = {
     "any case, blanks at the end, no extensions after HELO": """
         C: heLO client.test
         S: 250 relay.test
+        C: mail from:<ann@client.test> SIZE=5
+        S: 555 5.5.4
         C: mail from:<ann@client.test>\\x20
         S: 250 2.1.0
         C: rcpt to:<bob@hop.test>
@@ -1717,6 +1719,19 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
         assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n").startswith(b"421")
         assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.2 127.0.0.1 1 2\r\n").startswith(b"220")
         wait_until(lambda: relay.receiving.reception.clients["192.0.2.1"] == 1)
+
+
+def test_replies_that_nobody_reads_do_not_pile_up(start: Callable[..., Any]) -> None:
+    relay = start()
+    with dial(relay) as client:
+        client.ask("EHLO x", "250")
+        wire = next(iter(relay.receiving.reception.sessions)).wire
+        client.send(b"BDAT 400000\r\n" + b"x" * 400000)
+        client.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError if sys.version_info > (3, 10) else socket.timeout):
+            while True:  # until the relay reads no more
+                client.send(b"HELP\r\n" * 10000)
+        assert wire.waiting < smtprelay.OUT_MOST + 1000 and len(wire.buffer) <= 4 * smtprelay.BLOCK_FIRST
 
 
 def test_pipelined_commands_do_not_make_the_buffer_grow() -> None:
@@ -6526,6 +6541,75 @@ def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: An
         assert first.ask("hello\r\n.").startswith("250")
         assert second.ask("hello\r\n.").startswith("452 4.3.1")
         second.ask("NOOP", "250")
+
+
+DEVICES: list[tuple[str, list[str], str, str]] = [  # what an old device says at last; the reply without and with the setting
+    ("", ["HELO"], "501", "250"), ("", ["EHLO my old  printer"], "501", "250"), ("", ["EHLO (scan)"], "501", "250"),
+    ("EHLO x", ["MAIL FROM:ann@x.test"], "501 5.1.7", "250"), ("EHLO x", ["MAIL FROM: ann"], "501 5.1.7", "250"),
+    ("EHLO x", ["MAIL FROM:<ann> SIZE=9"], "501 5.1.7", "250"), ("EHLO x", ["MAIL FROM:Scan <ann@x.test>"], "501", "250"),
+    ("EHLO x", ["MAIL FROM:<>", "RCPT TO:bob NOTIFY=NEVER"], "501 5.1.3", "250"), ("EHLO x", ["MAIL FROM:"], "501", "501"),
+    ("EHLO x", ["MAIL FROM:<>", "RCPT TO:"], "501 5.1.3", "501 5.1.3"), ("EHLO x", ["MAIL FROM:a b@x"], "501", "501"),
+    ("HELO x", ["MAIL FROM:<> SIZE=9"], "555", "250"), ("EHLO x", ["AUTH PLAIN AGFubgB4eQ"], "501 5.5.2", "235"),
+    ("EHLO x", ["AUTH PLAIN =", "AGFubgB4eQ"], "500", "235"), ("EHLO x", ["AUTH LOGIN", "YW5u", "eHk"], "501 5.5.2", "235"),
+    ("EHLO x", ["AUTH LOGIN", "*"], "501 5.7.0", "501 5.7.0"), ("EHLO x", ["AUTH PLAIN AGFubgB4e"], "501", "501 5.5.2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_what_old_devices_say_is_understood_where_that_is_wanted(start: Any, lenient: bool) -> None:
+    relay = start(SMTP_LENIENT=str(int(lenient)), SMTP_AUTH_USER="ann", SMTP_AUTH_PASSWORD="xy", SMTP_AUTH_REQUIRED="0")
+    for hello_, lines, *wants in DEVICES:
+        with dial(relay) as client:
+            replies = [client.ask(line) for line in ([hello_] if hello_ else []) + lines]
+            assert replies[-1].startswith(wants[lenient]), (lines, replies)
+    if lenient:
+        with dial(relay) as client:
+            for line in ("HELO", "MAIL FROM:root", "RCPT TO:bob", "DATA", "."):
+                client.ask(line, "250|354")
+        [(stem, _)] = relay.delivering.spool.names()
+        record = relay.delivering.spool.load(stem)
+        assert (record.reverse_path, record.recipients[0].address) == ("root@relay.test", "bob@relay.test")
+
+
+@pytest.mark.parametrize("settings, client, want", [
+    ({"SMTP_ALLOW_NETWORKS": "loopback 198.51.100.0/24"}, FAR, "250"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY}, FAR, "501"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY}, "127.0.0.1", "250"),
+])  # fmt: skip
+def test_lenience_is_for_loopback_and_named_networks(start: Any, settings: dict[str, str], client: str, want: str) -> None:
+    with Visitor(start(SMTP_LENIENT="1", **settings), client) as visitor:
+        visitor.ask("HELO", want)
+
+
+MENDED = [  # content as it is on the wire, without its end; as it is kept
+    (b"a\nb\r\n", b"a\r\nb\r\n"), (b"a\rb\r\n", b"a\r\nb\r\n"), (b"a\r\r\n\n\r\n", b"a\r\n\r\n\r\n\r\n"),
+    (b"a\n.\nMAIL FROM:<>\r\n", b"a\r\n.\r\nMAIL FROM:<>\r\n"), (b"a\n.\r\nQUIT\r\n", b"a\r\n.\r\nQUIT\r\n"),
+    (b"a\r.\rQUIT\r\n", b"a\r\n.\r\nQUIT\r\n"), (b"a\r\n.\nQUIT\r\n", b"a\r\n.\r\nQUIT\r\n"),
+    (b"a\r\n.\r\r\nQUIT\r\n", b"a\r\n.\r\n\r\nQUIT\r\n"), (b".\nQUIT\r\n", b".\r\nQUIT\r\n"),
+    (b"a\n..b\n...\n..\r\n", b"a\r\n.b\r\n..\r\n.\r\n"), (b"..a\r\n..\r\n", b".a\r\n.\r\n"), (b"\n", b"\r\n"),
+]  # fmt: skip
+
+
+def test_bare_line_ends_are_mended_where_that_is_wanted_and_smuggle_nothing(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = start(SMTP_LENIENT="1", SMTP_DELIVERY="relay", **h.settings(SMTP_RELAY_TLS="none", SMTP_RELAY_REPAIR="0"))
+    with hello(relay) as client:
+        for content, kept in MENDED:
+            for seed in range(4):
+                taken = len(h.messages)
+                client.envelope()
+                client.ask("DATA", "354")
+                client.send(content + (b".\r\n" if content.endswith(b"\r\n") else b"\r\n.\r\n"), random.Random(seed))
+                assert client.reply().startswith("250 2.0.0"), content
+                client.ask("NOOP", "250 2.0.0 Ok")
+                wait_until(functools.partial(lambda n: len(h.messages) > n, taken))
+                kept_here = kept if content.endswith(b"\r\n") else kept + b"\r\n"
+                assert h.messages[taken].content.endswith(b"\r\n" + kept_here), (content, h.messages[taken])
+        client.envelope()
+        client.send(b"BDAT 4\r\na\nb\rBDAT 2 LAST\r\n\nc")
+        assert [client.reply()[:3] for _ in range(2)] == ["250", "250"]
+        wait_until(lambda: h.messages[-1].content.endswith(b"a\r\nb\r\nc\r\n"))
+    assert len(h.messages) == 4 * len(MENDED) + 1
 
 
 ADMITTED: list[tuple[list[bytes], int, str]] = [  # blocks, recipients, what a session would say
