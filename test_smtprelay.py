@@ -11061,7 +11061,7 @@ def test_imports_are_the_standard_library_alone() -> None:
     if sys.version_info >= (3, 10):
         assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == set()
     inner = {alias.name for node in imports if node.col_offset for alias in node.names}
-    assert inner == {"ctypes", "difflib", "getpass", "urllib.request", "zoneinfo"}  # what few starts ever need
+    assert inner == {"ctypes", "difflib", "getopt", "getpass", "urllib.request", "zoneinfo"}  # what few starts ever need
 
 
 def test_keys_of_tables_are_unique() -> None:
