@@ -362,6 +362,7 @@ class Message:
     last_error: str = ""
     history: list[dict[str, str]] = field(default_factory=list)
     finished_at: str = ""
+    owed: str = ""  # what is still to be done here, and why it was not: a report, a record
     v: int = 1
     ret: str = ""
     envid: str = ""
@@ -1187,7 +1188,7 @@ METRICS = (
     Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
 )
 # Not shown: what the halves tell each other by the same means.
-SIGNALS = ("owed_bytes", "rescan", "alive", "heard", "started", "fault_changes", "deaths")
+SIGNALS = ("owed_bytes", "alive", "started", "fault_changes")
 
 
 def metric_cells() -> dict[tuple[str, str], int]:
@@ -2372,7 +2373,7 @@ class FileSpool:
 
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
-        stem, end = message.stem, DONE_NAMES.get(message.status, ".json")
+        stem, end = message.stem, ".json" if message.owed else DONE_NAMES.get(message.status, ".json")
         data = self.sealer.seal(message.to_json(), stem + ".json")
         if end != ".json":  # torn or not, its name says all that counts
             write_file(self.path(stem + end), data)
@@ -2567,8 +2568,8 @@ class MemorySpool:
 
     def names(self) -> Iterator[tuple[str, Status | None]]:
         for stem, record in sorted(self.records.items()):
-            status = Message.from_json(record).status
-            yield stem, status if status in FINISHED else None
+            message = Message.from_json(record)
+            yield stem, message.status if message.status in FINISHED and not message.owed else None
 
     def content(self, stem: str) -> BinaryIO:
         file = io.BytesIO(self.contents[stem])
@@ -3880,9 +3881,9 @@ class Scheduler:
         with self.changed:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
-    def knows(self, stem: str) -> bool:
-        """Tell whether a message waits anywhere."""
-        return stem in self.waiting
+    def waits(self, stem: str, lane: str) -> bool:
+        """Tell whether a message waits for a next hop."""
+        return lane in self.waiting.get(stem, NOWHERE)
 
     def __len__(self) -> int:
         with self.changed:
@@ -5260,8 +5261,7 @@ def domain_of(address: str) -> str:
 # What failed for good is told to its sender, once for each recipient, though
 # others may still be owed the message: a multipart/report (RFC 3464, 6522) of
 # words for people, fields for programs, and the original's headers. Called by
-# the delivery thread that has the message; pure but for ReportCap, whose lock is
-# a leaf.
+# the delivery thread that has the message; pure.
 #
 # Addresses, replies and headers come from strangers, so header_line writes every
 # field: nothing unprintable, at most 900 octets, folded at spaces alone.
@@ -5273,7 +5273,8 @@ def domain_of(address: str) -> str:
 # Otherwise all its fields are ASCII.
 
 REPORTED = "report sent"  # the detail in a record's history
-REPORT_RECIPIENTS_MAX, REPORTS_AN_HOUR = 500, 100
+REPORTS_PUT_OFF = "the report is put off: as many as may went out within the hour"
+REPORT_RECIPIENTS_MAX = 500
 REPORT_HEAD_MAX = 64 * KIB
 REPORT_FULL_MAX = MIB  # RET=FULL beyond it gets the headers alone
 FIELD_MAX, REPLY_MAX = 900, 600  # octets; a line has 998 at most (RFC 5322 2.1.1)
@@ -5322,18 +5323,20 @@ def failed(recipients: Iterable[Recipient]) -> list[Recipient]:
     return [r for r in recipients if r.status is Status.FAILED]
 
 
-def build_report(message: Message, original: bytes, hostname: str, now: datetime.datetime) -> bytes:
+def build_report(message: Message, original: bytes, hostname: str, now: datetime.datetime,
+                 others: Sequence[Message] = ()) -> bytes:
     """Build the report to message.reverse_path, to be sent from the null sender.
 
     original is the message as it came, as far as REPORT_FULL_MAX and an octet; now is aware.
-    It goes back whole if RET=FULL asked for it and it is no longer. RFC 3464, 6522, 6533.
+    It goes back whole if RET=FULL asked for it and it is no longer. The recipients of `others`, from the same
+    sender, are told of with it. RFC 3464, 6522, 6533.
     """
-    told = wants_report(message)
+    told = [r for m in (message, *others) for r in wants_report(m)]
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
     earlier = sum(r.reported for r in message.recipients)
     parts = (
-        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname)),
+        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname, others)),
         mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
         returned_part(message, original),
     )
@@ -5353,10 +5356,13 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     return header_lines(head, utf8) + b"".join(opening + part for part in parts) + closing
 
 
-def report_text(message: Message, told: Sequence[Recipient], hostname: str) -> bytes:
+def report_text(message: Message, told: Sequence[Recipient], hostname: str, others: Sequence[Message]) -> bytes:
     """Tell a person who did not get the message, why, what to do."""
     lines = [f"This is the mail server {hostname}.", "",
              f"It is about your message of {mail_time(message.received_at)} ({message.size} octets)."]
+    if others:
+        ids = ", ".join(m.id for m in others)
+        lines += [*wrapped(f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."), ""]
     lost, passed = failed(told), [r for r in told if r.status is Status.FORWARDED]
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
@@ -5478,25 +5484,6 @@ def mail_time(received_at: str) -> str:
         return email.utils.format_datetime(at)
     except ValueError:
         return ""
-
-
-class ReportCap:
-    """Allows at most so many reports in any hour, on any thread; its lock is a leaf."""
-
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock, self._clock, self._limit = threading.Lock(), clock, limit
-        self._sent: collections.deque[float] = collections.deque()
-
-    def take(self) -> bool:
-        """Count one more report; false if it is one too many and must not be sent."""
-        with self._lock:
-            now = self._clock()
-            while self._sent and now - self._sent[0] >= 3600:
-                self._sent.popleft()
-            allowed = len(self._sent) < self._limit
-            if allowed:
-                self._sent.append(now)
-            return allowed
 
 
 # === 15 FAULTS ===============================================================
@@ -5708,6 +5695,8 @@ HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PAT
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LINK_LINE = len(stem_of("0" * 16, "")) + 1
+LINK_FULL = 15 * KIB  # octets; the smallest pipes in use hold 16 KiB
+LOOK = "="  # a mark: look through the spool
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
@@ -5740,8 +5729,8 @@ def descriptors(wanted: int = 0) -> int:
 class Link:
     """A pipe that carries stems from the receiving half to the delivering half.
 
-    Writes are atomic and never block: when the pipe is full, a shared counter tells the
-    reader to look through the spool instead.
+    Writes are atomic and never block. A stem that finds no room lies in the spool, and whoever reads the pipe is
+    told to look there (LOOK) when it was as good as full.
     """
 
     def __init__(self) -> None:
@@ -5749,19 +5738,16 @@ class Link:
         os.set_blocking(self.writer, False)
 
     def announce(self, stem: str, owed: bool = True) -> bool:
-        """Send a stem; False when there is no room, or nobody to hear it. Its record says whether it is owed."""
+        """Send a stem; False when there is no room, or nobody to hear it."""
         try:
             return os.write(self.writer, stem.encode() + b"\n") > 0
         except OSError:
             return False
 
-    def mark(self, name: str) -> None:
-        """Send a mark through the pipe: it comes out when all that was announced before has."""
-        with contextlib.suppress(OSError):
-            os.write(self.writer, b"=" + name.encode() + b"\n")
+    mark = announce  # comes out when all that was announced before has
 
-    def stems(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
-        """Yield new stems as they come, until the writing end is closed; none, while it is quiet and
+    def lines(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
+        """Yield stems and marks as they come, until the writing end is closed; none, while it is quiet and
         the reader has something else to do."""
         rest, quiet, came = b"", select.poll(), 0.0
         quiet.register(self.reader, select.POLLIN)
@@ -5769,22 +5755,17 @@ class Link:
             if has_else() and not quiet.poll(1000 * LINK_QUIET):
                 yield []
                 continue
+            waiting = int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder)
             block = os.read(self.reader, 1000 * LINK_LINE)
             if not block:
                 break
             *lines, rest = (rest + block).split(b"\n")
-            yield [line.decode() for line in lines]
+            yield [*(line.decode() for line in lines), *([LOOK] if waiting >= LINK_FULL else [])]
             last, came = came, time.monotonic()
             if came - last < 2 * LINK_QUIET:  # they come fast: to be woken for each would cost both sides
                 time.sleep(LINK_QUIET)
         reader, self.reader = self.reader, -1
         os.close(reader)
-
-    def waiting(self) -> int:
-        """Return how many stems are in the pipe."""
-        if self.reader < 0:
-            return 0
-        return int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder) // LINK_LINE
 
     def close(self) -> None:
         """End the pipe, once: its number may soon be somebody else's."""
@@ -5821,6 +5802,7 @@ class Reception:
         self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked, self.has_free_space = -math.inf, True
+        self.unheard_until = 0.0  # who delivers is behind: how much is owed is not known
         self.pick = 0  # the processor that a crowd of sessions keeps to
         self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
 
@@ -5896,11 +5878,12 @@ class Reception:
 
     def has_room(self, size: int) -> bool:
         """Tell whether the spool can take a message of so many octets; its file system is asked ten times a second."""
-        s, m, now = self.settings, self.metrics, time.monotonic()
-        if (0 < s.queue_size <= m.get("smtp_queue_depth")
-                or 0 < s.spool_max_messages <= m.get("smtp_queue_depth")
-                or 0 < s.spool_max_size < m.get("owed_bytes") + size):
-            return False
+        s, now = self.settings, time.monotonic()
+        if s.queue_size or s.spool_max_messages or s.spool_max_size:
+            owed = self.metrics.get("smtp_queue_depth")
+            if (0 < s.queue_size <= owed or 0 < s.spool_max_messages <= owed or now < self.unheard_until
+                    or 0 < s.spool_max_size < self.metrics.get("owed_bytes") + size):
+                return False
         if now - self.free_checked > 0.1:
             self.has_free_space, self.free_checked = self.spool.free() >= s.spool_min_free, now
         return self.has_free_space
@@ -5952,10 +5935,8 @@ class Reception:
         self.metrics.inc("smtp_bytes_received_total", size)
         if owed:
             self.metrics.inc("smtp_messages_queued_total")
-            self.metrics.inc("smtp_queue_depth")
-            self.metrics.inc("owed_bytes", size)
         if not self.announce(stem, owed):
-            self.metrics.inc("rescan")
+            self.unheard_until = time.monotonic() + 1.0
         self.audit.write("accepted", id=draft.id, client=envelope.client, user=envelope.user, size=size,
                          sender=envelope.reverse_path, recipients=envelope.recipients)
         self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
@@ -10635,10 +10616,12 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 
 SWEEP_EVERY = 1.0
 LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
-WRITE_AGAIN = 5.0  # seconds until a record that could not be written is tried again
+WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
 BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
+REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
+MISSED_MOST = 3  # messages in a row that a next hop left unanswered: then it is its own trouble
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
@@ -10650,7 +10633,7 @@ class Delivering:
                  own: Sequence[int] = (), submit: Sequence[socket.socket] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
-        self.look_at = time.monotonic() + LOOK_EVERY
+        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
         reception.announce = self.adopt  # what this half makes itself needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, 0
         self.scheduler = Scheduler(settings)
@@ -10660,24 +10643,27 @@ class Delivering:
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web: list[socketserver.TCPServer] = [HttpServer(sock, self) for sock in http]
+        self.web: list[HttpServer | SubmitServer] = [HttpServer(sock, self) for sock in http]
         self.web += [SubmitServer(sock, reception, self.postmaster) for sock in submit]
         self.threads: list[threading.Thread] = []
-        self.rescans = self.beside = self.deaths = self.seen_announced = 0.0
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
-        self.on_shelf = 0
-        self.reports = ReportCap(REPORTS_AN_HOUR)
+        self.owed: dict[str, tuple[float, int]] = {}  # only where SMTP_SPOOL_MAX_SIZE asks for their octets
+        self.octets = self.octets_owed = 0
         self.sidecars: collections.deque[str] = collections.deque()
         self.unwritten: dict[str, Message] = {}  # stem: what an attempt changed and the disk has not taken
+        self.stumbles: dict[str, tuple[int, str, float]] = {}  # stem: how often, over what, until when
+        self.missed: dict[str, set[str]] = {}  # lane: messages in a row that got no answer
+        self.reports: collections.deque[float] = collections.deque()  # when each of the last hour's went out
+        self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
-        self.take_stock()
+        self.beside = self.spooled_beside()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
             jobs.append(("webhook", functools.partial(run_webhook, self)))
@@ -10708,116 +10694,26 @@ class Delivering:
             if thread.name.startswith(("worker", "sweeper")):
                 thread.join(max(0.0, end - time.monotonic()))
         for message in list(self.unwritten.values()):
-            self.write_down(message)
+            with contextlib.suppress(OSError):
+                self.spool.save(message)
         self.delivery.stop()
 
     # -- what comes in --
 
     def read(self) -> None:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
-        self.find_all()
-        for stems in self.link.stems(lambda: bool(self.sidecars)):
+        while not self.stopping.is_set():
             try:
-                if stems:
-                    self.hear_all(stems)
-                else:
-                    self.write_sidecar()
-            except Exception as e:
-                self.log.bug("intake_bug", e)
-
-    def hear_all(self, stems: Sequence[str]) -> None:
-        """Take in what came through the Link at once; then tell those who wait for a mark that all before it is in."""
-        for stem in (s for s in stems if not s.startswith("=")):
-            try:
-                self.hear(stem)
-            except Exception as e:
-                self.log.bug("intake_bug", e, stem=stem)
-        self.show_depth()
-        self.make_room()
-        for mark in (s for s in stems if s.startswith("=")):
-            self.marks.pop(mark, threading.Event()).set()
-
-    def catch_up(self) -> None:
-        """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
-        if self.stopping.is_set():
-            return
-        name = secrets.token_hex(8)
-        seen = self.marks["=" + name] = threading.Event()
-        self.link.mark(name)
-        if not seen.wait(1.0):
-            self.marks.pop("=" + name, None)
-
-    def hear(self, stem: str) -> None:
-        """Take in what came through the Link, unless it has been found in the spool before."""
-        owed = self.settings.delivery != "hold"
-        if owed:
-            self.metrics.inc("heard")
-        if len(stem) != LINK_LINE - 1:  # what a half that died has left of a line
-            return
-        known = self.inbox.last
-        sequence = self.inbox.add(stem)
-        if sequence > known:
-            self.take_in(stem, owed, sequence)
-
-    def take_in(self, stem: str, owed: bool, sequence: int = 0) -> None:
-        """Take a message that has just been received, or that this half has made."""
-        if owed:
-            self.scheduler.put(stem, self.delivery.lane(), fresh=True)
-        else:
-            size = self.spool.size(stem) if self.settings.spool_max_size else 0
-            self.shelve(self.held, stem, time.time(), size)
-            self.sidecars.append(stem)
-        self.tell("received", stem, sequence or self.inbox.add(stem))
-
-    def write_sidecar(self) -> None:
-        """Write the first record of a held message, which can wait: it says nothing that the .eml does not."""
-        try:
-            self.spool.save_first(self.spool.load(self.sidecars.popleft()))
-        except (KeyError, OSError, SpoolError) as e:
-            self.log.debug("sidecar_not_written", error=e)
-
-    def tell(self, kind: str, stem: str, sequence: int = 0, detail: str = "") -> None:
-        """Publish an event in the life of a message."""
-        now = time.time()
-        self.hours[int(now // 3600), kind] += 1
-        if self.feed.listeners:
-            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
-
-    def show_depth(self) -> None:
-        """Publish how many messages are owed; those on their way through the Link are counted apart."""
-        self.metrics.set("smtp_queue_depth", len(self.scheduler) - self.metrics.own("heard"))
-
-    def take_stock(self) -> None:
-        """Begin the gauges anew: what this half had counted before it died is found in the spool again."""
-        m = self.metrics
-        self.rescans, self.beside, self.deaths = m.get("rescan"), self.spooled_beside(), m.get("deaths")
-        self.count_heard()
-        self.forget_octets()
-
-    def announced(self) -> float:
-        """Return how many messages the receiving half has counted, to announce them by the Link."""
-        return self.metrics.get("smtp_queue_depth") - self.metrics.own("smtp_queue_depth")
-
-    def count_heard(self) -> None:
-        """Set how many messages have come through the Link: those announced, but for what is still in it.
-
-        Where mail is held, none is counted, whatever is in the Link.
-        """
-        self.metrics.set("heard", max(self.announced() - self.link.waiting(), 0))
-
-    def forget_octets(self) -> None:
-        """Set the octets owed to none, whoever counted them."""
-        self.metrics.set("owed_bytes", self.metrics.own("owed_bytes") - self.metrics.get("owed_bytes"))
-
-    def find_all(self) -> None:
-        """Look through the spool, however often that takes."""
-        while True:
-            try:
-                return self.find()
+                self.find()
+                break
             except Exception as e:
                 self.log.bug("find_bug", e)
-            if self.stopping.wait(WRITE_AGAIN):
-                return
+                self.stopping.wait(WRITE_AGAIN)
+        for lines in self.link.lines(lambda: bool(self.sidecars)):
+            try:
+                self.hear(lines) if lines else self.write_sidecar()
+            except Exception as e:
+                self.log.bug("intake_bug", e)
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
@@ -10827,91 +10723,125 @@ class Delivering:
                 self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None and stem not in self.held:
                 owed.append(stem)
-            elif done:
+                self.weigh(stem)
+            elif done and stem not in self.finished:
                 with contextlib.suppress(OSError, KeyError):
-                    self.shelve(self.finished, stem, *self.spool.finished(stem, done))
+                    self.shelve(stem, self.finished, *self.spool.finished(stem, done))
         self.scheduler.put_all(owed, UNREAD)
-        self.show_depth()
+        self.show_depth(len(self.scheduler))
         if owed:
             self.log.info("queue_found", messages=len(owed))
 
+    def hear(self, lines: Sequence[str]) -> None:
+        """Take in what came through the Link; then tell those who wait for a mark that all before it is in."""
+        known = self.inbox.last
+        new = [line for line in lines if len(line) == LINK_LINE - 1 and self.inbox.add(line) > known]
+        self.take_in(new, self.settings.delivery != "hold")  # not what has been found in the spool before
+        for mark in (line for line in lines if line.startswith("=")):
+            if mark == LOOK:
+                self.look_at = 0.0
+            self.marks.pop(mark, threading.Event()).set()
+
+    def adopt(self, stem: str, owed: bool) -> bool:
+        """Take in a message that has come in by this half."""
+        self.inbox.add(stem)
+        self.take_in([stem], owed)
+        return True
+
+    def take_in(self, stems: Sequence[str], owed: bool) -> None:
+        """Queue messages that are new, or hold them."""
+        for stem in stems:
+            if owed:
+                self.weigh(stem)
+            else:
+                self.shelve(stem, self.held, time.time(), self.spool.size(stem) if self.settings.spool_max_size else 0)
+                self.sidecars.append(stem)
+            self.tell("received", stem, "", self.inbox.add(stem) if self.feed.listeners else 0)
+        if owed:
+            self.scheduler.put_all(stems, self.delivery.lane(), fresh=True)
+        self.show_depth(len(self.scheduler))
+        self.make_room()
+
+    def catch_up(self) -> None:
+        """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
+        if not self.stopping.is_set():
+            mark = f"={secrets.token_hex(8)}"
+            seen = self.marks[mark] = threading.Event()
+            self.link.mark(mark)
+            if not seen.wait(1.0):
+                self.marks.pop(mark, None)
+
+    def write_sidecar(self) -> None:
+        """Write the first record of a held message, which can wait: it says nothing that the .eml does not."""
+        try:
+            self.spool.save_first(self.spool.load(self.sidecars.popleft()))
+        except (KeyError, OSError, SpoolError) as e:
+            self.log.debug("sidecar_not_written", error=e)
+
+    def tell(self, kind: str, stem: str, detail: str = "", sequence: int = 0) -> None:
+        """Publish an event in the life of a message."""
+        now = time.time()
+        self.hours[int(now // 3600), kind] += 1
+        if self.feed.listeners:
+            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
+
     # -- what is kept --
 
-    def hold(self, message: Message, reason: str = "") -> Again:
-        """Keep a message until someone releases it."""
-        if message.status is not Status.HELD:
-            message.move(Status.HELD, reason)
-        for r in message.pending():
-            r.status = Status.HELD
-        self.shelve(self.held, message.stem, time.time(), message.size)
-        return self.write_down(message)
+    def show_depth(self, owed: int) -> None:
+        """Publish how many messages are owed, for sessions to know whether there is room for more."""
+        self.metrics.set("smtp_queue_depth", owed)
+        self.metrics.set("owed_bytes", self.octets_owed)
 
-    def shelve(self, shelf: dict[str, tuple[float, int]], stem: str, at: float, size: int) -> None:
-        """Note a message that nobody is owed, with its time and size, to be removed when it must go."""
+    def weigh(self, stem: str) -> None:
+        """Note the octets of a message that is owed, where their sum matters."""
+        if self.settings.spool_max_size and stem not in self.owed:
+            with contextlib.suppress(OSError, KeyError):
+                self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
+
+    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0, size: int = 0) -> None:
+        """Note where a message lies now (nowhere: None), since when and with how many octets."""
         with self.lock:
-            if stem not in shelf:
-                shelf[stem] = (at, size)
-                self.on_shelf += size
-
-    def is_shelved(self, stem: str) -> bool:
-        """Tell whether a message is known to be held or finished."""
-        return stem in self.held or stem in self.finished
-
-    def unshelve(self, stem: str) -> None:
-        """Forget that nobody is owed a message."""
-        with self.lock:
-            for shelf in (self.finished, self.held):
-                self.on_shelf -= shelf.pop(stem, (0.0, 0))[1]
+            for other in (self.owed, self.held, self.finished):
+                if stem in other:
+                    octets = other.pop(stem)[1]
+                    self.octets -= octets
+                    self.octets_owed -= octets if other is self.owed else 0
+            if shelf is not None:
+                shelf[stem] = at, size
+                self.octets += size
+                self.octets_owed += size if shelf is self.owed else 0
 
     def make_room(self) -> None:
         """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
-        with self.lock:
-            over = self.past_keep() + self.past_limits()
-        for stem in over:
+        s, over, latest = self.settings, [], time.time() - self.settings.keep
+        many = 0
+        if s.spool_max_messages:
+            in_hand = [*self.scheduler.active]  # one that is being held or finished just now counts once
+            many = len(self.scheduler) - sum(stem in self.held or stem in self.finished for stem in in_hand)
+        for shelf in (self.finished, self.held) if s.delivery == "hold" else (self.finished,):
+            while shelf:
+                with self.lock:
+                    stem, (at, _) = next(iter(shelf.items()), ("", (math.inf, 0)))
+                    total = many + len(self.finished) + len(self.held)
+                if not (shelf is self.finished and max(at, self.clock_set) < latest
+                        or 0 < s.spool_max_messages < total or 0 < s.spool_max_size < self.octets):
+                    break
+                self.shelve(stem, None)
+                over.append(stem)
+        for stem in filter(None, over):
             try:
                 self.remove(stem)
             except OSError as e:
                 self.log.error("not_removed", stem=stem, error=e)
 
-    def octets_owed(self, stem: str) -> int:
-        """Return what a message adds to the octets owed; one on a shelf, nothing: it need not be read."""
-        if self.is_shelved(stem):
-            return 0
-        with contextlib.suppress(KeyError, OSError, SpoolError):
-            message = self.spool.load(stem)
-            return 0 if message.status in SETTLED else message.size
-        return 0
-
     def remove(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
+        self.shelve(stem, None)
         self.spool.remove(stem)
         self.unwritten.pop(stem, None)
         self.inbox.delete([stem[11:27]])
         self.log.info("removed", id=stem[11:27])
         self.tell("removed", stem)
-
-    def past_keep(self) -> list[str]:
-        oldest = time.time() - self.settings.keep
-        over = []
-        while self.finished and max(next(iter(self.finished.values()))[0], self.clock_set) < oldest:
-            over.append(next(iter(self.finished)))
-            self.on_shelf -= self.finished.pop(over[-1])[1]
-        return over
-
-    def past_limits(self) -> list[str]:
-        """Take from the shelf, finished messages first, until the spool is within its limits."""
-        s, over = self.settings, []
-        being_held = sum(map(self.is_shelved, [*self.scheduler.active]))
-        owed, octets = len(self.scheduler) - being_held, self.metrics.get("owed_bytes")
-        shelves: list[dict[str, tuple[float, int]]] = [self.finished]
-        if s.delivery == "hold":
-            shelves.append(self.held)
-        for shelf in shelves:
-            while shelf and (0 < s.spool_max_messages < owed + len(self.finished) + len(self.held)
-                             or 0 < s.spool_max_size < octets + self.on_shelf):
-                over.append(next(iter(shelf)))
-                self.on_shelf -= shelf.pop(over[-1])[1]
-        return over
 
     # -- workers --
 
@@ -10931,87 +10861,101 @@ class Delivering:
                 self.stopping.wait(SWEEP_EVERY)
 
     def work_at(self, task: Task) -> None:
-        """Do one task, come what may: a message that makes us stumble waits and is tried again."""
-        again: Again = self.settings.retry_max_delay
+        """Do one task, come what may: what makes us stumble waits as after any refusal, and says why."""
+        again: Again = None
         try:
-            again = self.read_task(task) if task.lane in LOCAL_LANES else self.deliver(task)
-        except KeyError as e:
-            if e.args != (task.stem,):
-                self.log.bug("delivery_bug", e, stem=task.stem)
-            else:  # removed while it waited
-                again = None
-                self.unwritten.pop(task.stem, None)
+            again = self.sort(task) if task.lane in LOCAL_LANES else self.deliver(task)
+            if self.stumbles:
+                self.stumbles.pop(task.stem, None)
         except (SpoolError, SealError) as e:
-            again = None
             self.spool.set_aside(task.stem + ".eml", str(e))
-        except OSError as e:
-            self.log.error("spool_error", stem=task.stem, error=e)
         except Exception as e:
-            self.log.bug("delivery_bug", e, stem=task.stem)
+            if isinstance(e, KeyError) and e.args == (task.stem,):  # removed while it waited
+                self.unwritten.pop(task.stem, None)
+            else:
+                again = self.stumble(task, e)
         finally:
-            self.scheduler.done(task, again)
-            self.show_depth()
+            self.show_depth(self.scheduler.done(task, again))
 
-    def read_task(self, task: Task) -> Again:
-        """Read a message known by name, and queue it where and when it is due."""
-        message = self.spool.load(task.stem)
-        new = message.status is Status.RECEIVED and "RELEASED" not in message.flags
-        if new and self.settings.delivery == "hold" or message.status is Status.HELD:
-            return self.hold(message, HELD_BY_MODE)
-        if message.status in FINISHED:
-            return None
-        if task.lane == UNREAD:
-            self.metrics.inc("owed_bytes", message.size)
-        wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
-        for lane in self.delivery.routes(message):
+    def stumble(self, task: Task, trouble: Exception) -> float:
+        """Note what kept a worker from a message, and return for how long it is left alone."""
+        times = self.stumbles.get(task.stem, (0,))[0] + 1
+        delay = backoff(self.settings, times, self.scheduler.rng)
+        self.stumbles[task.stem] = times, f"trouble here: {trouble}", time.time() + delay
+        if isinstance(trouble, OSError):
+            self.log.error("spool_error", stem=task.stem, error=trouble, seconds=round(delay, 1))
+        else:
+            self.log.bug("delivery_bug", trouble, stem=task.stem)
+        return delay
+
+    def sort(self, task: Task) -> Again:
+        """Do what a message's record says is owed here, and queue it for its next hops in time."""
+        stem = task.stem
+        message = self.unwritten.get(stem) or self.spool.load(stem)
+        if (message.status is Status.RECEIVED and self.settings.delivery == "hold" and "RELEASED" not in message.flags):
+            for r in message.pending():
+                r.status = Status.HELD
+            message.move(Status.HELD, HELD_BY_MODE)
+            self.wrap_up(message)
+        elif message.owed or stem in self.unwritten or message.status not in SETTLED and not message.pending():
+            self.wrap_up(message)
+        elif message.status is Status.HELD:
+            self.shelve(stem, self.held, time.time(), message.size)
+            self.spool.save_first(message)
+        elif message.status in FINISHED:
+            self.shelve(stem, self.finished, time.time(), message.size)
+        if message.pending():
+            wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
             delay = min(max(wait, 0.0), self.settings.retry_max_delay)
-            self.scheduler.put(task.stem, lane, delay, fresh=task.lane == UNSORTED)
+            for lane in self.delivery.routes(message):
+                if not self.scheduler.waits(stem, lane):
+                    self.scheduler.put(stem, lane, delay, fresh=task.lane == UNSORTED)
         return None
 
     def deliver(self, task: Task) -> Again:
-        """Make one attempt; return when to try again, or None when no more is owed in this lane."""
+        """Make one attempt; return when to try again in this lane, or None when no more is owed in it."""
         message, content = self.spool.fetch(task.stem)
         with content:
-            unwritten = self.unwritten.get(task.stem)
-            return self.deliver_message(unwritten or message, content, task, unwritten is not None)
-
-    def deliver_message(self, message: Message, content: BinaryIO, task: Task, unwritten: bool) -> Again:
-        if message.status in SETTLED:
-            return self.write_down(message) if unwritten else None
-        self.hold_back(message)
-        if not message.pending():
-            return self.finish(message)
-        owed = self.delivery.routes(message).get(task.lane)
-        if not owed:
-            return unwritten and self.write_down(message) or self.reroute(message, task)
-        if self.scheduler.is_throttled(task.lane) and self.is_too_old(message):
-            return self.expire(message, owed)
-        if message.status is not Status.FORWARDING:
-            message.move(Status.FORWARDING)
-        self.tell("forwarding", task.stem)
-        started = time.monotonic()
-        reached = functools.partial(self.scheduler.reached, task.lane)
-        attempt = self.delivery.attempt(message, task.lane, content, reached)
+            message = self.unwritten.get(task.stem, message)
+            for r in message.recipients if "RELEASED" not in message.flags else ():
+                if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
+                    r.status, r.reply = Status.HELD, HELD_BY_RULE
+            routes = self.delivery.routes(message)
+            owed = routes.get(task.lane)
+            if not owed:
+                return self.leave(message, task, routes)
+            if self.scheduler.is_throttled(task.lane) and self.is_too_old(message):
+                return self.expire(message, owed)
+            if message.status is not Status.FORWARDING:
+                message.move(Status.FORWARDING)
+            self.tell("forwarding", task.stem)
+            started = time.monotonic()
+            try:
+                attempt = self.delivery.attempt(message, task.lane, content,
+                                                functools.partial(self.scheduler.reached, task.lane))
+            except Exception as e:  # whatever it is, the message waits for itself, and not for longer than any
+                self.log.bug("attempt_bug", e, id=message.id)
+                trouble = Outcome(Status.RETRYING, Scope.MESSAGE, 0, f"trouble here: {e!r}")
+                attempt = Attempt({r.address: trouble for r in owed}, None, [])
+        if attempt.crowded:
+            room = self.scheduler.crowd(task.lane)
+            if room:
+                self.log.warn("next_hop_crowded", next_hop=task.lane, connections=room)
+            return 0.0
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
         if attempt.trouble:
             return self.host_trouble(message, task, attempt.trouble)
-        self.scheduler.release(task.lane)
         return self.settle(message, task, attempt)
 
-    def hold_back(self, message: Message) -> None:
-        """Hold recipients that SMTP_RELAY_ALLOWED_RECIPIENTS does not name, unless someone has released them."""
-        for r in message.pending() if "RELEASED" not in message.flags else ():
-            if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
-                r.status, r.reply = Status.HELD, HELD_BY_RULE
-
-    def reroute(self, message: Message, task: Task) -> Again:
+    def leave(self, message: Message, task: Task, routes: Mapping[str, Sequence[Recipient]]) -> Again:
         """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
-        lanes, delay = self.delivery.routes(message), self.settings.retry_max_delay
-        for lane in lanes:
-            self.scheduler.put(message.stem, lane, delay)
-        return delay if task.lane in lanes else None
+        if not message.pending() or task.stem in self.unwritten:
+            self.wrap_up(message)
+        for lane in routes if message.pending() else ():
+            self.scheduler.put(message.stem, lane, self.settings.retry_max_delay)
+        return None
 
     def is_too_old(self, message: Message) -> bool:
         """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
@@ -11026,151 +10970,187 @@ class Delivering:
         """Give up on recipients of a message that is too old; one not tried since it became so is tried first."""
         self.metrics.inc("smtp_messages_expired_total")
         too_late = f"not delivered within {self.settings.retry_max_age:g} seconds"
-        self.fail(message, recipients, f"{too_late}; {message.last_error}")
+        return self.fail(message, recipients, f"{too_late}; {message.last_error}")
+
+    def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> Again:
+        """Give up on recipients."""
+        for r in recipients:
+            r.status, r.reply = Status.FAILED, r.reply or reason
+        message.last_error = reason
         return self.wrap_up(message)
 
     def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
+        message.last_error = str(trouble)
         owed = self.delivery.routes(message).get(task.lane, [])
         for r in owed:
             r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
         if not self.settings.retry:
-            self.fail(message, owed, str(trouble))
-            return self.wrap_up(message)
+            return self.fail(message, owed, message.last_error)
         if self.is_too_old(message):
-            message.last_error = str(trouble)
             return self.expire(message, owed)
-        delay = self.scheduler.throttle(task.lane, str(trouble))
-        self.log.warn("next_hop_throttled", next_hop=task.lane, seconds=round(delay, 1), reason=trouble)
-        self.postpone(message, str(trouble), delay)
+        delay = self.throttle(task.lane, message.last_error)
+        self.postpone(message, delay)
         age = (time.time() - id_micros(message.id) / 1e6) * self.settings.time_scale
         return delay if age > self.settings.retry_max_age else 0.0  # released late: its lane would let it out
 
+    def throttle(self, lane: str, reason: str) -> float:
+        delay = self.scheduler.throttle(lane, reason)
+        self.log.warn("next_hop_throttled", next_hop=lane, seconds=round(delay, 1), reason=reason)
+        return delay
+
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
-        """Enter an attempt's outcomes into the record."""
+        """Enter an attempt's outcomes into the record; who was refused for now waits in each of their lanes."""
         tried = [r for r in message.pending() if r.address in attempt.outcomes]
+        refused, unanswered = [], bool(tried)
         for r in tried:
             o = attempt.outcomes[r.address]
             r.status, r.code, r.reply, r.host = o.status, o.code, o.reply, o.host
             r.ip, r.tls, r.verified, r.dsn = o.ip, o.tls, o.verified, o.dsn
             r.attempts += 1
-        message.attempts = max(r.attempts for r in message.recipients)
-        refused = [o for o in attempt.outcomes.values() if o.status is not Status.FORWARDED]
+            message.attempts = max(message.attempts, r.attempts)
+            refused += [o] if o.status is not Status.FORWARDED else []
+            unanswered = unanswered and o.status is Status.RETRYING and o.code in (0, 421) and bool(o.host)
         if refused:
-            worst = next((o for o in refused if o.status is Status.RETRYING), refused[0])  # why it is still here
             self.metrics.inc("smtp_delivery_failures_total")
-            message.last_error = str(worst)
+            message.last_error = str(next((o for o in refused if o.status is Status.RETRYING), refused[0]))
+        self.judge(task, unanswered, message.last_error)
         owed = [r for r in tried if r.status is Status.RETRYING]
-        if owed and (not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts):
-            self.fail(message, owed, f"{message.last_error} (attempt {message.attempts} was the last)")
-            owed = []
-        if owed and self.is_too_old(message):
+        if not owed:
+            return self.wrap_up(message)
+        if not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts:
+            return self.fail(message, owed, f"{message.last_error} (attempt {message.attempts} was the last)")
+        if self.is_too_old(message):
             return self.expire(message, owed)
-        return self.put_off(message, task, owed, len(owed) < len(tried)) if owed else self.wrap_up(message)
-
-    def put_off(self, message: Message, task: Task, owed: Sequence[Recipient], took_some: bool) -> Again:
-        """Let a message wait for those who refused it for now, in each of their lanes."""
-        self.report(message)
-        hurry = took_some and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10: in portions
-        delay = 0.0 if hurry else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
-        self.postpone(message, message.last_error, delay)
-        refused = {r.address for r in owed}
-        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused & {r.address for r in rs}]
+        portions = len(owed) < len(tried) and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10
+        delay = 0.0 if portions else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
+        self.postpone(message, delay)
+        refused_now = {r.address for r in owed}
+        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused_now & {r.address for r in rs}]
         for lane in lanes:
             if lane != task.lane:
                 self.scheduler.postpone(message.stem, lane, delay)
         return delay if task.lane in lanes else None
 
-    def postpone(self, message: Message, reason: str, delay: float) -> None:
+    def judge(self, task: Task, unanswered: bool, reason: str) -> None:
+        """Tell a message's trouble from its next hop's: one that leaves several in a row unanswered is throttled."""
+        if not unanswered:
+            self.missed.pop(task.lane, None)
+            self.scheduler.release(task.lane)
+            return
+        if len(self.missed) > 1000:
+            self.missed.clear()
+        missed = self.missed.setdefault(task.lane, set())
+        missed.add(task.stem)
+        if len(missed) >= MISSED_MOST or self.scheduler.is_throttled(task.lane):
+            self.throttle(task.lane, reason)
+
+    def postpone(self, message: Message, delay: float) -> None:
         """Write down that a message is to be tried again after so many seconds."""
-        message.last_error = reason
+        reason = message.last_error
         message.next_attempt_at = iso_time(time.time() + delay)
         message.move(Status.RETRYING, reason)
-        self.write_down(message)
         self.metrics.inc("smtp_messages_deferred_total")
-        self.tell("retrying", message.stem, 0, reason)
+        self.tell("retrying", message.stem, reason)
         self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
+        self.wrap_up(message)
 
-    def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> None:
-        """Give up on recipients."""
-        for r in recipients:
-            r.status, r.reply = Status.FAILED, r.reply or reason
-        message.last_error = reason
+    # -- what is owed here: reports, ends, records --
 
     def wrap_up(self, message: Message) -> Again:
-        """Write down what was done in this lane; finish the message when no other owes it."""
-        if not message.pending():
-            return self.finish(message)
-        self.report(message)
-        return self.write_down(message)
+        """Finish a message that nobody is owed, report on it, write its record. What cannot be done now is owed."""
+        stem, delay = message.stem, 0.0
+        if message.status not in SETTLED and not message.pending():
+            self.scheduler.drop(stem)
+            self.finish(message)
+        told = wants_report(message) if self.settings.bounce else []
+        try:
+            message.owed = ""
+            if told:
+                message.owed, delay = self.report(message, told)
+                if message.owed and message.status in FINISHED:
+                    message.next_attempt_at = iso_time(time.time() + delay)
+            self.spool.save(message)
+            self.unwritten.pop(stem, None)
+        except OSError as e:  # kept, so that nothing is sent twice
+            self.unwritten[stem], message.owed, delay = message, f"the record is not written: {e}", WRITE_AGAIN
+            self.log.error("record_not_written", id=message.id, error=e)
+        if delay:
+            self.scheduler.postpone(stem, UNREAD, delay)
+        elif message.status in SETTLED:
+            shelf = self.held if message.status is Status.HELD else self.finished
+            self.shelve(stem, shelf, time.time(), message.size)
+        return None
 
-    def finish(self, message: Message) -> Again:
-        """Write down that nobody is owed a message any more, or only those held back."""
-        self.scheduler.drop(message.stem)
-        self.metrics.inc("owed_bytes", -message.size)
+    def finish(self, message: Message) -> None:
+        """Say that nobody is owed a message any more, or only those held back."""
         if any(r.status is Status.HELD for r in message.recipients):
             self.log.info("held", id=message.id, reason=HELD_BY_RULE)
-            return self.hold(message, HELD_BY_RULE)
+            return message.move(Status.HELD, HELD_BY_RULE)
         failed = any(r.status is Status.FAILED for r in message.recipients)
-        status = Status.FAILED if failed else Status.FORWARDED
-        message.move(status, message.last_error if failed else "")
-        self.report(message)
+        status, detail = (Status.FAILED, message.last_error) if failed else (Status.FORWARDED, "")
+        message.move(status, detail)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
-        self.shelve(self.finished, message.stem, time.time(), message.size)
-        self.tell(status.value, message.stem, 0, message.last_error if failed else "")
-        self.reception.quotas.count(message.user, "failed" if failed else "sent")
-        self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
-                         recipients=[vars(r) for r in message.recipients])
+        self.tell(status.value, message.stem, detail)
         last = message.recipients[-1]
         self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply,
                       attempts=message.attempts)
-        return self.write_down(message)
+        self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
+                         recipients=[vars(r) for r in message.recipients])
+        self.reception.quotas.count(message.user, "failed" if failed else "sent")
 
-    def write_down(self, message: Message) -> Again:
-        """Write a record; one that the disk does not take is kept and tried again, so that nothing is sent twice."""
-        try:
-            self.spool.save(message)
-        except OSError as e:
-            self.unwritten[message.stem] = message
-            self.log.error("record_not_written", id=message.id, error=e)
-            return WRITE_AGAIN
-        self.unwritten.pop(message.stem, None)
-        return None
+    def report(self, message: Message, told: Sequence[Recipient]) -> tuple[str, float]:
+        """Tell a message's sender whom it did not reach (RFC 3464), once; or return why not yet, and for how long.
 
-    def report(self, message: Message) -> None:
-        """Send a message's sender a report on those it failed to reach (RFC 3464), once."""
-        told = wants_report(message)
-        if not self.settings.bounce or not told:
-            return
-        if not self.reports.take():
-            reason = f"{REPORTS_AN_HOUR} reports went out within the hour"
-            self.log.warn("report_not_sent", id=message.id, reason=reason)
-            return
+        Past the cap, what failed of one sender's messages goes into one report later.
+        """
+        now, others = time.monotonic(), []
+        with self.lock:
+            while self.reports and now - self.reports[0] >= 3600:
+                self.reports.popleft()
+            wait = 3600 - (now - self.reports[0]) if len(self.reports) >= REPORTS_AN_HOUR else 0.0
+            if wait:
+                self.late.setdefault(message.reverse_path, set()).add(message.stem)
+            else:
+                self.reports.append(now)
+                late = self.late.pop(message.reverse_path, set()) - {message.stem}
+        if wait:
+            self.log.warn("report_put_off", id=message.id, seconds=round(wait), reason=REPORTS_PUT_OFF)
+            return REPORTS_PUT_OFF, wait
+        tasks = [task for task in map(self.scheduler.seize, sorted(late)[:REPORTED_AT_ONCE]) if task]
         try:
-            id = self.send_report(message)
-        except (OSError, KeyError, Refused) as e:
-            self.log.error("report_failed", id=message.id, error=e)
-            return
+            for task in tasks:
+                with contextlib.suppress(KeyError, OSError, SpoolError):  # what cannot be read now reports for itself
+                    others.append(self.unwritten.get(task.stem) or self.spool.load(task.stem))
+            id = self.send_report(message, others)
+            for each in (message, *others):
+                for r in wants_report(each):
+                    r.reported = True
+                each.history.append({"at": iso_time(time.time()), "status": each.status.value, "detail": REPORTED})
+                self.log.info("reported", id=each.id, report=id)
+            self.unwritten.update((each.stem, each) for each in others)
+            return "", 0.0
         except Exception as e:
-            return self.log.bug("report_bug", e, id=message.id)
-        for r in told:
-            r.reported = True
-        message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
-        self.log.info("reported", id=message.id, report=id)
+            with self.lock:
+                self.reports.pop()
+            if isinstance(e, KeyError) and e.args == (message.stem,):
+                raise
+            if isinstance(e, (OSError, Refused)):
+                self.log.error("report_failed", id=message.id, error=e)
+                return f"the report is not written: {e}", WRITE_AGAIN
+            self.log.bug("report_bug", e, id=message.id)
+            return f"the report is not written: {e!r}", self.settings.retry_max_delay
+        finally:
+            for task in tasks:
+                self.scheduler.done(task, 0.0)
 
-    def adopt(self, stem: str, owed: bool) -> bool:
-        """Take in a message that has come in by this half."""
-        self.take_in(stem, owed)
-        self.show_depth()
-        self.make_room()
-        return True
-
-    def send_report(self, message: Message) -> str:
+    def send_report(self, message: Message, others: Sequence[Message]) -> str:
         """Put a report into the spool; return its id."""
         with self.spool.content(message.stem) as file:
             original = file.read(REPORT_FULL_MAX + 1)
-        data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc))
+        data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc),
+                            others)
         flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii()}
         return self.reception.admit(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(
             flag for flag, fits in flags.items() if fits), [message.reverse_path]), [data])
@@ -11178,7 +11158,7 @@ class Delivering:
     # -- what goes on beside --
 
     def sweep(self) -> None:
-        """Close idle connections, make room, look through the spool when the Link overflowed."""
+        """Close idle connections, make room, look through the spool when something may be in it unheard."""
         while not self.stopping.wait(SWEEP_EVERY):
             for job in (functools.partial(self.delivery.drop_idle, older_than=REUSE_IDLE), self.make_room,
                         self.look_again, self.watch_clock, self.renew, self.reception.quotas.save):
@@ -11196,27 +11176,16 @@ class Delivering:
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find what no Link has told of: it had no room, sendmail has spooled it itself, a receiving half has died."""
-        missed, beside = self.metrics.get("rescan") - self.rescans, self.spooled_beside()
-        deaths = self.metrics.get("deaths")
-        if missed or beside != self.beside or deaths != self.deaths or time.monotonic() > self.look_at:
-            self.look_at = time.monotonic() + LOOK_EVERY
-            self.find()
-            self.rescans, self.beside = self.rescans + missed, beside
-            if self.settings.delivery != "hold":  # held ones were never counted as owed
-                self.metrics.inc("heard", missed)
-        self.deaths, before, self.seen_announced = deaths, self.seen_announced, self.announced()
-        if before == self.seen_announced:  # none is on its way, so nothing that a death left in doubt
-            self.count_heard()
-        self.show_depth()
-        if self.metrics.get("smtp_queue_depth") <= 0:
-            self.forget_octets()
-
-    def renew(self) -> None:
-        """Renew the self-signed pair in time; sessions reread it."""
-        if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
-            self.renew_at = time.monotonic() + 3600
-            self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
+        """Find what no Link has told of: it was full, sendmail has spooled beside us, a receiving half has died."""
+        beside = self.spooled_beside()
+        if beside != self.beside or time.monotonic() > self.look_at:
+            self.look_at, self.beside = time.monotonic() + LOOK_EVERY, beside
+            try:
+                self.find()
+            except BaseException:
+                self.look_at = 0.0
+                raise
+        self.show_depth(len(self.scheduler))
 
     def spooled_beside(self) -> float:
         """Return when sendmail has last put a message into the spool itself."""
@@ -11224,6 +11193,12 @@ class Delivering:
             if isinstance(self.spool, FileSpool):
                 return os.stat(self.spool.path(ARRIVED)).st_mtime
         return 0.0
+
+    def renew(self) -> None:
+        """Renew the self-signed pair in time; sessions reread it."""
+        if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
+            self.renew_at = time.monotonic() + 3600
+            self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
 
     def flush(self) -> None:
         """Try everything now."""
@@ -11236,11 +11211,11 @@ class Delivering:
 
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue; `reason` says why it is still there."""
-    reason = m.history[-1]["detail"] if m.status is Status.HELD and m.history else m.last_error
+    held = m.history[-1]["detail"] if m.status is Status.HELD and m.history else ""
     return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
             "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
-            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error, "reason": reason,
-            "received_at": m.received_at}
+            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error,
+            "reason": m.owed or held or m.last_error, "received_at": m.received_at}
 
 
 class Postmaster:
@@ -11256,7 +11231,8 @@ class Postmaster:
     def load(self, id: str) -> Message:
         """Return the record of a message."""
         try:
-            return self.half.inbox.load(id)
+            stem = self.half.inbox.stem(id)
+            return self.half.unwritten.get(stem) or self.half.spool.load(stem)
         except (KeyError, FileNotFoundError):
             raise HttpError(404, f"message {id} not found") from None
 
@@ -11264,7 +11240,7 @@ class Postmaster:
         """Yield the records of those messages that can be read."""
         for stem in stems:
             try:
-                yield self.half.spool.load(stem)
+                yield self.half.unwritten.get(stem) or self.half.spool.load(stem)
             except (KeyError, OSError, SpoolError) as e:
                 self.half.log.debug("not_shown", stem=stem, error=e)
 
@@ -11272,7 +11248,12 @@ class Postmaster:
         """Return what is owed and what is held, oldest first, and the state of each next hop."""
         stems, hops = self.half.scheduler.snapshot(limit)
         held = itertools.islice(self.half.held.copy(), limit)
-        entries = list(map(queue_entry, self.records(dict.fromkeys([*stems, *held]))))
+        entries = []
+        for message in self.records(dict.fromkeys([*stems, *held])):
+            entries.append(queue_entry(message))
+            if message.stem in self.half.stumbles:
+                _, reason, due = self.half.stumbles[message.stem]
+                entries[-1].update(reason=reason, next_attempt_at=iso_time(due))
         return {"messages": [e for e in entries if e["status"] is not Status.HELD],
                 "held": [e for e in entries if e["status"] is Status.HELD],
                 "total": len(self.half.scheduler), "next_hops": hops}
@@ -11283,17 +11264,17 @@ class Postmaster:
         A message that is held is released, one that has failed is owed again.
         """
         d = self.half
-        if id in ("all", "held"):
-            stems = [*d.scheduler.snapshot(sys.maxsize)[0], *d.held.copy()] if id == "held" or not d.threads else []
-            if id == "held":
-                held = [m.stem for m in self.records(stems) if m.status is Status.HELD]
-                self.must_have_somewhere()
-                return sum(self.owe_again(stem, Status.HELD, "released") for stem in held)
+        if id == "held":
+            self.must_have_somewhere()
+            stems = d.held.copy() if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
+            held = [m.stem for m in self.records(stems) if m.status is Status.HELD]
+            return sum(self.owe_again(stem, Status.HELD, "released") for stem in held)
+        if id == "all":
             d.flush()
-            owed = [m for m in self.records(stems) if m.status is not Status.HELD]
-            for message in owed:
-                self.note_due(message)
-            return len(owed) or len(d.scheduler)
+            if d.threads:
+                return len(d.scheduler)
+            stems = d.scheduler.snapshot(sys.maxsize)[0]
+            return sum(self.note_due(m) for m in self.records(stems) if m.status is not Status.HELD)
         message = self.load(id)
         if message.status is Status.FORWARDED:
             raise HttpError(409, "it was forwarded already; release it to send a copy")
@@ -11304,15 +11285,16 @@ class Postmaster:
         else:
             d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
             d.scheduler.hurry(message.stem)
-            self.note_due(message)
-            d.show_depth()
+            if not d.threads:
+                self.note_due(message)
         return 1
 
-    def note_due(self, message: Message) -> None:
+    def note_due(self, message: Message) -> bool:
         """Where no relay runs, write down that a message is due."""
-        if message.next_attempt_at and not self.half.threads:
+        if message.next_attempt_at:
             message.next_attempt_at = ""
             self.half.spool.save(message)
+        return True
 
     @property
     def can_release(self) -> bool:
@@ -11351,17 +11333,18 @@ class Postmaster:
         if not task:
             return False
         try:
-            message = d.spool.load(stem)
+            message = d.unwritten.get(stem) or d.spool.load(stem)
             if message.status is status:
-                d.unshelve(stem)
+                d.shelve(stem, None)
+                d.weigh(stem)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is status else r.status
                 message.move(Status.RETRYING, detail)
-                message.next_attempt_at = message.finished_at = ""
+                message.next_attempt_at = message.finished_at = message.owed = ""
                 d.spool.reopen(message)
+                d.unwritten.pop(stem, None)
         finally:
-            d.scheduler.done(task, 0.0)  # the worker that reads it next knows what to do
-            d.show_depth()
+            d.show_depth(d.scheduler.done(task, 0.0))  # the worker that reads it next knows what to do
         return True
 
     def remove(self, ids: list[str] | None) -> None:
@@ -11375,12 +11358,9 @@ class Postmaster:
                     busy.append(id)
                     continue
                 try:
-                    d.metrics.inc("owed_bytes", -d.octets_owed(stem))
-                    d.unshelve(stem)
                     d.remove(stem)
                 finally:
-                    d.scheduler.done(task)
-        d.show_depth()
+                    d.show_depth(d.scheduler.done(task))
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 
@@ -11613,7 +11593,7 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
-                    self.parts.metrics.inc("deaths")
+                    self.parts.link.mark(LOOK)  # it may have kept a message and told nobody
                     signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:
@@ -12374,7 +12354,7 @@ def queue_line(row: Mapping[str, Any]) -> str:
     """Return what is shown of a message in the queue: a line, and why it is still there."""
     age = time_shown(time.time() - unix_time(row["received_at"]))
     due = unix_time(row.get("next_attempt_at") or "") - time.time()
-    when = f"due in {time_shown(due)}" if row["status"] == "retrying" and due > 0 else ""
+    when = f"due in {time_shown(due)}" if due > 0 else ""
     to = ", ".join(row["recipients"])
     status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
     line = f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}"

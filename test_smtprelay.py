@@ -2655,6 +2655,7 @@ def test_a_full_spool_says_452(start: Callable[..., Any], settings: dict[str, st
     with hello(relay) as client:
         for _ in range(fit):
             assert client.mail(b"x" * 4000 + b"\r\n").startswith("250")
+        relay.delivering.catch_up()  # what is on its way to the other half is not counted
         answer = client.ask("MAIL FROM:<ann@client.test> SIZE=5000")
         if answer.startswith("250"):
             client.ask("RCPT TO:<bob@hop.test>")
@@ -5839,17 +5840,6 @@ def test_wants_report(record: smtprelay.Message, count: int) -> None:
     assert len(smtprelay.wants_report(record)) == count
 
 
-def test_cap_allows_so_many_an_hour() -> None:
-    now = [0.0]
-    cap = smtprelay.ReportCap(2, lambda: now[0])
-    assert [cap.take(), cap.take(), cap.take()] == [True, True, False]
-    now[0] = 3599.0
-    assert not cap.take()
-    now[0] = 3600.0
-    assert [cap.take(), cap.take(), cap.take()] == [True, True, False]
-    assert not smtprelay.ReportCap(0).take()
-
-
 # === FAULTS ==================================================================
 # -- scripted failures --
 
@@ -6539,6 +6529,7 @@ def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: An
             client.ask("RCPT TO:<bob@hop.test>", "250")
             client.ask("DATA", "354")
         assert first.ask("hello\r\n.").startswith("250")
+        relay.delivering.catch_up()
         assert second.ask("hello\r\n.").startswith("452 4.3.1")
         second.ask("NOOP", "250")
 
@@ -9322,7 +9313,7 @@ def test_a_running_relay_finds_what_was_spooled_beside_it(env: dict[str, str], t
     with smtprelay.start(
         SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool"), SMTP_RELAY_HOST=free_place()
     ) as relay:
-        wait_until(lambda: relay.delivering.rescans == 0.0)
+        relay.delivering.catch_up()
         run_command(
             "sendmail",
             "bob",
@@ -10103,13 +10094,11 @@ def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) ->
     stem = spooled_in_review(d.spool)
     d.find()  # as after an overflow of the Link, or another's sendmail
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
-    d.metrics.inc("smtp_queue_depth")  # as the session does
     relay.parts.link.announce(stem)
     last = said(relay)[0]
     d.catch_up()
     wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
     assert len(h.messages) == 2
-    d.metrics.inc("smtp_queue_depth", -1)
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug")])
@@ -10180,22 +10169,13 @@ def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop:
     relay.delivering.postmaster.release(queue_id, ["carl@hop.test"], beyond=True)
     wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
     wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
-    assert d.metrics.own("heard") == 0
-
-
-def test_the_depth_is_right_again_once_no_mail_comes(start: Any) -> None:
-    d = start().delivering
-    d.metrics.inc("heard", 2)  # as when a half died between two counts
-    d.show_depth()
-    assert d.metrics.get("smtp_queue_depth") == -2
-    wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0 == d.metrics.own("heard"))
 
 
 def test_a_link_that_overflowed_in_hold_mode_leaves_the_depth_alone(start: Any) -> None:
     relay = start()
     d = relay.delivering
     stem = spooled_in_review(d.spool, flags=("HOLD",))
-    d.metrics.inc("rescan")
+    relay.parts.link.mark(smtprelay.LOOK)
     wait_until(lambda: stem in d.held and d.metrics.get("smtp_queue_depth") == 0)
     hours = sum(n for (_, kind), n in d.hours.items() if kind == "received")
     d.find()
@@ -10270,6 +10250,165 @@ def test_the_queue_verbs_mean_the_same_without_a_running_relay(start: Any, hop: 
     assert not (tmp_path / "spool" / f"{gone}.eml").exists()
 
 
+def in_queue(relay: Any) -> list[Any]:
+    """Return what the queue shows: the reason and whether a time is named, for each message."""
+    queue = relay.delivering.postmaster.queue()
+    return [(entry["reason"], bool(entry["next_attempt_at"])) for entry in queue["messages"]]
+
+
+def test_one_who_failed_is_reported_though_another_is_held_back(start: Any, hop: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_RELAY_ALLOWED_RECIPIENTS="^(no|ann)@")
+    said(relay, to=("no@hop.test", "held@hop.test"))
+    wait_until(lambda: h.delivered() == {"ann@client.test": 1})
+    assert len(relay.delivering.held) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), smtprelay.Refused(smtprelay.SPOOL_FULL)])
+def test_a_report_that_the_disk_does_not_take_is_owed(
+    start: Any, hop: Any, error: Exception, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(smtprelay, "WRITE_AGAIN", 0.05)
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_SPOOL_MAX_MESSAGES="100")
+    full = mock.patch.object(relay.delivering.reception, "admit", side_effect=error)
+    with full:
+        said(relay, to=("no@hop.test",))
+        ((reason, is_due),) = wait_until(lambda: [m for m in in_queue(relay) if m[0].startswith("the report")])
+        assert str(error) in reason and is_due
+        wait_until(lambda: metric(relay, "smtp_messages_failed_total") == 1)
+        assert metric(relay, "smtp_queue_depth") == 1
+    wait_until(lambda: h.delivered() == {"ann@client.test": 1})
+    wait_until(lambda: metric(relay, "smtp_queue_depth") == 0)
+    assert metric(relay, "smtp_messages_failed_total") == 1
+
+
+def test_a_report_that_was_owed_is_sent_after_a_restart(start: Any, hop: Any, tmp_path: Path) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    given = h.settings(SMTP_RELAY_TLS="none", SMTP_SPOOL=str(tmp_path / "s"), SMTP_DELIVERY="relay", SMTP_BOUNCE="1")
+    relay = start(**given)
+    with mock.patch.object(relay.delivering.reception, "admit", side_effect=OSError(errno.ENOSPC, "full")):
+        said(relay, to=("no@hop.test",))
+        wait_until(lambda: [m for m in in_queue(relay) if m[0].startswith("the report")])
+        relay.stop()
+    start(**given)
+    wait_until(lambda: h.delivered() == {"ann@client.test": 1})
+
+
+def test_failures_past_the_cap_of_reports_go_into_one_report_later(start: Any, hop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(smtprelay, "REPORTS_AN_HOUR", 1)
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1")
+    ids = said(relay, *[MAIL] * 4, to=("no@hop.test",))
+    wait_until(lambda: in_queue(relay) == [(smtprelay.REPORTS_PUT_OFF, True)] * 3)
+    wait_until(lambda: metric(relay, "smtp_messages_failed_total") == 4 and len(h.messages) == 1)
+    relay.delivering.reports[0] -= 3600  # an hour later
+    relay.delivering.scheduler.flush()
+    wait_until(lambda: h.delivered() == {"ann@client.test": 2} and metric(relay, "smtp_queue_depth") == 0)
+    told = h.messages[-1].content.decode()
+    assert told.count("Final-Recipient: rfc822; no@hop.test") == 3
+    assert sum(id in re.sub(r"\s+", " ", told) for id in ids) == 3
+
+
+def test_whatever_an_attempt_raises_age_is_judged_and_the_reason_recorded(
+    start: Any, hop: Any, monkeypatch: Any, log: Caught
+) -> None:
+    relay = relaying_in_review(start, hop(), SMTP_RETRY_MAX_AGE="0.5s", SMTP_RETRY_MAX_DELAY="0.1s")
+    monkeypatch.setattr(relay.delivering.delivery, "attempt", mock.Mock(side_effect=ValueError("SIZE ²")))
+    stem = said_stem(relay)
+    wait_until(lambda: "SIZE ²" in relay.delivering.spool.load(stem).last_error)
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FAILED)
+    assert relay.delivering.spool.load(stem).attempts > 1
+
+
+def test_a_file_that_cannot_be_opened_for_now_puts_its_message_off_for_a_moment(
+    start: Any, hop: Any, monkeypatch: Any
+) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h, SMTP_RETRY_MAX_DELAY="1h", SMTP_RETRY_INITIAL_DELAY="0.3s")
+    fetch, few = relay.delivering.spool.fetch, [OSError(errno.EMFILE, "Too many open files")] * 2
+    shown = []
+
+    def stumbling(stem: str) -> Any:
+        if few:
+            raise few.pop()
+        shown.extend(in_queue(relay))
+        return fetch(stem)
+
+    monkeypatch.setattr(relay.delivering.spool, "fetch", stumbling)
+    said(relay)
+    wait_until(lambda: h.messages)
+    assert shown == [("trouble here: [Errno 24] Too many open files", True)]
+    wait_until(lambda: not relay.delivering.stumbles)
+
+
+def test_421_for_one_message_is_its_own_trouble(start: Any, hop: Any) -> None:
+    h = hop(script={"rcpt bad@hop.test": "drop 421 4.3.2 not now"})
+    relay = relaying_in_review(start, h, SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h")
+    (bad,) = said(relay, to=("bad@hop.test",))
+    said(relay, *[MAIL] * 5)
+    wait_until(lambda: len(h.messages) == 5)
+    message = wait_until(lambda: (m := relay.delivering.postmaster.load(bad)).attempts and m)
+    assert message.attempts == 1
+    assert not any(lane.steps for lane in relay.delivering.scheduler.lanes.values())
+
+
+def test_a_host_that_says_421_to_all_is_throttled(start: Any, hop: Any, log: Caught) -> None:
+    h = hop(script={"mail": "drop 421 4.3.2 not now"})
+    relay = relaying_in_review(start, h, SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h")
+    said(relay, *[MAIL] * 12)
+    wait_until(lambda: any("next_hop_throttled" in line for line in log.lines))
+    tried = [m.attempts for m in relay.delivering.postmaster.records(relay.delivering.scheduler.snapshot(99)[0])]
+    assert len(tried) == 12 and sum(tried) <= 8
+
+
+def test_after_a_lost_answer_the_waits_grow(start: Any, hop: Any) -> None:
+    h = hop(script={"end": ["take"] * 4})
+    relay = relaying_in_review(start, h, SMTP_RETRY_INITIAL_DELAY="0.05s", SMTP_RETRY_MAX_DELAY="1h", SMTP_RETRY_JITTER="0")
+    stem = said_stem(relay)
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    history = relay.delivering.spool.load(stem).history
+    tried = [smtprelay.unix_time(entry["at"]) for entry in history if entry["status"] == "forwarding"]
+    waits = [b - a for a, b in zip(tried, tried[1:])]
+    assert all(wait >= 0.045 * 2**n for n, wait in enumerate(waits)) and len(waits) == 4
+
+
+def test_a_crowded_next_hop_costs_no_attempt_and_one_log_line(start: Any, hop: Any, log: Caught, monkeypatch: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    attempt, crowded = relay.delivering.delivery.attempt, [smtprelay.Attempt({}, None, [], True)] * 3
+    monkeypatch.setattr(relay.delivering.delivery, "attempt", lambda *a: crowded.pop() if crowded else attempt(*a))
+    stem = said_stem(relay)
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
+    assert relay.delivering.spool.load(stem).attempts == 1
+    assert sum("next_hop_crowded" in line for line in log.lines) == 1, log.lines
+
+
+def test_a_link_that_was_full_has_the_spool_looked_through() -> None:
+    link = smtprelay.Link()
+    said = 0
+    while link.announce(STEM):
+        said += 1
+    heard: list[str] = []
+    for lines in link.lines(lambda: False):
+        heard += lines
+        if heard.count(STEM) == said:
+            break
+    assert smtprelay.LOOK in heard and said > 300
+    link.close()
+
+
+def test_who_is_not_heard_is_not_let_in_past_a_limit(start: Any) -> None:
+    relay = start(SMTP_QUEUE_SIZE="5", SMTP_DELIVERY="relay", SMTP_RELAY_HOST=free_place())
+    reception = relay.receiving.reception
+    assert reception.has_room(1)
+    reception.announce = lambda stem, owed: False
+    said(relay)
+    assert not reception.has_room(1)
+    reception.unheard_until = 0.0
+    assert reception.has_room(1)
+
+
 def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop: Any, monkeypatch: Any) -> None:
     h = hop(listen=False)
     relay = relaying_in_review(start, h)
@@ -10286,19 +10425,12 @@ def test_accounts_that_change_during_an_attempt_lose_no_message(start: Any, hop:
     wait_until(lambda: h.messages)
 
 
-def test_what_is_on_its_way_is_not_owed_where_mail_is_held(start: Any, monkeypatch: Any) -> None:
-    d = start().delivering
-    monkeypatch.setattr(d.link, "waiting", lambda: 5)
-    d.count_heard()
-    d.show_depth()
-    assert d.metrics.get("smtp_queue_depth") == 0
-
-
 def test_what_is_being_held_is_counted_once(start: Any) -> None:
     relay = start(SMTP_SPOOL_MAX_MESSAGES="1")
     d, stem = relay.delivering, said_stem(relay)
     task = d.scheduler.seize(stem)
-    assert task and d.past_limits() == []
+    d.make_room()
+    assert task and stem in d.held
     d.scheduler.done(task)
 
 
@@ -10321,13 +10453,15 @@ def test_what_nobody_has_told_of_is_found_in_time(start: Any, hop: Any) -> None:
 
 
 def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) -> None:
-    relay = relaying_in_review(start, hop(listen=False), SMTP_RETRY_INITIAL_DELAY="1h")
+    many = {"SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_SPOOL_MAX_SIZE": "1M"}
+    relay = relaying_in_review(start, hop(listen=False), **many)
     first, second = said(relay, MAIL, MAIL)
     owed = functools.partial(relay.delivering.metrics.get, "owed_bytes")
     relay.delivering.catch_up()
-    wait_until(lambda: owed() == 2 * len(MAIL) and not relay.delivering.scheduler.active)
+    wait_until(lambda: owed() > 2 * len(MAIL) and not relay.delivering.scheduler.active)
+    both = owed()
     relay.delivering.postmaster.remove([first])
-    assert owed() == len(MAIL)
+    assert owed() == both / 2
     relay.delivering.postmaster.remove([second])
     assert owed() == 0
 
@@ -10339,7 +10473,7 @@ def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, m
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
     before = relay.delivering.spool.load(stem)
     before.status = smtprelay.Status.RETRYING  # as it was when the request came
-    monkeypatch.setattr(relay.delivering.inbox, "load", lambda _: before)
+    monkeypatch.setattr(relay.delivering.postmaster, "load", lambda _: before)
     assert relay.delivering.postmaster.retry(before.id) == 1
     wait_until(lambda: len(relay.delivering.scheduler) == 0)
     assert len(h.messages) == 1
@@ -10654,7 +10788,7 @@ def test_a_relay_that_is_stopped_leaves_descriptors_of_others_alone(start: Any) 
     mine = [os.pipe() for _ in range(20)]
     try:
         relay.delivering.catch_up()
-        assert relay.parts.link.announce(STEM) is False and relay.parts.link.waiting() == 0
+        assert relay.parts.link.announce(STEM) is False
         relay.stop()
         for reader, writer in mine:
             os.fstat(reader)
@@ -11359,8 +11493,10 @@ class Caught(logging.Handler):
 def log() -> Iterator[Caught]:
     logger, caught = logging.getLogger("smtprelay.library"), Caught()
     logger.addHandler(caught)
+    logger.setLevel(logging.WARNING)  # whatever a verb that was run here has left
     yield caught
     logger.removeHandler(caught)
+    logger.setLevel(logging.NOTSET)
 
 
 def relay_at(folder: Path, hop: BookHop | None = None, **settings: str) -> smtprelay.Relay:
