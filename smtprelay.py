@@ -104,7 +104,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import mimetypes
 import mmap
@@ -1021,81 +1020,106 @@ def nearest(name: str, names: Iterable[str], likeness: float) -> str:
 
 # === 04 OBSERVING ============================================================
 #
-# What the program says of itself: log lines, counters, and later an audit trail.
-# A line is one event with named fields, as text (event key=value ...) or as
-# JSON; control characters in values are escaped, so nothing a client sends can
-# forge a line. Handlers, levels and files are the logging module's.
+# What the program says of itself: log lines, an audit trail, events, counters. A
+# line is one event with named fields, as text (event key=value ...) or as JSON;
+# control characters in values are escaped, so nothing a client sends can forge a
+# line. It is put together in one pass and written by one call. A file is opened
+# anew for each line, so that it may be rotated at any time, and needs no lock.
 #
 # Counters are declared once in METRICS and live in one page of memory that all
 # processes share: a row of doubles for each process, summed by whoever reads.
 # A process writes its own row only, under its own lock, a leaf.
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+LEVELS = {"debug": 10, "info": 20, "warn": 30, "error": 40}  # as in the logging module
+PLAIN = re.compile(r"[!#-<>-\[\]-~]+").fullmatch  # what needs no quotes: no blank, quote, equals sign or backslash
+EVENT_ENCODER = json.JSONEncoder(default=str)
 
 
-def field_text(value: object) -> str:
-    """Return a value for a text log line, quoted and escaped where it needs to be."""
-    text = str(value)
-    if text and text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\'):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def event_line(fields: Mapping[str, object], **first: str) -> str:
+def event_json(first: dict[str, object], fields: Mapping[str, object]) -> str:
     """Return an event as JSON; a NamedTuple is what it prints as, not all that is in it."""
-    shown = {k: str(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-    return json.dumps({**first, **shown}, default=str)
+    for name, value in fields.items():
+        first[name] = str(value) if isinstance(value, tuple) else value
+    return EVENT_ENCODER.encode(first)
+
+
+def append_line(path: str, line: str) -> None:
+    """Append a line to a file that its owner alone may read, in one write, so that lines stay whole."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
+    finally:
+        os.close(fd)
 
 
 class Log:
-    """Writes one line for each event, in the form that the settings ask for."""
+    """Writes one line for each event, in the form that the settings ask for.
 
-    def __init__(self, logger: logging.Logger, as_json: bool = False) -> None:
-        self.logger = logger
-        self.as_json = as_json
+    It goes to a file or, if `sink` is "", to standard error. A library's lines go to a logger of the logging
+    module, which has a level of its own.
+    """
 
-    def write(self, level: str, event: str, **fields: object) -> None:
-        if not self.logger.isEnabledFor(LEVELS[level]):
+    def __init__(self, sink: logging.Logger | str, as_json: bool = False, level: str = "info") -> None:
+        self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
+
+    def write(self, level: str, event: str, fields: dict[str, object]) -> None:
+        number, sink = LEVELS[level], self.sink
+        if number < self.level if isinstance(sink, str) else not sink.isEnabledFor(number):
             return
+        line = self.line(level, event, fields)
+        if not isinstance(sink, str):
+            sink.log(number, "%s", line)
+            return
+        try:
+            if sink:
+                return append_line(sink, line)
+        except OSError as e:  # its directory was moved away, or is full: that stops no mail
+            line = self.line(level, event, {**fields, "log_error": e})
+        self.tell(line)
+
+    def line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = iso_time(time.time())
         if self.as_json:
-            line = event_line(fields, time=now, level=level, event=event)
-        else:
-            line = " ".join([now, level, event, *(f"{k}={field_text(v)}" for k, v in fields.items())])
-        try:
-            self.logger.log(LEVELS[level], "%s", line)
-        except OSError as e:  # its file was moved away and cannot be made anew: that stops no mail
-            with contextlib.suppress(OSError, ValueError):
-                print(f"{line} log_error={field_text(e)}", file=sys.stderr)
+            return event_json({"time": now, "level": level, "event": event}, fields)
+        line = f"{now} {level} {event}"
+        for name, value in fields.items():
+            text = str(value)
+            line += f" {name}={text if PLAIN(text) else json.dumps(text, ensure_ascii=not text.isprintable())}"
+        return line
+
+    def tell(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or have been at the start
+            sys.stderr.write(line + "\n")
+
+    def greet(self, lines: Sequence[str]) -> None:
+        """Write what is said at the start to standard error, for people, and into the log, in its form."""
+        mixed = self.as_json and not self.sink  # JSON lines alone on standard error
+        for line in lines:
+            self.tell(self.line("info", "start", {"said": line}) if mixed else line)
+            if self.sink and isinstance(self.sink, str):
+                with contextlib.suppress(OSError):
+                    append_line(self.sink, self.line("info", "start", {"said": line}) if self.as_json else line)
 
     def debug(self, event: str, **fields: object) -> None:
-        self.write("debug", event, **fields)
+        self.write("debug", event, fields)
 
     def info(self, event: str, **fields: object) -> None:
-        self.write("info", event, **fields)
+        self.write("info", event, fields)
 
     def warn(self, event: str, **fields: object) -> None:
-        self.write("warn", event, **fields)
+        self.write("warn", event, fields)
 
     def error(self, event: str, **fields: object) -> None:
-        self.write("error", event, **fields)
+        self.write("error", event, fields)
 
     def bug(self, event: str, error: BaseException, **fields: object) -> None:
         """Log an unexpected exception with its traceback, on one line."""
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.error(event, **fields, error=repr(error), traceback=trace)
+        self.write("error", event, {**fields, "error": repr(error), "traceback": trace})
 
 
 def open_log(settings: Settings) -> Log:
-    """Set up the program's own log: stderr, or a file that is reopened when it is rotated."""
-    logger = logging.getLogger("smtprelay")
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if settings.log_file:
-        handler = logging.handlers.WatchedFileHandler(settings.log_file, encoding="utf-8")
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if settings.debug else LEVELS[settings.log_level])
-    return Log(logger, settings.log_format == "json")
+    """Return the program's own log."""
+    return Log(settings.log_file, settings.log_format == "json", "debug" if settings.debug else settings.log_level)
 
 
 class Audit:
@@ -1105,17 +1129,11 @@ class Audit:
         self.path, self.log = path, log
 
     def write(self, event: str, **fields: object) -> None:
-        if not self.path:
-            return
-        line = event_line(fields, time=iso_time(time.time()), event=event) + "\n"
-        try:  # opened anew, so that it may be rotated at any time; one write, so that lines stay whole
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self.path:
             try:
-                os.write(fd, line.encode("utf-8", "backslashreplace"))
-            finally:
-                os.close(fd)
-        except OSError as e:
-            self.log.error("audit_failed", error=e)
+                append_line(self.path, event_json({"time": iso_time(time.time()), "event": event}, fields))
+            except OSError as e:
+                self.log.error("audit_failed", error=e)
 
 
 class Feed:
@@ -1191,15 +1209,10 @@ METRICS = (
 SIGNALS = ("owed_bytes", "alive", "started", "fault_changes")
 
 
-def metric_cells() -> dict[tuple[str, str], int]:
-    """Return the place in a row of each metric and label value."""
-    keys = [(m.name, v) for m in METRICS if m.kind != "histogram" for v in m.values or ("",)]
-    for m in (m for m in METRICS if m.kind == "histogram"):
-        keys += [(m.name, part) for part in ("count", "sum", *map(str, BUCKETS))]
-    return {key: i for i, key in enumerate([*keys, *((s, "") for s in SIGNALS)])}
-
-
-CELLS = metric_cells()
+PARTS = ("count", "sum", *map(str, BUCKETS))  # of a histogram
+CELLS = {key: i for i, key in enumerate([  # the place in a row of each metric and label value
+    *((m.name, value) for m in METRICS for value in (PARTS if m.kind == "histogram" else m.values or ("",))),
+    *((signal_name, "") for signal_name in SIGNALS)])}
 
 
 class Metrics:
@@ -1231,7 +1244,7 @@ class Metrics:
 
     def histogram(self, name: str) -> dict[str, int | float]:
         """Return the count and the sum of a histogram, and for each bound how many values it holds."""
-        parts = {part: whole(self.get(name, part)) for part in ("count", "sum", *map(str, BUCKETS))}
+        parts = {part: whole(self.get(name, part)) for part in PARTS}
         for lower, upper in zip(BUCKETS, BUCKETS[1:]):
             parts[str(upper)] += parts[str(lower)]
         return parts
@@ -12544,7 +12557,7 @@ def serve(settings: Settings, arguments: Arguments) -> int:
     except OSError as e:
         complain(e.strerror or str(e))
         return EX_UNAVAILABLE
-    print("\n".join(first_lines(parts)), file=sys.stderr, flush=True)
+    log.greet(first_lines(parts))
     give_memory_back()
     try:
         return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()

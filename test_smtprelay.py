@@ -882,8 +882,30 @@ def test_json_log_is_one_object_a_line_and_names_the_queue_id(program: Callable[
     relay = program(SMTP_LOG_FORMAT="json")
     [queue_id] = said(relay)
     relay.stop()
-    lines = [json.loads(line) for line in relay.log().splitlines() if not line.startswith("smtprelay ")]
-    assert any(queue_id in json.dumps(line) for line in lines)
+    lines = [json.loads(line) for line in relay.log().splitlines()]
+    assert any(line.get("id") == queue_id for line in lines) and "smtprelay" in lines[0]["said"]
+
+
+def test_a_log_file_is_its_owners_alone_begins_with_what_was_bound_and_is_reopened(
+    program: Callable[..., Program], tmp_path: Path
+) -> None:
+    path = tmp_path / "log"
+    relay = program(SMTP_LOG_FILE=str(path))
+    [first] = said(relay)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text().startswith("smtprelay ")
+    assert f"received id={first} " in path.read_text() and "received" not in relay.log()
+    path.rename(tmp_path / "old")
+    [second] = said(relay)
+    assert f"received id={second} " in path.read_text() and second not in (tmp_path / "old").read_text()
+
+
+def test_a_log_line_costs_few_calls(tmp_path: Path) -> None:
+    log, calls = smtprelay.Log(str(tmp_path / "log")), []
+    log.info("warm up", one="a", two="b c")
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    log.info("received", id="x" * 16, sender="a@b", size=5, client="::1", helo="x", protocol="ESMTP", to="c@d")
+    sys.setprofile(None)
+    assert len(calls) <= 8, calls
 
 
 def test_debug_log_masks_secrets(program: Callable[..., Program], hop: Callable[..., FakeHop]) -> None:
