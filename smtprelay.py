@@ -9075,7 +9075,6 @@ INSIDE = "img-src data:; style-src 'unsafe-inline'"
 REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
 WEBHOOK_TIME = 10.0
 WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
-WEBHOOK_KINDS = ("received", "forwarded", "failed")
 
 
 class HttpError(Exception):
@@ -9115,21 +9114,23 @@ class Request:
     gone: Callable[[], bool]  # whether the caller has hung up
     names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
     body: bytes = b""
-    account: Account | None = None
+    account: Any = None  # whose key this is
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The body's fields by name in lower case: Go, and so Mailpit, reads names in any case, and so is a form.
+        """The body's fields by name in lower case: Go, and so Mailpit, reads names in any case. A form is read, too.
 
         An empty body has none; one that is neither JSON nor a form is refused: to guess could be to delete all.
         """
-        body = self.body.strip()
-        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        body, form = self.body.strip(), self.headers.get("Content-Type", "") == "application/x-www-form-urlencoded"
         try:
-            if form and body[:1] not in b"{[":
-                pairs = urllib.parse.parse_qs(body.decode(), keep_blank_values=True, strict_parsing=True)
-                return {name.lower().removesuffix("[]"): form_value(name, values) for name, values in pairs.items()}
-            value = json.loads(body or b"{}")
+            if not form or body[:1] in b"{[":
+                value = json.loads(body or b"{}")
+            else:
+                value = urllib.parse.parse_qs(body.decode(), keep_blank_values=True, strict_parsing=True)
+                value = {name.removesuffix("[]"): v for name, v in value.items()}
+                value = {name: v if name.lower() in ("ids", "tags", "to") else
+                         {"true": True, "false": False}.get(v[-1].lower(), v[-1]) for name, v in value.items()}
         except (ValueError, RecursionError) as e:
             raise HttpError(400, f"body: expected JSON: {e}") from None
         if not isinstance(value, dict):
@@ -9152,17 +9153,22 @@ class Request:
 
     def page(self) -> tuple[int, int]:
         """Return where a list begins and how long it is; as with Mailpit, what is no number is ignored."""
-        given = {name: self.query.get(name, "") for name in ("start", "limit")}
-        start, limit = (int(text) if re.fullmatch("[0-9]{1,9}", text) else usual
-                        for text, usual in zip(given.values(), (0, 50)))
-        return start, limit
-
-    @property
-    def postmaster(self) -> Postmaster:
-        return self.relay.postmaster
+        start, limit = (self.query.get(name, "") for name in ("start", "limit"))
+        return (int(start) if re.fullmatch("[0-9]{1,9}", start) else 0,
+                int(limit) if re.fullmatch("[0-9]{1,9}", limit) else 50)
 
     def search(self, words: str) -> Query:
         return compile_query(words, self.query.get("tz", ""))
+
+    def item(self) -> Item:
+        """Return the message that the path names; `latest` may come with a query."""
+        item = self.relay.inbox.get(self.names["id"], self.search(self.query.get("query", "")))
+        if item is None:
+            raise HttpError(404, "message not found")
+        return item
+
+    def mail(self) -> Mail:
+        return self.relay.inbox.mail(self.item().id)
 
     def login(self) -> tuple[str, str]:
         """Return the user and the secret of Basic, which is all that Mailpit's clients send, or Bearer's token."""
@@ -9173,13 +9179,6 @@ class Request:
         return "", rest.strip() if scheme.lower() == "bearer" else ""
 
 
-def form_value(name: str, values: list[str]) -> Any:
-    """Return a form's field as JSON would have it."""
-    if name.lower().removesuffix("[]") in ("ids", "tags", "to"):
-        return values
-    return {"true": True, "false": False}.get(values[-1].lower(), values[-1])
-
-
 # -- routes, and who may call them --
 
 class Access(enum.Enum):
@@ -9187,7 +9186,7 @@ class Access(enum.Enum):
 
     OPEN = "anybody"
     PAGE = "who may have the page, which holds no mail and asks for the token itself"
-    ADMIN = "who has SMTP_API_TOKEN, or is on this machine where none is set"
+    ADMIN = "who has SMTP_API_TOKEN, or needs none for where it asks from"
     VIEW = "the same, or who has the key to this one message"
     ACCOUNT = "who has an account's api_key"
 
@@ -9209,7 +9208,7 @@ class Route(NamedTuple):
 ROUTES: list[Route] = []
 
 
-def route(where: str, does: str, access: Access = ADMIN, takes: str | None = None) -> Callable[..., Any]:
+def route(where: str, does: str, access: Access = ADMIN, takes: str | None = None) -> Callable[[Any], Any]:
     """Declare the routes of a function: "METHOD /path /path"."""
     def declare(action: Callable[[Request], Any]) -> Callable[[Request], Any]:
         method, *paths = where.split()
@@ -9218,36 +9217,25 @@ def route(where: str, does: str, access: Access = ADMIN, takes: str | None = Non
     return declare
 
 
-@functools.cache
+@functools.lru_cache(256)
 def path_pattern(path: str) -> re.Pattern[str]:
     """Compile a route's path: {name} matches one segment."""
     return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
                               for p in re.split(r"(\{\w+\})", path)))
 
 
-def web_root(settings: Settings) -> str:
-    """Return SMTP_WEB_ROOT with a slash at both ends."""
-    return f"/{settings.web_root.strip('/')}/".replace("//", "/")
-
-
 def find_route(request: Request) -> Route:
-    """Return the route of a request, whose names it gets; HttpError 404 or 405."""
-    root = web_root(request.relay.settings)
+    """Return the route of a request, under SMTP_WEB_ROOT or not, and note the names in it; HttpError 404 or 405."""
+    root = f"/{request.relay.settings.web_root.strip('/')}/"
     path = "/" + request.path[len(root):] if (request.path + "/").startswith(root) else request.path
-    status, text = 404, "not found"
+    error = HttpError(404, "not found")
     for found in ROUTES:
         match = path_pattern(found.path).fullmatch(path)
         if match and found.method == request.method:
             request.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
             return found
-        if match:
-            status, text = 405, "method not allowed"
-    raise HttpError(status, text)
-
-
-def host_name(value: str) -> str:
-    """Return the host of a Host header or an origin, without its port."""
-    return (urllib.parse.urlsplit("//" + value.rpartition("//")[2]).hostname or "").rstrip(".")
+        error = HttpError(405, "method not allowed") if match else error
+    raise error
 
 
 def view_key(token: str, id: str) -> str:
@@ -9255,28 +9243,17 @@ def view_key(token: str, id: str) -> str:
     return hmac.new(token.encode(), b"view " + id.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
 
 
-def came_by_proxy(request: Request) -> bool:
-    """Tell whether a proxy stands between: the peer's address is then no proof of who asks."""
-    return any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
-
-
 def is_trusted(request: Request) -> bool:
     """Tell whether a request needs no token for where it comes from.
 
-    This machine needs none where no token is set; networks that SMTP_API_NETWORKS names need none at all.
+    This machine needs none where no token is set; networks that SMTP_API_NETWORKS names need none at all. Where a
+    proxy stands between, its address is no proof of who asks.
     """
     s, here = request.relay.settings, request.client == "local" or is_loopback(request.client)
-    if came_by_proxy(request):
+    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")):
         return False
-    if here and not s.api_token:
-        return True
-    return (s.api_networks != networks("loopback") and request.client != "local"
-            and in_networks(request.client, s.api_networks))
-
-
-def is_admin(request: Request) -> bool:
-    """Tell whether a request has the token, or needs none."""
-    return same_secret(request.relay.settings.api_token, request.login()[1]) or is_trusted(request)
+    named = s.api_networks != networks("loopback") and request.client != "local"
+    return here and not s.api_token or named and in_networks(request.client, s.api_networks)
 
 
 def from_elsewhere(request: Request) -> str:
@@ -9292,7 +9269,7 @@ def from_elsewhere(request: Request) -> str:
 def strange_host(request: Request) -> str:
     """Return why a Host header may be a rebound name's; "" when it cannot: such a name has a dot and is no address."""
     try:
-        named = host_name(request.headers.get("Host", ""))
+        named = (urllib.parse.urlsplit("//" + request.headers.get("Host", "")).hostname or "").rstrip(".")
     except ValueError:
         return "the Host header does not parse"
     ours = is_loopback(named) or named == request.relay.settings.hostname.lower()
@@ -9326,49 +9303,37 @@ def admit(request: Request, route: Route) -> None:
 
 # -- health and metrics --
 
-HEALTH = ("200 `OK` when the listeners answer, the workers live and the spool takes writes; else 503 and why. "
-          "`?verbose` gives the parts")
-
-
-@route("GET /healthz /health /readyz", HEALTH, OPEN)
+@route("GET /healthz /health /readyz", "200 `OK` when the listeners answer, the workers live and the spool takes "
+       "writes; else 503 and why. `?verbose` gives the parts", OPEN)
 def show_health(request: Request) -> Answer:
-    """200 when everything works, else 503 and why."""
-    d, wrong = request.relay, {}
+    d, parts = request.relay, dict.fromkeys(("listeners", "workers", "spool", "accounts"), "ok")
     ages = [time.monotonic() - beat for beat in d.metrics.each("alive") if beat]
     if not ages or max(ages) >= 5:
-        wrong["listeners"] = "no sign of life from the listeners"
+        parts["listeners"] = "no sign of life from the listeners"
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
     if dead:
-        wrong["workers"] = f"dead: {', '.join(dead)}"
+        parts["workers"] = f"dead: {', '.join(dead)}"
     try:
         d.spool.probe()
         if d.spool.free() < d.settings.spool_min_free:
-            wrong["spool"] = "less free space than SMTP_SPOOL_MIN_FREE"
+            parts["spool"] = "less free space than SMTP_SPOOL_MIN_FREE"
     except OSError as e:
-        wrong["spool"] = f"cannot write: {e.strerror}"
-    if d.reception.trouble():
-        wrong["accounts"] = d.reception.trouble()
-    status = 503 if wrong else 200
+        parts["spool"] = f"cannot write: {e.strerror}"
+    parts["accounts"] = d.reception.trouble() or "ok"
+    wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
-        parts = {name: wrong.get(name, "ok") for name in ("listeners", "workers", "spool", "accounts")}
-        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, status)
-    return Answer(("; ".join(f"{k}: {v}" for k, v in wrong.items()) or "OK").encode() + b"\n", status=status)
-
-
-@route("GET /livez", "200 while the process answers", OPEN)
-def alive(request: Request) -> bytes:
-    return b"OK\n"
+        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, 503 if wrong else 200)
+    return Answer((wrong or "OK").encode() + b"\n", status=503 if wrong else 200)
 
 
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
        "`?format=prometheus`", OPEN)
 def show_metrics(request: Request) -> Any:
-    shown = measured(request.relay)
     accept = request.headers.get("Accept", "")
     asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
     if request.query.get("format", asked) == "prometheus":
-        return Answer(prometheus(shown).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    return expvar(shown)
+        return Answer(prometheus(measured(request.relay)).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return expvar(measured(request.relay))
 
 
 def measured(d: Delivering) -> Metrics:
@@ -9383,18 +9348,13 @@ def measured(d: Delivering) -> Metrics:
     return m
 
 
+route("GET /livez", "200 while the process answers", OPEN)(lambda request: b"OK\n")
+
+
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
-def found(request: Request) -> Item:
-    """Return the message that the path names; `latest` may come with a query."""
-    item = request.relay.inbox.get(request.names["id"], request.search(request.query.get("query", "")))
-    if item is None:
-        raise HttpError(404, "message not found")
-    return item
-
-
 def matching(request: Request, words: str) -> list[str]:
-    """Return the messages that a search finds; one that asks for nothing is refused, it would find all."""
+    """Return the messages that a search finds; one that asks for nothing is refused, for it would find all."""
     query = request.search(words)
     if query == ALL:
         raise HttpError(400, "query: expected what to look for; for everything there is /api/v1/messages")
@@ -9403,9 +9363,8 @@ def matching(request: Request, words: str) -> list[str]:
 
 def chosen(request: Request, *others: str) -> list[str] | None:
     """Return the messages that a request's body names by IDs or by a Search; None, where it has neither, is all."""
-    fields, ids = request.fields, request.strings("IDs")
-    words = take_field(fields, "Search", "")
-    if fields and not fields.keys() & {"ids", "search", *others}:
+    ids, words = request.strings("IDs"), take_field(request.fields, "Search", "")
+    if request.fields and not request.fields.keys() & {"ids", "search", *others}:
         raise HttpError(400, "body: expected IDs")
     if ids and words:
         raise HttpError(400, "expected IDs or a Search, not both")
@@ -9436,53 +9395,43 @@ def list_messages(request: Request) -> Any:
 def mark_messages(request: Request) -> bytes:
     if not request.body.strip():
         raise HttpError(400, "body: expected JSON")
-    ids = chosen(request, "read")
-    request.relay.inbox.mark(ids, take_field(request.fields, "Read", False))
+    request.relay.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
     return b"ok"
 
 
 @route("DELETE /api/v1/messages", "delete `IDs`, or what a `Search` finds (neither: all)")
-def delete_messages(request: Request) -> bytes:
-    request.postmaster.remove(chosen(request))
-    # MailHog's clients, which say nothing of what they accept, take no body but an empty one
-    return b"ok" if request.body or "Accept" in request.headers else b""
-
-
 @route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
-def delete_message(request: Request) -> bytes:
-    request.postmaster.remove([found(request).id])
-    return b""
-
-
 @route("DELETE /api/v1/search", "delete what `query` finds")
-def delete_found(request: Request) -> bytes:
-    request.postmaster.remove(matching(request, request.query.get("query", "")))
-    return b"ok"
+def delete_messages(request: Request) -> bytes:
+    if "id" in request.names:
+        request.relay.postmaster.remove([request.item().id])
+        return b""
+    search = request.path.endswith("/search")
+    ids = matching(request, request.query.get("query", "")) if search else chosen(request)
+    request.relay.postmaster.remove(ids)
+    # MailHog's clients, which say nothing of what they accept, take no body but an empty one
+    return b"ok" if search or request.body or "Accept" in request.headers else b""
 
 
 @route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
        "`latest` is an id, and may come with a `query`")
 def show_message(request: Request) -> Any:
-    d, item = request.relay, found(request)
-    d.inbox.mark([item.id], True)
-    record = d.inbox.load(item.id)
-    shown = waited_json(item._replace(read=True), d.inbox.mail(item.id), record)
-    if d.settings.api_token:
-        shown["ViewKey"] = view_key(d.settings.api_token, item.id)
+    inbox, token, item = request.relay.inbox, request.relay.settings.api_token, request.item()
+    inbox.mark([item.id], True)
+    record = inbox.load(item.id)
     told = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at",
             "transcript")
     delivery = {**{name: getattr(record, name) for name in told}, "recipients": [vars(r) for r in record.recipients]}
-    return {**shown, "Status": record.status, "Delivery": delivery}
+    return {**waited_json(item._replace(read=True), inbox.mail(item.id), record),
+            **({"ViewKey": view_key(token, item.id)} if token else {}), "Status": record.status, "Delivery": delivery}
 
 
-@route("GET /api/v1/message/{id}/headers", "its header fields")
-def show_headers(request: Request) -> Any:
-    return headers_json(request.relay.inbox.mail(found(request).id))
+route("GET /api/v1/message/{id}/headers", "its header fields")(lambda request: headers_json(request.mail()))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
 def show_raw(request: Request) -> Answer:
-    id = found(request).id
+    id = request.item().id
     saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'} if request.query.get("dl") == "1" else {}
     return Answer(request.relay.inbox.raw(id), headers=saved)
 
@@ -9490,8 +9439,7 @@ def show_raw(request: Request) -> Answer:
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    parts = request.relay.inbox.mail(found(request).id).parts
-    part = next((p for p in parts if p.number == request.names["part"]), None)
+    part = next((p for p in request.mail().parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
     headers = part_headers(part)
@@ -9505,83 +9453,61 @@ def not_done(request: Request) -> Any:
 
 
 @route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", Access.VIEW)
-def show_html(request: Request) -> Answer:
-    mail = viewed(request)
+@route("GET /view/{id}.txt", "its text")
+def view(request: Request) -> Any:
+    mail = request.mail()
+    request.relay.inbox.mark([request.item().id], True)
+    if request.path.endswith(".txt"):
+        return mail.text.encode("utf-8", "replace")
     if not mail.html:
         raise HttpError(404, "this message has no HTML")
-    policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
     return Answer(view_html(mail).encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
-        "Content-Security-Policy": policy, "X-DNS-Prefetch-Control": "off"})
-
-
-@route("GET /view/{id}.txt", "its text")
-def show_text(request: Request) -> bytes:
-    return viewed(request).text.encode("utf-8", "replace")
-
-
-def viewed(request: Request) -> Mail:
-    """Return the message that the path names, which marks it read."""
-    id = found(request).id
-    request.relay.inbox.mark([id], True)
-    return request.relay.inbox.mail(id)
+        "Content-Security-Policy": VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE),
+        "X-DNS-Prefetch-Control": "off"})
 
 
 @route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
        "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
 def release_message(request: Request) -> bytes:
-    to = release_to(request.fields)
-    request.postmaster.release(found(request).id, to, take_field(request.fields, "Beyond", False))
+    to, beyond = release_to(request.fields), take_field(request.fields, "Beyond", False)
+    request.relay.postmaster.release(request.item().id, to, beyond)
     return b"ok"
 
 
 @route("POST /api/v1/send", "put a message in, given as JSON")
 def send_message(request: Request) -> Any:
-    """Take a message as JSON, as if it had come by SMTP."""
     content, sender, to = compose(request.fields)
     if len(content) > request.relay.settings.max_size:
         raise HttpError(413, f"message is larger than {request.relay.settings.max_size} octets")
     wide = {"8BITMIME": not content.isascii(), "SMTPUTF8": not "".join((sender, *to)).isascii()}
-    flags = tuple(flag for flag, fits in wide.items() if fits)
-    user = request.login()[0][:200].translate(NO_BREAKS)
+    user, flags = request.login()[0][:200].translate(NO_BREAKS), tuple(flag for flag, fits in wide.items() if fits)
     envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
-    return {"ID": request.postmaster.store(envelope, [content])}
+    return {"ID": request.relay.postmaster.store(envelope, [content])}
 
 
-@route("GET /api/v1/tags", "the tags that there are")
-def show_tags(request: Request) -> Any:
-    return list(request.relay.inbox.counts()[2])
+route("GET /api/v1/tags", "the tags that there are")(lambda request: list(request.relay.inbox.counts()[2]))
 
 
 @route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")
 def set_tags(request: Request) -> bytes:
-    tags = request.strings("Tags")
-    request.relay.inbox.tag(request.strings("IDs"), tags)
+    request.relay.inbox.tag(request.strings("IDs"), request.strings("Tags"))
     return b"ok"
-
-
-def known_tag(request: Request) -> str:
-    """Return the tag that the path names, as it is spelt."""
-    wanted = request.names["tag"].lower()
-    tag = next((tag for tag in request.relay.inbox.counts()[2] if tag.lower() == wanted), "")
-    if not tag:
-        raise HttpError(400, f"tag not found: {request.names['tag'][:100]}")
-    return tag
 
 
 @route("PUT /api/v1/tags/{tag}", "rename to `Name`")
-def rename_tag(request: Request) -> bytes:
-    old, new = known_tag(request), clean_tags([take_field(request.fields, "Name", "")])
-    if not new:
-        raise HttpError(400, "Name: expected a tag")
-    if new[0].lower() != old.lower() and new[0].lower() in map(str.lower, request.relay.inbox.counts()[2]):
-        raise HttpError(400, f"tag already exists: {new[0]}")
-    request.relay.inbox.rename_tag(old, new[0])
-    return b"ok"
-
-
 @route("DELETE /api/v1/tags/{tag}", "take it off all messages")
-def remove_tag(request: Request) -> bytes:
-    request.relay.inbox.rename_tag(known_tag(request))
+def change_tag(request: Request) -> bytes:
+    known = {tag.lower(): tag for tag in request.relay.inbox.counts()[2]}
+    old, new = known.get(request.names["tag"].lower()), ""
+    if old is None:
+        raise HttpError(400, f"tag not found: {request.names['tag'][:100]}")
+    if request.method == "PUT":
+        new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
+        if not new:
+            raise HttpError(400, "Name: expected a tag")
+        if new.lower() != old.lower() and new.lower() in known:
+            raise HttpError(400, f"tag already exists: {new}")
+    request.relay.inbox.rename_tag(old, new)
     return b"ok"
 
 
@@ -9591,33 +9517,26 @@ def show_info(request: Request) -> Any:
     stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
-    return {**info_json(d.inbox, __version__, d.settings.spool, **stats),
-            "SMTPPort": d.port, "Delivery": d.settings.delivery, "RelayHost": smart_host_text(d.settings)}
-
-
-def smart_host_text(settings: Settings) -> str:
-    return ", ".join(host_port(*h) for h in settings.smart_hosts)
+    return {**info_json(d.inbox, __version__, d.settings.spool, **stats), "SMTPPort": d.port,
+            "Delivery": d.settings.delivery, "RelayHost": ", ".join(host_port(*h) for h in d.settings.smart_hosts)}
 
 
 @route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
 def show_webui(request: Request) -> Any:
     s = request.relay.settings
-    allowed = s.relay_allowed_recipients
-    relay = {"Enabled": bool(s.relay_host or s.delivery == "mx"), "SMTPServer": smart_host_text(s),
-             "ReturnPath": s.relay_return_path, "AllowedRecipients": allowed.pattern if allowed else "",
-             "BlockedRecipients": "", "OverrideFrom": s.relay_from}
+    relay = {"Enabled": request.relay.postmaster.can_release, "ReturnPath": s.relay_return_path,
+             "SMTPServer": ", ".join(host_port(*h) for h in s.smart_hosts), "OverrideFrom": s.relay_from,
+             "AllowedRecipients": s.relay_allowed_recipients.pattern, "BlockedRecipients": ""}
     return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": True,
             "DuplicatesIgnored": False}
 
 
 @route("GET /api/v2/messages", "MailHog's list")
-def mailhog_messages(request: Request) -> Any:
-    return mailhog_json(request.relay.inbox, ALL, *request.page())
-
-
 @route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
-def mailhog_search(request: Request) -> Any:
+def mailhog_messages(request: Request) -> Any:
     inbox, kind, wanted = request.relay.inbox, request.query.get("kind"), request.query.get("query", "").lower()
+    if request.path.endswith("/messages"):
+        return mailhog_json(inbox, ALL, *request.page())
     if kind not in ("from", "to", "containing") or not wanted:
         raise HttpError(400, "expected a query, and a kind: from, to, containing")
 
@@ -9677,166 +9596,116 @@ def holds_part(inbox: Inbox, part: str, item: Item) -> bool:
 def show_events(request: Request) -> Answer:
     feed = request.relay.feed
     try:
-        stream = event_stream(feed, feed.subscribe(EVENT_STREAMS))
+        events = feed.subscribe(EVENT_STREAMS)
     except ValueError as e:
         raise HttpError(503, str(e)) from None
-    return Answer(next(stream), "text/event-stream", stream=stream)
 
+    def stream() -> Generator[bytes, None, None]:
+        """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
+        try:
+            yield b": hello\n\n"
+            while True:
+                try:
+                    event = events.get(timeout=HEARTBEAT)
+                except queue.Empty:
+                    yield b": still here\n\n"
+                    continue
+                if event is None:
+                    return
+                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+        finally:
+            feed.unsubscribe(events)
 
-def event_stream(feed: Feed, events: queue.Queue[Any]) -> Generator[bytes, None, None]:
-    """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
-    try:
-        yield b": hello\n\n"
-        while True:
-            try:
-                event = events.get(timeout=HEARTBEAT)
-            except queue.Empty:
-                yield b": still here\n\n"
-                continue
-            if event is None:
-                return
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
-    finally:
-        feed.unsubscribe(events)
+    begun = stream()
+    return Answer(next(begun), "text/event-stream", stream=begun)
 
 
 @route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")
-def show_queue(request: Request) -> Any:
-    return request.postmaster.queue(int(request.number("limit", 200)))
-
-
-@route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id may be `all`",
-       takes="")
-def retry_queue(request: Request) -> Any:
-    return {"retried": request.postmaster.retry(request.names["id"])}
-
-
+@route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id may be `all`, or "
+       "`held`", takes="")
 @route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")
-def remove_queued(request: Request) -> bytes:
-    request.postmaster.remove([request.names["id"]])
-    return b"ok"
+def queue_verbs(request: Request) -> Any:
+    verbs, id = request.relay.postmaster, request.names.get("id", "")
+    if request.method == "DELETE":
+        verbs.remove([id])
+        return b"ok"
+    return {"retried": verbs.retry(id)} if id else verbs.queue(int(request.number("limit", 200)))
 
 
 @route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
-def show_faults(request: Request) -> Any:
-    return {"rules": [rule for rule in fault_rules(request).split("\n") if rule]}
-
-
 @route("PUT /api/v1/faults", "put other `rules` in their place, until the relay stops", takes="")
-def change_faults(request: Request) -> Any:
-    if "rules" not in request.fields:
-        raise HttpError(400, "rules: expected a list of rules")
-    put_faults(request, "\n".join(request.strings("rules")))
-    return show_faults(request)
-
-
-def fault_rules(request: Request) -> str:
-    request.relay.faults.reread()
-    return request.relay.faults.text
-
-
-def put_faults(request: Request, rules: str) -> None:
-    try:
-        request.relay.faults.change(rules)
-    except ValueError as e:
-        raise HttpError(400, str(e)) from None
-
-
 @route("GET /api/v1/chaos", "Mailpit's failures on order, as rules of `SMTP_FAULTS`")
-def show_chaos(request: Request) -> Any:
-    return to_chaos(fault_rules(request))
-
-
 @route("PUT /api/v1/chaos", "set them; one that is not named is off")
-def change_chaos(request: Request) -> Any:
-    def trigger(stage: str) -> dict[str, Any]:
-        given = take_field(request.fields, stage, {})
-        return {name: value for name in ("ErrorCode", "Probability")
-                for key, value in given.items() if key.lower() == name.lower()}
-
+def show_faults(request: Request) -> Any:
+    faults, chaos, fields = request.relay.faults, request.path.endswith("/chaos"), request.fields
+    faults.reread()
     try:
-        rules = with_chaos(fault_rules(request), {stage: trigger(stage) for stage in CHAOS})
+        if request.method == "PUT" and chaos:
+            given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
+            usual = {"errorcode": "ErrorCode", "probability": "Probability"}
+            faults.change(with_chaos(faults.text, {stage: {usual.get(k.lower(), k): v for k, v in trigger.items()}
+                                                   for stage, trigger in given.items()}))
+        elif request.method == "PUT":
+            if "rules" not in fields:
+                raise ValueError("rules: expected a list of rules")
+            faults.change("\n".join(request.strings("rules")))
     except ValueError as e:
         raise HttpError(400, str(e)) from None
-    put_faults(request, rules)
-    return show_chaos(request)
+    return to_chaos(faults.text) if chaos else {"rules": [rule for rule in faults.text.split("\n") if rule]}
 
 
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
 def show_stats(request: Request) -> Any:
-    d, now = request.relay, int(time.time() // 3600)
-    days, names = d.reception.quotas.days(), {"received": "received", "forwarded": "sent", "failed": "failed"}
+    d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
+    names = {"received": "received", "forwarded": "sent", "failed": "failed"}
+    kinds = {"received": "received", "forwarded": "forwarded", "deferred": "retrying", "failed": "failed"}
+    totals = {"received": "received", "forwarded": "delivered", "failed": "failed"}
     return {
-        "hours": [{"at": iso_time(h * 3600), "received": d.hours[h, "received"], "forwarded": d.hours[h, "forwarded"],
-                   "deferred": d.hours[h, "retrying"], "failed": d.hours[h, "failed"]}
+        "hours": [{"at": iso_time(h * 3600), **{k: d.hours[h, v] for k, v in kinds.items()}}
                   for h in range(now - 23, now + 1)],
-        "days": [{"at": day, **{k: figures.get(v, 0) for k, v in names.items()}} for day, figures in days.items()],
-        "accounts": [{"name": a.name, **{k: d.reception.quotas.today(a.name).get(v, 0) for k, v in names.items()}}
+        "days": [{"at": day, **{k: n.get(v, 0) for k, v in names.items()}} for day, n in quotas.days().items()],
+        "accounts": [{"name": a.name, **{k: quotas.today(a.name).get(v, 0) for k, v in names.items()}}
                      for a in d.reception.accounts.listed()],
-        "totals": {k: int(d.metrics.get(f"smtp_messages_{v}_total"))
-                   for k, v in (("received", "received"), ("forwarded", "delivered"), ("failed", "failed"))}}
+        "totals": {k: int(d.metrics.get(f"smtp_messages_{v}_total")) for k, v in totals.items()}}
 
 
 @route("GET /api/v1/users", "list accounts", takes="")
 def list_users(request: Request) -> Any:
-    guard = request.relay.reception
-    return {"users": [
-        {"name": a.name, "allowed_domains": list(a.allowed_domains), "quota_daily": a.quota_daily,
-         "quota_per_minute": a.quota_per_minute, "relay_host": a.relay_host, "has_api_key": bool(a.api_key),
-         "used_today": guard.quotas.today(a.name).get("received", 0)} for a in guard.accounts.listed()]}
+    shown = ("name", "allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+    quotas = request.relay.reception.quotas
+    return {"users": [{**{name: getattr(a, name) for name in shown}, "has_api_key": bool(a.api_key),
+                       "used_today": quotas.today(a.name).get("received", 0)}
+                      for a in request.relay.reception.accounts.listed()]}
 
 
 @route("POST /api/v1/users", "make one; its key is shown this once", takes="")
 @route("PUT /api/v1/users/{name}", "change it", takes="")
-def save_user(request: Request) -> Any:
-    given, new = request.fields, "name" not in request.names
+@route("DELETE /api/v1/users/{name}", "remove it", takes="")
+def change_user(request: Request) -> Any:
+    s, given, new = request.relay.settings, request.fields, request.method == "POST"
     name = take_field(given, "name", "") if new else request.names["name"]
-    if not request.relay.settings.users_file:
+    if not s.users_file:
         raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
-    if new == is_account(request, name):
+    if new == (name in [a.name for a in request.relay.reception.accounts.listed()]):
         raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
     changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
-    if isinstance(changed.get("password"), str) and changed["password"]:
-        changed["password"] = hash_password(changed["password"])
-    else:
-        changed.pop("password", None)
-    if new and "api_key" not in changed:
-        changed["api_key"] = new_api_key()
-    write_users(request, {name: changed})
-    return {"name": name, **({"api_key": changed["api_key"]} if "api_key" in changed else {})}
-
-
-@route("DELETE /api/v1/users/{name}", "remove it", takes="")
-def remove_user(request: Request) -> bytes:
-    name = request.names["name"]
-    if not is_account(request, name):
-        raise HttpError(404, f"account {name!r} not found")
-    write_users(request, {name: None})
-    return b"ok"
-
-
-def is_account(request: Request, name: str) -> bool:
-    return name in [a.name for a in request.relay.reception.accounts.listed()]
-
-
-def write_users(request: Request, changes: dict[str, dict[str, Any] | None]) -> None:
-    s = request.relay.settings
+    password = changed.pop("password", None)
+    if isinstance(password, str) and password:
+        changed["password"] = hash_password(password)
+    if new:
+        changed.setdefault("api_key", new_api_key())
     try:
-        change_users(s.users_file, changes, Sealer(s.spool_key))
+        change_users(s.users_file, {name: None if request.method == "DELETE" else changed}, Sealer(s.spool_key))
     except AccountsError as e:
         raise HttpError(400, str(e)) from None
-
-
-def caller(request: Request) -> Account:
-    """Return the account whose key this is: the guard has let nobody else in."""
-    assert request.account is not None
-    return request.account
+    if request.method == "DELETE":
+        return b"ok"
+    return {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
 
 
 @route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
 def own_messages(request: Request) -> Any:
-    inbox, name = request.relay.inbox, caller(request).name
-    mine = Query(((lambda item: item.summary["Username"] == name, True),))
+    inbox, mine = request.relay.inbox, Query(((lambda item: item.summary["Username"] == request.account.name, True),))
     page = inbox.search(mine, 0, int(request.number("limit", 50)))
     return {"total": page.total, "emails": [
         {"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
@@ -9846,83 +9715,51 @@ def own_messages(request: Request) -> Any:
 
 @route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
 def own_stats(request: Request) -> Any:
-    a, quotas = caller(request), request.relay.reception.quotas
-    today = quotas.today(a.name)
-    left = max(0, a.quota_daily - today.get("received", 0)) if a.quota_daily else None
-    return {"account": a.name, "today": today, "days": quotas.days(a.name), "quota_daily": a.quota_daily,
-            "quota_per_minute": a.quota_per_minute, "left_today": left}
+    a, quotas = request.account, request.relay.reception.quotas
+    left = max(0, a.quota_daily - quotas.today(a.name).get("received", 0)) if a.quota_daily else None
+    return {"account": a.name, "today": quotas.today(a.name), "days": quotas.days(a.name),
+            "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute, "left_today": left}
 
 
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", Access.PAGE)
 def show_page(request: Request) -> Answer:
     """The page: one document that loads nothing from elsewhere; with 401 it is the form that asks for the token."""
-    status = 200 if is_admin(request) else 401
-    return Answer(PAGE.encode(), "text/html; charset=utf-8", status, {"Content-Security-Policy": PAGE_CSP})
+    known = same_secret(request.relay.settings.api_token, request.login()[1]) or is_trusted(request)
+    return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if known else 401,
+                  {"Content-Security-Policy": PAGE_CSP})
 
 # -- the server --
-
-class HttpReader:
-    """The file that http.server reads a request from: a Wire, so that the deadline is absolute."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-
-    def readline(self, limit: int = -1) -> bytes:
-        try:
-            return self.wire.line(limit if limit > 0 else LINE_LIMIT)
-        except LineTooLong:
-            raise http.client.LineTooLong("header line") from None
-
-    def read(self, size: int) -> bytes:
-        """Return exactly so many octets."""
-        blocks: list[bytes] = []
-        while size > 0:
-            if self.wire.start == self.wire.end:
-                self.wire.fill()
-            stop = min(self.wire.end, self.wire.start + size)
-            blocks.append(bytes(memoryview(self.wire.buffer)[self.wire.start:stop]))
-            size -= stop - self.wire.start
-            self.wire.start = stop
-        return b"".join(blocks)
-
-    def chunks(self, most: int) -> bytes:
-        """Return a chunked body (RFC 9112 7.1); HttpError when it breaks the rules, or is larger than `most`."""
-        blocks: list[bytes] = []
-        while True:
-            size = self.readline(1024).partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
-                raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
-            most -= int(size, 16)
-            if most < 0:
-                raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
-            blocks.append(self.read(int(size, 16)))
-            while (line := self.readline().strip()) and not int(size, 16):
-                """Skip the trailer."""
-            if line:
-                raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
-            if not int(size, 16):
-                return b"".join(blocks)
-
-    def close(self) -> None:
-        """Do nothing: the socket is closed by its owner."""
-
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
     """Reads a request, finds its route, sends the answer."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = f"smtprelay/{__version__}"
+    protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
     timeout = HTTP_TIME
     server: HttpServer
 
-    def version_string(self) -> str:
-        return self.server_version
-
     def setup(self) -> None:
+        """Read through a Wire, so that the deadline is absolute."""
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
         self.wire = Wire(self.connection, time.monotonic() + HTTP_TIME)
-        self.rfile = HttpReader(self.wire)  # type: ignore[assignment]
+        self.rfile = types.SimpleNamespace(readline=self.read_line, close=lambda: None)  # type: ignore[assignment]
+
+    def read_line(self, limit: int = LINE_LIMIT) -> bytes:
+        try:
+            return self.wire.line(limit)
+        except LineTooLong:
+            raise http.client.LineTooLong("header line") from None
+
+    def read_octets(self, octets: int) -> bytes:
+        """Read exactly so many octets."""
+        blocks, wire = [], self.wire
+        while octets:
+            if wire.start == wire.end:
+                wire.fill()
+            blocks.append(bytes(memoryview(wire.buffer)[wire.start:min(wire.end, wire.start + octets)]))
+            wire.start += len(blocks[-1])
+            octets -= len(blocks[-1])
+        return b"".join(blocks)
 
     def handle_one_request(self) -> None:
         """Give each request of a connection its own deadline; a peer that is gone or too slow ends it."""
@@ -9938,7 +9775,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses in the form of all our errors."""
+        """Answer what http.server itself refuses in the form of our own errors."""
         self.close_connection, self.request_version = True, self.protocol_version
         self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
 
@@ -9954,35 +9791,33 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def tried(self) -> Answer:
         """Find the route, let the caller through, read the body, act; return the answer, whatever comes of it."""
-        found, status, unread = None, 500, True
+        found, text, kept = None, "", self.connection in self.server.kept
+        unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
             request = self.heard()
             found = find_route(request)
             admit(request, found)
-            if self.connection in self.server.kept and found.access is not Access.OPEN:
+            if kept and found.access is not OPEN:
                 raise HttpError(503, "too many connections: all but health and metrics must wait")
             request.body, unread = self.read_body(), False
             self.server.note(self.connection, math.inf)
-            if found.access is not Access.OPEN:
+            if found.access is not OPEN:
                 self.server.relay.catch_up()
             value = found.action(request)
             if isinstance(value, Answer):
                 return value
             return Answer(value) if isinstance(value, bytes) else json_answer(value)
-        except HttpError as e:
-            status, text = e.status, str(e)
-        except BadRequest as e:
-            status, text = 400, str(e)
+        except (HttpError, BadRequest) as e:
+            status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
             status, text = 404, "message not found"
         except (PeerGone, TimeoutError, socket.timeout):
             raise PeerGone from None
         except Exception as e:
             self.server.relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
-            text = "internal error"
+            status, text = 500, "internal error"
         finally:
-            has_body = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
-            self.close_connection |= unread and has_body or self.connection in self.server.kept
+            self.close_connection |= unread or kept
         if found and found.takes is None and found.path != "/api/v1/send":
             return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
         return json_answer({"Error": text}, status)
@@ -10000,40 +9835,53 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         """Tell whether the caller has hung up."""
         try:
             return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        except OSError as e:
+            return not isinstance(e, BlockingIOError)
 
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
-        lengths, coded = set(self.headers.get_all("Content-Length", [])), self.headers.get("Transfer-Encoding")
+        lengths, coded = {*self.headers.get_all("Content-Length", [])}, self.headers.get("Transfer-Encoding")
         if len(lengths) > 1 or lengths and coded is not None:
             raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
-        length = lengths.pop() if lengths else "0"
         if coded is not None and (coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
             raise HttpError(501, "Transfer-Encoding: expected chunked")
-        if not re.fullmatch(r"[0-9]{1,12}", length):
+        length = lengths.pop() if lengths else "0"
+        if not re.fullmatch("[0-9]{1,12}", length):
             raise HttpError(411, "Content-Length: expected a number of octets")
-        if int(length) > HTTP_BODY:
-            raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        size, body = int(length), b""
+        if size <= HTTP_BODY and self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
-        reader: Any = self.rfile
-        return bytes(reader.read(int(length)) if coded is None else reader.chunks(HTTP_BODY))
+        while coded or size:
+            if coded:  # RFC 9112 7.1
+                line = self.read_line().partition(b";")[0].strip()
+                if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
+                    raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
+                size = int(line, 16)
+            if len(body) + size > HTTP_BODY:
+                raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+            body += self.read_octets(size)
+            if not coded:
+                break
+            while (line := self.read_line().strip()) and not size:
+                """Skip the trailer."""
+            if line:
+                raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
+            if not size:
+                break
+        return body
 
     def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
-        fixed = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                 "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-                 "Content-Security-Policy": CALM}
+        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                  "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+                  "Content-Security-Policy": CALM, **answer.headers}
         self.close_connection |= bool(answer.stream)
         if not answer.stream:
-            fixed["Content-Length"] = str(len(answer.body))
+            fields["Content-Length"] = str(len(answer.body))
         if self.close_connection:
-            fixed["Connection"] = "close"
-        for name, value in {**fixed, **answer.headers}.items():
+            fields["Connection"] = "close"
+        for name, value in fields.items():
             self.send_header(name, value)
         if answer.status == 401:
             self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
@@ -10066,8 +9914,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def __init__(self, sock: socket.socket, relay: Delivering) -> None:
         super().__init__(("", 0), HttpHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.relay = sock, relay
-        self.lock = threading.Lock()
+        self.socket, self.relay, self.lock = sock, relay, threading.Lock()
         self.callers: dict[Any, tuple[str, float]] = {}  # connection: client, idle since when (inf: never)
         self.kept: set[Any] = set()  # connections in the places that are kept
 
@@ -10085,17 +9932,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Find a place for a connection."""
         client, now, idle = client_name(self.socket.family, client_address), time.monotonic(), None
         with self.lock:
-            same = [caller for caller, (name, _) in self.callers.items() if name == client]
-            crowd = same if len(same) >= HTTP_PER_CLIENT else [*self.callers]
-            if len(crowd) >= HTTP_CONNECTIONS or crowd is same:
+            crowd = [caller for caller, (name, _) in self.callers.items() if name == client]
+            if len(crowd) < HTTP_PER_CLIENT:
+                crowd = [*self.callers] if len(self.callers) >= HTTP_CONNECTIONS else []
+            if crowd:
                 idle = min(crowd, key=lambda caller: self.callers[caller][1])
-                if self.callers[idle][1] > now - HTTP_IDLE:
-                    idle = None
-                    if len(self.callers) >= HTTP_CONNECTIONS + HTTP_KEPT:
-                        return False
-                    self.kept.add(request)
-                else:
+                if self.callers[idle][1] <= now - HTTP_IDLE:
                     del self.callers[idle]
+                elif len(self.callers) < HTTP_CONNECTIONS + HTTP_KEPT:
+                    self.kept.add(request)
+                    idle = None
+                else:
+                    return False
             self.callers[request] = client, now
         if idle:
             with contextlib.suppress(OSError):
@@ -10103,29 +9951,24 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return True
 
     def note(self, request: Any, idle_since: float) -> None:
-        """Note since when a connection asks nothing."""
+        """Note since when a connection asks nothing; None: it is no more."""
         with self.lock:
             if request in self.callers:
                 self.callers[request] = self.callers[request][0], idle_since
 
-    def leave(self, request: Any) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection, and give its place away."""
         with self.lock:
             self.callers.pop(request, None)
             self.kept.discard(request)
+        super().shutdown_request(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request(request, client_address)
         except RuntimeError as e:
             self.relay.log.warn("no_thread_for_http", error=e)
-            self.leave(request)
             self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.leave(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what the handler did not expect; a client that went away is no news."""
@@ -10136,16 +9979,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # -- the webhook --
 
-def run_webhook(d: Delivering) -> None:
+def run_webhook(d: Delivering, events: queue.Queue[Any]) -> None:
     """POST events to SMTP_WEBHOOK_URL until the relay stops; when more wait than fit, start anew with those to come."""
-    events = d.feed.subscribe(1 << 30)
     while not d.stopping.is_set():
         event = events.get()
         if event is None:
             events = d.feed.subscribe(1 << 30)
             if not d.stopping.is_set():
                 d.log.warn("webhook_behind", url=shown_url(d.settings.webhook_url))
-        elif event["type"] in WEBHOOK_KINDS:
+        elif event["type"] in ("received", "forwarded", "failed"):
             send_event(d, event)
 
 
@@ -10162,12 +10004,12 @@ def send_event(d: Delivering, event: dict[str, Any]) -> None:
     for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None), web.HTTPHandler(),
                     web.HTTPSHandler(), web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
+    asked = web.Request(url._replace(netloc=place, fragment="").geturl(), json.dumps(event).encode(), headers)
     trouble: Exception | None = None
     for pause in (0.0, *WEBHOOK_PAUSES):
         if d.stopping.wait(pause):
             return
         try:
-            asked = web.Request(url._replace(netloc=place, fragment="").geturl(), json.dumps(event).encode(), headers)
             with opener.open(asked, timeout=WEBHOOK_TIME):
                 return
         except (OSError, ValueError, http.client.HTTPException) as e:
@@ -10679,7 +10521,7 @@ class Delivering:
         self.beside = self.spooled_beside()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", functools.partial(run_webhook, self)))
+            jobs.append(("webhook", functools.partial(run_webhook, self, self.feed.subscribe(1 << 30))))
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         self.threads = []

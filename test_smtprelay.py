@@ -8446,6 +8446,7 @@ def watch_events(relay: Any, *sent: bytes, patience: float = 5.0) -> bytes:
         (b"GET /livez HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b" 431 "),
         (b"DELETE /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n", b""),  # cut short: not obeyed
     ],
+    ids=lambda value: value.decode("latin-1")[:40],
 )
 def test_odd_requests(start: Callable[..., Any], request_text: bytes, first: bytes) -> None:
     relay = start(SMTP_STORAGE="memory")
