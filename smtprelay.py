@@ -10076,8 +10076,11 @@ except OSError:
     pass
 status, told, text = answer.partition(b"\\n")
 if told:
-    os.write(1 if status == b"0" else 2, text)
-    sys.exit(int(status))
+    try:
+        os.write(1 if status == b"0" else 2, text)
+    except OSError:
+        pass  # who closed it does not want to read it
+    os._exit(int(status))
 if letter >= 0:  # the relay has died: the program gets what has been read, and the rest
     for block in stdin:
         os.write(letter, block)
@@ -10395,6 +10398,17 @@ class SubmitServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.socket.close()
         self.socket, self.reception, self.postmaster = sock, reception, postmaster
         self.room = threading.Semaphore(SUBMIT_CALLERS)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
+        try:
+            return self.socket.accept()
+        except OSError:
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.reception.log.warn("no_thread_for_sendmail", error=sys.exc_info()[1])
 
 
 class SubmitHandler(socketserver.BaseRequestHandler):
@@ -12515,7 +12529,8 @@ def sendmail(words: Sequence[str]) -> int:
         errand = read_errand(words)
         if errand.mode == "deliver":
             me = user_name(os.getuid())
-            return send(*write_letter(sys.stdin.buffer.read(), errand, me, settings.hostname), settings)
+            with open(0, "rb", closefd=False) as stdin:
+                return send(*write_letter(stdin.read(), errand, me, settings.hostname), settings)
     except ValueError as e:
         complain(f"sendmail: {e}")
         return EX_USAGE

@@ -9498,6 +9498,17 @@ def test_where_no_relay_answers_the_launcher_runs_the_program(launch: Callable[.
     dies.close()
 
 
+def test_standard_streams_may_be_closed(launch: Callable[..., Submit], env: dict[str, str]) -> None:
+    s = launch()
+    for command, status in [
+        ([sys.executable, "-I", "-S", str(s.launcher), "a", "<&0", ">&-", "2>&-"], 0),
+        ([sys.executable, "-I", "-S", str(s.launcher), "-f", "x@-", "a", "2>&-"], 69),
+        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 75),
+    ]:
+        run_command("sh", "-c", " ".join(command), env=env, stdin=b"x\n", status=status)
+    assert len(mails(s.relay)) == 1
+
+
 def test_half_a_message_is_none(launch: Callable[..., Submit]) -> None:
     s = launch()
     with s.connect("a") as sock:

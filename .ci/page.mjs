@@ -382,8 +382,11 @@ await check('hostile: nothing runs, nothing leaves, nothing breaks out', async (
     document.querySelectorAll('a[href^="javascript"], a[href^="data"]').length,
     document.documentElement.scrollWidth > innerWidth].join());
   if (left.length || dialogs.length || tabs.some(url => !/^(about:blank)?$/.test(url)) || strange !== ',0,1,0,false') throw new Error(JSON.stringify([left, dialogs, strange]));
+  await frame.locator('#out').click();  /* a link that was clicked may open a tab, but not take this one */
+  await frame.locator('p', { hasText: 'hostile body' }).waitFor();
+  const stayed = page.url().startsWith(HELD) && tabs.every(url => /^(about:blank|http:\/\/evil.test\/click)?$/.test(url));
   outside.length = 0;
-  return page.url().startsWith(HELD);
+  return stayed;
 });
 await check('hostile: only http(s) links can be followed', async () => {
   await page.click('#tab-links');
