@@ -2069,7 +2069,7 @@ def open_sealer(settings: Settings) -> Sealer:
 #     ... + .forwarded.json        finished: the name says so,    kept for SMTP_KEEP
 #     ... + .failed.json           whatever is inside             kept for SMTP_KEEP
 #     STEM.json without .eml       its removal was cut off        removed
-#     anything else                not ours                       to bad/, never deleted
+#     anything else beside these   not ours                       to bad/, never deleted
 #
 # The .eml is written as .part, renamed, then synced once: on the file systems
 # in use (ext4, xfs, btrfs) the sync makes the new name durable with the content.
@@ -2210,6 +2210,7 @@ class FileSpool:
         self.root = os.path.abspath(settings.spool)
         self.settings = settings
         self.log = log
+        check_spool(self.root)
         self.sealer = open_sealer(settings)
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
@@ -2264,12 +2265,13 @@ class FileSpool:
         self.day = day
 
     def names(self) -> Iterator[tuple[str, Status | None]]:
-        """Yield the stem of each message by age, with the status of a finished one; set aside what is not ours."""
+        """Yield the stem of each message by age, with the status of a finished one.
+
+        What is not ours is set aside, but only in the directories of dates, which nobody else has.
+        """
         for day in sorted(os.listdir(self.root)):
             if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
                 yield from self.names_of(day)
-            elif self.tidying and day not in KEPT_NAMES:
-                self.set_aside(day, "not a name of ours")
         self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
 
     def names_of(self, day: str) -> Iterator[tuple[str, Status | None]]:
@@ -2433,6 +2435,19 @@ class FileSpool:
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
 KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK)
+
+
+def check_spool(path: str) -> None:
+    """Refuse a directory with things in it that is no spool of ours, touching nothing; SettingsError."""
+    try:
+        names = set(os.listdir(path))
+    except OSError:  # made when it is opened, which says what else is wrong
+        return
+    strange = sorted(n for n in names - {*KEPT_NAMES, "lost+found"} if not DATE.fullmatch(n))
+    if strange and not names >= {".lock", "bad"}:  # which every spool has that was opened once
+        some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
+                             f"this one holds {some}"])
 
 
 def sync_directory(path: str) -> None:
@@ -12482,6 +12497,8 @@ def first_lines(parts: Parts) -> list[str]:
 
 def check(settings: Settings, arguments: Arguments) -> int:
     """Read the settings, and the files that they name, and say all that is wrong; --print shows them."""
+    if settings.storage == "file":
+        check_spool(os.path.abspath(settings.spool))
     unseen = dataclasses.replace(settings, storage="memory", log_file="", log_level="warn")  # nothing is touched
     Parts(unseen, open_log(unseen)).open_doors()
     if arguments.print:

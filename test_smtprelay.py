@@ -2600,7 +2600,7 @@ def test_what_does_not_parse_is_set_aside(
     assert bad in relay.log()
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "2026-11-20/notes.txt", "2026-11-20/x_y.eml", "2026-99-99/a.eml"])
+@pytest.mark.parametrize("place", ["2026-11-20/notes.txt", "2026-11-20/x_y.eml", "2026-99-99/a.eml"])
 def test_foreign_names_are_set_aside(program: Callable[..., Program], place: str) -> None:
     relay = program()
     relay.stop()
@@ -2610,6 +2610,28 @@ def test_foreign_names_are_set_aside(program: Callable[..., Program], place: str
     relay.start()
     wait_until(lambda: any(p.is_file() and p.read_text() == "mine" for p in (relay.spool.root / "bad").rglob("*")))
     said(relay)
+
+
+@pytest.mark.parametrize("verb", ["serve", "check", "queue", "retry all", "remove 0", "show 0"])
+def test_a_directory_that_is_no_spool_is_refused_and_left_alone(tmp_path: Path, verb: str) -> None:
+    things = {tmp_path / ".env": "SECRET=1", tmp_path / ".git" / "HEAD": "ref", tmp_path / "bad" / "code.py": "pass"}
+    for path, text in things.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    done = run(*verb.split(), SMTP_SPOOL=str(tmp_path), SMTP_PORT="0", SMTP_HEALTH_ADDR="off")
+    assert (done.returncode, "SMTP_SPOOL" in done.stderr, ".env, .git" in done.stderr) == (78, True, True), done
+    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == things
+
+
+def test_a_mount_point_and_notes_beside_the_days_are_left_alone(program: Callable[..., Program]) -> None:
+    relay = program()
+    relay.stop()
+    for name in ("lost+found", "notes"):
+        (relay.spool.root / name).mkdir()
+    relay.start()
+    [queue_id] = said(relay)
+    relay.spool.known(queue_id)
+    assert {p.name for p in relay.spool.root.iterdir()} >= {"lost+found", "notes"}
 
 
 @pytest.mark.parametrize("damage", ["kept", "removed", "torn", "garbage"])
