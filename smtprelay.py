@@ -44,17 +44,23 @@ Contents:
     22 RELAY         joins the parts: workers, processes, start and stop
     23 LIBRARY       the relay in a test: start(), a simulated smart host, fixtures
     24 DOCTOR        what stands between this machine and the next hop
-    25 COMMAND LINE  one function for each verb
+    25 INSTALL       the program at home: files, units, launchers, and their removal
+    26 COMMAND LINE  one function for each verb
 """
 
 from __future__ import annotations
 
 import marshal
 import os
+import signal
 import sys
 
-if (__name__ == "__main__" and __spec__ is None and sys.argv[1:] in ([], ["serve"])
-        and sys.executable and hasattr(os, "memfd_create")):
+if sys.version_info < (3, 9):  # noqa: UP036 (said as long as it can be read)
+    sys.exit(f"smtprelay: needs Python 3.9 or newer; this is {sys.version.split()[0]} ({sys.executable})")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback; main() sets it anew
+if (__name__ == "__main__" and __spec__ is None and sys.argv[1:] in ([], ["serve"]) and sys.executable
+        and hasattr(os, "memfd_create") and None not in (sys.stdin, sys.stdout, sys.stderr)):
     # While a script runs, Python holds on to its syntax tree: 20 MB in each process. So the server goes on from
     # its compiled form, in a program that never saw the text; here, so that the rest of the file is run once.
     try:
@@ -64,6 +70,8 @@ if (__name__ == "__main__" and __spec__ is None and sys.argv[1:] in ([], ["serve
             os.execv(sys.executable, [sys.executable, "-c", """if True:
                 import marshal, sys
                 fd, sys.path[0] = int(sys.argv.pop(1)), sys.argv[1].rpartition("/")[0]
+                import signal
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
                 del sys.argv[0]
                 module = sys.modules["smtprelay"] = type(sys)("smtprelay")
                 module.__file__ = sys.argv[0]
@@ -114,7 +122,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import smtplib
 import socket
 import socketserver
@@ -124,7 +131,6 @@ import struct
 import subprocess
 import tempfile
 import termios
-import textwrap
 import threading
 import time
 import traceback
@@ -5481,6 +5487,8 @@ def one_line(text: str, octets: int = FIELD_MAX) -> str:
 
 
 def wrapped(text: str) -> list[str]:
+    import textwrap
+
     return textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
 
 
@@ -11418,6 +11426,11 @@ RESTART_PAUSE = 0.5
 STACKS = {"receive": 256 * KIB, "deliver": 4 * MIB}  # not the usual 8 MiB; deep JSON takes 2
 
 
+def stop_signals() -> tuple[int, ...]:
+    """Return what stops the relay: SIGHUP, too, where a terminal has started it, since that is how one ends."""
+    return (*STOP_SIGNALS, signal.SIGHUP) if os.isatty(0) or os.isatty(2) else STOP_SIGNALS
+
+
 def block_signals() -> None:
     """Keep signals for sigwait: set before the first thread, and kept by all threads and children."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)
@@ -11431,7 +11444,7 @@ class Supervisor:
         self.roles = ["deliver", *(f"receive {number}" for number in range(parts.settings.processes))]
         self.children: dict[int, str] = {}
         self.alive_pipe = os.pipe()
-        self.stopping = False
+        self.stopping, self.stop_signals = False, stop_signals()
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -11445,7 +11458,7 @@ class Supervisor:
                 self.signal_children(signal.SIGKILL)
             elif number == signal.SIGALRM:
                 self.spawn_missing()
-            elif number in STOP_SIGNALS:
+            elif number in self.stop_signals:
                 self.stop()
             else:
                 self.signal_children(number)
@@ -11530,10 +11543,11 @@ class Supervisor:
 
 
 def heed_signals(*halves: Receiving | Delivering) -> None:
-    """Act on signals until one says stop."""
+    """Act on signals until one says stop; a half alone leaves those of a terminal to the supervisor."""
+    stops = stop_signals() if len(halves) > 1 else (signal.SIGTERM,)
     while True:
         number = signal.sigwait(SIGNALS_HANDLED)
-        if number == signal.SIGTERM or number == signal.SIGINT and len(halves) > 1:
+        if number in stops:
             return
         for half in halves:
             if number == signal.SIGHUP:
@@ -12075,31 +12089,133 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
         yield from examine_host(settings, Target(host, port, settings.relay_tls, *login))
 
 
-# === 25 COMMAND LINE =========================================================
+# === 25 INSTALL ==============================================================
 #
-# One function for each verb; it takes the settings and its arguments, and returns
-# the exit status, of sysexits.h. COMMANDS is the table from which argparse, --help
-# and the completion of shells are made. Settings come from the environment, so the
-# command line has little to say.
+# The program as a service of this machine. `install` copies this file into a place
+# of its own and compiles it there, and writes a command that runs the compiled form,
+# systemd's units, and a file of settings, which nothing ever overwrites: run again
+# it upgrades. `uninstall` takes away what install wrote; settings and mail stay.
 #
-# Verbs that ask about mail speak to the running relay over HTTP; where none answers
-# they read the spool, and those that change it take its lock.
+# What is written is a table of texts first, so that --dry-run prints what an install
+# would write, and --root puts it elsewhere, for packagers and for tests. There no
+# user is made and no service started.
+#
+# The service has a user of its own, and not DynamicUser's private directory, so that
+# root's sendmail can put mail into the spool beside it. smtprelay.service in the
+# repository is the unit SERVICE; a test compares them.
 
-Arguments = argparse.Namespace
-Option = tuple[tuple[str, ...], dict[str, Any]]
+SERVICE_USER = "smtprelay"
+INSTALLED = "/usr/local/lib/smtprelay/smtprelay.py"
+LAUNCHED = "/usr/local/lib/smtprelay/sendmail"
+PROGRAM = "/usr/local/bin/smtprelay"
+ENVIRONMENT_FILE = "/etc/smtprelay/smtprelay.env"
+PASSWORD_FILE = "/etc/smtprelay/relay-password"
+STATE = "/var/lib/smtprelay"
+UNIT = "/etc/systemd/system/smtprelay.service"
+SOCKET_UNIT = "/etc/systemd/system/smtprelay.socket"
+DROP_IN = f"{UNIT}.d/relay-password.conf"
+SENDMAIL_LINKS = ("/usr/sbin/sendmail", "/usr/bin/mailq", "/usr/bin/newaliases")
+HIDDEN = ("/home/", "/root/", "/run/user/")  # what ProtectHome=yes hides from the service
 
+RUN_COMPILED = """\
+#!{python} -IS
+import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, "{folder}")
+import smtprelay; sys.exit(smtprelay.main())
+"""
+COMPILE = "import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True)"
 
-def option(*names: str, **how: Any) -> Option:
-    """Describe an argument of a verb, in argparse's words."""
-    return names, how
+SERVICE = f"""\
+# smtprelay as a system service, as `python3 smtprelay.py install` writes it.
+#
+# Settings stand in {ENVIRONMENT_FILE}, one SMTP_...=value a line.
+# A secret is better a credential, which only the service can read; in a drop-in:
+#
+#   [Service]
+#   LoadCredential=relay-password:{PASSWORD_FILE}
+#   Environment=SMTP_RELAY_PASSWORD_FILE=%d/relay-password
 
+[Unit]
+Description=smtprelay, a mail relay in one file
+Documentation=file:{INSTALLED}
+After=network-online.target
+Wants=network-online.target
 
-JSON = option("--json", action="store_true", help="print JSON")
-ID = option("id", metavar="ID", help="a queue id")
+[Service]
+Type=notify
+ExecStart=/usr/bin/env {PROGRAM} serve
+ExecReload=/bin/kill -HUP $MAINPID
+Sockets=smtprelay.socket
+Restart=on-failure
+RestartSec=2
+RestartPreventExitStatus=64 78
+TimeoutStopSec=15
+KillMode=mixed
 
+Environment=SMTP_SPOOL={STATE}/spool
+EnvironmentFile=-{ENVIRONMENT_FILE}
 
-class NoRelay(Exception):
-    """No relay answers over HTTP."""
+User={SERVICE_USER}
+StateDirectory=smtprelay
+StateDirectoryMode=0700
+UMask=0077
+LimitNOFILE=8192
+
+# A port below 1024 may be set. Users are not private: the socket tells who sends.
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+NoNewPrivileges=yes
+PrivateDevices=yes
+PrivateMounts=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+ProtectSystem=strict
+RemoveIPC=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+Also=smtprelay.socket
+"""
+SOCKET = f"""\
+[Unit]
+Description=where sendmail hands its mail to smtprelay
+
+[Socket]
+ListenStream={SUBMIT_SOCKET}
+FileDescriptorName=submit
+SocketMode=0666
+RemoveOnStop=yes
+
+[Install]
+WantedBy=sockets.target
+"""
+CREDENTIAL = f"""\
+[Service]
+LoadCredential=relay-password:{PASSWORD_FILE}
+Environment=SMTP_RELAY_PASSWORD_FILE=%d/relay-password
+"""
+COMMON_SETTINGS = {  # what the file of settings begins with, each with its help and commented out
+    "SMTP_PORT": "25", "SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me@gmail.com",
+    "SMTP_LOCAL_TO": "me@example.com", "SMTP_RELAY_FROM": "me@gmail.com", "SMTP_HOSTNAME": "box.example.com",
+    "SMTP_HEALTH_ADDR": "127.0.0.1:8080", "SMTP_KEEP": "30d", "SMTP_LOG_LEVEL": "warn",
+}
 
 
 class Complaint(Exception):
@@ -12108,6 +12224,226 @@ class Complaint(Exception):
     def __init__(self, text: str, status: int = EX_NO) -> None:
         super().__init__(text)
         self.status = status
+
+
+def ask_password(prompt: str = "Password: ") -> str:
+    """Read a password twice from the terminal, or once from the first line of standard input."""
+    import getpass
+
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        try:
+            password, again = getpass.getpass(prompt), getpass.getpass("Once more: ")
+        except EOFError:
+            raise Complaint("no password was given", EX_DATAERR) from None
+        if again != password:
+            raise Complaint("the passwords differ", EX_DATAERR)
+    if not password:
+        raise Complaint("an empty password is none", EX_DATAERR)
+    return password
+
+
+def read_assignments(path: str) -> dict[str, str]:
+    """Read NAME=value lines as systemd's EnvironmentFile= does; OSError when the file cannot be read."""
+    found = {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            name, equals, value = (part.strip() for part in line.partition("="))
+            if equals and name.isidentifier():
+                found[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "'\"" else value
+    return found
+
+
+def installed_environment() -> dict[str, str]:
+    """Return the environment of the installed service; OSError when there is none, or none for this user to read."""
+    found = {"SMTP_SPOOL": f"{STATE}/spool", **read_assignments(ENVIRONMENT_FILE)}
+    if os.path.exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in found:
+        found.setdefault("SMTP_RELAY_PASSWORD_FILE", PASSWORD_FILE)
+    return found
+
+
+def assigned(text: str, changes: Mapping[str, str]) -> str:
+    """Set settings in the text of an environment file, in the place of those that are there or commented out."""
+    import shlex
+
+    for name, value in changes.items():
+        line = f"{name}={shlex.quote(value)}\n"
+        for place in (rf"(?m)^{name}=.*\n", rf"(?m)^# ?{name}=.*\n"):
+            before, *after = re.split(place, text)
+            if after:
+                text = before + line + "".join(after)
+                break
+        else:
+            text += line
+    return text
+
+
+def interpreter() -> str:
+    """Return a Python that the service can run, too."""
+    for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if os.path.exists(path) and not path.startswith(HIDDEN):
+            return path
+    raise Complaint(f"the service cannot run {sys.executable}: install with a Python outside of home directories")
+
+
+def installation(root: str, changes: Mapping[str, str], password: str, sendmail: bool) -> dict[str, tuple[int, str]]:
+    """Return every file of an installation: its mode and its text."""
+    python = interpreter()
+    with open(__file__, encoding="utf-8") as file:
+        files = {INSTALLED: (0o644, file.read())}
+    settings = "".join(f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n"
+                       for name, value in COMMON_SETTINGS.items())
+    settings = f"# Settings of the service smtprelay; `smtprelay help settings` shows all.\n{settings}"
+    with contextlib.suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
+        settings = file.read()
+    files[PROGRAM] = (0o755, RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED)))
+    files[UNIT], files[SOCKET_UNIT] = (0o644, SERVICE), (0o644, SOCKET)
+    files[ENVIRONMENT_FILE] = (0o600, assigned(settings, changes))
+    if password:
+        files[PASSWORD_FILE], files[DROP_IN] = (0o600, f"{password}\n"), (0o644, CREDENTIAL)
+    if sendmail or os.path.exists(root + LAUNCHED):
+        files[LAUNCHED] = (0o755, f"#!{python} -IS\n{LAUNCHER.partition(chr(10))[2]}")
+    return files
+
+
+def install(arguments: argparse.Namespace) -> int:
+    """Make this program a service of this machine, or upgrade it; settings and mail stay."""
+    root, changes, password = arguments.root.rstrip("/"), {}, ""
+    if not (root or arguments.dry_run) and os.geteuid():
+        raise Complaint("this writes to /usr/local and /etc: run it with sudo (--dry-run shows what)")
+    if arguments.user and not arguments.relay:
+        raise Complaint("--user needs --relay", EX_USAGE)
+    for name, value in (("SMTP_RELAY_HOST", arguments.relay), ("SMTP_RELAY_USERNAME", arguments.user),
+                        ("SMTP_PORT", arguments.port)):
+        if value:
+            changes[name] = value
+    if arguments.user:
+        password = "..." if arguments.dry_run else ask_password(f"Password of {arguments.user} at {arguments.relay}: ")
+    before: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError):
+        before = read_assignments(root + ENVIRONMENT_FILE)
+    if changes:
+        Settings.read({**before, **changes, **({"SMTP_RELAY_PASSWORD": password} if password else {})})
+    files = installation(root, changes, password, arguments.sendmail)
+    for path, (mode, text) in files.items():
+        print(f"{root}{path} ({mode:o})")
+        if arguments.dry_run:
+            print(f"    (this file, {len(text)} characters)\n" if path == INSTALLED else f"{text}\n", end="")
+            continue
+        os.makedirs(os.path.dirname(root + path), exist_ok=True)
+        replace_file(root + path, text.encode())
+        os.chmod(root + path, mode)
+    if arguments.dry_run:
+        return 0
+    subprocess.run([interpreter(), "-IS", "-c", COMPILE, root + INSTALLED, INSTALLED], check=True)
+    taken = link_sendmail(root) if arguments.sendmail else []
+    if not root:
+        start_service()
+    complain(*taken)
+    return EX_NO if taken else 0
+
+
+def link_sendmail(root: str) -> list[str]:
+    """Let sendmail, mailq and newaliases be the launcher; return what is to be done where another has the name."""
+    taken = []
+    for path in SENDMAIL_LINKS:
+        at = root + path
+        now = os.readlink(at) if os.path.islink(at) else ""
+        if now == LAUNCHED:
+            continue
+        if not os.path.lexists(at):
+            os.makedirs(os.path.dirname(at), exist_ok=True)
+            os.symlink(LAUNCHED, at)
+            print(f"{at} -> {LAUNCHED}")
+            continue
+        way = f"dpkg-divert --local --rename --add {path}, then install --sendmail again"
+        if now.startswith("/etc/alternatives/"):
+            way = f"update-alternatives --install {path} {os.path.basename(now)} {LAUNCHED} 100"
+        taken.append(f"{path} is left to {os.path.realpath(at)}; on Debian this makes it smtprelay's: {way}")
+    return taken
+
+
+def start_service() -> None:
+    """Make the service's user and start the service; where systemd does not run, say what to do."""
+    try:
+        user = pwd.getpwnam(SERVICE_USER)
+    except KeyError:
+        subprocess.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", STATE,
+                        "--shell", "/usr/sbin/nologin", SERVICE_USER], check=True)
+        user = pwd.getpwnam(SERVICE_USER)
+    os.makedirs(STATE, 0o700, exist_ok=True)
+    os.chown(STATE, user.pw_uid, user.pw_gid)
+    if systemctl("daemon-reload"):
+        systemctl("stop", "smtprelay.service", "smtprelay.socket")  # a socket is not started beside its service
+        systemctl("enable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
+        print(f"smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay")
+        return
+    secret = f"SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} " if os.path.exists(PASSWORD_FILE) else ""
+    if secret:
+        os.chown(PASSWORD_FILE, user.pw_uid, user.pw_gid)
+    print("systemd does not run here, so nothing was started. Have this run at each start, as root:\n"
+          f"    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool {secret}exec setpriv --init-groups "
+          f"--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve")
+
+
+def systemctl(*words: str) -> bool:
+    """Run systemctl where systemd runs, and tell whether it does; Complaint when that fails."""
+    if not os.path.isdir("/run/systemd/system"):
+        return False
+    if subprocess.run(["systemctl", *words]).returncode:
+        raise Complaint(f"systemctl {' '.join(words)} failed; journalctl -u smtprelay may say why", EX_UNAVAILABLE)
+    return True
+
+
+def uninstall(arguments: argparse.Namespace) -> int:
+    """Remove what install wrote; --purge removes settings and mail, too."""
+    import shutil
+
+    root = arguments.root.rstrip("/")
+    if not (root or arguments.dry_run) and os.geteuid():
+        raise Complaint("this removes from /usr/local and /etc: run it with sudo (--dry-run shows what)")
+    doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN)]
+    doomed += [path for path in SENDMAIL_LINKS
+               if os.path.islink(root + path) and os.readlink(root + path) == LAUNCHED]
+    doomed += [os.path.dirname(ENVIRONMENT_FILE), STATE] if arguments.purge else []
+    live = not (root or arguments.dry_run)
+    if live and os.path.exists(UNIT):
+        systemctl("disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
+    for path in (root + path for path in doomed if os.path.lexists(root + path)):
+        print(f"removed {path}" if not arguments.dry_run else f"would remove {path}")
+        if arguments.dry_run:
+            continue
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    if live:
+        systemctl("daemon-reload")
+        if arguments.purge:
+            subprocess.run(["userdel", SERVICE_USER], check=False)
+    if not arguments.purge:
+        print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
+    return 0
+
+
+# === 26 COMMAND LINE =========================================================
+#
+# One function for each verb; it takes its arguments, and the settings if it wants any,
+# and returns the exit status, of sysexits.h. COMMANDS is the table from which argparse,
+# the help and the completion of shells are made. Settings come from the environment,
+# or, where that names none, from the file of the installed service.
+#
+# Verbs that ask about mail speak to the running relay over HTTP; where none answers
+# they read the spool, and those that change it take its lock.
+
+Arguments = argparse.Namespace
+Option = tuple[tuple[str, ...], dict[str, Any]]
+Row = tuple[str, ...]
+
+
+class NoRelay(Exception):
+    """No relay answers over HTTP."""
 
 
 class Progress:
@@ -12146,59 +12482,67 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False, default=vars))
 
 
-class Remote:
-    """The running relay, as it is spoken to over HTTP."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def ask(self, method: str, path: str, patience: float = 10.0, **query: object) -> bytes:
-        """Return the body of an answer; NoRelay when none comes, Complaint when it is a refusal."""
-        if not self.settings.health_addr:
-            raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
-        address = self.settings.health_addr[0]
-        connection = http.client.HTTPConnection(reachable(address.host) or "localhost", address.port, timeout=patience)
-        words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
-        token = self.settings.api_token
-        headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-        try:
-            connection.sock = dial(address, patience)
-            connection.request(method, f"{path}?{words}" if words else path, headers=headers)
-            answer = connection.getresponse()
-            body = answer.read()
-        except (OSError, http.client.HTTPException) as e:
-            raise NoRelay(f"no relay answers at {address._replace(host=reachable(address.host))}: {e}") from None
-        finally:
-            connection.close()
-        if answer.status >= 400:
-            raise Complaint(refusal_text(answer.status, body), EX_NO if answer.status < 500 else EX_UNAVAILABLE)
-        return body
-
-    def ask_json(self, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
-        return json.loads(self.ask(method, path, patience, **query) or b"null")
-
-
-def refusal_text(status: int, body: bytes) -> str:
-    """Return why the relay refused, in its own words where it has some."""
-    if status == 401:
-        return "the relay wants the SMTP_API_TOKEN that it was started with: set it here, too"
+def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
+    """Ask the running relay; return its answer, JSON or octets. NoRelay when none comes, Complaint when it refuses."""
+    if not settings.health_addr:
+        raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
+    address = settings.health_addr[0]._replace(host=reachable(settings.health_addr[0].host))
+    connection = http.client.HTTPConnection(address.host or "localhost", address.port, timeout=patience)
+    words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
+    token = settings.api_token
+    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
-        return str(json.loads(body)["Error"])
+        connection.sock = dial(address, patience)
+        connection.request(method, f"{path}?{words}" if words else path, headers=headers)
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise NoRelay(f"no relay answers at {address}: {e}") from None
+    finally:
+        connection.close()
+    if not answer.getheader("Server", "").startswith("smtprelay/"):
+        raise NoRelay(f"what answers at {address} is not smtprelay: see SMTP_HEALTH_ADDR")
+    if answer.status == 401:
+        raise Complaint("the relay wants the SMTP_API_TOKEN that it was started with: set it here, too")
+    is_json = answer.getheader("Content-Type", "").startswith("application/json")
+    if answer.status < 400:
+        return json.loads(body) if is_json else body
+    try:
+        why = str(json.loads(body)["Error"])
     except (ValueError, KeyError, TypeError):
-        return body[:300].decode("utf-8", "replace").strip() or f"HTTP {status}"
+        why = body[:300].decode("utf-8", "replace").strip() or f"HTTP {answer.status}"
+    raise Complaint(why, EX_NO if answer.status < 500 else EX_UNAVAILABLE)
 
 
-def read_environment() -> Settings:
-    """Read the settings from the environment, warning of names that are none."""
-    complain(*unknown_settings(os.environ), *foreign_settings(os.environ))
-    return Settings.read(os.environ)
+def read_environment(say: bool = True) -> Settings:
+    """Read the settings from the environment; where it names none, from the installed service's file."""
+    env = dict(os.environ)
+    if not any(name in FIELDS or name.endswith("_FILE") and name[:-5] in FIELDS for name in env):
+        try:
+            env.update(installed_environment())
+            complain(*[f"settings are those of {ENVIRONMENT_FILE}"] * say)
+        except FileNotFoundError:
+            """Nothing is installed."""
+        except OSError as e:
+            env["SMTP_SPOOL"] = f"{STATE}/spool"
+            complain(*[f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"] * say)
+    complain(*unknown_settings(env), *foreign_settings(env))
+    return Settings.read(env)
 
 
 @contextlib.contextmanager
 def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaster]:
     """Give the verbs over the spool itself, to change it or to read it alone; Complaint when there is none."""
-    if settings.storage == "memory" or not os.path.isdir(settings.spool):
-        raise Complaint(f"no relay answers, and there is no spool at {os.path.abspath(settings.spool)}", EX_UNAVAILABLE)
+    path = os.path.abspath(settings.spool)
+    if settings.storage == "memory" or not os.path.isdir(path):
+        raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE)
+    owner = os.stat(path)
+    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read what is written here
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+        who = user_name(owner.st_uid)
+        raise Complaint(f"no relay answers, and the spool {path} belongs to {who}: be {who}, or root", EX_UNAVAILABLE)
     quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
     parts = Parts(quiet, open_log(quiet))
     if change:
@@ -12214,7 +12558,7 @@ def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaste
 def queue_rows(settings: Settings) -> list[dict[str, Any]]:
     """Return what is owed and held."""
     try:
-        listed = Remote(settings).ask_json("GET", "/api/v1/queue")
+        listed = ask(settings, "GET", "/api/v1/queue")
     except NoRelay:
         with Progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
             listed = postmaster.queue(sys.maxsize)
@@ -12228,29 +12572,22 @@ def queue_(settings: Settings, arguments: Arguments) -> int:
         print_json(rows)
         return 0
     for row in rows:
-        print(queue_line(row))
-    total = sum(row["size"] for row in rows)
-    print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {size_shown(total)}" if rows else "the queue is empty")
+        age = time_shown(time.time() - unix_time(row["received_at"]))
+        due = unix_time(row["next_attempt_at"]) - time.time()
+        status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
+        print(f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {', '.join(row['recipients'])}")
+        why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" if due > 0 else "")))
+        print(*[f"    {why}\n"] * bool(why), end="")
+    total = size_shown(sum(row["size"] for row in rows))
+    print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {total}" if rows else "the queue is empty")
     return 0
-
-
-def queue_line(row: Mapping[str, Any]) -> str:
-    """Return what is shown of a message in the queue: a line, and why it is still there."""
-    age = time_shown(time.time() - unix_time(row["received_at"]))
-    due = unix_time(row.get("next_attempt_at") or "") - time.time()
-    when = f"due in {time_shown(due)}" if due > 0 else ""
-    to = ", ".join(row["recipients"])
-    status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
-    line = f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}"
-    why = ", ".join(filter(None, (row.get("reason"), when)))
-    return f"{line}\n    {why}" if why else line
 
 
 def retry_(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
     try:
-        done = Remote(settings).ask_json("POST", f"/api/v1/queue/{urllib.parse.quote(id, safe='')}/retry")
+        done = ask(settings, "POST", f"/api/v1/queue/{urllib.parse.quote(id, safe='')}/retry")
         print(f"{done['retried']} due now", file=sys.stderr)
     except NoRelay:
         with no_relay_runs(settings) as postmaster:
@@ -12260,10 +12597,10 @@ def retry_(settings: Settings, arguments: Arguments) -> int:
 
 def remove(settings: Settings, arguments: Arguments) -> int:
     """Remove a message for good, whether it is owed, held or finished."""
+    id = urllib.parse.quote(arguments.id, safe="")
     try:
-        remote, id = Remote(settings), urllib.parse.quote(arguments.id, safe="")
-        remote.ask("GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
-        remote.ask("DELETE", f"/api/v1/queue/{id}")
+        ask(settings, "GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
+        ask(settings, "DELETE", f"/api/v1/queue/{id}")
     except NoRelay:
         with no_relay_runs(settings) as postmaster:
             postmaster.load(arguments.id)
@@ -12275,9 +12612,8 @@ def show(settings: Settings, arguments: Arguments) -> int:
     """Print a message: its record, then its content."""
     path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
     try:
-        remote = Remote(settings)
-        content = remote.ask("GET", path + "/raw")
-        record = {"id": arguments.id, **remote.ask_json("GET", path)["Delivery"]}
+        content = ask(settings, "GET", path + "/raw")
+        record = {"id": arguments.id, **ask(settings, "GET", path)["Delivery"]}
     except NoRelay:
         with no_relay_runs(settings, change=False) as postmaster:
             record = json.loads(postmaster.load(arguments.id).to_json())
@@ -12300,8 +12636,8 @@ def wait(settings: Settings, arguments: Arguments) -> int:
     words = [f'{name}:"{value}"' for name, value in given.items() if value]
     try:
         with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
-            found = Remote(settings).ask_json("GET", "/api/v1/wait", arguments.timeout + 10,
-                                              **{"query": " ".join(words), "timeout": arguments.timeout, "with": part})
+            found = ask(settings, "GET", "/api/v1/wait", arguments.timeout + 10, **{
+                "query": " ".join(words), "timeout": arguments.timeout, "with": part, "since": arguments.since})
     except NoRelay as e:
         raise Complaint(str(e), EX_UNAVAILABLE) from None
     if part:
@@ -12327,49 +12663,26 @@ def user(settings: Settings, arguments: Arguments) -> int:
             raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
         if (name in users) == (arguments.action == "add"):
             raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
-        change = None if arguments.action == "remove" else account_fields(arguments)
+        change: dict[str, Any] | None = None
+        if arguments.action != "remove":
+            change = {"password": hash_password(ask_password())}
+            if arguments.action == "add":
+                change.update(allowed_domains=arguments.domain, quota_daily=arguments.daily,
+                              quota_per_minute=arguments.per_minute)
+            if arguments.api_key:
+                change["api_key"] = new_api_key()
         change_users(path, {name: change}, Sealer(settings.spool_key))
     except (AccountsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
+    if change and "api_key" in change:
+        print(change["api_key"])
     return 0
-
-
-def account_fields(arguments: Arguments) -> dict[str, Any]:
-    """Ask for a password, and return what is to be written of an account."""
-    fields: dict[str, Any] = {"password": hash_password(ask_password())}
-    if arguments.action == "add":
-        fields.update(allowed_domains=arguments.domain, quota_daily=arguments.daily,
-                      quota_per_minute=arguments.per_minute)
-    if arguments.api_key:
-        fields["api_key"] = new_api_key()
-        print(fields["api_key"])
-    return fields
-
-
-def ask_password() -> str:
-    """Read a password twice from the terminal, or once from the first line of standard input."""
-    import getpass
-
-    if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\r\n")
-    else:
-        try:
-            password, again = getpass.getpass("Password: "), getpass.getpass("Once more: ")
-        except EOFError:
-            raise Complaint("no password was given", EX_DATAERR) from None
-        if again != password:
-            raise Complaint("the passwords differ", EX_DATAERR)
-    if not password:
-        raise Complaint("an empty password is none", EX_DATAERR)
-    return password
-
-
-SHOWN_OF_ACCOUNT = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
 
 
 def print_users(users: Mapping[str, Any], as_json: bool) -> int:
     """Print the accounts without their secrets."""
-    shown = [{"name": name, **{k: fields[k] for k in SHOWN_OF_ACCOUNT if fields.get(k)}}
+    shown = [{"name": name, **{k: fields[k] for k in ("allowed_domains", "quota_daily", "quota_per_minute",
+                                                      "relay_host") if fields.get(k)}}
              for name, fields in users.items()]
     if as_json:
         print_json(shown)
@@ -12394,57 +12707,40 @@ def doctor(settings: Settings, arguments: Arguments) -> int:
     return EX_NO if any(f.mark == "fail" for f in findings) else 0
 
 
-def usage() -> str:
-    """Return the help text: every verb, then every setting with its default and meaning."""
-    lines = ["usage: smtprelay.py [COMMAND [...]]    (COMMAND --help says more; --version; --completion bash|zsh)", "",
-             "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it",
-             "listens on port 2525, holds what it gets, and shows its health on http://127.0.0.1:8080.", "",
-             "commands:",
-             *(f"  {name:<12} {summary_of(command.run)}" for name, command in COMMANDS.items()),
-             f"  {'sendmail':<12} {summary_of(sendmail)}", "",
-             "settings (environment variables):"]
-    for name, f in FIELDS.items():
-        file = f" (or {name}_FILE)" if f.metadata["secret"] else ""
-        shown = f" [{f.metadata['shown']}]" if f.metadata["shown"] else ""
-        lines.append(f"  {name:<33} {f.metadata['help']}{file}{shown}")
-    return "\n".join(lines)
-
-
-def summary_of(action: Callable[..., int]) -> str:
-    return (action.__doc__ or "").splitlines()[0]
-
-
-def serve(settings: Settings, arguments: Arguments) -> int:
+def serve(arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
+    warnings = [f"warning: {text}" for text in (*unknown_settings(os.environ), *foreign_settings(os.environ))]
+    settings = Settings.read(os.environ)
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
-    log = open_log(settings)
+    log, status = open_log(settings), 0
     parts = Parts(settings, log)
     try:
         parts.open()
+        lines = [*first_lines(parts), *warnings]
+    except SettingsError as e:
+        lines, status = e.problems, EX_CONFIG
     except SpoolBusy as e:
-        complain(str(e))
-        return EX_TEMPFAIL
+        lines, status = [str(e)], EX_TEMPFAIL
     except OSError as e:
-        complain(e.strerror or str(e))
-        return EX_UNAVAILABLE
-    log.greet(first_lines(parts))
-    give_memory_back()
-    try:
-        return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
-    finally:
-        parts.close()
-        log.info("stopped")
-
-
-def give_memory_back() -> None:
-    """Return to the system what compiling this file has left in the heap, a third of all; glibc would keep it."""
+        lines, status = [e.strerror or str(e)], EX_UNAVAILABLE
+        if isinstance(e, PermissionError) and "SMTP_SPOOL" in lines[0] and os.path.exists(settings.spool):
+            lines[0] += f" (it belongs to {user_name(os.stat(settings.spool).st_uid)})"
+    name = "smtprelay" if status else f"smtprelay {__version__}"
+    log.greet([f"{name}: {line}" for line in lines])
+    if status:
+        return status
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # what compiling this file has left in the heap, a third of all
+    try:
+        return serve_here(parts) if settings.storage == "memory" else Supervisor(parts).run()
+    finally:
+        parts.close()
+        log.info("stopped")
 
 
 def serve_here(parts: Parts) -> int:
@@ -12461,38 +12757,48 @@ def serve_here(parts: Parts) -> int:
     return 0
 
 
+UNUSUAL = {  # settings that are worth a line at the start when they are not as usual: what that means
+    "SMTP_RELAY_REDIRECT_TO": "all mail goes to this address, whoever it is for",
+    "SMTP_RELAY_ALLOWED_RECIPIENTS": "mail for others is held, not sent",
+    "SMTP_RELAY_FROM": "all mail is from this address",
+    "SMTP_FAULTS": "failures on order",
+    "SMTP_TIME_SCALE": "waits are this many times shorter",
+    "SMTP_LENIENT": "what old devices send is taken",
+    "SMTP_AUTH_ANY": "any user and password will do for whoever SMTP_ALLOW_NETWORKS lets in",
+    "SMTP_API_NETWORKS": "from there the page and /api need no token",
+    "SMTP_RELAY_TLS_VERIFY": "certificates of next hops are not verified",
+    "SMTP_FSYNC": "mail acknowledged just before a power failure is lost",
+}
+
+
 def first_lines(parts: Parts) -> list[str]:
     """Return the lines that say what was bound, where mail goes and where it is kept."""
     s = parts.settings
     where = {"hold": "held here until someone releases it",
              "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})",
              "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
-    lines = [f"listening on smtp://{socket_text(sock)}" for sock in parts.smtp]
-    lines += [f"listening on smtps://{socket_text(sock)}" for sock in parts.smtps]
-    lines += [f"listening on http://{socket_text(sock)}" for sock in parts.http]
+    bound = {"smtp": parts.smtp, "smtps": parts.smtps, "http": parts.http}
+    lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme, socks in bound.items() for sock in socks]
     lines.append(f"mail is {where}")
     place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
     lines.append(f"spool in {place}")
+    for name, words in UNUSUAL.items():
+        value = getattr(s, FIELDS[name].name)
+        if value != FIELDS[name].default:
+            lines.append(f"warning: {name}={setting_text(value)}: {words}")
     beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
     if beyond and s.auth_required is False:
         lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
     if beyond and s.auth_required is not False and not parts.accounts.configured():
         lines.append("warning: clients beyond loopback must log in, but there are no accounts "
                      "(SMTP_AUTH_REQUIRED=0 lets them send)")
-    if s.api_networks != networks("loopback"):
-        lines.append(f"the page and /api need no token from {', '.join(map(str, s.api_networks))} (SMTP_API_NETWORKS)")
-    elif not s.api_token and not all(a.path or is_loopback(a.host) for a in s.health_addr):
+    if (s.api_networks == networks("loopback") and not s.api_token
+            and not all(a.path or is_loopback(a.host) for a in s.health_addr)):
         lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: "
                      "the page and /api serve this machine alone")
-    if s.auth_any:
-        lines.append("warning: SMTP_AUTH_ANY=1: any user and password will do for whoever SMTP_ALLOW_NETWORKS lets in")
     if is_open(s) and s.allow_networks == networks("loopback"):
         lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
-    if s.delivery != "hold" and not s.relay_tls_verify:
-        lines.append("warning: SMTP_RELAY_TLS_VERIFY=0: certificates of next hops are not verified")
-    if not s.fsync:
-        lines.append("warning: SMTP_FSYNC=0: mail acknowledged just before a power failure is lost")
-    return [f"smtprelay {__version__}: {line}" for line in lines]
+    return lines
 
 
 def check(settings: Settings, arguments: Arguments) -> int:
@@ -12520,20 +12826,66 @@ def setting_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def status(settings: Settings, arguments: Arguments) -> int:
+    """Say whether the relay runs, how it fares, and what it owes; exit 0 when it is ready."""
+    try:
+        parts = ask(settings, "GET", "/readyz", verbose=1)
+        listed = ask(settings, "GET", "/api/v1/queue")
+    except NoRelay as e:
+        raise Complaint(str(e), EX_UNAVAILABLE) from None
+    for name, how in parts.items():
+        print(f"{name:<10} {how}")
+    print(f"queue      {listed['total']} owed, {len(listed['held'])} held")
+    return 0
+
+
+HEALTH_PATIENCE = 60.0
+ENDED_AFTER = 3.0  # a relay that is started again has the spool by then
+
+
 def healthcheck(settings: Settings, arguments: Arguments) -> int:
-    """Exit 0 when the relay is ready; --wait waits for it, up to a minute."""
+    """Exit 0 when the relay is ready; --wait waits for it, up to a minute, but not for one that has ended."""
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
-    end = time.monotonic() + (60 if arguments.wait else 0)
+    begun, last_held = time.time(), 0.0
     with Progress("waiting for the relay"):
         while True:
             try:
-                Remote(settings).ask("GET", "/readyz", patience=5.0)
+                ask(settings, "GET", "/readyz", 5.0)
                 return 0
             except (NoRelay, Complaint) as e:
-                if time.monotonic() >= end:
-                    raise Complaint(str(e)) from None
+                why = str(e)
+            now, (held, since) = time.time(), spool_lock(settings)
+            if not arguments.wait or now > begun + HEALTH_PATIENCE:
+                raise Complaint(why)
+            last_held = now if held else max(last_held, since if since > begun - ENDED_AFTER else 0.0)
+            if 0 < last_held < now - ENDED_AFTER:
+                raise Complaint(f"the relay has ended; {last_words(settings.log_file) or why}")
             time.sleep(0.1)
+
+
+def spool_lock(settings: Settings) -> tuple[bool, float]:
+    """Tell whether a relay has the spool, as far as can be seen, and when one last took it."""
+    try:
+        with open(os.path.join(settings.spool, ".lock"), "rb") as file:
+            taken = os.fstat(file.fileno()).st_mtime
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True, taken
+            return False, taken
+    except OSError:
+        return False, 0.0
+
+
+def last_words(path: str) -> str:
+    """Return the last line of a log file, "" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.stat(path).st_size - 4 * KIB))
+            return file.read().decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+    except OSError:
+        return ""
 
 
 def sendmail(words: Sequence[str]) -> int:
@@ -12541,7 +12893,7 @@ def sendmail(words: Sequence[str]) -> int:
     if list(words) == ["--help"]:
         print(SENDMAIL_HELP)
         return 0
-    settings = read_environment()
+    settings = read_environment(say=False)  # cron would mail it
     try:
         errand = read_errand(words)
         if errand.mode == "deliver":
@@ -12560,27 +12912,155 @@ def sendmail(words: Sequence[str]) -> int:
     return 0
 
 
+# -- help --
+
+GROUPS = {  # what is said above the first setting of each group, in the order of the code
+    "SMTP_PORT": "Listening, limits", "SMTP_TLS_CERT": "TLS, logins, rates", "SMTP_FAULTS": "Failures on order",
+    "SMTP_STORAGE": "The spool", "SMTP_DELIVERY": "Delivery", "SMTP_RETRY": "Retries", "SMTP_HEALTH_ADDR": "HTTP",
+    "SMTP_LOG_LEVEL": "Logs",
+}
+
+
+def settings_table() -> Iterator[Row]:
+    yield "name", "default", "meaning"
+    for name, f in FIELDS.items():
+        if name in GROUPS:
+            yield (GROUPS[name],)
+        file = f" (or `{name}_FILE`)" if f.metadata["secret"] and f"{name}_FILE" not in FIELDS else ""
+        yield name, f.metadata["shown"], f.metadata["help"] + file
+
+
+def replies_table() -> Iterator[Row]:
+    yield "code", "enhanced code, text"
+    ours = itertools.takewhile(lambda value: value is not Status, globals().values())  # those of the chapter REPLIES
+    refusals = sorted({value for value in ours if isinstance(value, Reply) and value.code >= 400})
+    for code, same in itertools.groupby(refusals, lambda reply: reply.code):
+        yield str(code), "; ".join(f"{r.enhanced} {r.text}" for r in same)
+
+
+def http_table() -> Iterator[Row]:
+    yield "path", "methods", "for", "does"
+    who = {Access.OPEN: "anyone", Access.ACCOUNT: "API key", Access.PAGE: "anyone; shows nothing without the token"}
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for route in ROUTES:
+        same = rows.setdefault((who.get(route.access, "token"), route.does), {})
+        same.setdefault(route.path, []).append(route.method)
+    for (access, does), paths in rows.items():
+        yield " ".join(paths), " ".join(next(iter(paths.values()))), access, does
+
+
+def metrics_table() -> Iterator[Row]:
+    yield "metric", "kind", "meaning"
+    for m in METRICS:
+        yield m.name + (f"{{{m.label}}}" if m.label else ""), m.kind, m.help
+
+
+def spool_table() -> Iterator[Row]:
+    yield "file", "what it is"
+    yield "DATE/ID_HASH.eml", "a message: X-Envelope- fields, our Received, the content; it never changes"
+    yield "DATE/ID_HASH.json", "its record, while it is owed or held; made anew from the .eml if it is lost"
+    yield "DATE/ID_HASH.forwarded.json", "the record of one that was delivered"
+    yield "DATE/ID_HASH.failed.json", "the record of one that was given up"
+    yield "bad/", "what could not be read: moved there, never deleted"
+    yield "tls/ usage/ faults", "the self-signed pair; what accounts have used; rules changed over HTTP"
+    yield ".lock", "held by the relay that runs"
+
+
+def exit_table() -> Iterator[Row]:
+    yield "status", "meaning"
+    yield "0", "done"
+    yield "1", "a no: not ready, not found, nothing came in time"
+    yield "64", "wrong usage"
+    yield "65", "wrong input"
+    yield "69", "nothing to talk to: no relay, no spool, a place to listen that is taken; sendmail: refused for good"
+    yield "75", "not now: the spool is in use, the message was not taken; try again"
+    yield "78", "wrong settings"
+
+
+TOPICS = {"settings": settings_table, "replies": replies_table, "http": http_table, "metrics": metrics_table,
+          "spool": spool_table, "exit": exit_table}
+
+
+def line_width() -> int:
+    import shutil
+
+    return max(40, min(shutil.get_terminal_size().columns, 100))
+
+
+def laid_out(rows: Iterable[Row]) -> str:
+    """Lay a table out for this terminal: the first cell, beside it the last, and what is between them in brackets."""
+    import textwrap
+
+    lines, width = [], line_width()
+    for name, *between, text in (row if len(row) > 1 else (*row, "") for row in itertools.islice(rows, 1, None)):
+        if not text:
+            lines += ["", f"{name}:"]
+            continue
+        facts, text = "; ".join(filter(None, between)), text.replace("`", "")
+        if len(name) > 25:
+            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="  ")
+            name = ""
+        lines += textwrap.wrap(text + f" [{facts}]" * bool(facts), width, initial_indent=f"  {name:<26}",
+                               subsequent_indent=" " * 28)
+    return "\n".join(lines)
+
+
+def help_(arguments: Arguments) -> int:
+    """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command."""
+    if arguments.topic in TOPICS:
+        print(laid_out(TOPICS[arguments.topic]()).lstrip("\n"))
+        return 0
+    if arguments.topic:
+        return run_command([arguments.topic, "--help"])
+    commands = [("command", ""), *((name, summary_of(command.run)) for name, command in COMMANDS.items())]
+    print("usage: smtprelay.py [COMMAND [...]]    (COMMAND --help says more; --version; --completion bash|zsh)\n\n"
+          "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it\n"
+          "listens on port 2525, holds what it gets, and shows it on http://127.0.0.1:8080.\n\n"
+          f"commands:\n{laid_out(commands)}\n\nsettings (environment variables):\n{laid_out(settings_table())}")
+    return 0
+
+
+def version(arguments: Arguments) -> int:
+    """Print the version."""
+    print(f"smtprelay {__version__}")
+    return 0
+
+
+# -- the verbs --
+
 class Command(NamedTuple):
-    """A verb of the command line: what runs it, and its arguments."""
+    """A verb of the command line: what runs it, its arguments, whether it reads the settings."""
 
-    run: Callable[[Settings, Arguments], int]
+    run: Callable[..., int]
     options: tuple[Option, ...] = ()
+    reads: bool = True
 
 
+def option(*names: str, **how: Any) -> Option:
+    """Describe an argument of a verb, in argparse's words."""
+    return names, how
+
+
+JSON = option("--json", action="store_true", help="print JSON")
+ID = option("id", metavar="ID", help="a queue id")
+ROOT = option("--root", metavar="DIR", default="", help="put all files under this directory, and start nothing")
+DRY_RUN = option("--dry-run", action="store_true", help="print what would be done")
 COMMANDS: dict[str, Command] = {
-    "serve": Command(serve),
+    "serve": Command(serve, reads=False),
     "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
     "doctor": Command(doctor, (
         option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
+    "status": Command(status),
     "queue": Command(queue_, (JSON,)),
     "retry": Command(retry_, (
-        option("id", metavar="ID|all|held", help="a queue id, all that is owed, or all that is held"),
-        option("--held", action="store_true", help="with all: release what is held"))),
+        option("id", metavar="ID|all|held", help="a queue id, all that are owed, or all that are held"),
+        option("--held", action="store_true", help="with all: release those that are held"))),
     "remove": Command(remove, (ID,)),
     "show": Command(show, (ID, JSON)),
     "wait": Command(wait, (
         option("--to", metavar="ADDRESS", help="a recipient"),
         option("--subject", metavar="WORDS", help="words of the subject"),
+        option("--since", type=int, metavar="N", help="only after the message with this sequence number (see --json)"),
         option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
         option("--code", action="store_true", help="print its verification code alone"),
         option("--link", action="store_true", help="print its first link alone"), JSON)),
@@ -12593,19 +13073,22 @@ COMMANDS: dict[str, Command] = {
         option("--per-minute", type=count, default=0, metavar="N", help="messages a minute"),
         option("--api-key", action="store_true", help="make an API key, and print it"), JSON)),
     "healthcheck": Command(healthcheck, (option("--wait", action="store_true", help="wait up to a minute"),)),
+    "sendmail": Command(sendmail),
+    "install": Command(install, (
+        option("--relay", metavar="HOST", default="", help="the smart host, as in SMTP_RELAY_HOST: gmail, host:port"),
+        option("--user", metavar="NAME", default="", help="the login there; asks for the password"),
+        option("--port", metavar="PORT", default="", help="where to listen, as in SMTP_PORT"),
+        option("--sendmail", action="store_true", help="be sendmail, mailq and newaliases, too"), ROOT, DRY_RUN),
+        reads=False),
+    "uninstall": Command(uninstall, (
+        option("--purge", action="store_true", help="remove settings and mail, too"), ROOT, DRY_RUN), reads=False),
+    "help": Command(help_, (option("topic", metavar="TOPIC", nargs="?", default=""),), reads=False),
+    "version": Command(version, reads=False),
 }
 
 
-def parse_arguments(name: str, words: Sequence[str]) -> Arguments:
-    """Parse a verb's arguments; SystemExit with 0 after --help, EX_USAGE after a mistake."""
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(command.run))
-    for names, how in command.options:
-        parser.add_argument(*names, **how)
-    try:
-        return parser.parse_args(words)
-    except SystemExit as e:
-        raise SystemExit(EX_USAGE if e.code else 0) from None
+def summary_of(action: Callable[..., int]) -> str:
+    return (action.__doc__ or "").partition("\n")[0]
 
 
 BASH = """\
@@ -12635,8 +13118,42 @@ def completion(shell: str) -> str:
     for name, command in COMMANDS.items():
         words = [w for names, how in command.options for w in (how.get("choices") or names)
                  if w[0] == "-" or "choices" in how]
+        words += TOPICS if command.run is help_ else []
         cases += [case.format(name, " ".join(words))] if words else []
-    return template.format(verbs=" ".join([*COMMANDS, "sendmail"]), cases="\n".join(cases))
+    return template.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Parse a command line; SystemExit with 0 after --help, EX_USAGE after a mistake."""
+    parser = argparse.ArgumentParser("smtprelay.py")
+    verbs = parser.add_subparsers(dest="verb")
+    for name in COMMANDS if words[0] not in COMMANDS else words[:1]:  # the others cost time, and nobody looks at them
+        verb = verbs.add_parser(name, description=summary_of(COMMANDS[name].run), formatter_class=formatter)
+        for names, how in COMMANDS[name].options:
+            verb.add_argument(*names, **how)
+    try:
+        return parser.parse_args(words)
+    except SystemExit as e:
+        raise SystemExit(EX_USAGE if e.code else 0) from None
+
+
+def formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, width=line_width())
+
+
+def run_command(words: list[str]) -> int:
+    name, *rest = words or ["serve"]
+    if name == "sendmail":  # whose flags are its own
+        return sendmail(rest)
+    if name == "--completion" and rest in (["bash"], ["zsh"]):
+        print(completion(rest[0]))
+        return 0
+    name = {"--help": "help", "-h": "help", "--version": "version"}.get(name, name)
+    if name not in COMMANDS:
+        complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
+        return EX_USAGE
+    arguments = parse_arguments([name, *rest])
+    return COMMANDS[name].run(read_environment(), arguments) if COMMANDS[name].reads else COMMANDS[name].run(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -12645,36 +13162,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     called = os.path.basename(sys.argv[0]) if arguments is None else ""
     if called in SENDMAIL_NAMES:
         words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
+    for name, how in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if not getattr(sys, name):  # it was closed
+            setattr(sys, name, open(os.devnull, how, encoding="utf-8"))  # noqa: SIM115
+        elif how == "w" and isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # an address that the locale cannot show
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return run_command(words)
+        status = run_command(words)
+        sys.stdout.flush()
+        return status
     except SettingsError as e:
         complain(*e.problems)
         return EX_CONFIG
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except (Complaint, SpoolBusy, OSError) as e:
+    except (Complaint, SpoolBusy, SpoolError, OSError) as e:
         complain(str(e))
         return e.status if isinstance(e, Complaint) else EX_TEMPFAIL
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-
-
-def run_command(words: list[str]) -> int:
-    name = words.pop(0) if words else "serve"
-    if name == "sendmail":
-        return sendmail(words)
-    if name in ("--version", "--help", "-h"):
-        print(f"smtprelay {__version__}" if name == "--version" else usage())
-        return 0
-    if name == "--completion" and words in (["bash"], ["zsh"]):
-        print(completion(words[0]))
-        return 0
-    if name not in COMMANDS:
-        complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
-        return EX_USAGE
-    parsed = parse_arguments(name, words)
-    return COMMANDS[name].run(read_environment(), parsed)
 
 
 if __name__ == "__main__":
