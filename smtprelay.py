@@ -6599,16 +6599,15 @@ def discard(block: bytes) -> None:
 SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+EXHAUSTED_LOGGED = 10.0  # seconds between two lines that say so
 STOP_PATIENCE = 8.0
 
 
 class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections on one bound socket; each thread holds the session that it accepted."""
 
-    daemon_threads = True
-
     def __init__(self, sock: socket.socket, reception: Reception, tls: bool) -> None:
-        super().__init__(("", 0), SessionHandler, bind_and_activate=False)
+        super().__init__(("", 0), socketserver.BaseRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
         if sock.family != socket.AF_UNIX:
@@ -6616,6 +6615,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.reception, self.tls = reception, tls
         self.lock = threading.Lock()
         self.waiting = 0  # threads that wait for a connection
+        self.exhausted_at = -math.inf
 
     def start_thread(self) -> None:
         """Start a thread; RuntimeError when none can be had."""
@@ -6642,16 +6642,6 @@ class Listener(socketserver.ThreadingTCPServer):
                 bound = crowded
             self.process_request(request, client)
 
-    def relieved(self) -> bool:
-        """Make sure that another thread accepts while this one is busy; False when none can be had."""
-        try:
-            if not self.waiting:
-                self.start_thread()
-        except RuntimeError as e:
-            self.reception.log.error("session_not_started", error=e)
-            return False
-        return True
-
     def wake(self) -> None:
         """Send the threads that wait away, with a connection of our own for each."""
         end = time.monotonic() + 1.0
@@ -6663,65 +6653,52 @@ class Listener(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
+        """Accept a connection; with no descriptor left, wait a little instead of spinning, and say so now and then."""
         try:
             sock, address = self.socket.accept()
         except OSError as e:
             if e.errno in EXHAUSTED:
-                self.reception.log.error("accept_failed", error=e)
+                if time.monotonic() > self.exhausted_at + EXHAUSTED_LOGGED:
+                    self.exhausted_at = time.monotonic()
+                    self.reception.log.error("accept_failed", error=e)
                 time.sleep(0.1)
             raise
         self.reception.metrics.inc("smtp_connections_total")
         return sock, client_name(sock.family, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hold a session on the thread of the caller, or turn it away."""
+        """Hold a session on the thread of the caller, or turn it away with 421, without waiting for it."""
+        reception = self.reception
         try:
-            session = Session(self.reception, request, client_address, self.tls)
-            if self.reception.stopping or not self.relieved() or not self.reception.enter(session):
-                self.turn_away(request)
-            else:
-                self.hold(session)
-        except Exception as e:  # the next connection may find more memory
-            self.reception.log.error("session_not_started", error=e)
-            self.turn_away(request)
-
-    def turn_away(self, request: socket.socket) -> None:
-        """Send 421 to one connection too many, without waiting for it."""
-        with contextlib.suppress(OSError):
-            request.settimeout(0)
-            request.send(reply_octets(TOO_MANY_SESSIONS))
-        self.shutdown_request(request)
-
-    def hold(self, session: Session) -> None:
-        """Run a session to its end."""
+            if not self.waiting:  # another thread must accept while this one is busy
+                self.start_thread()
+            session = Session(reception, request, client_address, self.tls)
+            welcome = not reception.stopping and reception.enter(session)
+        except Exception as e:  # no thread or no memory is to be had; the next connection may find some
+            reception.log.error("session_not_started", error=e)
+            welcome = False
+        if not welcome:
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(reply_octets(TOO_MANY_SESSIONS))
+            self.shutdown_request(request)
+            return
         try:
-            self.finish_request(session.wire.sock, session)
+            session.run()
         except Exception as e:
-            self.reception.log.bug("session_bug", e, client=session.client)
+            reception.log.bug("session_bug", e, client=session.client)
             session.last_words(INTERNAL._replace(code=421))
         finally:
-            end_tls(session.wire.sock)
+            sock = session.wire.sock
+            if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
+                with contextlib.suppress(OSError, ValueError):
+                    sock.settimeout(0)
+                    sock.unwrap()
             if session.quitting:  # both sides know: one system call is enough
-                session.wire.sock.close()
+                sock.close()
             else:
-                self.shutdown_request(session.wire.sock)
-            self.reception.leave(session)
-
-
-def end_tls(sock: socket.socket) -> None:
-    """Send TLS's close without waiting for the peer's."""
-    if isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):
-            sock.settimeout(0)
-            sock.unwrap()
-
-
-class SessionHandler(socketserver.BaseRequestHandler):
-    """Joins socketserver and Session: the listener passes the session as the client's address."""
-
-    def handle(self) -> None:
-        self.client_address.run()
+                self.shutdown_request(sock)
+            reception.leave(session)
 
 
 class Receiving:
@@ -6792,7 +6769,12 @@ def bind(address: Address) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if address.path:
-            remove_stale(address.path)
+            with contextlib.suppress(FileNotFoundError):  # a socket that a relay which is gone has left
+                if stat.S_ISSOCK(os.lstat(address.path).st_mode):
+                    with socket.socket(socket.AF_UNIX) as probe:
+                        if probe.connect_ex(address.path) == 0:
+                            raise OSError(errno.EADDRINUSE, "Address already in use")
+                    os.unlink(address.path)
             sock.bind(address.path)
             os.chmod(address.path, 0o666)  # as open as a loopback port
         else:
@@ -6805,16 +6787,6 @@ def bind(address: Address) -> socket.socket:
         sock.close()
         raise OSError(e.errno, f"cannot listen on {address}: {e.strerror}") from None
     return sock
-
-
-def remove_stale(path: str) -> None:
-    """Remove the socket that a relay which is gone has left; OSError when one still answers there."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise OSError(errno.EADDRINUSE, "Address already in use")
-            os.unlink(path)
 
 
 def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socket.socket]:

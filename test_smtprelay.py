@@ -6787,6 +6787,18 @@ def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeyp
         assert client.greeting.startswith("220")
 
 
+def test_with_no_descriptor_left_it_waits_and_says_so_once(start: Callable[..., Any], caplog: Any) -> None:
+    relay = start()
+    listener, real = relay.receiving.listeners[0], relay.receiving.listeners[0].socket
+    listener.socket = mock.Mock(accept=mock.Mock(side_effect=OSError(errno.EMFILE, "too many")))
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(OSError, match="too many"):
+            listener.get_request()
+    listener.socket = real
+    assert time.monotonic() - began >= 0.3 and caplog.text.count("accept_failed") == 1
+
+
 @pytest.mark.parametrize("port", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "unix:"])
 def test_stop_wakes_all_who_wait(start: Callable[..., Any], tmp_path: Path, port: str) -> None:
     path = f"{tmp_path}/s" if port == "unix:" else ""
