@@ -7906,24 +7906,10 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAABgAAAAYCAMAAADXqc3KAAAABlBMVEWKOxL///82E77gAAAAQElEQVR42mNgxAEY6CTBgAHIlmDE"
     "Ig61HFOcEaoLVRxhB7IMhA+zHCED5cJdBZOB8RDORZFH8QeyXTQIkoGKWgCgkAFjTm4sFwAAAABJRU5ErkJggg=="
 )
-PEOPLE = (
-    "Ada Park",
-    "Bruno Keller",
-    "Chidi Okafor",
-    "Dana Whitfield",
-    "Elif Demir",
-    "Farah Aziz",
-    "Goran Petrov",
-    "Hana Sato",
-)
-LETTER_SENDERS = (
-    ("Northwind Books", "orders@northwind.example"),
-    ("Accounts", "no-reply@app.example"),
-    ("Tidewater Health", "visits@tidewater.example"),
-    ("Build server", "ci@build.example"),
-    ("", "cron@db-3.internal.example"),
-    ("Larkspur Travel", "hello@larkspur.example"),
-)
+PEOPLE = ["Ada Park", "Bruno Keller", "Chidi Okafor", "Dana Whitfield", "Elif Demir", "Farah Aziz", "Goran Petrov", "Hana Sato"]
+LETTER_SENDERS = (("Northwind Books", "orders@northwind.example"), ("Accounts", "no-reply@app.example"),
+                  ("Tidewater Health", "visits@tidewater.example"), ("Build server", "ci@build.example"),
+                  ("", "cron@db-3.internal.example"), ("Larkspur Travel", "hello@larkspur.example"))  # fmt: skip
 LETTERS = (  # sender, subject, text
     (
         0,
@@ -8035,11 +8021,9 @@ def fill_spool(path: Path, letters: list[bytes]) -> None:
     for content in letters:
         mail = smtprelay.read_mail(content)
         to = [person["Address"] for person in mail.people("to")[:3]]
-        draft = spool.draft(
-            smtprelay.Envelope(
-                mail.people("from")[0]["Address"], "127.0.0.1", "app", "ESMTP", flags=("HOLD",), recipients=to
-            )
-        )
+        sender = mail.people("from")[0]["Address"]
+        envelope = smtprelay.Envelope(sender, "127.0.0.1", "app", "ESMTP", flags=("HOLD",), recipients=to)
+        draft = spool.draft(envelope)
         draft.write(content)
         draft.commit()
     spool.close()
@@ -8082,34 +8066,19 @@ def test_the_page_in_a_real_browser(
         f"rcpt busy{n}@example.com": ["450 4.2.1 The mailbox is busy, try again later"]
         for n in ("-1", "-2", "-3", "-4", "-last")
     }
-    next_hop = hop(**{"script": busy})
-    relays = {
-        "SMTP_RELAY_HOST": f"127.0.0.1:{next_hop.port}",
-        "SMTP_RETRY_INITIAL_DELAY": "1h",
-        "SMTP_RETRY_MAX_DELAY": "1h",
-    }
+    next_hop = f"127.0.0.1:{hop(**{'script': busy}).port}"
+    relays = {"SMTP_RELAY_HOST": next_hop, "SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_RETRY_MAX_DELAY": "1h"}
     fill_spool(tmp_path / "held", [*map(letter, range(118, 60, -1)), hostile_letter(), *map(letter, range(60, -1, -1))])
     held = program(**relays, SMTP_DELIVERY="hold", SMTP_SPOOL=str(tmp_path / "held"))
     users = tmp_path / "users.json"
-    users.write_text(
-        json.dumps({"shop": {"password": "a long one", "allowed_domains": ["shop.example"], "quota_daily": 500}})
-    )
+    shop = {"password": "a long one", "allowed_domains": ["shop.example"], "quota_daily": 500}
+    users.write_text(json.dumps({"shop": shop}))
     users.chmod(0o600)
     owed = program(**relays, SMTP_API_TOKEN="a token", SMTP_USERS_FILE=str(users))
     for n in range(1, 5):
-        api(
-            owed,
-            "POST",
-            "/api/v1/send",
-            {
-                "From": {"Email": "ann@example.com"},
-                "To": [{"Email": f"busy-{n}@example.com"}],
-                "Subject": f"Reminder {n}",
-                "Text": "Sent.",
-                "HTML": "<p>Sent.",
-            },
-            token="a token",
-        )
+        reminder = {"From": {"Email": "ann@example.com"}, "To": [{"Email": f"busy-{n}@example.com"}],
+                    "Subject": f"Reminder {n}", "Text": "Sent.", "HTML": "<p>Sent."}  # fmt: skip
+        api(owed, "POST", "/api/v1/send", reminder, token="a token")
     env = {
         "PATH": os.environ["PATH"],
         "HELD": held.http_url,
@@ -9610,41 +9579,16 @@ def test_mutt(relay: smtprelay.Relay, env: dict[str, str], tmp_path: Path) -> No
     (tmp_path / "muttrc").write_text(
         f'set sendmail="{env["SENDMAIL"]} -oem -oi"\nset from=me@x.example\nset use_envelope_from=yes\nset copy=no\n'
     )
-    run_command(
-        need("mutt"),
-        "-n",
-        "-F",
-        str(tmp_path / "muttrc"),
-        "-s",
-        "Hello",
-        "-b",
-        "blind@d.example",
-        "--",
-        "a@b.example",
-        env=env,
-        stdin="K\u00e4se\n".encode(),
-    )
+    words = f"-n -F {tmp_path}/muttrc -s Hello -b blind@d.example -- a@b.example".split()
+    run_command(need("mutt"), *words, env=env, stdin="K\u00e4se\n".encode())
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "blind@d.example"}, "me@x.example")
     assert b"Subject: Hello\r\n" in content and b"blind" not in content
 
 
 def test_s_nail(relay: smtprelay.Relay, env: dict[str, str]) -> None:
-    run_command(
-        need("s-nail"),
-        "-n",
-        "-S",
-        f"mta={env['SENDMAIL']}",
-        "-s",
-        "Hello",
-        "-r",
-        "me@x.example",
-        "-c",
-        "c@d.example",
-        "a@b.example",
-        env=env,
-        stdin=b"x\n.\ny\n",
-    )
+    words = f"-n -S mta={env['SENDMAIL']} -s Hello -r me@x.example -c c@d.example a@b.example".split()
+    run_command(need("s-nail"), *words, env=env, stdin=b"x\n.\ny\n")
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "c@d.example"}, "me@x.example")
     assert content.endswith(b"\r\n\r\nx\r\n.\r\ny\r\n")
@@ -9655,29 +9599,11 @@ def test_git_send_email(relay: smtprelay.Relay, env: dict[str, str], tmp_path: P
     lacks = subprocess.run([need("perl"), "-MMail::Address", "-e1"], capture_output=True, env=env).returncode
     if lacks or subprocess.run([git, "send-email", "-h"], capture_output=True, env=env).returncode > 1:
         pytest.skip("git send-email is not installed")
-    for command in (
-        "init -q .",
-        "config user.name Me",
-        "config user.email me@x.example",
-        "commit -q --allow-empty -m First",
-        "-c core.hooksPath=/dev/null commit -q --allow-empty -m Second",
-    ):
-        run_command(git, *command.split(), env=env, cwd=tmp_path)
     (tmp_path / "file").write_text("x\n")
-    run_command(git, "add", "file", env=env, cwd=tmp_path)
-    run_command(git, "commit", "-q", "-m", "Add a file", env=env, cwd=tmp_path)
-    run_command(
-        git,
-        "send-email",
-        "--quiet",
-        "--confirm=never",
-        "--envelope-sender=bounce@x.example",
-        f"--smtp-server={env['SENDMAIL']}",
-        "--to=a@b.example",
-        "-1",
-        env=env,
-        cwd=tmp_path,
-    )
+    send = f"send-email --quiet --confirm=never --envelope-sender=bounce@x.example --smtp-server={env['SENDMAIL']} --to=a@b.example -1"
+    for command in ("init -q .", "config user.name Me", "config user.email me@x.example",
+                    "commit -q --allow-empty -m First", "add file", "commit -q -m Add\u00a0a\u00a0file", send):  # fmt: skip
+        run_command(git, *[word.replace("\u00a0", " ") for word in command.split(" ")], env=env, cwd=tmp_path)
     to, sender, content = the_only(relay)
     assert (set(to), sender) == ({"a@b.example", "me@x.example"}, "bounce@x.example")
     assert b"Subject: [PATCH] Add a file\r\n" in content
@@ -10631,19 +10557,10 @@ def mail_to(relay: smtprelay.Relay, *recipients: str, content: bytes = CODE_MAIL
 def test_a_test_waits_for_its_mail(relay: smtprelay.Relay) -> None:
     mail_to(relay)
     mail = relay.wait(to="bob@b.example", subject="code", timeout=5)
-    assert (mail.codes, mail.links, mail.reverse_path, mail.recipients) == (
-        ["482913"],
-        ["https://x.example/in?t=1"],
-        "me@x.example",
-        ["bob@b.example"],
-    )
-    assert (mail.subject, mail.from_, mail.to, mail.html, mail.attachments) == (
-        "Your code",
-        "me@x.example",
-        ["bob@b.example"],
-        "",
-        [],
-    )
+    assert (mail.codes, mail.links) == (["482913"], ["https://x.example/in?t=1"])
+    assert (mail.reverse_path, mail.recipients) == ("me@x.example", ["bob@b.example"])
+    assert (mail.subject, mail.from_, mail.to) == ("Your code", "me@x.example", ["bob@b.example"])
+    assert (mail.html, mail.attachments) == ("", [])
     assert mail.headers["subject"] == "Your code" and mail.raw.endswith(CODE_MAIL) and "482913" in mail.text
     assert [m.id for m in relay.messages] == [mail.id]
     with pytest.raises(TimeoutError, match=r"to='ann'.* what came: <Email 'Your code'"):
@@ -10842,12 +10759,8 @@ def test_pytests_fixtures(tmp_path: Path, flags: list[str], conftest: str) -> No
 
 
 def test_without_pytest_there_are_no_fixtures() -> None:
-    run_command(
-        sys.executable,
-        "-c",
-        "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules",
-        env=clean_env(),
-    )
+    code = "import smtprelay, sys; assert not hasattr(smtprelay, 'smtp_relay') and 'pytest' not in sys.modules"
+    run_command(sys.executable, "-c", code, env=clean_env())
 
 
 def test_a_relay_that_is_stopped_leaves_descriptors_of_others_alone(start: Any) -> None:
