@@ -171,10 +171,12 @@ class Reply(NamedTuple):
 @functools.lru_cache(maxsize=128)
 def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
-    lines = reply.text.split("\n")
     mark = f"{reply.enhanced} " if reply.enhanced else ""
-    head = [f"{reply.code}-{mark}{line}\r\n" for line in lines[:-1]]
-    return "".join([*head, f"{reply.code} {mark}{lines[-1]}\r\n"]).encode("utf-8", "replace")
+    *lines, last = reply.text.split("\n")
+    text = f"{reply.code} {mark}{last}\r\n"
+    for line in reversed(lines):
+        text = f"{reply.code}-{mark}{line}\r\n{text}"
+    return text.encode("utf-8", "replace")
 
 
 BYE = Reply(221, "2.0.0", "Bye")
@@ -5835,7 +5837,6 @@ class Reception:
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
-        self.clients: collections.Counter[str] = collections.Counter()
         self.stopping = False
         self.free_checked, self.has_free_space = -math.inf, True
         self.unheard_until = 0.0  # who delivers is behind: how much is owed is not known
@@ -5864,36 +5865,24 @@ class Reception:
 
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        client, m = session.client, self.metrics
-        limit = 0 if self.is_balancer(client) else self.settings.max_connections_per_client
-        m.inc("smtp_sessions_active")  # first: two processes must not both take the last place
-        with self.lock:
-            full = (m.get("smtp_sessions_active") > self.most_sessions
-                    or 0 < limit <= self.clients.get(client_key(client), 0))
-            if not full:
-                self.sessions.add(session)
-                self.clients[client_key(client)] += 1
-        if full:
-            m.inc("smtp_sessions_active", -1)
-            self.turned_away(client, TOO_MANY_SESSIONS)
-        return not full
+        self.metrics.inc("smtp_sessions_active")  # first: two processes must not both take the last place
+        fits = self.count_in(session, session.client) or self.is_balancer(session.client)
+        if fits and self.metrics.get("smtp_sessions_active") <= self.most_sessions:
+            return True
+        self.leave(session)
+        self.turned_away(session.client, TOO_MANY_SESSIONS)
+        return False
 
-    def rename(self, session: Session, client: str) -> bool:
-        """Count a session for the client that a balancer named, or for none; False when that one has too many."""
+    def count_in(self, session: Session, client: str) -> bool:
+        """Count a session for a client; False when that one has SMTP_MAX_CONNECTIONS_PER_CLIENT already."""
         limit = self.settings.max_connections_per_client
         with self.lock:
-            key = client_key(session.client)
-            self.clients[key] -= 1
-            if not self.clients[key]:
-                del self.clients[key]
+            others = [other.client for other in self.sessions if other is not session] if limit else []
             session.client = client
-            if client:
-                self.clients[client_key(client)] += 1
-            return not 0 < limit < self.clients.get(client_key(client), 0)
+            self.sessions.add(session)
+        return not 0 < limit <= sum(client_key(other) == client_key(client) for other in others)
 
     def leave(self, session: Session) -> None:
-        """Count a session out."""
-        self.rename(session, "")
         with self.lock:
             self.sessions.discard(session)
         self.metrics.inc("smtp_sessions_active", -1)
@@ -5987,7 +5976,7 @@ class Session:
         self.reception, self.settings = reception, reception.settings
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
-        self.is_tls = self.lenient = False
+        self.is_tls, self.lenient = False, ""  # lenient: the host's name, to complete addresses
         self.account: Account | None = None
         self.reserved = ""  # the account whose daily quota a message was taken from
         self.failed_logins = self.errors = 0
@@ -6035,9 +6024,8 @@ class Session:
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        client = client_name(socket.AF_INET6, (named or self.client,))
-        self.crowded = not self.reception.rename(self, client)
-        self.is_local = bool(named) and is_loopback(client)  # whom a balancer does not name may be anybody
+        self.crowded = not self.reception.count_in(self, plain_address(named or self.client))
+        self.is_local = bool(named) and is_loopback(self.client)  # whom a balancer does not name may be anybody
 
     def refusal(self) -> Reply | None:
         """Return why this client gets no greeting, if so; where any login is good, none from afar may come."""
@@ -6051,7 +6039,7 @@ class Session:
             self.reception.turned_away(self.client, reply)
         elif settings.lenient:
             named = tuple(net for net in settings.allow_networks if net.prefixlen and not net.is_loopback)
-            self.lenient = self.is_local or in_networks(self.client, named)
+            self.lenient = settings.hostname if self.is_local or in_networks(self.client, named) else ""
         return reply or (TALKED_EARLY if not self.implicit_tls and spoke_early(self.wire.sock) else None)
 
     def converse(self) -> None:
@@ -6308,7 +6296,7 @@ class Session:
             needed = reception.accounts.configured() or not self.is_local
         if needed and not self.account:
             return LOGIN_FIRST
-        address, given = self.path("MAIL", argument)
+        address, given = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
         if address.lower() == "postmaster":
             return BAD_SENDER
@@ -6334,10 +6322,6 @@ class Session:
         if fault:
             self.forget()
         return fault or SENDER_OK
-
-    def path(self, verb: str, argument: bytes) -> tuple[str, Mapping[str, str]]:
-        """Read the argument of MAIL or RCPT; extensions are for those who said EHLO."""
-        return read_path(verb, argument, self.extended or self.lenient, self.settings.hostname if self.lenient else "")
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
@@ -6365,7 +6349,7 @@ class Session:
         """RCPT TO (RFC 5321 4.1.1.3)."""
         envelope = self.envelope
         assert envelope is not None
-        address, given = self.path("RCPT", argument)
+        address, given = read_path("RCPT", argument, self.extended, self.lenient)
         utf8, orcpt = "SMTPUTF8" in envelope.flags, given.get("ORCPT", "")
         if not utf8 and not orcpt.isascii():
             return BAD_ARGUMENT._replace(text=PARAMETERS["ORCPT"][2])
@@ -6422,7 +6406,7 @@ class Session:
 
     def begin(self, envelope: Envelope) -> Content:
         self.draft = self.reception.begin(envelope)
-        self.content = Content(self.draft.write, self.settings.max_size, self.lenient)
+        self.content = Content(self.draft.write, self.settings.max_size, bool(self.lenient))
         return self.content
 
     def read(self, reader: Callable[..., None], content: Content, *more: int) -> None:
@@ -6510,17 +6494,16 @@ PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
 
 
 @functools.lru_cache(maxsize=256)
-def read_path(verb: str, argument: bytes, extended: bool, hostname: str) -> tuple[str, Mapping[str, str]]:
+def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str]]:
     """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
 
-    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any for who was offered none. A `hostname`
-    makes it lenient: it completes an address that has no domain.
+    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any for who said HELO and was offered none.
     """
     prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
     if argument[:len(prefix)].upper() != prefix:
         raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
     try:
-        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), hostname)
+        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), lenient)
     except ValueError as e:
         why = "not UTF-8" if isinstance(e, UnicodeDecodeError) else e
         raise Refused(bad._replace(text=f"{bad.text}: {why}")) from None
@@ -6529,7 +6512,7 @@ def read_path(verb: str, argument: bytes, extended: bool, hostname: str) -> tupl
     except ValueError as e:
         raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
     for name, value in parameters.items():
-        if not extended or name not in PARAMETERS or PARAMETERS[name][0] != verb:
+        if not (extended or lenient) or name not in PARAMETERS or PARAMETERS[name][0] != verb:
             raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
         if not PARAMETERS[name][1](value):
             raise Refused(BAD_ARGUMENT._replace(text=PARAMETERS[name][2]))

@@ -1740,7 +1740,7 @@ def test_sessions_are_counted_for_the_proxied_client() -> None:
         assert first.recv(100).startswith(b"220")
         assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n").startswith(b"421")
         assert talk_proxied((relay.host, relay.port), b"PROXY TCP4 192.0.2.2 127.0.0.1 1 2\r\n").startswith(b"220")
-        wait_until(lambda: relay.receiving.reception.clients["192.0.2.1"] == 1)
+        wait_until(lambda: [s.client for s in relay.receiving.reception.sessions] == ["192.0.2.1"])
 
 
 def test_replies_that_nobody_reads_do_not_pile_up(start: Callable[..., Any]) -> None:
@@ -6448,7 +6448,7 @@ def test_connections_per_client(start: Callable[..., Any], first: str, second: s
         with Visitor(relay, third) as other:
             assert other.greeting.startswith("220")
     assert metric(relay, "smtp_connections_refused_total") == 1
-    wait_until(lambda: not relay.receiving.reception.clients)
+    wait_until(lambda: not relay.receiving.reception.sessions)
     with Visitor(relay, second) as again:
         assert again.greeting.startswith("220")
 
