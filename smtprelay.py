@@ -1592,7 +1592,8 @@ def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
 # === 06 GRAMMAR ==============================================================
 #
 # Pure functions from octets to values: command lines, paths, parameters,
-# domains, address literals. They raise ValueError with the words for the peer.
+# domains, address literals. They raise ValueError with the words for the peer. Only
+# the reader of address lists raises nothing, for what it reads no peer can mend.
 # Limits are about four times those of RFC 5321 4.5.3.1, and are checked before
 # anything is parsed; no pattern here can backtrack, since in each the next
 # octet alone decides.
@@ -1794,6 +1795,96 @@ def final_recipient(address: str, utf8: bool) -> str:
     if address.isascii():
         return f"rfc822; {address}"
     return f"utf-8; {encode_unitext(address, UNITEXT_SPECIAL, utf8)}"
+
+
+# -- addresses as programs write them, in header fields and on command lines
+
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+ENCODED_WORD = r"=\?[^?\s]*\?[bBqQ]\?[^?]*\?="
+# A bracket belongs to an atom with its end, as in a name or an address literal, or alone.
+ADDRESS_TOKEN = (
+    rf'(?s)(?P<atom>(?:{QUOTED}(?=@)|{ENCODED_WORD}|\[[^][<>@]*\]|\\.|[^\s"(),:;<>\\[])+)'
+    rf'|(?P<quoted>{QUOTED})|<(?P<angle>(?:{QUOTED}|[^<>"])*)>|(?P<space>\s+)|.')
+LOCAL_PART_ALONE = re.compile(r"[^\s@\"()<>:,;\\=?]*\w[^\s@\"()<>:,;\\=?]*")
+
+
+def address_tokens(text: str) -> Iterator[tuple[str, str]]:
+    """Cut an address list into (kind, token). What opens and never ends is no more than a space."""
+    at, groups_end, pattern = 0, text.rfind(";"), re.compile(ADDRESS_TOKEN)
+    while at < len(text):
+        token = pattern.match(text, at)
+        assert token
+        kind, value, end = token.lastgroup or token[0], token[token.lastgroup or 0], token.end()
+        if kind == "angle" and "," in value and "@" in value.partition(",")[0][1:]:
+            kind, value, end = "space", " ", at + 1  # its end is lost, and what was found is another's
+        elif kind == "(":
+            depth = 0
+            for mark in re.compile(r"(?s)\\.|[()]").finditer(text, at):
+                depth += {"(": 1, ")": -1}.get(mark[0], 0)
+                if not depth:
+                    kind, value, end = "comment", text[at + 1:mark.start()], mark.end()
+                    break
+        if kind in '("':  # what has no end is looked for once, so the time stays linear
+            text = text[:at] + re.sub({"(": "[()]", '"': '"'}[kind], " ", text[at:])
+            continue
+        if kind in "<>)[":
+            kind, value = "space", " "
+        if kind == "atom" and "@" in value.strip("@"):
+            kind = "address"
+        elif kind == "quoted":
+            value = re.sub(r"(?s)\\(.)", r"\1", value[1:-1])
+        yield "group" if kind == ":" and at < groups_end else kind, value
+        at = end
+
+
+def read_addresses(text: str) -> list[tuple[str, str]]:
+    """Read an address list leniently: (display name, address) pairs; raises nothing, in linear time.
+
+    It takes RFC 5322 3.4 and what programs write in its stead: names with commas, brackets, dots
+    or comments in them, semicolons, lost quotes and brackets. A local part alone is an address,
+    too: who delivers here completes it. What is no address is left out, and costs no other.
+    """
+    found: list[tuple[str, str]] = []
+    held: list[str] = []  # before a comma: the beginning of a name, or local parts
+    said: list[tuple[str, str]] = []  # in the entry under way
+    angle = False
+    for kind, value in itertools.chain(address_tokens(text), [(";", ";")]):
+        if kind not in ("angle", ",", ";", "group"):
+            if kind == ":" and said and said[-1][1].lower() == "mailto":
+                said.pop()
+            else:
+                said.append((kind, value))
+            continue
+        note = next((value for kind, value in reversed(said) if kind == "comment"), "")
+        words = " ".join("".join(v for k, v in said if k not in ("address", "comment")).split())
+        bare = [bare_address(v) for k, v in said if k == "address"]
+        if kind == "angle":
+            name = "".join(f"({v})" if k == "comment" else v for k, v in said)
+            name = " ".join(", ".join([*held, name]).split())
+            found += [(note if name == f"({note})" else name, bare_address(value))]
+            held = []
+        elif angle and not bare:  # a name behind its address
+            found[-1] = (found[-1][0] or words or note, found[-1][1])
+        else:
+            alone = not bare and LOCAL_PART_ALONE.fullmatch(words)
+            # "Doe, John <j@x>" is one, "root, John <j@x>" are two: users' names are in lower case.
+            if kind == "," and words and not bare and (held or not alone or words != words.lower()):
+                held += [words]
+            else:
+                found += [("", local) for local in held if LOCAL_PART_ALONE.fullmatch(local)]
+                found += [("" if n else words or note, address) for n, address in enumerate(bare)]
+                found += [("", words)] if alone and kind != "group" else []
+                held = []
+        said, angle = [], kind == "angle"
+    return [(name, address) for name, address in found if address]
+
+
+def bare_address(text: str) -> str:
+    """Take off what is not the address: spaces, a source route, a scheme, quotes around it."""
+    if '"' in text:
+        return text.strip()
+    text = re.sub(r"(?i)^(?:@[^:]*:|mailto:|smtp:)", "", re.sub(r" ?([@.]) ?", r"\1", " ".join(text.split())))
+    return text.strip("' \\" if "[" in text[1:] else "' \\[]")
 
 
 # === 07 SEALING ==============================================================
@@ -6879,17 +6970,11 @@ def decode_words(value: str) -> str:
 
 
 def addresses(value: str) -> list[Person]:
-    """Parse an address list (RFC 5322, 3.4), leaving out what is no address."""
+    """Read an address list, its names decoded."""
     common = COMMON_ADDRESS.fullmatch(value)
     if common:  # ten times as fast
         return [person_json((common[1] or "").strip(), common[2] or common[3])]
-    if max(value.count("("), value.count(":")) > 50:  # getaddresses recurses for each
-        value = value.translate({40: " ", 58: " "})
-    try:
-        pairs = email.utils.getaddresses([value])
-    except EMAIL_RAISES:
-        return []
-    return [person_json(decode_words(name), address) for name, address in pairs if address]
+    return [person_json(decode_words(name), address) for name, address in read_addresses(value)]
 
 
 def person_json(name: str, address: str) -> Person:
