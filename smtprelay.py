@@ -8453,7 +8453,6 @@ function logIn() {
   return login;
 }
 
-
 /* == Listening == */
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 async function attempt(work) {
@@ -8479,13 +8478,15 @@ async function listen() {
       const answer = await api('GET', 'api/v1/events');
       pause = 500;
       show('live', 'on');
-      attempt(loadInfo);
+      attempt(loadStats);
       everythingSoon();
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let part, kept = ''; !(part = await reader.read()).done;) {
         const events = (kept + part.value).replaceAll('\r', '').split('\n\n');
         kept = events.pop();
-        events.forEach(hear);
+        const heard = events.filter(event => /^data:/m.test(event));
+        if (heard.some(event => event.includes(state.id))) updateSoon();
+        if (heard.length) everythingSoon();
       }
     } catch {
       if (!state.lost) everythingSoon();  /* refused, so look every while */
@@ -8493,11 +8494,6 @@ async function listen() {
     show(state.lost ? 'not reached' : 'reconnecting');
     await sleep(pause);
   }
-}
-function hear(event) {
-  if (!/^data:/m.test(event)) return;
-  if (event.includes(state.id)) updateSoon();
-  everythingSoon();
 }
 
 /* == What is always there == */
@@ -8528,9 +8524,9 @@ function render() {
 const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
 const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
 async function loadStats() {
-  state.stats = await get('api/v1/stats');
+  [state.info, state.stats] = await Promise.all([get('api/v1/info'), get('api/v1/stats')]);
   renderStrip();
-  if (state.view === 'accounts') render();
+  render();
 }
 function renderStrip() {
   const hours = state.stats.hours || [], out = hour => sum(OUT.map(key => hour[key]));
@@ -9066,11 +9062,6 @@ function switchTheme() {
   const {matches} = matchMedia('(prefers-color-scheme: dark)');
   keep({theme: (state.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark'});
   document.documentElement.dataset.theme = state.theme;
-}
-async function loadInfo() {
-  [state.info, state.stats] = await Promise.all([get('api/v1/info'), get('api/v1/stats')]);
-  renderStrip();
-  render();
 }
 function begin() {
   try { Object.assign(state, JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
@@ -10262,13 +10253,8 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
 
 
 def write_mailbox(name: str, address: str) -> str:
-    """Return a name and an address as they stand in a header; a name beyond ASCII as an encoded word."""
-    if not name.isascii():
-        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        name = email.header.Header(name, "utf-8").encode(linesep="\r\n")
-    elif re.search(r'[][()<>@,:;.\\"]', name) and "=?" not in name:
-        name = f'"{email.utils.quote(name)}"'
-    return f"{name} <{address}>" if name else address
+    """Return a name and an address as they stand in a header; what is an encoded word already stays."""
+    return f"{name if '=?' in name else phrase(name)} <{address}>" if name else address
 
 
 def user_name(uid: int) -> str:
