@@ -577,6 +577,14 @@ def choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+LEVEL_WORDS = {"warning": "warn", "notice": "info", "verbose": "debug", "trace": "debug",
+               **dict.fromkeys(("err", "critical", "crit", "fatal", "alert", "emerg"), "error")}
+
+
+def level(text: str) -> str:
+    return choice("debug", "info", "warn", "error")(LEVEL_WORDS.get(text.lower(), text))
+
+
 def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError("a port from 0 to 65535")
@@ -677,7 +685,6 @@ PRESETS = {
     "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
     "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
 }
-APP_PASSWORD = re.compile(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}")  # as Google shows it
 
 
 def preset_of(text: str) -> Preset | None:
@@ -687,6 +694,11 @@ def preset_of(text: str) -> Preset | None:
     if not preset or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
         return None
     return preset._replace(host=preset.host.format(region))
+
+
+def app_password(text: str) -> str:
+    """Return an app password without the spaces with which Google shows it; any other text as it is."""
+    return text.replace(" ", "") if re.fullmatch(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}", text) else text
 
 
 def hop_list(text: str) -> tuple[str, ...]:
@@ -814,7 +826,7 @@ class Settings:
     relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
     relay_username: str = setting("", word, "login at the smart host")
     relay_password: str = setting("", word, "and its password, or OAuth token", secret=True)
-    relay_password_file: str = setting("", readable, "a file with it, reread for each login")
+    relay_password_file: str = setting("", word, "a file with it, reread for each login")
     relay_auth: str = setting(
         "auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
     relay_return_path: str = setting("", mailbox, "replaces the reverse-path (never the null one)")
@@ -860,7 +872,7 @@ class Settings:
     tags: str = setting("", word, "rules that tag messages: TAG=SEARCH, parted by ;")
     web_root: str = setting("/", word, "the path under which a reverse proxy shows the page")
     webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
-    log_level: str = setting("info", choice("debug", "info", "warn", "error"), "debug, info, warn, error")
+    log_level: str = setting("info", level, "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
     log_file: str = setting("", appendable, "a file for the log", shown="stderr")
     audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
@@ -870,14 +882,16 @@ class Settings:
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Settings:
         """Read all settings from environment variables; SettingsError lists every mistake."""
-        values, problems = {}, []
+        values, wrong_names, problems = {}, set(), unknown_settings(env)[0]
         for name, f in FIELDS.items():
             try:
                 values[f.name] = read_setting(env, name)
             except ValueError as e:
+                wrong_names.add(name)
                 problems.append(str(e))
         settings = cls(**values)._derived()
-        problems += [text for wrong, text in CONFLICTS if wrong(settings)]
+        problems += [text for wrong, text in CONFLICTS  # what follows from a mistake is not said, too
+                     if wrong(settings) and not wrong_names.intersection(re.findall("SMTP_[A-Z_]+", text))]
         if problems:
             raise SettingsError(problems)
         return settings
@@ -891,8 +905,8 @@ class Settings:
         easy = self.delivery == "mx" or (hosts and loopback)
         tls = tls or ("opportunistic" if easy else "starttls")
         password = self.relay_password
-        if any(presets) and APP_PASSWORD.fullmatch(password):
-            password = password.replace(" ", "")
+        if any(presets):
+            password = app_password(password)
         return dataclasses.replace(
             self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=self._receivers(),
@@ -901,13 +915,16 @@ class Settings:
     def _receivers(self) -> int:
         """Return how many processes receive: what is counted by client or account is counted in one place."""
         counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
-        usual = 2 if (os.cpu_count() or 1) > 1 else 1
+        mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usual = 2 if mine > 1 else 1
         return 1 if counts or self.storage == "memory" else self.processes or usual
 
     @functools.cached_property
-    def smart_hosts(self) -> tuple[tuple[str, int], ...]:
-        """The smart hosts, in the order in which they are tried."""
-        return tuple(split_port(h, str(self.relay_port)) for h in self.relay_host)
+    def smart_hosts(self) -> tuple[tuple[str, int, str], ...]:
+        """The smart hosts in the order in which they are tried: name, port, and SMTP_RELAY_TLS for it."""
+        places = (split_port(h, str(self.relay_port)) for h in self.relay_host)
+        return tuple((host, port, "tls" if port == 465 and self.relay_tls != "none" else self.relay_tls)
+                     for host, port in places)  # RFC 8314 3.3: nobody speaks STARTTLS at 465
 
 
 def machine_name() -> str:
@@ -933,7 +950,7 @@ CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
     (lambda s: s.delivery == "relay" and not s.relay_host,
      "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
     (lambda s: s.delivery != "mx" and any(is_loopback(host) and any(port == a.port for a in (*s.port, *s.smtps_port))
-                                          for host, port in s.smart_hosts),
+                                          for host, port, _ in s.smart_hosts),
      "SMTP_RELAY_HOST: expected another server than this one"),
     (lambda s: s.delivery == "mx" and s.relay_tls == "tls",
      "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
@@ -962,32 +979,39 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
     if not path:
         return env.get(name, "")
     if env.get(name):
-        raise ValueError(f"only one of {name} and {name}_FILE")
+        raise ValueError(f"{name} and {name}_FILE are both set: expected one of them")
     try:
         with open(path, encoding="utf-8") as file:
             return file.read(64 * KIB).rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{name}_FILE to name a readable file: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise ValueError(f"{name}_FILE={path!r}: expected a file that can be read: {why}") from None
 
 
 def read_setting(env: Mapping[str, str], name: str) -> Any:
     """Return one setting; ValueError names it, its value (never a secret's) and what is expected."""
-    meta, text = FIELDS[name].metadata, ""
+    meta = FIELDS[name].metadata
+    text = read_secret(env, name) if meta["secret"] else env.get(name, "").strip()
     try:
-        text = read_secret(env, name) if meta["secret"] else env.get(name, "").strip()
         return meta["parse"](text or meta["text"])
     except ValueError as e:
         shown = "(a secret)" if meta["secret"] else repr(text)
         raise ValueError(f"{name}={shown}: expected {e}") from None
 
 
-def unknown_settings(env: Mapping[str, str]) -> list[str]:
-    """Return a warning for each SMTP_* name that is no setting, with the nearest real name."""
+def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return a line for each SMTP_* name that is no setting: mistakes, then what may be an application's own.
+
+    A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
+    """
     real = [*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])]
-    warnings = []
+    first_words = collections.Counter(name.split("_")[1] for name in FIELDS)
+    found: tuple[list[str], list[str]] = ([], [])
     for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
-        warnings.append(f"{name} is not a setting{nearest(name, real, 0.5)}")
-    return warnings
+        word, more, _ = name[5:].partition("_")
+        mistake = bool(more) and first_words[word] > 1
+        found[not mistake].append(f"{name} is not a setting{nearest(name, real, 0.5)}")
+    return found
 
 
 MAILPITS = {  # the settings of Mailpit and MailHog, with ours
@@ -2153,7 +2177,7 @@ def open_sealer(settings: Settings) -> Sealer:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SealError(f"{KEY_CHECK} was altered")
     except SealError as e:
-        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected the key of {settings.spool}: {e}"]) from None
+        raise SettingsError([f"SMTP_SPOOL_KEY: expected the key of {settings.spool}: {e}"]) from None
     return sealer
 
 
@@ -4771,9 +4795,10 @@ class NextHop:
         if not path or self.target.password != self.settings.relay_password:
             return self.target.password
         try:
-            return read_secret({"PASSWORD_FILE": path}, "PASSWORD")
+            password = read_secret({"SMTP_RELAY_PASSWORD_FILE": path}, "SMTP_RELAY_PASSWORD")
+            return app_password(password) if recipient_limit(self.target.host) else password
         except ValueError as e:
-            raise Trouble("login", 0, f"expected {e}") from None
+            raise Trouble("login", 0, str(e)) from None
 
     def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
         """Send command lines in one segment; whatever went into one, it cannot become two."""
@@ -5064,8 +5089,8 @@ class Delivery:
     def usual(self) -> list[Target]:
         """The smart hosts of the settings."""
         s = self.settings
-        login = (s.relay_tls, s.relay_username, s.relay_password)
-        return [Target(host, port, *login, most=recipient_limit(host)) for host, port in s.smart_hosts]
+        login = (s.relay_username, s.relay_password)
+        return [Target(*place, *login, most=recipient_limit(place[0])) for place in s.smart_hosts]
 
     # -- where to --
 
@@ -9572,14 +9597,14 @@ def show_info(request: Request) -> Any:
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
     return {**info_json(d.inbox, __version__, d.settings.spool, **stats), "SMTPPort": d.port,
-            "Delivery": d.settings.delivery, "RelayHost": ", ".join(host_port(*h) for h in d.settings.smart_hosts)}
+            "Delivery": d.settings.delivery, "RelayHost": ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)}
 
 
 @route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
 def show_webui(request: Request) -> Any:
     s = request.relay.settings
     relay = {"Enabled": request.relay.postmaster.can_release, "ReturnPath": s.relay_return_path,
-             "SMTPServer": ", ".join(host_port(*h) for h in s.smart_hosts), "OverrideFrom": s.relay_from,
+             "SMTPServer": ", ".join(host_port(*h[:2]) for h in s.smart_hosts), "OverrideFrom": s.relay_from,
              "AllowedRecipients": s.relay_allowed_recipients.pattern, "BlockedRecipients": ""}
     return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": True,
             "DuplicatesIgnored": False}
@@ -11809,7 +11834,7 @@ def start(**settings: object) -> Relay:
     """
     given = {name: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else
              str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
-    unknown = unknown_settings(given)
+    unknown = sum(unknown_settings(given), [])
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
@@ -12110,9 +12135,8 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
     if settings.delivery == "hold":
         yield Finding("warn", "delivery", "mail is held here, nothing is sent",
                       "set SMTP_RELAY_HOST to name a smart host")
-    for host, port in settings.smart_hosts if settings.delivery == "relay" else ():
-        login = settings.relay_username, settings.relay_password
-        yield from examine_host(settings, Target(host, port, settings.relay_tls, *login))
+    for place in settings.smart_hosts if settings.delivery == "relay" else ():
+        yield from examine_host(settings, Target(*place, settings.relay_username, settings.relay_password))
 
 
 # === 25 INSTALL ==============================================================
@@ -12552,7 +12576,7 @@ def read_environment(say: bool = True) -> Settings:
         except OSError as e:
             env["SMTP_SPOOL"] = f"{STATE}/spool"
             complain(*[f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"] * say)
-    complain(*unknown_settings(env), *foreign_settings(env))
+    complain(*unknown_settings(env)[1], *foreign_settings(env))
     return Settings.read(env)
 
 
@@ -12735,7 +12759,7 @@ def doctor(settings: Settings, arguments: Arguments) -> int:
 
 def serve(arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
-    warnings = [f"warning: {text}" for text in (*unknown_settings(os.environ), *foreign_settings(os.environ))]
+    warnings = [f"warning: {text}" for text in (*unknown_settings(os.environ)[1], *foreign_settings(os.environ))]
     settings = Settings.read(os.environ)
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
@@ -12801,7 +12825,7 @@ def first_lines(parts: Parts) -> list[str]:
     """Return the lines that say what was bound, where mail goes and where it is kept."""
     s = parts.settings
     where = {"hold": "held here until someone releases it",
-             "relay": f"to {', '.join(host_port(*h) for h in s.smart_hosts)} (TLS: {s.relay_tls})",
+             "relay": "to " + ", ".join(f"{host_port(*h[:2])} (TLS: {h[2]})" for h in s.smart_hosts),
              "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
     bound = {"smtp": parts.smtp, "smtps": parts.smtps, "http": parts.http}
     lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme, socks in bound.items() for sock in socks]

@@ -774,7 +774,7 @@ def test_all_wrong_values_are_reported_at_once() -> None:
     [
         ({}, 0, ""),
         ({"SMTP_MAX_SIZE": "1GiB", "SMTP_KEEP": "1.5h", "SMTP_FSYNC": "off"}, 0, ""),
-        ({"SMTP_RELAY_HOTS": "x"}, 0, "SMTP_RELAY_HOTS.*SMTP_RELAY_HOST"),
+        ({"SMTP_RELAY_HOTS": "x"}, 78, "SMTP_RELAY_HOTS.*SMTP_RELAY_HOST"),
         ({"SMTP_DELIVERY": "relay"}, 78, "SMTP_RELAY_HOST"),
         ({"SMTP_RELAY_PASSWORD": "a", "SMTP_RELAY_PASSWORD_FILE": "/dev/null"}, 78, "SMTP_RELAY_PASSWORD"),
         ({"SMTP_RELAY_PASSWORD_FILE": "/nonexistent"}, 78, "SMTP_RELAY_PASSWORD_FILE"),
@@ -828,7 +828,7 @@ PRESETS = [  # SMTP_RELAY_HOST and what else is set: host, port, TLS
 @pytest.mark.parametrize("env, hosts, tls", PRESETS)
 def test_a_preset_fills_host_port_and_tls(env: dict[str, str], hosts: list[tuple[str, int]], tls: str) -> None:
     read = settings_of(**env)
-    assert (list(read.smart_hosts), read.relay_tls) == (hosts, tls)
+    assert ([place[:2] for place in read.smart_hosts], read.relay_tls) == (hosts, tls)
 
 
 @pytest.mark.parametrize("text", ["ses", "ses:", "ses:here", "gmail:x", ":25"])
@@ -843,6 +843,40 @@ def test_spaces_of_an_app_password_go_and_of_no_other() -> None:
     assert settings_of(**env, SMTP_RELAY_PASSWORD="two words").relay_password == "two words"
     env["SMTP_RELAY_HOST"] = "mail.example"
     assert settings_of(**env, SMTP_RELAY_PASSWORD="abcd efgh ijkl mnop").relay_password == "abcd efgh ijkl mnop"
+
+
+@pytest.mark.parametrize("name", ["SMTP_RELAY_REDIRECT", "SMTP_SPOOL_DIR", "SMTP_TLS_CERTIFICATE", "SMTP_MAX_MESSAGE"])
+def test_a_name_that_begins_like_ours_stops_the_start(name: str) -> None:
+    for verb in ("serve", "check"):
+        done = run(verb, **{name: "x", "SMTP_HOST": "an.application", "SMTP_PORT": "0"})
+        assert (done.returncode, f"{name} is not a setting; did you mean SMTP_" in done.stderr) == (78, True), done
+
+
+@pytest.mark.parametrize("name", ["SMTP_HOST", "SMTP_USER", "SMTP_TLS", "SMTP_FROM_NAME"])
+def test_a_name_that_may_be_an_applications_is_a_warning(name: str) -> None:
+    done = run("check", **{name: "x"})
+    assert (done.returncode, f"{name} is not a setting" in done.stderr) == (0, True), done
+
+
+def test_port_465_means_tls_from_the_first_byte() -> None:
+    hosts = settings_of(SMTP_RELAY_HOST="a.example:465,b.example,c.example:587").smart_hosts
+    assert [tls for _, _, tls in hosts] == ["tls", "starttls", "starttls"]
+    assert settings_of(SMTP_RELAY_HOST="a.example", SMTP_RELAY_PORT="465").smart_hosts == (("a.example", 465, "tls"),)
+    assert settings_of(SMTP_RELAY_HOST="a.example:465", SMTP_RELAY_TLS="none").smart_hosts[0][2] == "none"
+
+
+def test_a_missing_password_file_is_one_line_about_it(tmp_path: Path) -> None:
+    env = {"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me"}
+    done = run("check", **env, SMTP_RELAY_PASSWORD_FILE="/none")
+    assert done.stderr == (
+        "smtprelay: SMTP_RELAY_PASSWORD_FILE='/none': expected a file that can be read: No such file or directory\n")
+    both = run("check", SMTP_SPOOL_KEY="0" * 64, SMTP_SPOOL_KEY_FILE="/none").stderr
+    assert both == "smtprelay: SMTP_SPOOL_KEY and SMTP_SPOOL_KEY_FILE are both set: expected one of them\n"
+
+
+@pytest.mark.parametrize(("word", "level"), [("warning", "warn"), ("ERR", "error"), ("trace", "debug"), ("Info", "info")])
+def test_levels_have_plain_synonyms(word: str, level: str) -> None:
+    assert settings_of(SMTP_LOG_LEVEL=word).log_level == level
 
 
 def test_waits_are_scaled_and_a_seed_repeats_them() -> None:
