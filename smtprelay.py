@@ -9296,20 +9296,13 @@ def route(where: str, does: str, access: Access = ADMIN, takes: str | None = Non
     return declare
 
 
-@functools.lru_cache(256)
-def path_pattern(path: str) -> re.Pattern[str]:
-    """Compile a route's path: {name} matches one segment."""
-    return re.compile("".join(f"(?P<{p[1:-1]}>[^/]+?)" if p.startswith("{") else re.escape(p)
-                              for p in re.split(r"(\{\w+\})", path)))
-
-
 def find_route(request: Request) -> Route:
     """Return the route of a request, under SMTP_WEB_ROOT or not, and note the names in it; HttpError 404 or 405."""
     root = f"/{request.relay.settings.web_root.strip('/')}/"
     path = "/" + request.path[len(root):] if (request.path + "/").startswith(root) else request.path
     error = HttpError(404, "not found")
     for found in ROUTES:
-        match = path_pattern(found.path).fullmatch(path)
+        match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\.")), path)
         if match and found.method == request.method:
             request.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
             return found
@@ -9817,37 +9810,17 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     server: HttpServer
 
     def setup(self) -> None:
-        """Read through a Wire, so that the deadline is absolute."""
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
-        self.wire = Wire(self.connection, time.monotonic() + HTTP_TIME)
-        self.rfile = types.SimpleNamespace(readline=self.read_line, close=lambda: None)  # type: ignore[assignment]
+        self.file = self.rfile
+        self.rfile = types.SimpleNamespace(readline=self.read_line, close=self.file.close)  # type: ignore[assignment]
 
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
-        try:
-            return self.wire.line(limit)
-        except LineTooLong:
-            raise http.client.LineTooLong("header line") from None
-
-    def read_octets(self, octets: int) -> bytes:
-        """Read exactly so many octets."""
-        blocks, wire = [], self.wire
-        while octets:
-            if wire.start == wire.end:
-                wire.fill()
-            blocks.append(bytes(memoryview(wire.buffer)[wire.start:min(wire.end, wire.start + octets)]))
-            wire.start += len(blocks[-1])
-            octets -= len(blocks[-1])
-        return b"".join(blocks)
-
-    def handle_one_request(self) -> None:
-        """Give each request of a connection its own deadline; a peer that is gone or too slow ends it."""
-        self.wire.deadline = time.monotonic() + HTTP_TIME
-        try:
-            super().handle_one_request()
-        except (PeerGone, OSError, http.client.LineTooLong):
-            self.close_connection = True
-        self.server.note(self.connection, time.monotonic())
+        """Read a line; http.server takes the end of the connection for the end of a header section."""
+        line = self.file.readline(limit)
+        if len(line) < limit and not line.endswith(b"\n"):
+            raise PeerGone
+        return line
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -9890,7 +9863,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
             status, text = 404, "message not found"
-        except (PeerGone, TimeoutError, socket.timeout):
+        except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
             raise PeerGone from None
         except Exception as e:
             self.server.relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
@@ -9912,10 +9885,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def gone(self) -> bool:
         """Tell whether the caller has hung up."""
+        self.connection.setblocking(False)
         try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self.connection.recv(1, socket.MSG_PEEK)
         except OSError as e:
             return not isinstance(e, BlockingIOError)
+        finally:
+            self.connection.settimeout(HTTP_TIME)
 
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
@@ -9939,14 +9915,14 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 size = int(line, 16)
             if len(body) + size > HTTP_BODY:
                 raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
-            body += self.read_octets(size)
-            if not coded:
-                break
-            while (line := self.read_line().strip()) and not size:
-                """Skip the trailer."""
-            if line:
-                raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
-            if not size:
+            block = self.file.read(size)
+            if len(block) < size:
+                raise PeerGone
+            body += block
+            while coded and (line := self.read_line().strip()):
+                if size:  # else it is the trailer, which is skipped
+                    raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
+            if not (coded and size):
                 break
         return body
 
@@ -9976,6 +9952,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         finally:
             if answer.stream:
                 answer.stream.close()
+            self.server.note(self.connection, time.monotonic())
 
     def log_message(self, format: str, *args: Any) -> None:
         self.server.relay.log.debug("http", client=self.client, request=format % args)
@@ -10029,8 +10006,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 idle.shutdown(socket.SHUT_RDWR)
         return True
 
+    def service_actions(self) -> None:
+        """Cut off who takes too long to ask: a time for each read would be anew with each octet."""
+        with self.lock:
+            late = [caller for caller, (_, since) in self.callers.items() if since < time.monotonic() - HTTP_TIME]
+        for caller in late:
+            with contextlib.suppress(OSError):
+                caller.shutdown(socket.SHUT_RD)
+
     def note(self, request: Any, idle_since: float) -> None:
-        """Note since when a connection asks nothing; None: it is no more."""
+        """Note since when a connection asks nothing."""
         with self.lock:
             if request in self.callers:
                 self.callers[request] = self.callers[request][0], idle_since
