@@ -5120,16 +5120,18 @@ class Delivery:
             return [s.relay_redirect_to]
         if not s.local_to and not s.aliases:
             return [address]
-        aliases, names, found = self.read_aliases(), [address], []
+        aliases, names, found, seen = self.read_aliases(), [address], [], set()
         for name in names:  # grows meanwhile
             local, _, domain = name.rpartition("@") if "@" in name else (name, "", "localhost")
-            targets = aliases.get(local.lower(), []) if domain.lower().rstrip(".") in self.local else [name]
-            for target in targets or [s.local_to or f"{local}@{s.hostname}"]:
-                if target == name or not targets:
-                    found.append(target)
-                elif target not in names and len(names) < ALIASES_MOST:
-                    names.append(target)
-        return list(dict.fromkeys(found)) or [s.local_to or address]
+            known = local.strip('"').lower()
+            if domain.lower().rstrip(".") not in self.local:
+                found.append(name)
+            elif aliases.get(known) and known not in seen and len(names) < ALIASES_MOST:
+                names += aliases[known]
+            elif s.local_to or not aliases.get(known):
+                found.append(s.local_to or f"{local}@{s.hostname}")
+            seen.add(known)
+        return list(dict.fromkeys(found)) or [address]
 
     def read_aliases(self) -> dict[str, list[str]]:
         """Return what SMTP_ALIASES says; while it cannot be read, what it has said before."""

@@ -493,7 +493,7 @@ class HopSession(socketserver.StreamRequestHandler):
         self.setup()
 
     def do_ehlo(self, line: str) -> int:
-        offers = [f"SIZE {10**8}" if word == "SIZE" else word.replace("=", " ") for word in self.server.offers]
+        offers = [f"SIZE {10**8}" if word == "SIZE" else word.replace("=", " ", 1) for word in self.server.offers]
         offers += ["STARTTLS"] if self.server.tls and not self.secure else []
         offers += [f"AUTH {self.server.methods}"] if self.server.users else []
         return self.act("ehlo", "\n".join(["250 hop.test", *(f"250 {offer}" for offer in offers)]))
@@ -535,27 +535,31 @@ class HopSession(socketserver.StreamRequestHandler):
 
     def do_mail(self, line: str) -> int:
         code = self.act("mail", "250 2.1.0 ok")
-        self.mail, self.rcpts = line if code == 250 else "", []
+        self.mail, self.rcpts = line if code in (250, 251, 252) else "", []
         return code
 
     def do_rcpt(self, line: str) -> int:
         address = line.split("<")[-1].split(">")[0]
         usual = "250 2.1.5 ok" if self.mail else "503 5.5.1 MAIL first"
         code = self.act("rcpt", usual, f"rcpt {address}") if self.mail else self.say(usual)
-        self.rcpts += [line] if code == 250 else []
+        self.rcpts += [line] if code in (250, 251, 252) else []
         return code
 
     def do_data(self, line: str) -> int:
         if (code := self.act("data", "354 go on" if self.rcpts else "503 5.5.1 no recipients")) != 354:
             return code
-        lines = []
+        lines: list[bytes] = []
+        if "middle" in self.server.script and self.server.script["middle"]:
+            self.say(self.server.next_act(["middle"], ""))
+            self.request.shutdown(socket.SHUT_WR)
+            return self.hang("")
         while (text := self.rfile.readline()) not in (b".\r\n", b""):
             lines.append(text[1:] if text.startswith(b".") else text)
         if text == b"":
             return 0
         got = Got(self.number, self.mail, tuple(self.rcpts), b"".join(lines), self.secure)
         act = self.server.next_act(["end"], "250 2.0.0 taken")
-        self.server.note(got, act.startswith(("250", "trickle 250", "take")))
+        self.server.note(got, act.startswith(("2", "trickle 2", "take", "slow")))
         return self.play(act)
 
     def do_rset(self, line: str) -> int:
@@ -587,6 +591,12 @@ class HopSession(socketserver.StreamRequestHandler):
             time.sleep(0.005)
         return int(rest[:3])
 
+    def slow(self, rest: str) -> int:
+        """Reply after so many milliseconds."""
+        after, _, text = rest.partition(" ")
+        self.server.closing.wait(int(after) / 1000)
+        return self.say(text)
+
     def drip(self, rest: str) -> int:
         """Send octets for ever, one each 20 ms."""
         with contextlib.suppress(OSError):
@@ -612,6 +622,7 @@ TROUBLES: dict[str, Callable[[HopSession, str], int]] = {
     "hang": HopSession.hang,
     "trickle": HopSession.trickle,
     "take": HopSession.drop,
+    "slow": HopSession.slow,
     "drip": HopSession.drip,
     "garbage": lambda session, rest: session.raw(r"\x00\xffnonsense\r\n"),
     "long": lambda session, rest: session.raw("2" * 70_000 + r"\r\n"),
@@ -5147,6 +5158,433 @@ def test_the_transcript_is_kept_and_shows_no_secret() -> None:
         assert "S: 451 4.7.1 come back" in lines and "C: AUTH PLAIN ***" in lines
         assert lines[0].startswith("-- 2") and lines[0].endswith(hop.place)
         assert sum(line.startswith("-- ") for line in lines) == 2
+
+
+# -- next hops as they are --
+
+
+def taken(*hops: FakeHop) -> list[list[str]]:
+    """Who got something from each next hop."""
+    return [sorted(address.partition("@")[0] for address in one.delivered().elements()) for one in hops]
+
+
+@pytest.mark.parametrize("offers", ["PIPELINING", ""], ids=["pipelined", "plain"])
+@pytest.mark.parametrize(("stage", "reply"), [
+    ("greeting", "raw 221 odd\\r\\n"), ("ehlo", "raw 251-hop.test\\r\\n251 PIPELINING\\r\\n"), ("mail", "251 ok"),
+    ("rcpt", "252 maybe"), ("rcpt", "251 one\n251 two"), ("end", "252 taken"), ("end", "200 one\n200 two"),
+])  # fmt: skip
+def test_replies_are_judged_by_their_first_digit(offers: str, stage: str, reply: str) -> None:
+    with FakeHop({stage: reply}, offers) as hop, relaying(hop) as relay:
+        message = finished(relay, send_to(relay, "bob@x.test"))
+        assert (message.status.value, message.attempts) == (DONE, 1)
+        assert len(hop.messages) == 1 and hop.messages[0].content.endswith(b"hello\r\n") and not hop.refused
+
+
+@pytest.mark.parametrize("script", [{"rcpt": "550 5.1.1 who?"}, {"rcpt": ["450 later"]}, {"mail": ["451 later"]}])
+def test_content_that_nobody_is_to_have_is_never_ended(script: Script) -> None:
+    """With PIPELINING, DATA may be answered 354 though no recipient was taken: a lone dot would be an empty message."""
+    with FakeHop({**script, "data": ["354 go on"]}) as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        message = finished(relay, send_to(relay, "bob@x.test"))
+        assert all(got.content.endswith(b"hello\r\n") for got in hop.messages + hop.refused)
+        assert len(hop.messages) == (message.status.value == DONE) and "" not in hop.commands
+        assert hop.connections == len(hop.messages) + 1
+
+
+def test_patience_is_for_each_reply() -> None:
+    slow = {stage: [f"slow 250 {reply}"] for stage, reply in (
+        ("greeting", "220 hop.test"), ("ehlo", "250 hop.test"), ("mail", "250 ok"), ("rcpt", "250 ok"), ("data", "354 go"))}
+    times = {"SMTP_RELAY_TIMEOUT": "200ms", "SMTP_RELAY_REPLY_TIMEOUT": "800ms"}
+    with FakeHop({**slow, "end": ["slow 1100 250 ok"]}, "") as hop, relaying(hop, **times) as relay:
+        assert finished(relay, send_to(relay, "bob@x.test")).attempts == 1
+        assert (len(hop.messages), hop.connections) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["421 4.3.2 not that one", "drop 421 no", "drop"])
+def test_421_for_one_message_holds_up_no_other(how: str) -> None:
+    with FakeHop({"rcpt bad@x.test": how}) as hop, relaying(hop, SMTP_RETRY_INITIAL_DELAY="20s",
+                                                           SMTP_RETRY_MAX_DELAY="20s") as relay:
+        bad = send_to(relay, "bad@x.test")
+        for name in "abcde":
+            finished(relay, send_to(relay, f"{name}@x.test"))
+        record = record_of(relay, bad)
+        assert (record.status.value, record.attempts) == (LATER, 1)
+        assert not any(lane.steps for lane in relay.delivering.scheduler.lanes.values())
+
+
+SECOND = [  # what the first host does, who gets it there, who at the second host, and what becomes of a and b
+    ({"greeting": "421 busy"}, "", "ab", DONE, DONE),
+    ({"mail": "451 later"}, "", "ab", DONE, DONE),
+    ({"rcpt a@x.test": "450 grey"}, "b", "a", DONE, DONE),
+    ({"rcpt a@x.test": "550 no"}, "b", "", NEVER, DONE),
+    ({"rcpt a@x.test": "550 no", "rcpt b@x.test": "421 going"}, "", "b", NEVER, DONE),
+    ({"rcpt": "drop"}, "", "ab", DONE, DONE),
+    ({"data": "451 later"}, "", "ab", DONE, DONE),
+    ({"data": "drop"}, "", "ab", DONE, DONE),
+    ({"end": "451 later"}, "", "ab", DONE, DONE),
+    ({"end": "drop"}, "", "", LATER, LATER),  # it may have been taken
+    ({"end": "554 spam"}, "", "", NEVER, NEVER),
+    ({"mail": "550 no"}, "", "", NEVER, NEVER),
+    ({"ehlo": "raw 250-hop\r\n250 SIZE 40\r\n"}, "", "ab", DONE, DONE),
+]
+
+
+@pytest.mark.parametrize("row", SECOND, ids=lambda row: str(row[0]))
+def test_the_second_host_is_asked_for_those_concerned(row: tuple[Script, str, str, str, str]) -> None:
+    script, first, second, *ends = row
+    with FakeHop(script) as one, FakeHop() as two, relaying(one, two, SMTP_RETRY_INITIAL_DELAY="1h") as relay:
+        stem = send_to(relay, "a@x.test", "b@x.test")
+        wait_until(lambda: list(statuses(relay, stem).values()) == ends, shown=lambda: record_of(relay, stem))
+        assert taken(one, two) == [[*first], [*second]]
+        assert record_of(relay, stem).attempts == 1
+
+
+def test_what_no_host_can_take_is_refused_for_good_and_only_then() -> None:
+    small = {"ehlo": "raw 250-hop\r\n250 SIZE 40\r\n"}
+    with FakeHop(small) as one, FakeHop(small) as two, relaying(one, two) as relay:
+        message = finished(relay, send_to(relay, "a@x.test"))
+        assert (message.status.value, message.recipients[0].code) == (NEVER, 552)
+    with FakeHop(small) as one, FakeHop({"greeting": "554 no"}) as two, relaying(one, two) as relay:
+        stem = send_to(relay, "a@x.test")
+        wait_until(lambda: record_of(relay, stem).attempts)
+        assert record_of(relay, stem).status is not smtprelay.Status.FAILED
+
+
+@pytest.mark.parametrize("said", ["SIZE \xc2\xb2", "SIZE " + "9" * 4400, "SIZE", "SIZE -1", "LIMITS RCPTMAX=" + "9" * 4400], ids=range(5))
+def test_numbers_from_outside_have_a_bound(said: str) -> None:
+    with FakeHop({"ehlo": f"raw 250-hop\r\n250 {said}\r\n"}) as hop, relaying(hop) as relay:
+        assert finished(relay, send_to(relay, "a@x.test")).attempts == 1
+
+
+@pytest.mark.parametrize("offers", ["PIPELINING LIMITS=RCPTMAX=2", "LIMITS=RCPTMAX=2"])
+def test_a_limit_of_recipients_means_several_transactions(offers: str) -> None:
+    with FakeHop(offers=offers) as hop, relaying(hop) as relay:
+        assert finished(relay, send_to(relay, *(f"{name}@x.test" for name in "abcde"))).attempts == 1
+        assert [len(rcpts) for rcpts, _ in hop.mails] == [2, 2, 1] and hop.connections == 1
+
+
+def test_a_provider_is_known_to_have_a_limit() -> None:
+    assert smtprelay.recipient_limit("email-smtp.eu-west-1.amazonaws.com") == 50
+    assert smtprelay.recipient_limit("mail.example.com") == 0
+
+
+@pytest.mark.parametrize("how", ["421 4.7.0 enough", "451 4.7.0 enough", "drop 421 enough", "drop"])
+def test_a_connection_that_has_had_its_fill_is_replaced_at_once(how: str) -> None:
+    class Ten(FakeHop):
+        def next_act(self, stages: list[str], usual: str) -> str:
+            session = sum(got.connection == self.connections for got in self.messages)
+            return how if stages == ["mail"] and session >= 10 else super().next_act(stages, usual)
+
+    with Ten() as hop, relaying(hop, SMTP_RELAY_CONNECTIONS="1", SMTP_RETRY_INITIAL_DELAY="1h") as relay:
+        for i in range(45):
+            send_to(relay, f"u{i}@x.test")
+        wait_until(lambda: len(hop.messages) == 45)
+        assert hop.connections == 5 and set(hop.delivered().values()) == {1}
+        wait_until(lambda: {record_of(relay, stem).attempts for stem, _ in relay.parts.spool.names()} == {1})
+
+
+@pytest.mark.parametrize("reply", ["454 4.7.0 not now", "502 5.5.1 what?"])
+def test_a_refused_starttls_means_plaintext_where_tls_is_not_required(reply: str) -> None:
+    script = zone(a_x_test="127.0.0.2")
+    with FakeHop({"starttls": reply}, "STARTTLS", host="127.0.0.2") as hop, by_mx(hop.port, script) as relay:
+        assert finished(relay, send_to(relay, "bob@x.test")).recipients[0].tls == "" and len(hop.mails) == 1
+
+
+def test_a_machine_without_a_full_name_says_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "raspberrypi")
+    with FakeHop() as hop, relaying(hop, SMTP_HOSTNAME="") as relay:
+        finished(relay, send_to(relay, "bob@x.test"))
+        assert hop.commands[0] == "EHLO [127.0.0.1]"
+    with FakeHop() as hop, relaying(hop, SMTP_HOSTNAME="mail") as relay:
+        finished(relay, send_to(relay, "bob@x.test"))
+        assert hop.commands[0] == "EHLO mail"
+
+
+@pytest.mark.parametrize("reply", [
+    "504 5.5.2 <relay.test>: Helo command rejected: need fully-qualified hostname", "550 5.7.1 Invalid HELO name",
+    "504 5.5.2 <relay.test>: need fully-qualified hostname"])  # fmt: skip
+def test_what_a_host_has_against_our_name_is_no_verdict_on_a_recipient(reply: str) -> None:
+    with FakeHop({"rcpt": [reply]}) as hop, relaying(hop) as relay:
+        message = finished(relay, send_to(relay, "bob@x.test"))
+        assert (message.status.value, message.attempts) == (DONE, 1)
+    assert smtprelay.classify("rcpt", 504, "<bob>: need fully-qualified address", "x")[0] is smtprelay.Status.FAILED
+
+
+UTF8 = [  # sender, header, who gets it at a host without SMTPUTF8, and as whom
+    ("ann@x.test", "Subject: hi", ["b@x.test", "c@xn--bcher-kva.test"]),
+    ("ann@b\u00fccher.test", "Subject: hi", ["b@x.test", "c@xn--bcher-kva.test"]),
+    ("\u00e4nn@x.test", "Subject: hi", []),
+    ("ann@x.test", "Subject: h\u00ef", []),
+]
+
+
+@pytest.mark.parametrize(("sender", "head", "there"), UTF8)
+def test_who_needs_no_smtputf8_gets_it_without(sender: str, head: str, there: list[str]) -> None:
+    with FakeHop(offers="8BITMIME") as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        with hello(relay) as client:
+            client.ask(f"MAIL FROM:<{sender}> SMTPUTF8", "250")
+            for to in ("b@x.test", "c@b\u00fccher.test", "d\u00f6@x.test"):
+                client.ask(f"RCPT TO:<{to}>", "250")
+            client.content(f"{head}\r\n\r\nhello\r\n.\r\n".encode())
+        stem = wait_until(lambda: newest(relay))
+        assert [r.code for r in finished(relay, stem).recipients] == ([250, 250, 553] if there else [553] * 3)
+        assert [rcpts for rcpts, _ in hop.mails] == ([there] if there else [])
+        assert not there or hop.messages[0].mail.startswith("MAIL FROM:<ann@") and hop.messages[0].mail.isascii()
+
+
+LOGINS_TRIED = [  # methods offered, script, what is said
+    ("PLAIN LOGIN", {"auth": ["504 5.5.4 not that"]}, ["PLAIN", "LOGIN"]),
+    ("CRAM-MD5 PLAIN LOGIN", {"auth": ["535 no", "534 no"]}, ["CRAM-MD5", "PLAIN", "LOGIN"]),
+    ("=PLAIN", {}, ["PLAIN"]),
+    ("LOGIN=", {}, ["LOGIN"]),
+]
+
+
+@pytest.mark.parametrize(("methods", "script", "said"), LOGINS_TRIED)
+def test_a_mechanism_that_is_not_taken_is_followed_by_the_next(methods: str, script: Script, said: list[str]) -> None:
+    offers = f"AUTH={methods.strip('=')}" if "=" in methods else ""
+    with FakeHop(dict(script), users={"u": "p w"}, methods="X" if offers else methods) as hop:
+        if offers:
+            hop.script["ehlo"] = f"raw 250-hop\r\n250 {offers}\r\n"
+        with relaying(hop, SMTP_RELAY_USERNAME="u", SMTP_RELAY_PASSWORD="p w") as relay:
+            assert finished(relay, send_to(relay, "b@x.test")).attempts == 1
+            assert [method for method, _ in hop.logins] == said and hop.connections == 1
+
+
+def test_a_challenge_after_an_initial_response_is_answered() -> None:
+    script: Script = {"auth": ["334 "]}
+    plain = base64.b64encode(b"\0u\0p").decode()
+    script[plain.lower()] = "235 2.7.0 ok"
+    with FakeHop(script, "AUTH=PLAIN") as hop, relaying(hop, SMTP_RELAY_USERNAME="u", SMTP_RELAY_PASSWORD="p") as relay:
+        finished(relay, send_to(relay, "b@x.test"))
+        assert hop.commands[1:3] == [f"AUTH PLAIN {plain}", plain]
+
+
+def test_a_limit_of_connections_is_no_trouble() -> None:
+    class Two(FakeHop):
+        def next_act(self, stages: list[str], usual: str) -> str:
+            if stages == ["greeting"] and self.connections > 1:
+                return "drop 421 4.7.0 too many connections"
+            return super().next_act(stages, usual)
+
+    more = {"SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_RELAY_REPLY_TIMEOUT": "2s"}
+    with Two({"end": "slow 300 250 ok"}) as hop, relaying(hop, **more) as relay:
+        stems = [send_to(relay, f"u{i}@x.test") for i in range(6)]
+        for stem in stems:
+            assert finished(relay, stem).attempts == 1
+        assert set(hop.delivered().values()) == {1} and len(hop.messages) == 6
+
+
+def test_a_verdict_in_the_middle_of_the_content_is_read() -> None:
+    with FakeHop({"middle": ["552 5.3.4 too big"]}) as hop, relaying(hop, SMTP_MAX_SIZE="50MiB", SMTP_BOUNCE="0") as relay:
+        big = b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 76 + b"\r\n") * 400_000
+        stem = send_to(relay, "b@x.test", content=big)
+        wait_until(lambda: record_of(relay, stem).recipients[0].code == 552, shown=lambda: record_of(relay, stem))
+        assert finished(relay, stem).status.value == NEVER and hop.connections == 1
+
+
+def test_no_command_of_ours_becomes_two() -> None:
+    with FakeHop() as hop:
+        settings = settings_of(SMTP_RELAY_HOST=hop.place, SMTP_RELAY_TLS="none")
+        log = smtprelay.Log(logging.getLogger("x"))
+        for bad in ("a@x.test>\r\nRCPT TO:<evil@x.test", "a@x.test\n", "a\0@x.test"):
+            for sender, to in ((bad, "b@x.test"), ("me@x.test", bad)):
+                one = smtprelay.NextHop(settings, smtprelay.Target(hop.host, hop.port, "none"), log)
+                one.open()
+                people = [smtprelay.Recipient(to), smtprelay.Recipient("good@x.test")]
+                record = smtprelay.Message("", smtprelay.Status.RECEIVED, "", sender, people)
+                outcomes = one.deliver(record, people, smtprelay.Outgoing(io.BytesIO(MAIL)))
+                assert outcomes[to].status is smtprelay.Status.FAILED
+                with pytest.raises(smtprelay.Trouble):
+                    one.say("mail", b"VRFY x\r\nQUIT")
+                one.close()
+        assert taken(hop) == [["good"] * 3] and not [c for c in hop.commands if "evil" in c]
+
+
+def test_no_tls_context_is_made_where_no_tls_is_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(smtprelay, "client_context", lambda *_: made.append(1))
+    with FakeHop() as hop, relaying(hop) as relay:
+        finished(relay, send_to(relay, "b@x.test"))
+        assert not made
+
+
+def test_what_is_avoided_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "SLOW", -1.0)
+    monkeypatch.setattr(smtprelay, "AVOID_TIME", 0.0)
+    settings = settings_of(SMTP_RELAY_HOST="h", SMTP_RELAY_TIMEOUT="1s")
+    delivery = smtprelay.Delivery(settings, smtprelay.Log(logging.getLogger("x")), mock.Mock())
+    record = smtprelay.Message("", smtprelay.Status.RECEIVED, "", "", [smtprelay.Recipient("a@x.test")])
+    parcel = record.recipients, smtprelay.Outgoing(io.BytesIO(MAIL))
+    for i in range(9):
+        delivery.try_each([smtprelay.Target("127.0.0.1", 1, "none", ip=f"127.0.0.{i + 1}")], record, [parcel], lambda: None)
+    assert len(delivery.avoided) == 1
+
+
+# -- what is sent, and to whom, by the settings --
+
+
+def through(content: bytes, offers: str = "8BITMIME", to: tuple[str, ...] = ("b@x.test",), sender: str = "me@here.test",
+            **settings: str) -> Got:  # fmt: skip
+    with FakeHop(offers=f"SIZE {offers}") as hop, relaying(hop, **settings) as relay:
+        send_to(relay, *to, content=content, sender=sender)
+        got = wait_until(lambda: hop.messages)[0]
+        assert f"SIZE={len(got.content)}" in got.mail
+        return Got(*got)
+
+
+def beyond_trace(content: bytes) -> bytes:
+    """What follows our Received."""
+    return re.sub(rb"^Received:[^\n]*\n(?:[ \t][^\n]*\n)*", b"", content)
+
+
+LACKING = [  # what came, whether Message-ID and Date are added, whether an empty line is
+    (b"Subject: x\r\n\r\nbody\r\n", "both", False),
+    (b"Date: now\r\nmessage-id: <1@x>\r\n\r\nbody\r\n", "", False),
+    (b"DATE: now\r\n\r\nMessage-ID: no header\r\n", "Message-ID", False),
+    (b"Just text\r\nand more: text\r\n", "both", True),
+    (b" folded?\r\n", "both", True),
+    (b"\r\nbody\r\n", "both", False),
+    (b"Subject: header alone\r\n", "both", False),
+    (b"DKIM-Signature: v=1\r\nSubject: signed\r\n\r\nbody\r\n", "", False),
+]
+
+
+@pytest.mark.parametrize(("content", "added", "line"), LACKING)
+def test_what_a_submission_lacks_is_added(content: bytes, added: str, line: bool) -> None:
+    got = beyond_trace(through(content).content)
+    names = {"both": ["Message-ID", "Date"], "": []}.get(added, [added])
+    head = got[: len(got) - len(content)] if content else got
+    assert got.endswith(content)
+    assert re.findall(rb"(?m)^([\w-]+):", head) == [name.encode() for name in names]
+    assert head.endswith(b"\r\n\r\n") == line
+    assert through(content, SMTP_RELAY_REPAIR="0").content.endswith(b"+0000\r\n" + content)
+
+
+WORDY = b"word " * 400
+RECODED = [  # head, body, encoding in the end (of the first part that has one)
+    (b"Content-Type: text/html", WORDY, "quoted-printable"),
+    (b"Subject: plain", b"gr\xc3\xbc\xc3\x9fe", "quoted-printable"),
+    (b"Content-Type: application/x\r\nContent-Transfer-Encoding: 8bit", b"\xff\xfe" * 30, "base64"),
+    (b"Content-Transfer-Encoding: base64", base64.b64encode(b"x" * 3000), "base64"),
+    (b"Content-Type: text/plain\r\nContent-Transfer-Encoding: quoted-printable", b"=41" * 600, "quoted-printable"),
+    (b'Content-Type: multipart/mixed; boundary="b"\r\nContent-Transfer-Encoding: 8bit',
+     b"--b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\ngr\xc3\xbc\xc3\x9fe\r\n"
+     b"--b\r\nContent-Type: message/rfc822\r\n\r\nSubject: in\r\n\r\n" + WORDY + b"\r\n--b--\r\nend", "quoted-printable"),
+]  # fmt: skip
+
+
+def texts(content: bytes) -> list[bytes]:
+    """What a reader gets of each leaf."""
+    leaves = [part for part in email.message_from_bytes(content).walk() if not part.is_multipart()]
+    return [bytes(part.get_payload(decode=True)).rstrip() for part in leaves]
+
+
+@pytest.mark.parametrize(("head", "body", "encoding"), RECODED, ids=range(len(RECODED)))
+def test_long_lines_and_8_bits_are_encoded(head: bytes, body: bytes, encoding: str) -> None:
+    content = head + b"\r\n\r\n" + body + b"\r\n"
+    got = through(content, offers="").content
+    assert got.isascii() and max(map(len, got.split(b"\r\n"))) <= 998 and b"\n" not in got.replace(b"\r\n", b"")
+    assert texts(got) == texts(content) and f"Content-Transfer-Encoding: {encoding}".encode() in got
+    assert b"Content-Transfer-Encoding: 8bit" not in got
+    assert b"MIME-Version: 1.0" in got or encoding.encode() in head or b"multipart" in head
+    assert beyond_trace(through(content, offers="", SMTP_RELAY_REPAIR="0").content) == content
+
+
+@pytest.mark.parametrize("content", [
+    b"Content-Type: multipart/signed; boundary=b\r\n\r\n--b\r\n\r\n" + WORDY + b"\xff\r\n--b--\r\n",
+    b"DKIM-Signature: v=1\r\nSubject: x\r\n\r\n" + WORDY + b"\xff\r\n",
+    b"Content-Type: message/rfc822\r\n\r\nDKIM-Signature: v=1\r\n\r\n" + WORDY + b"\xff\r\n",
+    b"Content-Type: multipart/mixed\r\n\r\n" + WORDY + b"\xff\r\n",
+])  # fmt: skip
+def test_what_is_signed_stays_as_it_is_with_a_line_in_the_log(content: bytes, log: Caught) -> None:
+    assert through(content, offers="").content.endswith(content.partition(b"\r\n\r\n")[2])
+    assert any("sent_as_it_came" in line for line in log.lines)
+
+
+def test_content_that_needs_no_repair_is_not_read_into_memory() -> None:
+    big = io.BytesIO(b"Received: x\r\nDate: x\r\nMessage-ID: x\r\n\r\n" + (b"y" * 76 + b"\r\n") * 130_000)
+    delivery = smtprelay.Delivery(settings_of(SMTP_RELAY_HOST="h"), smtprelay.Log(logging.getLogger("x")), mock.Mock())
+    record = smtprelay.Message("0" * 16, smtprelay.Status.RECEIVED, "", "", [], len(big.getvalue()) - 13)
+    tracemalloc.start()
+    try:
+        content = delivery.content(record, big, [])
+        assert sum(map(len, content.blocks())) == content.size == len(big.getvalue())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+AUTHORS_SEEN = [  # From as it came, as it leaves, Reply-To
+    (b"From: root@pi", b"From: <me@g.test>", b"Reply-To: root@pi"),
+    (b"From: root@pi (Cron Daemon)", b'From: "Cron Daemon" <me@g.test>', b"Reply-To: root@pi (Cron Daemon)"),
+    (b'From: "Acme, Inc."\r\n <a@x.test>', b'From: "Acme, Inc." <me@g.test>', b'Reply-To: "Acme, Inc."\r\n <a@x.test>'),
+    (b"From: =?utf-8?q?J=C3=B6rg?= <j@x.test>", b"From: =?utf-8?q?J=C3=B6rg?= <me@g.test>", b"Reply-To: =?utf-8?q?J"),
+    (b"From: a@x.test, B <b@x.test>", b"From: <me@g.test>", b"Reply-To: a@x.test, B <b@x.test>"),
+    (b"From: A <a@x.test>\r\nReply-To: r@x.test", b"From: A <me@g.test>", b"Reply-To: r@x.test"),
+    (b"From: Me <ME@g.test>", b"From: Me <me@g.test>", b""),
+    (b"X-No: author", b"From: <me@g.test>", b""),
+]
+
+
+@pytest.mark.parametrize(("came", "leaves", "reply_to"), AUTHORS_SEEN)
+def test_relay_from_replaces_the_author(came: bytes, leaves: bytes, reply_to: bytes) -> None:
+    content = came + b"\r\nSubject: x\r\nDate: x\r\nMessage-ID: <x>\r\n\r\nFrom: body\r\n"
+    got = through(content, SMTP_RELAY_FROM="me@g.test")
+    head, _, body = got.content.partition(b"\r\n\r\n")
+    assert head.count(b"\r\nFrom:") == 1 and leaves + b"\r\n" in head + b"\r\n" and body == b"From: body\r\n"
+    assert reply_to in head and head.count(b"Reply-To:") == bool(reply_to)
+    assert got.mail.startswith("MAIL FROM:<me@g.test>")
+    assert through(content, sender="", SMTP_RELAY_FROM="me@g.test").mail.startswith("MAIL FROM:<>")
+
+
+ALIASES = """
+# a comment
+root: me@g.test
+postmaster: root
+"web master": "one@x.test",
+    two@x.test
+loop: pool
+pool: loop
+keep: keep, copy@x.test
+program: |/bin/false
+"""
+LOCALS = [  # recipient, SMTP_LOCAL_TO, where it goes
+    ("root@relay.test", "", ["me@g.test"]),
+    ("Postmaster@RELAY.test", "", ["me@g.test"]),
+    ('"web master"@relay.test', "", ["one@x.test", "two@x.test"]),
+    ("loop@relay.test", "", ["loop@relay.test"]),
+    ("loop@relay.test", "all@g.test", ["all@g.test"]),
+    ("keep@localhost", "all@g.test", ["all@g.test", "copy@x.test"]),
+    ("nobody@relay.test", "all@g.test", ["all@g.test"]),
+    ("nobody@relay.test", "", ["nobody@relay.test"]),
+    ("program@relay.test", "all@g.test", ["all@g.test"]),
+    ("root@elsewhere.test", "all@g.test", ["root@elsewhere.test"]),
+    ("root", "", ["me@g.test"]),
+]
+
+
+@pytest.mark.parametrize(("address", "local_to", "expected"), LOCALS)
+def test_mail_for_local_users(tmp_path: Path, address: str, local_to: str, expected: list[str]) -> None:
+    (tmp_path / "aliases").write_text(ALIASES)
+    given = {"SMTP_RELAY_HOST": "h", "SMTP_HOSTNAME": "relay.test", "SMTP_ALIASES": str(tmp_path / "aliases")}
+    settings = settings_of(**given, **({"SMTP_LOCAL_TO": local_to} if local_to else {}))
+    delivery = smtprelay.Delivery(settings, smtprelay.Log(logging.getLogger("x")), mock.Mock())
+    assert sorted(delivery.finals(address)) == sorted(expected)
+
+
+def test_local_mail_arrives_with_its_original_address_and_aliases_are_reread(tmp_path: Path) -> None:
+    aliases = tmp_path / "aliases"
+    aliases.write_text("root: one@x.test, two@x.test\n")
+    script = {"rcpt two@x.test": ["450 later"]}
+    with FakeHop(script) as hop, relaying(hop, SMTP_ALIASES=str(aliases), SMTP_LOCAL_TO="all@x.test") as relay:
+        finished(relay, send_to(relay, "root@relay.test", "bob@x.test", "cron@relay.test"))
+        assert hop.delivered() == {"one@x.test": 1, "two@x.test": 1, "bob@x.test": 1, "all@x.test": 1}
+        original = {rcpts[0]: re.findall(rb"X-Original-To: (.*)\r", content) for rcpts, content in hop.mails}
+        assert original == {"one@x.test": [b"root@relay.test"], "two@x.test": [b"root@relay.test"], "bob@x.test": [],
+                            "all@x.test": [b"cron@relay.test"]}
+        aliases.write_text("root: three@x.test\n")
+        finished(relay, send_to(relay, "root@relay.test"))
+        assert hop.delivered()["three@x.test"] == 1
 
 
 # -- one dead next hop --
