@@ -1897,7 +1897,7 @@ def read_addresses(text: str) -> list[tuple[str, str]]:
             else:
                 found += [("", local) for local in held if LOCAL_PART_ALONE.fullmatch(local)]
                 found += [("" if n else words or note, address) for n, address in enumerate(bare)]
-                found += [("", words)] if alone and kind != "group" else []
+                found += [(note, words)] if alone and kind != "group" else []
                 held = []
         said, angle = [], kind == "angle"
     return [(name, address) for name, address in found if address]
@@ -10232,7 +10232,7 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
     """
     def people(text: str) -> list[tuple[str, str]]:
         return [(name, address if "@" in address else f"{address}@{hostname}")
-                for name, address in email.utils.getaddresses([" ".join(text.split())]) if address]
+                for name, address in read_addresses(text)]
 
     fields, body = split_header(raw, errand.dot_ends)
     given = me if errand.sender is None else errand.sender.strip(" <>") and errand.sender
@@ -10245,7 +10245,7 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
         text = line.partition(b":")[2].decode("utf-8", "surrogateescape")
         if errand.from_headers and name in (resent + "to", resent + "cc", resent + "bcc"):
             wanted.append(text)
-        if name in ("from", "to", "cc") and any(a and "@" not in a for _, a in email.utils.getaddresses([text])):
+        if name in ("from", "to", "cc") and any("@" not in address for _, address in read_addresses(text)):
             complete = ",\r\n\t".join(write_mailbox(*person) for person in people(text))
             line = line.partition(b":")[0] + b": " + complete.encode("utf-8", "surrogateescape")
         if name not in ("bcc", "resent-bcc"):
