@@ -13018,6 +13018,24 @@ TOPICS = {"settings": settings_table, "replies": replies_table, "http": http_tab
           "spool": spool_table, "exit": exit_table}
 
 
+@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", Access.PAGE)
+def show_help(request: Request) -> Answer:
+    """The tables of `smtprelay.py help TOPIC`, as a page."""
+    style = ("body { font: 15px/1.5 sans-serif; max-width: 80em; margin: 2em auto; color-scheme: light dark } "
+             "th, td { text-align: left; vertical-align: top; padding: 2px 1em 2px 0 }")
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>smtprelay: help</title><style>{style}</style>",
+             "<h1>smtprelay</h1><p>", *(f"<a href=#{topic}>{topic}</a>" for topic in TOPICS)]
+    for topic, table in TOPICS.items():
+        parts.append(f"<h2 id={topic}>{topic}</h2><table>")
+        for n, row in enumerate(table()):
+            kind = "td" if n and len(row) > 1 else "th"
+            cells = (re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(cell)) for cell in row)
+            parts.append("<tr>" + "".join(f"<{kind}>{cell}" for cell in cells))
+        parts.append("</table>")
+    return Answer("\n".join(parts).encode(), "text/html; charset=utf-8",
+                  headers={"Content-Security-Policy": f"{CALM}; style-src 'unsafe-inline'"})
+
+
 def line_width() -> int:
     import shutil
 

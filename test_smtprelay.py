@@ -8922,6 +8922,15 @@ def test_http_over_a_unix_socket(program: Callable[..., Program], tmp_path: Path
         shutil.rmtree(place)
 
 
+def test_help_shows_the_tables(start: Callable[..., Any]) -> None:
+    status, kind, page = fetch(start(SMTP_STORAGE="memory"), "/help")
+    assert (status, kind) == (200, "text/html; charset=utf-8") and "<script" not in page
+    for topic in ("settings", "replies", "http", "metrics", "spool", "exit"):
+        assert f"<h2 id={topic}>" in page
+    for cell in ("<td>SMTP_PORT", "<td>smtp_queue_depth", "/api/v1/wait", "5.3.4 ", "DATE/ID_HASH.eml", "<td>75"):
+        assert cell in page, cell
+
+
 def test_security_headers(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory")
     mailed(relay, MIME_TREE)
