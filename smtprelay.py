@@ -380,7 +380,7 @@ class Message:
         if status not in MOVES[self.status]:
             raise ValueError(f"message {self.id} cannot go from {self.status.value} to {status.value}")
         self.status = status
-        self.history.append({"at": iso_time(time.time()), "status": status.value, "detail": detail})
+        self.history.append({"at": iso_time(time.time()), "status": status._value_, "detail": detail})
         if len(self.history) > HISTORY_KEPT:  # keep how it began, lose the middle
             del self.history[HISTORY_KEPT // 2]
         if status in FINISHED:
@@ -3718,7 +3718,7 @@ class Lane:
     def __init__(self, name: str) -> None:
         self.name, self.is_local = name, name in LOCAL_LANES
         self.fresh: collections.deque[str] = collections.deque()
-        self.due: list[str] = []
+        self.due: list[str] = []  # a heap
         self.turn = False
         self.running: dict[str, float] = {}  # stem: since when, oldest first
         self.proven = self.is_local  # has answered
@@ -3726,18 +3726,8 @@ class Lane:
         self.throttled_until, self.steps, self.reason = 0.0, 0, ""
         self.here = {name: 0.0}  # where a message waits that waits here alone; shared, never changed
 
-    def __len__(self) -> int:
-        return len(self.fresh) + len(self.due)
-
     def oldest(self) -> str:
         return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
-
-    def pop(self, oldest: bool) -> str:
-        """Return the next stem, of new and due mail in turn, or of both the oldest."""
-        self.turn = self.oldest() in itertools.islice(self.fresh, 1) if oldest else not self.turn
-        if self.fresh and (self.turn or not self.due):
-            return self.fresh.popleft()
-        return heapq.heappop(self.due)
 
     def rank(self, now: float) -> int:
         """Return how much it can be trusted to give its workers back soon."""
@@ -3761,7 +3751,8 @@ class Scheduler:
         self.settings, self.clock = settings, clock
         self.rng = rng or random.Random(settings.seed or None)
         self.shares = [max(1, settings.workers * part // 4) for part in (4, 3, 2)]  # workers at most, by rank
-        self.changed = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.lanes: dict[str, Lane] = {}
         self.ready: dict[str, Lane] = {}  # those that may have mail for now, in the order of their turns
         self.heap: list[tuple[float, str, str]] = []  # due, stem ("": the lane itself), lane
@@ -3776,14 +3767,14 @@ class Scheduler:
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
         """Queue a message for a next hop: if it waits there, or a worker has it, it can only gain."""
-        with self.changed:
+        with self.lock:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
                 self._queue(stem, lane, delay, fresh)
 
     def put_all(self, stems: Iterable[str], lane: str, fresh: bool = False) -> None:
         """Queue messages that are not known yet, all at once, before the first of them is taken."""
-        with self.changed:
+        with self.lock:
             for stem in stems:
                 if stem not in self.active and stem not in self.waiting:
                     self._enter(stem, lane, fresh)
@@ -3791,12 +3782,12 @@ class Scheduler:
 
     def postpone(self, stem: str, lane: str, delay: float) -> None:
         """Let a message wait for a next hop for so many seconds from now, and no less."""
-        with self.changed:
+        with self.lock:
             self._put_off(stem, lane, self.clock() + max(delay, 0.001))
 
     def done(self, task: Task, delay: float | None = None) -> int:
         """Give a task back; with a delay, its message is queued there again. Return how many are owed."""
-        with self.changed:
+        with self.lock:
             stem, now = task.stem, self.clock()
             del self.active[stem]
             lane = self.lanes[task.lane]
@@ -3807,21 +3798,24 @@ class Scheduler:
                 for name in [name for name, due in self.waiting[stem].items() if due == IN_HAND]:
                     self._enter(stem, name, False)
                 self._stir()
-            if not lane and not lane.running and now >= lane.throttled_until and lane.name not in self.ready:
+            has_mail = lane.fresh or lane.due or task.lane in self.ready
+            if not has_mail and not lane.running and now >= lane.throttled_until:
                 del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
             return self._count()
 
     def seize(self, stem: str) -> Task | None:
         """Take a message out of turn, wherever it waits; None when it is in other hands. Give it back by done()."""
-        with self.changed:
+        with self.lock:
             if stem in self.active:
                 return None
             self.waiting.pop(stem, None)
-            return self._hand_out(stem, self._lane(UNREAD), self.clock())
+            self.active[stem] = UNREAD
+            self._lane(UNREAD).running[stem] = self.clock()
+            return Task(stem, UNREAD)
 
     def drop(self, stem: str) -> None:
         """Forget where a message waits."""
-        with self.changed:
+        with self.lock:
             self.waiting.pop(stem, None)
 
     def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
@@ -3859,7 +3853,7 @@ class Scheduler:
     def take(self, timeout: float) -> Task | None:
         """Return the next task; None after `timeout` seconds, or when stopped."""
         give_up = time.monotonic() + timeout
-        with self.changed:
+        with self.lock:
             while not self.stopped:
                 now = self.clock()
                 while self.heap and self.heap[0][0] <= now:
@@ -3887,23 +3881,23 @@ class Scheduler:
     def _first(self, now: float) -> tuple[Lane | None, float]:
         """Return the first lane, going round, that may have one more worker, or else when to look again."""
         worst, look_at = BAD, self.heap[0][0] if self.heap else math.inf
-        if len(self.lanes) > 1:  # else there is nobody to keep workers for
+        if len(self.lanes) > 1 and self.ready:  # else there is nobody to keep workers for
             busy = [self.lanes[name].rank(now) for name in self.active.values()]
             worst -= busy.count(BAD) >= self.shares[BAD]
             worst = QUICK if len(busy) - busy.count(QUICK) >= self.shares[UNKNOWN] else worst
         for name, lane in [*self.ready.items()]:
-            throttled = lane.steps > 0 and now < lane.throttled_until
-            if not lane or throttled and not self._is_overdue(lane):
+            throttled, has_mail = lane.steps > 0 and now < lane.throttled_until, lane.fresh or lane.due
+            if not has_mail or throttled and not self._is_overdue(lane):
                 del self.ready[name]  # the heap has it until its probe is due
-                if not lane and not lane.running:
+                if not has_mail and not lane.running:
                     del self.lanes[name]
                 continue
             room = self.settings.workers if lane.is_local else self.settings.relay_connections if lane.proven else 1
             if name in self.crowded:
                 until, most = self.crowded[name]
                 room = min(room, most) if now < until else room
-            since = next(iter(lane.running.values()), now)
-            if throttled or len(lane.running) < room and lane.rank(now) <= worst:
+            if throttled or len(lane.running) < room and (worst == BAD or lane.rank(now) <= worst):
+                since = next(iter(lane.running.values()), now)
                 if throttled or not lane.running or lane.took >= AT_ONCE or now - since >= AT_ONCE:
                     return lane, now
                 look_at = min(look_at, since + AT_ONCE)
@@ -3912,9 +3906,10 @@ class Scheduler:
     def _pop(self, lane: Lane, now: float) -> Task | None:
         """Take the next message from a lane, which goes behind the others; None when all of them have gone."""
         del self.ready[lane.name]
-        oldest, found = lane.steps > 0 and self._is_overdue(lane), None
-        while lane and not found:
-            stem = lane.pop(oldest)
+        overdue, found = lane.steps > 0 and self._is_overdue(lane), None
+        while not found and (lane.fresh or lane.due):
+            lane.turn = lane.oldest() in itertools.islice(lane.fresh, 1) if overdue else not lane.turn
+            stem = lane.fresh.popleft() if lane.fresh and (lane.turn or not lane.due) else heapq.heappop(lane.due)
             places = self.waiting.get(stem, NOWHERE)
             if places.get(lane.name) != 0.0:
                 continue  # it was removed
@@ -3925,17 +3920,13 @@ class Scheduler:
                 self.waiting[stem] = {name: due for name, due in places.items() if name != lane.name}
             else:
                 del self.waiting[stem]
-            found = self._hand_out(stem, lane, now)
-        if lane:
+            self.active[stem], lane.running[stem] = lane.name, now
+            found = Task(stem, lane.name)
+        if lane.fresh or lane.due:
             self.ready[lane.name] = lane
         elif not lane.running and now >= lane.throttled_until:
             del self.lanes[lane.name]
         return found
-
-    def _hand_out(self, stem: str, lane: Lane, now: float) -> Task:
-        self.active[stem] = lane.name
-        lane.running[stem] = now
-        return Task(stem, lane.name)
 
     def _stir(self) -> None:
         """Wake one worker, if there is something for it to do now, or before any that waits will look."""
@@ -3953,7 +3944,7 @@ class Scheduler:
 
     def throttle(self, name: str, reason: str) -> float:
         """Hold all mail for a next hop that cannot be reached; return for how many seconds."""
-        with self.changed:
+        with self.lock:
             lane, now = self.lanes[name], self.clock()
             if not lane.steps or now >= lane.throttled_until:  # else under way when the first one failed
                 lane.steps += 1
@@ -3969,7 +3960,7 @@ class Scheduler:
         """Note that a next hop has answered: unless it is throttled, more workers may follow."""
         lane = self.lanes[name]
         if not lane.proven and not lane.steps:
-            with self.changed:
+            with self.lock:
                 lane.proven = True
                 self._stir()
 
@@ -3977,13 +3968,13 @@ class Scheduler:
         """Let everything go: the next hop answered, and took what it was sent or said why not."""
         lane = self.lanes[name]
         if lane.steps or not lane.proven:
-            with self.changed:
+            with self.lock:
                 lane.steps, lane.reason, lane.proven = 0, "", True
                 self._probe(lane)
 
     def crowd(self, name: str) -> int:
         """Note that a next hop takes no more connections than it has: return how many, 0 if that is known."""
-        with self.changed:
+        with self.lock:
             now, room = self.clock(), max(1, len(self.lanes[name].running) - 1)
             self.crowded = {n: (until, most) for n, (until, most) in self.crowded.items() if now < until}
             known = name in self.crowded and self.crowded[name][1] <= room
@@ -3993,7 +3984,7 @@ class Scheduler:
 
     def flush(self) -> None:
         """Make everything due now, and try throttled next hops at once."""
-        with self.changed:
+        with self.lock:
             for _, stem, lane in sorted(self.heap):
                 if stem and self.waiting.get(stem, NOWHERE).get(lane, 0.0) > 0:
                     self._enter(stem, lane, False)
@@ -4003,7 +3994,7 @@ class Scheduler:
 
     def hurry(self, stem: str) -> None:
         """Make one message that waits for itself due now, and a throttled next hop that it waits for."""
-        with self.changed:
+        with self.lock:
             for name in self.waiting.get(stem, NOWHERE):
                 self._queue(stem, name, 0.0, False)
                 self._probe(self._lane(name))
@@ -4018,18 +4009,18 @@ class Scheduler:
 
     def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
-        with self.changed:
+        with self.lock:
             stems = heapq.nsmallest(limit, {*self.waiting, *self.active})
             now, wall = self.clock(), time.time()
             hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": len(lane.running),
-                     "waiting": len(lane), "reason": lane.reason,
+                     "waiting": len(lane.fresh) + len(lane.due), "reason": lane.reason,
                      "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
                     for lane in self.lanes.values() if not lane.is_local]
         return stems, hops
 
     def oldest(self) -> str | None:
         """Return the stem that has waited longest."""
-        with self.changed:
+        with self.lock:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
     def waits(self, stem: str, lane: str) -> bool:
@@ -4037,14 +4028,17 @@ class Scheduler:
         return lane in self.waiting.get(stem, NOWHERE)
 
     def __len__(self) -> int:
-        with self.changed:
+        with self.lock:
             return self._count()
 
     def _count(self) -> int:
-        return len(self.waiting) + sum(stem not in self.waiting for stem in self.active)
+        owed = len(self.waiting)
+        for stem in self.active:  # few, and this is asked for each message
+            owed += stem not in self.waiting
+        return owed
 
     def stop(self) -> None:
-        with self.changed:
+        with self.lock:
             self.stopped = True
             self.changed.notify_all()
 
@@ -10641,7 +10635,12 @@ class Delivering:
                 self.stopping.wait(WRITE_AGAIN)
         for lines in self.link.lines(lambda: bool(self.sidecars)):
             try:
-                self.hear(lines) if lines else self.write_sidecar()
+                if lines:
+                    self.hear(lines)
+                else:  # a held message's first record can wait: it says nothing that the .eml does not
+                    self.spool.save_first(self.spool.load(self.sidecars.popleft()))
+            except (KeyError, OSError, SpoolError) as e:
+                self.log.debug("sidecar_not_written", error=e)
             except Exception as e:
                 self.log.bug("intake_bug", e)
 
@@ -10653,7 +10652,8 @@ class Delivering:
                 self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None and stem not in self.held:
                 owed.append(stem)
-                self.weigh(stem)
+                if self.settings.spool_max_size and stem not in self.owed:
+                    self.weigh(stem)
             elif done and stem not in self.finished:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(stem, self.finished, *self.spool.finished(stem, done))
@@ -10680,12 +10680,13 @@ class Delivering:
 
     def take_in(self, stems: Sequence[str], owed: bool) -> None:
         """Queue messages that are new, or hold them."""
+        weighed = self.settings.spool_max_size > 0
         for stem in stems:
-            if owed:
-                self.weigh(stem)
-            else:
-                self.shelve(stem, self.held, time.time(), self.spool.size(stem) if self.settings.spool_max_size else 0)
+            if not owed:
+                self.shelve(stem, self.held, time.time(), self.spool.size(stem) if weighed else 0)
                 self.sidecars.append(stem)
+            elif weighed:
+                self.weigh(stem)
             self.tell("received", stem, "", self.inbox.add(stem) if self.feed.listeners else 0)
         if owed:
             self.scheduler.put_all(stems, self.delivery.lane(), fresh=True)
@@ -10701,13 +10702,6 @@ class Delivering:
             if not seen.wait(1.0):
                 self.marks.pop(mark, None)
 
-    def write_sidecar(self) -> None:
-        """Write the first record of a held message, which can wait: it says nothing that the .eml does not."""
-        try:
-            self.spool.save_first(self.spool.load(self.sidecars.popleft()))
-        except (KeyError, OSError, SpoolError) as e:
-            self.log.debug("sidecar_not_written", error=e)
-
     def tell(self, kind: str, stem: str, detail: str = "", sequence: int = 0) -> None:
         """Publish an event in the life of a message."""
         now = time.time()
@@ -10720,13 +10714,13 @@ class Delivering:
     def show_depth(self, owed: int) -> None:
         """Publish how many messages are owed, for sessions to know whether there is room for more."""
         self.metrics.set("smtp_queue_depth", owed)
-        self.metrics.set("owed_bytes", self.octets_owed)
+        if self.settings.spool_max_size:
+            self.metrics.set("owed_bytes", self.octets_owed)
 
     def weigh(self, stem: str) -> None:
-        """Note the octets of a message that is owed, where their sum matters."""
-        if self.settings.spool_max_size and stem not in self.owed:
-            with contextlib.suppress(OSError, KeyError):
-                self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
+        """Note the octets of a message that is owed: where SMTP_SPOOL_MAX_SIZE is set, their sum matters."""
+        with contextlib.suppress(OSError, KeyError):
+            self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
 
     def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0, size: int = 0) -> None:
         """Note where a message lies now (nowhere: None), since when and with how many octets."""
@@ -10858,7 +10852,8 @@ class Delivering:
                 return self.expire(message, owed)
             if message.status is not Status.FORWARDING:
                 message.move(Status.FORWARDING)
-            self.tell("forwarding", task.stem)
+            if self.feed.listeners:
+                self.tell("forwarding", task.stem)
             started = time.monotonic()
             try:
                 attempt = self.delivery.attempt(message, task.lane, content,
@@ -10932,32 +10927,36 @@ class Delivering:
 
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
         """Enter an attempt's outcomes into the record; who was refused for now waits in each of their lanes."""
-        tried = [r for r in message.pending() if r.address in attempt.outcomes]
-        refused, unanswered = [], bool(tried)
-        for r in tried:
-            o = attempt.outcomes[r.address]
+        owed: list[Recipient] = []
+        tried, why, unanswered = 0, "", True
+        for r in message.recipients:
+            o = attempt.outcomes.get(r.address)
+            if o is None or r.status in SETTLED:
+                continue
             r.status, r.code, r.reply, r.host = o.status, o.code, o.reply, o.host
             r.ip, r.tls, r.verified, r.dsn = o.ip, o.tls, o.verified, o.dsn
-            r.attempts += 1
+            tried, r.attempts = tried + 1, r.attempts + 1
             message.attempts = max(message.attempts, r.attempts)
-            refused += [o] if o.status is not Status.FORWARDED else []
-            unanswered = unanswered and o.status is Status.RETRYING and o.code in (0, 421) and bool(o.host)
-        if refused:
+            later = o.status is Status.RETRYING
+            if later and not owed or not why and o.status is Status.FAILED:
+                why = str(o)  # if anyone is still owed it, the reason is theirs
+            owed += [r] if later else []
+            unanswered = unanswered and later and o.code in (0, 421) and bool(o.host)
+        if why:
             self.metrics.inc("smtp_delivery_failures_total")
-            message.last_error = str(next((o for o in refused if o.status is Status.RETRYING), refused[0]))
-        self.judge(task, unanswered, message.last_error)
-        owed = [r for r in tried if r.status is Status.RETRYING]
+            message.last_error = why
+        self.judge(task, unanswered and tried > 0, why)
         if not owed:
             return self.wrap_up(message)
         if not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts:
-            return self.fail(message, owed, f"{message.last_error} (attempt {message.attempts} was the last)")
+            return self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
         if self.is_too_old(message):
             return self.expire(message, owed)
-        portions = len(owed) < len(tried) and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10
+        portions = len(owed) < tried and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10
         delay = 0.0 if portions else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
         self.postpone(message, delay)
-        refused_now = {r.address for r in owed}
-        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused_now & {r.address for r in rs}]
+        refused = {r.address for r in owed}
+        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused & {r.address for r in rs}]
         for lane in lanes:
             if lane != task.lane:
                 self.scheduler.postpone(message.stem, lane, delay)
@@ -10992,7 +10991,8 @@ class Delivering:
         """Finish a message that nobody is owed, report on it, write its record. What cannot be done now is owed."""
         stem, delay = message.stem, 0.0
         if message.status not in SETTLED and not message.pending():
-            self.scheduler.drop(stem)
+            if stem in self.scheduler.waiting:
+                self.scheduler.drop(stem)
             self.finish(message)
         told = wants_report(message) if self.settings.bounce else []
         try:
@@ -11015,19 +11015,20 @@ class Delivering:
 
     def finish(self, message: Message) -> None:
         """Say that nobody is owed a message any more, or only those held back."""
-        if any(r.status is Status.HELD for r in message.recipients):
+        statuses, last = [r.status for r in message.recipients], message.recipients[-1]
+        if Status.HELD in statuses:
             self.log.info("held", id=message.id, reason=HELD_BY_RULE)
             return message.move(Status.HELD, HELD_BY_RULE)
-        failed = any(r.status is Status.FAILED for r in message.recipients)
-        status, detail = (Status.FAILED, message.last_error) if failed else (Status.FORWARDED, "")
-        message.move(status, detail)
+        failed = Status.FAILED in statuses
+        word, detail = ("failed", message.last_error) if failed else ("forwarded", "")
+        message.move(Status.FAILED if failed else Status.FORWARDED, detail)
         self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
-        self.tell(status.value, message.stem, detail)
-        last = message.recipients[-1]
-        self.log.info(status.value, id=message.id, host=last.host, code=last.code, reply=last.reply,
+        self.tell(word, message.stem, detail)
+        self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply,
                       attempts=message.attempts)
-        self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
-                         recipients=[vars(r) for r in message.recipients])
+        if self.audit.path:
+            self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
+                             recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, "failed" if failed else "sent")
 
     def report(self, message: Message, told: Sequence[Recipient]) -> tuple[str, float]:
@@ -11266,7 +11267,8 @@ class Postmaster:
             message = d.unwritten.get(stem) or d.spool.load(stem)
             if message.status is status:
                 d.shelve(stem, None)
-                d.weigh(stem)
+                if d.settings.spool_max_size:
+                    d.weigh(stem)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is status else r.status
                 message.move(Status.RETRYING, detail)
@@ -11315,12 +11317,12 @@ class Parts:
         self.metrics.set("started", time.monotonic())
         self.smtp: list[socket.socket] = []
         self.smtps: list[socket.socket] = []
+        self.http: list[socket.socket] = []
+        self.submit: list[socket.socket] = []  # sendmail's launchers
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
         self.shared_quotas: Quotas | None = None
         self.pair = (settings.tls_cert, settings.tls_key)
         self.port = 0  # the first of SMTP's TCP ports
-        self.http: list[socket.socket] = []
-        self.submit: list[socket.socket] = []  # sendmail's launchers
         self.own: list[int] = []
 
     def open(self, inherit: bool = True) -> None:
@@ -11337,57 +11339,34 @@ class Parts:
             self.http = inherit and inherited_sockets("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
             self.submit = inherited_sockets("submit") if inherit else []
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
-            names = [sock.getsockname() for sock in self.smtp]
-            self.port = next((int(name[1]) for name in names if not isinstance(name, str)), 0)
-            self.find_pair()
+            self.port = next((s.getsockname()[1] for s in self.smtp if s.family != socket.AF_UNIX), 0)
+            if s.tls_self_signed and not s.tls_cert:
+                place = self.spool.path("tls") if isinstance(self.spool, FileSpool) else ""
+                if not place:
+                    self.temporary = tempfile.TemporaryDirectory(prefix="smtprelay-")
+                    place = self.temporary.name
+                self.pair = self_signed(place, s.hostname)
             self.open_doors()
+        except TlsError as e:
+            self.close()
+            raise SettingsError([str(e)]) from None
         except BaseException:
             self.close()
             raise
         self.link = Link()
 
-    def scripted_faults(self) -> Faults:
-        """Return the rules of SMTP_FAULTS; what was changed over HTTP before this start is forgotten."""
-        path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
-        for old in (path, path + ".counts") if path else ():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(old)
-        return Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
-
-    def close(self) -> None:
-        close_all([*self.smtp, *self.smtps, *self.http, *self.submit])
-        for address in (*self.settings.port, *self.settings.smtps_port, *self.settings.health_addr):
-            if address.path:
-                with contextlib.suppress(OSError):
-                    os.unlink(address.path)
-        if self.temporary:
-            self.temporary.cleanup()
-        self.spool.close()
-
-    def find_pair(self) -> None:
-        """Make the self-signed pair where it is wanted; SettingsError when that cannot be."""
-        if self.settings.tls_self_signed and not self.settings.tls_cert:
-            place = self.scratch("tls")
-            try:
-                self.pair = self_signed(place, self.settings.hostname)
-            except TlsError as e:
-                raise SettingsError([str(e)]) from None
-
-    def scratch(self, name: str) -> str:
-        """Return a directory of the spool, or a temporary one where the spool is memory."""
-        if isinstance(self.spool, FileSpool):
-            return self.spool.path(name)
-        self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="smtprelay-")
-        return os.path.join(self.temporary.name, name)
-
     def open_doors(self) -> None:
-        """Read accounts and certificate; SettingsError says what is wrong with them.
+        """Read faults, accounts and certificate; SettingsError says what is wrong with them.
 
         Once, before anything is forked: a half that is made anew has them whatever became of the files.
         """
         problems: list[str] = []
+        path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
+        for old in (path, path + ".counts") if path else ():  # what was changed over HTTP before this start
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old)
         try:
-            self.faults = self.scripted_faults()
+            self.faults = Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
         except SettingsError as e:
             problems += e.problems
         try:
@@ -11403,6 +11382,16 @@ class Parts:
         if problems:
             raise SettingsError(problems)
 
+    def close(self) -> None:
+        close_all([*self.smtp, *self.smtps, *self.http, *self.submit])
+        for address in (*self.settings.port, *self.settings.smtps_port, *self.settings.health_addr):
+            if address.path:
+                with contextlib.suppress(OSError):
+                    os.unlink(address.path)
+        if self.temporary:
+            self.temporary.cleanup()
+        self.spool.close()
+
     def postmaster(self) -> Postmaster:
         """Return the verbs over a spool whose relay does not run; to change it, its lock must be ours."""
         self.accounts, self.tls, self.faults = Accounts(self.settings, self.log), None, Faults(self.settings.faults)
@@ -11412,15 +11401,13 @@ class Parts:
         return half.postmaster
 
     def reception(self, part: str, metrics: Metrics) -> Reception:
-        return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts, self.tls,
-                         self.quotas(part), self.faults)
-
-    def quotas(self, part: str) -> Quotas:
-        """Return the counts that one half writes; in memory both halves share them."""
+        """Make the way in for one half, which writes counts of its own; in memory both share them."""
         if isinstance(self.spool, FileSpool):
-            return Quotas(self.spool.path("usage"), self.log, part)
-        self.shared_quotas = self.shared_quotas or Quotas("", self.log)
-        return self.shared_quotas
+            quotas = Quotas(self.spool.path("usage"), self.log, part)
+        else:
+            quotas = self.shared_quotas = self.shared_quotas or Quotas("", self.log)
+        return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts, self.tls,
+                         quotas, self.faults)
 
     def receiving(self, number: int = 0) -> Receiving:
         """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
