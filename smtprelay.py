@@ -2598,21 +2598,33 @@ def write_file(path: str, data: bytes, how: int = os.O_TRUNC) -> None:
 
 
 def replace_file(path: str, content: bytes, sync: bool = False) -> None:
-    """Write a private file whole or not at all; its owner stays."""
-    descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".")
+    """Write a private file whole or not at all; owner, group and mode of one that was there stay.
+
+    A file that is a mount of its own, as containers have them, cannot be replaced: it is rewritten in place.
+    """
+    draft = ""
     try:
+        descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".")
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            if os.geteuid() == 0 and os.path.exists(path):
-                # root changes a file which the relay, not root, must go on reading
-                os.fchown(descriptor, os.stat(path).st_uid, os.stat(path).st_gid)
+            with contextlib.suppress(FileNotFoundError):
+                was = os.stat(path)
+                os.fchmod(descriptor, stat.S_IMODE(was.st_mode))
+                if os.geteuid() == 0:  # root changes a file which the relay, not root, must go on reading
+                    os.fchown(descriptor, was.st_uid, was.st_gid)
             if sync:
                 os.fsync(descriptor)
         os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    except BaseException as e:
+        if draft:
+            os.unlink(draft)
+        if not isinstance(e, OSError) or e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS):
+            raise
+        with open(path, "r+b") as file:  # the same error again where it is no mount
+            file.write(content)
+            file.truncate()
+            os.fsync(file.fileno())
 
 
 def read_whole(path: str) -> bytes:
@@ -2814,7 +2826,6 @@ LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers
 TURN_PATIENCE = 20.0
 API_KEY = "mp_live_"  # how each begins
 USAGE_DAYS = 35
-USAGE_FILE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json")
 USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
 
 
@@ -2844,8 +2855,8 @@ class Account:
 # A hash says how it was made; the pattern allows what a login may cost, up to 128 MiB.
 # New ones take 16 MiB and about 0.3 s, which is what OWASP advises.
 NEW_HASH = "scrypt:16384:8:5"
-MAKING = r"scrypt:(1024|2048|4096|8192|16384|32768|65536|131072):8:([1-9]|1[0-6])"
-HASH = rf"{MAKING}:[0-9a-f]{{32}}:[0-9a-f]{{64}}"
+HASH = (r"scrypt:(1024|2048|4096|8192|16384|32768|65536|131072):8:([1-9]|1[0-6])"
+        r":[0-9a-f]{32}:[0-9a-f]{64}")
 
 
 def encoded(text: str) -> bytes:
@@ -2858,10 +2869,6 @@ def derive(password: str, making: str) -> str:
     room = 128 * int(r) * (int(n) + int(p) + 4)
     return hashlib.scrypt(encoded(password), salt=bytes.fromhex(salt), n=int(n), r=int(r), p=int(p),
                           maxmem=room, dklen=32).hex()
-
-
-def is_hash(stored: str) -> bool:
-    return stored.startswith("scrypt:")
 
 
 def hash_password(password: str) -> str:
@@ -2881,24 +2888,17 @@ def same_secret(known: str, given: str) -> bool:
     return hmac.compare_digest(encoded(known), encoded(given)) and known != ""
 
 
-def proves(account: Account, password: str, decoy: str) -> bool:
-    """Check a password, or an api_key in its place; a failure costs one hash."""
-    if same_secret(account.api_key, password):
-        return True
-    if is_hash(account.password):
-        return check_password(password, account.password)
-    return same_secret(account.password, password) or check_password(password, decoy)
+def new_api_key() -> str:
+    """Make an api_key of 160 random bits."""
+    return API_KEY + secrets.token_hex(20)
 
 
 # -- the users file --
 
-TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}")
-WORD = re.compile(r"[!-~]{1,255}")
-PASSWORD = re.compile(rf"(?!scrypt:){TEXT.pattern}|{HASH}")
-DOMAIN = re.compile(r"(\*?\.)?[^\s@*.,;:/]+(\.[^\s@*.,;:/]+)*")
-
-ACCOUNT_KEYS: dict[str, tuple[Any, str]] = {
-    "password": (PASSWORD, "a scrypt hash (`user passwd` makes one), or a password"),
+TEXT = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}"
+WORD = r"[!-~]{1,255}"
+ACCOUNT_KEYS: dict[str, tuple[object, str]] = {
+    "password": (rf"(?!scrypt:){TEXT}|{HASH}", "a scrypt hash (`user passwd` makes one), or a password"),
     "api_key": (WORD, "printable ASCII, no spaces"),
     "allowed_domains": (list, 'a list of domains such as "example.com" or "*.example.com"'),
     "quota_daily": (int, "a whole number, 0 for no limit"),
@@ -2909,13 +2909,14 @@ ACCOUNT_KEYS: dict[str, tuple[Any, str]] = {
 }
 
 
-def fits(kind: Any, value: object) -> bool:
+def fits(kind: object, value: object) -> bool:
     """Tell whether a value from the users file is of a kind in ACCOUNT_KEYS."""
     if kind is int:
         return type(value) is int and value >= 0  # True is an int, too
     if kind is list:
-        return isinstance(value, list) and all(fits(DOMAIN, each) for each in value)
-    return isinstance(value, str) and kind.fullmatch(value) is not None
+        domain = r"(\*?\.)?[^\s@*.,;:/]+(\.[^\s@*.,;:/]+)*"
+        return isinstance(value, list) and all(fits(domain, each) for each in value)
+    return isinstance(value, str) and re.fullmatch(str(kind), value) is not None
 
 
 def read_users(path: str) -> dict[str, Any]:
@@ -2934,36 +2935,32 @@ def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, "", [])}
 
 
-def account_mistakes(name: str, fields: object) -> list[str]:
-    """List the mistakes of one account; no value is shown, it may be a secret."""
-    if not TEXT.fullmatch(name) or len(name) > 255:
-        return [f"account {name[:64]!a}: expected a name of 1 to 255 printable characters"]
-    if not isinstance(fields, dict):
-        return [f"account {name}: expected a JSON object"]
-    given = given_keys(fields)
-    mistakes = [f"{key}: no such key" for key in given if key not in ACCOUNT_KEYS]
-    for key, (kind, expected) in ACCOUNT_KEYS.items():
-        if key in given and not fits(kind, given[key]):
-            mistakes.append(f"{key}: expected {expected}")
-    if not {"password", "api_key"} & given.keys():
-        mistakes.append("expected a password or an api_key")
-    return [f"account {name}: {mistake}" for mistake in mistakes]
-
-
 def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
-    """Index the accounts by what a client may give as user name. Raises AccountsError."""
-    mistakes = [line for name in users for line in account_mistakes(name, users[name])]
-    if mistakes:
-        raise AccountsError(*mistakes)
+    """Index the accounts by what a client may give as user name.
+
+    AccountsError lists every mistake; no value is shown, it may be a secret.
+    """
+    mistakes: list[str] = []
     logins: dict[str, Account] = {}
     for name, fields in users.items():
+        if len(name) > 255 or not re.fullmatch(TEXT, name):
+            mistakes.append(f"account {name[:64]!a}: expected a name of 1 to 255 printable characters")
+            continue
+        if not isinstance(fields, dict):
+            mistakes.append(f"account {name}: expected a JSON object")
+            continue
         given = given_keys(fields)
-        domains = tuple(given.pop("allowed_domains", ()))
-        account = Account(name, allowed_domains=domains, **given)
-        for login in {name, account.api_key or name}:
-            other = logins.setdefault(login, account)
-            if other is not account:
-                mistakes.append(f"account {name}: name or api_key is account {other.name}'s, too")
+        wrong = [f"{key}: no such key" for key in given if key not in ACCOUNT_KEYS]
+        wrong += [f"{key}: expected {expected}" for key, (kind, expected) in ACCOUNT_KEYS.items()
+                  if key in given and not fits(kind, given[key])]
+        if not {"password", "api_key"} & given.keys():
+            wrong.append("expected a password or an api_key")
+        if not wrong:
+            given["allowed_domains"] = tuple(given.get("allowed_domains", ()))
+            account = Account(name, **given)
+            others = {logins.setdefault(login, account).name for login in (name, account.api_key or name)}
+            wrong = [f"name or api_key is account {other}'s, too" for other in sorted(others - {name})]
+        mistakes += [f"account {name}: {mistake}" for mistake in wrong]
     if mistakes:
         raise AccountsError(*mistakes)
     return logins
@@ -2978,8 +2975,9 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
     not load, OSError for one that cannot be written.
     """
     path = os.path.realpath(path)  # replace what a link names, not the link
-    lock = claim(path + ".lock")
+    lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # on the directory: the file is another one after each change
         users = read_users(path) if os.path.exists(path) else {}
         parse_users(users)
         for name, change in changes.items():
@@ -2992,26 +2990,9 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
             password = fields.get("relay_password", "")
             if sealer and password and not password.startswith(SEALED_TEXT):
                 fields["relay_password"] = sealer.seal_text(password, f"{name}/relay_password")
-        text = json.dumps(users, indent=2, ensure_ascii=False) + "\n"
-        replace_file(path, text.encode(), sync=True)
+        replace_file(path, (json.dumps(users, indent=2, ensure_ascii=False) + "\n").encode(), sync=True)
     finally:
-        os.unlink(lock)
-
-
-def claim(lock: str) -> str:
-    """Create a lock file, waiting two seconds for one that exists. Raises AccountsError."""
-    for _ in range(40):
-        try:
-            os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            return lock
-        except FileExistsError:
-            time.sleep(0.05)
-    raise AccountsError(f"{lock} exists: another change is under way, or died: then remove it")
-
-
-def new_api_key() -> str:
-    """Make an api_key of 160 random bits."""
-    return API_KEY + secrets.token_hex(20)
+        os.close(lock)
 
 
 Stamp = Optional[tuple[int, int, int]]
@@ -3026,19 +3007,7 @@ def file_stamp(path: str) -> Stamp:
     return now.st_mtime_ns, now.st_size, now.st_ino
 
 
-def file_warnings(path: str, users: dict[str, Any]) -> list[str]:
-    """Say what works in the users file but should not stay so."""
-    warnings = []
-    if os.stat(path).st_mode & 0o077:
-        warnings.append("not only its owner may read it (chmod 600)")
-    clear = [name for name, it in users.items() if not is_hash(it.get("password") or "scrypt:")]
-    if clear:
-        warnings.append(f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
-    return warnings
-
-
 # -- the store --
-
 
 class Login(NamedTuple):
     """How one AUTH ended; user is for the log, and never an api_key."""
@@ -3080,28 +3049,28 @@ class Accounts:
 
     def _read(self) -> Known:
         stamp = file_stamp(self._path)  # first: a change while reading is seen the next time
-        listed = read_users(self._path) if self._path else {}
-        user, users = self.settings.auth_user, dict(listed)
-        if user and user in listed:
+        users = read_users(self._path) if self._path else {}
+        if self._path and os.stat(self._path).st_mode & 0o077:
+            self.log.warn("users_file", file=self._path, warning="not only its owner may read it (chmod 600)")
+        user = self.settings.auth_user
+        if user in users and user:
             raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
-        if user:
-            users[user] = {"password": self.settings.auth_password}
-        logins = self._unsealed(parse_users(users))
-        for warning in file_warnings(self._path, listed) if self._path else ():
-            self.log.warn("users_file", file=self._path, warning=warning)
-        hashes = [it.password for it in logins.values() if is_hash(it.password)]
-        making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
-        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
-
-    def _unsealed(self, logins: dict[str, Account]) -> dict[str, Account]:
-        """Open the relay passwords that are sealed."""
+        logins = parse_users({**users, **({user: {"password": self.settings.auth_password}} if user else {})})
+        clear = [name for name in users if not (logins[name].password or "scrypt:").startswith("scrypt:")]
+        if clear:
+            self.log.warn("users_file", file=self._path,
+                          warning=f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
         sealer = Sealer(self.settings.spool_key)
         try:
-            return {login: dataclasses.replace(
-                        a, relay_password=sealer.unseal_text(a.relay_password, f"{a.name}/relay_password"))
-                    if a.relay_password.startswith(SEALED_TEXT) else a for login, a in logins.items()}
+            for login, a in logins.items():
+                if a.relay_password.startswith(SEALED_TEXT):
+                    password = sealer.unseal_text(a.relay_password, f"{a.name}/relay_password")
+                    logins[login] = dataclasses.replace(a, relay_password=password)
         except SealError as e:
             raise AccountsError(f"relay_password: {e}") from None
+        hashes = [it.password for it in logins.values() if it.password.startswith("scrypt:")]
+        making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
+        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
@@ -3143,62 +3112,59 @@ class Accounts:
         """
         secure = secure or self.settings.auth_insecure
         cram = self.settings.auth_any or not self._fresh().hashed
-        return [
-            name
-            for name, mechanism in MECHANISMS.items()
-            if self.allows(name) and (cram if name == "CRAM-MD5" else secure or not mechanism.clear)
-        ]
+        return [name for name, clear in MECHANISMS.items()
+                if self.allows(name) and (cram if name == "CRAM-MD5" else secure or not clear)]
 
     def allows(self, mechanism: str) -> bool:
         """Tell whether SMTP_AUTH_METHODS names a mechanism, offered at the moment or not."""
         return mechanism in MECHANISMS and mechanism.lower() in self.settings.auth_methods
 
     def login(self, user: str, password: str) -> Login:
-        """Check a user name with a password."""
+        """Check a user name with a password. Raises SaslEnd when no turn comes, or no memory is left."""
         known = self._fresh()
         account = known.logins.get(user)
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
-        good = self.settings.auth_any or ticket in known.proved
-        if not good:
-            good = self._proved(account or Account(""), password, known.decoy)
-            if good:
-                known.proved.add(ticket)
-        return self._end(user, account, good)
-
-    def _proved(self, account: Account, password: str, decoy: str) -> bool:
-        """Check a password when it is our turn. Raises SaslEnd when none comes, or no memory is left."""
+        if self.settings.auth_any or ticket in known.proved:
+            return self._end(user, account, True)
         if not self._turns.acquire(timeout=TURN_PATIENCE):
             raise SaslEnd(ACCOUNTS_NOT_NOW)
         try:
-            return proves(account, password, decoy)
+            stored, key = (account.password, account.api_key) if account else ("", "")
+            good = same_secret(key, password)
+            if not good and stored.startswith("scrypt:"):
+                good = check_password(password, stored)
+            elif not good:  # a failure costs one hash, whoever it was
+                good = same_secret(stored, password) or check_password(password, known.decoy)
         except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
             self.log.error("login_not_checked", error=error)
             raise SaslEnd(ACCOUNTS_NOT_NOW) from None
         finally:
             self._turns.release()
+        if good:
+            known.proved.add(ticket)
+        return self._end(user, account, good)
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
         account = self._fresh().logins.get(user)
         good = False
         for secret in (account.password, account.api_key) if account else ("", ""):
-            key = secrets.token_hex() if is_hash(secret or "scrypt:") else secret
+            key = secrets.token_hex() if (secret or "scrypt:").startswith("scrypt:") else secret
             wanted = hmac.digest(encoded(key), encoded(challenge), "md5").hex()
             good |= same_secret(wanted, digest)
         return self._end(user, account, good or self.settings.auth_any)
 
     def _end(self, user: str, account: Account | None, good: bool) -> Login:
         shown = account.name if account else user[:64]
-        shown = shown if account or not shown.startswith(API_KEY) else API_KEY + "***"  # mistyped, or of yesterday
+        if not account and shown.startswith(API_KEY):
+            shown = API_KEY + "***"  # mistyped, or of yesterday
         shown = shown if shown.isprintable() else ascii(shown)
-        if good:
-            return Login(shown, account or Account(shown), AUTH_OK)
-        return Login(shown, None, AUTH_WRONG)
+        return Login(shown, (account or Account(shown)) if good else None, AUTH_OK if good else AUTH_WRONG)
 
 
 # -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
 
-Ask = Callable[[str], str]
+MECHANISMS = {"PLAIN": True, "LOGIN": True, "CRAM-MD5": False}  # does who listens learn the password?
 
 
 class SaslEnd(Exception):
@@ -3225,64 +3191,38 @@ def response(line: bytes) -> str:
     return decoded.decode("utf-8", "surrogateescape")
 
 
-def sasl_plain(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
-    """PLAIN (RFC 4616): authzid NUL user NUL password, all at once."""
-    parts = (ask("") if initial is None else initial).split("\0")
-    if len(parts) != 3:
-        raise SaslEnd(AUTH_MALFORMED)
-    authzid, user, password = parts
-    if authzid not in ("", user):  # nobody here may act for another
-        password = ""
-    return accounts.login(user, password)
-
-
-def sasl_login(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
-    """LOGIN: user name, then password; no RFC, but some clients know nothing else."""
-    user = ask("Username:") if initial is None else initial
-    return accounts.login(user, ask("Password:"))
-
-
-def sasl_cram_md5(accounts: Accounts, initial: str | None, ask: Ask) -> Login:
-    """CRAM-MD5 (RFC 2195): the server speaks first, an initial response is an error."""
-    challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
-    user, space, digest = ("" if initial is not None else ask(challenge)).rpartition(" ")
-    if not space:
-        raise SaslEnd(AUTH_MALFORMED)
-    return accounts.login_cram(user, challenge, digest)
-
-
-class Mechanism(NamedTuple):
-    run: Callable[[Accounts, str | None, Ask], Login]
-    clear: bool  # whoever listens learns the password: 538 without TLS
-
-
-MECHANISMS = {
-    "PLAIN": Mechanism(sasl_plain, clear=True),
-    "LOGIN": Mechanism(sasl_login, clear=True),
-    "CRAM-MD5": Mechanism(sasl_cram_md5, clear=False),
-}
-
-
-def authenticate(
-    accounts: Accounts, mechanism: str, initial: bytes | None, ask: Callable[[str], bytes]
-) -> Login:
+def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
+                 ask: Callable[[str], bytes]) -> Login:
     """Run one AUTH exchange (RFC 4954 section 4) to its end.
 
     initial is AUTH's second argument as it came, if there was one; ask sends a 334 with
     its argument and returns the client's line, without CRLF, of 12288 octets at most.
     """
+    def hear(challenge: str) -> str:
+        return response(ask(base64.b64encode(challenge.encode()).decode()))
+
     try:
         # "=" is how an initial response of no octets is written
         first = None if initial is None else response(b"" if initial == b"=" else initial)
-        return MECHANISMS[mechanism].run(
-            accounts, first, lambda text: response(ask(base64.b64encode(text.encode()).decode()))
-        )
+        if mechanism == "CRAM-MD5":  # RFC 2195: the server speaks first, an initial response is an error
+            challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
+            user, space, digest = ("" if first is not None else hear(challenge)).rpartition(" ")
+            if not space:
+                raise SaslEnd(AUTH_MALFORMED)
+            return accounts.login_cram(user, challenge, digest)
+        if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
+            user = hear("Username:") if first is None else first
+            return accounts.login(user, hear("Password:"))
+        parts = (hear("") if first is None else first).split("\0")  # PLAIN, RFC 4616
+        if len(parts) != 3:
+            raise SaslEnd(AUTH_MALFORMED)
+        authzid, user, password = parts
+        return accounts.login(user, password if authzid in ("", user) else "")  # nobody acts for another
     except SaslEnd as end:
         return Login("", None, end.reply)
 
 
 # -- who may send as whom --
-
 
 def label_key(label: str) -> str:
     """Bring a label to the form it is compared in: lower case, Unicode, NFC.
@@ -3300,23 +3240,21 @@ def label_key(label: str) -> str:
     return key if decoded.isascii() else decoded
 
 
-def in_domain(pattern: str, domain: str) -> bool:
-    """Match a domain exactly; "*.x" and ".x" match what is below x, not x."""
-    wanted = [label_key(label) for label in pattern.lstrip("*.").split(".")]
-    found = [label_key(label) for label in domain.split(".")]
-    below = pattern.startswith(("*", "."))
-    return found[-len(wanted) :] == wanted and (len(found) > len(wanted)) is below
-
-
 def may_send_as(account: Account, reverse_path: str) -> bool:
-    """Tell whether an account may use a reverse-path; with a domain list never the null one."""
-    domain = reverse_path.rpartition("@")[2]
-    allowed = account.allowed_domains
-    return not allowed or any(in_domain(each, domain) for each in allowed)
+    """Tell whether an account may use a reverse-path; with a domain list never the null one.
+
+    A domain is matched exactly; "*.x" and ".x" match what is below x, not x.
+    """
+    found = [label_key(label) for label in reverse_path.rpartition("@")[2].split(".")]
+    for pattern in account.allowed_domains:
+        wanted = [label_key(label) for label in pattern.lstrip("*.").split(".")]
+        below = pattern.startswith(("*", "."))
+        if found[-len(wanted):] == wanted and (len(found) > len(wanted)) is below:
+            return True
+    return not account.allowed_domains
 
 
 # -- how much --
-
 
 @functools.lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
@@ -3338,9 +3276,7 @@ class Buckets:
     """
 
     def __init__(self, size: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
-        self._size = size
-        self._clock = clock
-        self._lock = threading.Lock()
+        self._size, self._clock, self._lock = size, clock, threading.Lock()
         # not a dict: the more keys were removed, the longer it looks for its oldest
         self._full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
 
@@ -3375,36 +3311,31 @@ class Buckets:
         self._full_at.update((key, now + wait) for key, wait in waits.items())
 
 
-Usage = dict[str, "collections.Counter[str]"]  # by account
-
-
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    One small file for each day and process, and one for what the last minute took (quota_per_minute),
-    which `save` rewrites: called each second
-    and at the end, so SIGKILL forgets a second at most, a power cut what the kernel had
-    not written. `part` names the process. It reads the others' files as often, so that
-    several pass a quota by what they accept in a second. A message counts once, at its
-    250. The account "" is nobody's.
+    A small file for each day and process, and one for what the last minute took
+    (quota_per_minute), which `save` rewrites: called each second and at the end, so SIGKILL
+    forgets a second at most, a power cut what the kernel had not written. `part` names the
+    process: one counts what came, another what went; it reads the other's files as often. A
+    message counts once, at its 250. The account "" is nobody's.
     """
 
     def __init__(self, directory: str, log: Log, part: str = "0",
                  now: Callable[[], float] = time.time) -> None:
-        self._directory = directory  # "": nothing is kept over a restart
-        self._log = log
-        self._part = part
-        self._now = now
+        self._directory, self._log, self._part, self._now = directory, log, part, now  # "": nothing is kept
         self._lock = threading.Lock()
-        self._days: dict[tuple[str, str], Usage] = {}  # by day and part
+        self._days: dict[tuple[str, str], dict[str, collections.Counter[str]]] = {}  # by day and part
         self._unsaved: set[str] = set()
         self._reserved: collections.Counter[str] = collections.Counter()
         self.minutes = Buckets()  # quota_per_minute, by account
-        self._minutes_file, self._minutes_kept = f"{directory}/minutes.{part}.json", True
+        self._minutes_kept = True
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._read(since="")
-            self._read_minutes()
+            kept = self._read_file(f"minutes.{part}.json", lambda it: {
+                name: min(float(wait) - now() + it["at"], 60.0) for name, wait in it["waits"].items()})
+            self.minutes.restore({name: wait for name, wait in kept.items() if wait > 0})
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
@@ -3429,9 +3360,7 @@ class Quotas:
         with self._lock:
             names = self._days.setdefault((day, self._part), {})
             name = name if name in names or len(names) < USAGE_NAMES else ""
-            if name not in names:
-                names[name] = collections.Counter()
-            names[name][what] += 1
+            names.setdefault(name, collections.Counter())[what] += 1
             self._unsaved.add(day)
 
     def today(self, name: str | None = None) -> dict[str, int]:
@@ -3444,7 +3373,7 @@ class Quotas:
             return {day: dict(self._sum(day, name)) for day in sorted({d for d, _ in self._days})}
 
     def save(self) -> None:
-        """Write what changed, then read what other processes wrote. Raises OSError."""
+        """Write what changed, then read what the other process wrote. Raises OSError."""
         if not self._directory:
             return
         with self._lock:
@@ -3458,24 +3387,11 @@ class Quotas:
                 self._unsaved.update(changed)
             raise
         self._read(since=self._day())
-        self._save_minutes()
-
-    def _save_minutes(self) -> None:
         waits = self.minutes.waits()
         if waits or self._minutes_kept:
-            replace_file(self._minutes_file, json.dumps({"at": self._now(), "waits": waits}).encode())
+            text = json.dumps({"at": self._now(), "waits": waits})
+            replace_file(f"{self._directory}/minutes.{self._part}.json", text.encode())
         self._minutes_kept = bool(waits)
-
-    def _read_minutes(self) -> None:
-        """Read what each account waited for; no wait is longer than the minute it is about."""
-        try:
-            kept = json.loads(read_whole(self._minutes_file))
-            left = {name: min(wait - self._now() + kept["at"], 60.0) for name, wait in kept["waits"].items()}
-            self.minutes.restore({name: wait for name, wait in left.items() if wait > 0})
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            self._log.error("counts_lost", file=self._minutes_file, error=error)
 
     def _day(self) -> str:
         return iso_second(int(self._now()))[:10]
@@ -3488,26 +3404,27 @@ class Quotas:
         return total
 
     def _read(self, since: str) -> None:
-        """Read the other processes' files, and our own from before; drop what is too old."""
-        oldest = time.strftime("%Y-%m-%d", time.gmtime(self._now() - USAGE_DAYS * 86400))
-        found: dict[tuple[str, str], Usage] = {}
+        """Read the other process's files, and our own from before; drop what is too old."""
+        oldest = iso_second(int(self._now() - USAGE_DAYS * DAY))[:10]
+        found = {}
         for name in sorted(os.listdir(self._directory)):
-            match = USAGE_FILE.fullmatch(name)
+            match = re.fullmatch(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json", name)
             if match and match[1] < oldest:
                 os.unlink(f"{self._directory}/{name}")
             elif match and match[1] >= since and (match[2] != self._part or match.groups() not in self._days):
-                found[match[1], match[2]] = self._read_file(f"{self._directory}/{name}")
+                found[match[1], match[2]] = self._read_file(name, lambda it: {
+                    n: collections.Counter({k: int(v) for k, v in row.items()}) for n, row in it.items()})
         with self._lock:
-            kept = {key: names for key, names in self._days.items() if key[0] >= oldest}
-            self._days = {**kept, **found}
+            self._days = {**{key: names for key, names in self._days.items() if key[0] >= oldest}, **found}
 
-    def _read_file(self, path: str) -> Usage:
+    def _read_file(self, name: str, understood: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Read one file of counts; a broken one is logged and counts nothing."""
         try:
-            names = json.loads(read_whole(path))
-            return {n: collections.Counter({k: int(v) for k, v in row.items()}) for n, row in names.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            self._log.error("counts_lost", file=path, error=error)
+            return understood(json.loads(read_whole(f"{self._directory}/{name}")))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._log.error("counts_lost", file=f"{self._directory}/{name}", error=error)
             return {}
 
 
@@ -6355,7 +6272,7 @@ class Session:
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
         if not accounts.allows(mechanism):
             return UNKNOWN_MECHANISM
-        if MECHANISMS[mechanism].clear and not (self.is_local or self.is_tls or self.settings.auth_insecure):
+        if MECHANISMS[mechanism] and not (self.is_local or self.is_tls or self.settings.auth_insecure):
             return MECHANISM_NEEDS_TLS
         fault = self.fault("auth")
         if fault:

@@ -3071,7 +3071,7 @@ def test_derive_agrees_with_rfc_7914() -> None:
 
 def test_a_new_hash_may_stand_in_the_file_and_checks() -> None:
     stored = smtprelay.hash_password("grün")
-    assert smtprelay.fits(smtprelay.PASSWORD, stored) and stored.startswith("scrypt:16384:8:5:")
+    assert smtprelay.fits(smtprelay.ACCOUNT_KEYS["password"][0], stored) and stored.startswith("scrypt:16384:8:5:")
     assert smtprelay.check_password("grün", stored) and not smtprelay.check_password("grun", stored)
 
 
@@ -3091,7 +3091,7 @@ PASSWORDS = [
 
 @pytest.mark.parametrize("value, good", PASSWORDS)
 def test_password_kinds(value: str, good: bool) -> None:
-    assert smtprelay.fits(smtprelay.PASSWORD, value) is good
+    assert smtprelay.fits(smtprelay.ACCOUNT_KEYS["password"][0], value) is good
 
 
 ACCOUNT_MISTAKES: list[tuple[Any, list[str]]] = [
@@ -3202,9 +3202,34 @@ def test_changes_go_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_root_leaves_the_file_to_its_owner(tmp_path: Path) -> None:
     path = users_file(tmp_path, {})
-    os.chown(path, 12345, 12345)
+    os.chown(path, 12345, 12346)
+    os.chmod(path, 0o640)
     smtprelay.change_users(path, {"a": {"password": "x"}})
-    assert (os.stat(path).st_uid, os.stat(path).st_gid) == (12345, 12345)
+    now = os.stat(path)
+    assert (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (12345, 12346, 0o640)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_that_is_a_mount_is_rewritten_in_place(tmp_path: Path) -> None:
+    path, source = tmp_path / "users.json", tmp_path / "elsewhere" / "users.json"
+    source.parent.mkdir()
+    source.write_text(json.dumps({"a": {"password": "x" * 500}}))
+    path.touch()
+    if subprocess.run(["mount", "--bind", source, path], capture_output=True).returncode:
+        pytest.skip("no mount can be had here")
+    try:
+        smtprelay.change_users(str(path), {"a": None, "b": {"password": "y"}})
+        assert json.loads(source.read_text()) == {"b": {"password": "y"}}
+        assert os.listdir(source.parent) == ["users.json"]
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_lock_file_left_over_blocks_nothing(tmp_path: Path) -> None:
+    path = users_file(tmp_path, {})
+    (tmp_path / "users.json.lock").touch()
+    smtprelay.change_users(path, {"a": {"password": "x"}})
+    assert "a" in json.loads(Path(path).read_text())
 
 
 LOGINS = [
