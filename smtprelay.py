@@ -9114,9 +9114,9 @@ class Request:
 
         An empty body has none; one that is neither JSON nor a form is refused: to guess could be to delete all.
         """
-        body, form = self.body.strip(), self.headers.get("Content-Type", "") == "application/x-www-form-urlencoded"
+        body, kind = self.body.strip(), self.headers.get("Content-Type", "")
         try:
-            if not form or body[:1] in b"{[":
+            if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
                 value = json.loads(body or b"{}")
             else:
                 value = urllib.parse.parse_qs(body.decode(), keep_blank_values=True, strict_parsing=True)
@@ -9131,7 +9131,8 @@ class Request:
 
     def strings(self, name: str) -> list[str]:
         """Return a list of strings that the body names, none where it is not there."""
-        values = self.fields.get(name.lower()) or []
+        values = self.fields.get(name.lower())
+        values = [] if values is None else values
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
             raise HttpError(400, f"{name}: expected a list of {name.lower()}")
         return values
@@ -9353,7 +9354,8 @@ def chosen(request: Request, *others: str) -> list[str] | None:
         raise HttpError(400, "body: expected IDs")
     if ids and words:
         raise HttpError(400, "expected IDs or a Search, not both")
-    return matching(request, words) if words else ids or None
+    asked = words or "search" in request.fields and not others and not ids
+    return matching(request, words) if asked else ids or None
 
 
 def status_of(inbox: Inbox, id: str) -> str:
@@ -9440,8 +9442,9 @@ def not_done(request: Request) -> Any:
 @route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", Access.VIEW)
 @route("GET /view/{id}.txt", "its text")
 def view(request: Request) -> Any:
-    mail = request.mail()
-    request.relay.inbox.mark([request.item().id], True)
+    id = request.item().id
+    mail = request.relay.inbox.mail(id)
+    request.relay.inbox.mark([id], True)
     if request.path.endswith(".txt"):
         return mail.text.encode("utf-8", "replace")
     if not mail.html:

@@ -9235,7 +9235,12 @@ BAD = [  # (method, path, body, status, words): Mailpit's routes answer in text
     ("PUT", "/api/v1/messages", b'{"Read": "yes"}', 400, "Read"),
     ("PUT", "/api/v1/messages", b'{"IDs": ["x"], "Search": "hi"}', 400, "not both"),
     ("DELETE", "/api/v1/messages", b'{"IDs": "x"}', 400, "list of ids"),
+    ("DELETE", "/api/v1/messages", b'{"IDs": ""}', 400, "list of ids"),
+    ("DELETE", "/api/v1/messages", b'{"IDs": [1]}', 400, "list of ids"),
     ("DELETE", "/api/v1/messages", b'{"id": ["x"]}', 400, "expected IDs"),
+    ("DELETE", "/api/v1/messages", b'{"Read": true}', 400, "expected IDs"),
+    ("DELETE", "/api/v1/messages", b'{"search": ""}', 400, "expected what to look for"),
+    ("PUT", "/api/v1/messages", b'{"Read": true, "Search": " "}', 400, "expected what to look for"),
     ("DELETE", "/api/v1/messages", b"nonsense", 400, "expected JSON"),
     ("DELETE", "/api/v1/search", b"", 400, "expected what to look for"),
     ("DELETE", "/api/v1/search?query=%20", b"", 400, "expected what to look for"),
@@ -9304,7 +9309,7 @@ def test_names_in_a_body_are_read_in_any_case(start: Callable[..., Any], name: s
 
     def ask(method: str, path: str, **fields: Any) -> None:
         body = urllib.parse.urlencode(fields, doseq=True) if form else json.dumps(fields)
-        kind = "application/x-www-form-urlencoded" if form else "application/json"
+        kind = "application/x-www-form-urlencoded; charset=UTF-8" if form else "application/json"
         assert spoken(relay, method, path, body.encode(), Content_Type=kind)[::2] == (200, "ok")
 
     ask("PUT", "/api/v1/messages", **{name: ids[1:], name and "reAd": "true" if form else True})
