@@ -137,7 +137,7 @@ import traceback
 import types
 import unicodedata
 import urllib.parse
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
 
@@ -4399,9 +4399,9 @@ def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status,
     return NEVER if never else LATER, scope
 
 
-def is_owed(outcome: Outcome | None) -> bool:
+def is_owed(outcome: Outcome) -> bool:
     """Tell whether another host is to be asked: this one took it not now, or cannot, and has surely not taken it."""
-    return outcome is None or not outcome.lost and (outcome.status is LATER or outcome.scope is Scope.HOST)
+    return not outcome.lost and (outcome.status is LATER or outcome.scope is Scope.HOST)
 
 
 def number(text: str) -> int:
@@ -4438,12 +4438,11 @@ class Outgoing:
         self.size = len(head) + file.seek(0, os.SEEK_END) - self.start
         self.long = self.eight = self.signed = False  # as far as survey() has looked
 
-    def blocks(self) -> Iterator[bytes]:
+    def blocks(self) -> Iterable[bytes]:
         self.file.seek(self.start)
-        block = self.head + self.file.read(64 * KIB)
-        while block:
-            yield block
-            block = self.file.read(64 * KIB)
+        if self.size <= 64 * KIB:
+            return [self.head + self.file.read()]
+        return itertools.chain([self.head], iter(functools.partial(self.file.read, 64 * KIB), b""))
 
     def survey(self) -> None:
         """Find out whether there are lines that are too long, and 8-bit octets."""
@@ -4716,7 +4715,7 @@ class NextHop:
         data = b"\r\n".join((*lines, b""))
         if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
-        self.note("C: ", (shown,) if shown else lines)
+        self.note("C: ", shown or data)
         self.send(stage, data)
 
     def send(self, stage: str, data: bytes, latest: float = math.inf) -> None:
@@ -4728,9 +4727,10 @@ class NextHop:
             self.spent = True
             raise Trouble(stage, 0, f"connection lost: {e}") from None
 
-    def note(self, who: str, lines: Iterable[bytes]) -> None:
+    def note(self, who: str, octets: bytes) -> None:
         """Keep lines for the transcript; the middle of a long one is lost."""
-        shown = [who + line[:500].decode("utf-8", "replace").rstrip("\r\n") for line in lines]
+        lines = octets[:4 * KIB].decode("utf-8", "replace").replace("\r", "").rstrip("\n")
+        shown = (who + lines.replace("\n", "\n" + who)).split("\n")
         self.transcript += shown
         if len(self.transcript) > TRANSCRIPT_LINES:
             del self.transcript[TRANSCRIPT_LINES // 2:-TRANSCRIPT_LINES // 2]
@@ -4754,14 +4754,14 @@ class NextHop:
         except (PeerGone, OSError) as e:
             self.spent = True
             raise Trouble(stage, 0, f"no answer: {e}") from None
-        self.note("S: ", lines[1:])
-        text = b"\n".join([line[4:].strip() for line in lines[1:]]).decode("utf-8", "replace")
+        self.note("S: ", b"".join(lines[1:]))
+        text = (lines[1][4:].strip() if len(lines) == 2 else b"\n".join([line[4:].strip() for line in lines[1:]]))
         code = lines[-1][:3]
         if not code.isdigit() or not b"200" <= code <= b"599":
             self.spent = True
             raise Trouble(stage, 0, f"not a reply: {lines[-1][:100]!r}")
         self.spent = self.spent or code == b"421"
-        return int(code), text
+        return int(code), text.decode("utf-8", "replace")
 
     def expect(self, stage: str) -> None:
         """Read a reply that is to say yes."""
@@ -4789,17 +4789,15 @@ class NextHop:
             if content.eight:
                 self.log.warn("sent_as_it_came", id=message.id, host=self.target, reason="8-bit content, no 8BITMIME")
         outcomes = self.unable(message, recipients, content)
-        waiting = [r for r in recipients if r.address not in outcomes]
+        waiting = [r for r in recipients if r.address not in outcomes] if outcomes else recipients
         most, last = self.most or len(waiting), None
         while waiting and not self.spent:
             portion, waiting = waiting[:most], waiting[most:]
             found = self.transaction(message, portion, content)
             outcomes.update(found)
             last = next(iter(found.values()), last)
-            if any(o.status is Status.FORWARDED for o in found.values()):
-                full = [r for r in portion if found[r.address].code in (452, 552)
-                        and found[r.address].scope is Scope.RECIPIENT]
-                waiting = full + waiting
+            if self.clean and len(portion) > 1:
+                waiting = [r for r in portion if found[r.address].code in (452, 552)] + [*waiting]
         if last and not self.full:  # it broke off: nothing was said of these
             rest = self.outcome(LATER, Scope.MESSAGE, last.code if last.status is LATER else 0, "connection lost")
             outcomes.update({r.address: rest for r in waiting})
@@ -4811,8 +4809,11 @@ class NextHop:
         if 0 < limit < content.size:
             reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
             return dict.fromkeys([r.address for r in recipients], self.outcome(NEVER, Scope.HOST, 552, reply))
-        closed = "SMTPUTF8" in message.flags and "smtputf8" not in self.features and not next(
-            content.blocks(), b"").partition(b"\r\n\r\n")[0].isascii()
+        every = "".join([message.reverse_path, *[r.address for r in recipients]])
+        if every.isascii() and every.isprintable() and ("SMTPUTF8" not in message.flags or "smtputf8" in self.features):
+            return {}
+        head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
+        closed = "SMTPUTF8" in message.flags and "smtputf8" not in self.features and not head.isascii()
         nobody = closed or self.spelled(message.reverse_path) is None
         found = [r.address for r in recipients if nobody or self.spelled(r.address) is None]
         reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
@@ -4820,36 +4821,35 @@ class NextHop:
 
     def spelled(self, address: str) -> str | None:
         """Return an address as this next hop takes it, a domain as A-labels without SMTPUTF8; None when it cannot."""
-        if address.isascii() and address.isprintable():
+        if address.isascii() and address.isprintable() or not re.search("[\0-\x1f\x7f]", address) and (
+                "smtputf8" in self.features):
             return address
-        if re.search("[\0-\x1f\x7f]", address) or "smtputf8" in self.features:
-            return None if re.search("[\0-\x1f\x7f]", address) else address
         local, _, domain = address.rpartition("@")
         with contextlib.suppress(ResolveError):
-            return f"{local}@{ascii_domain(domain)}" if local.isascii() else None
+            return f"{local}@{ascii_domain(domain)}" if local.isascii() and local.isprintable() else None
         return None
 
     def commands(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> list[bytes]:
         """Return the lines of a transaction, with the parameters that are offered."""
-        offered, dsn = self.features, "dsn" in self.features
-        paths = [self.spelled(a) or "" for a in (message.reverse_path, *(r.address for r in recipients))]
-        lines = [f"MAIL FROM:<{paths[0]}>"]
+        offered = self.features
+        sender, utf8 = self.spelled(message.reverse_path) or "", "SMTPUTF8" in message.flags
+        lines = [f"MAIL FROM:<{sender}>"]
+        for r in recipients:
+            lines.append(f"RCPT TO:<{self.spelled(r.address)}>")
+            utf8 = utf8 or not lines[-1].isascii()
+            if "dsn" in offered:  # RFC 3461 5.2.1
+                orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
+                # An address that grows past the limit in ASCII is left out: better than a 501.
+                lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
         if "size" in offered:
             lines[0] += f" SIZE={content.size}"
         if "8bitmime" in offered and (content.eight or "8BITMIME" in message.flags):
             lines[0] += " BODY=8BITMIME"
-        if "smtputf8" in offered and ("SMTPUTF8" in message.flags or not "".join(paths).isascii()):
+        if "smtputf8" in offered and (utf8 or not sender.isascii()):
             lines[0] += " SMTPUTF8"
-        if dsn:  # RFC 3461 5.2.1
+        if "dsn" in offered:
             lines[0] += asked(RET=message.ret, ENVID=message.envid)
-        for r, path in zip(recipients, paths[1:]):
-            line = f"RCPT TO:<{path}>"
-            if dsn:
-                orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
-                # An address that grows past the limit in ASCII is left out: better than a 501.
-                line += asked(NOTIFY=r.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
-            lines.append(line)
-        return [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
+        return "\n".join([*lines, "DATA"]).encode("utf-8", "surrogateescape").split(b"\n")
 
     def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
         """Carry out one transaction; return an outcome for each recipient, or none at all when it is full."""
@@ -4990,6 +4990,7 @@ class Delivery:
         self.avoided: dict[Target, float] = {}
         self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # what the file was like, and said
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
+        self.rewrites = bool(settings.relay_redirect_to or settings.local_to or settings.aliases)
         self.stopped = False
 
     @functools.cached_property
@@ -5020,17 +5021,15 @@ class Delivery:
             return {SMARTHOST: pending}
         found: dict[str, list[Recipient]] = {}
         for r in pending:
-            for domain in dict.fromkeys(domain_of(a) for a in self.finals(r.address) if a not in r.passed):
+            for domain in dict.fromkeys(map(domain_of, self.finals_owed(r))):
                 found.setdefault(domain, []).append(r)
         return found
 
     def finals(self, address: str) -> list[str]:
         """Return the addresses to which mail for an address goes, by the settings that send it elsewhere."""
         s = self.settings
-        if s.relay_redirect_to:
-            return [s.relay_redirect_to]
-        if not s.local_to and not s.aliases:
-            return [address]
+        if s.relay_redirect_to or not self.rewrites:
+            return [s.relay_redirect_to or address]
         aliases, names, found, seen = self.read_aliases(), [address], [], set()
         for name in names:  # grows meanwhile
             local, _, domain = name.rpartition("@") if "@" in name else (name, "", "localhost")
@@ -5044,6 +5043,11 @@ class Delivery:
             seen.add(known)
         return list(dict.fromkeys(found)) or [address]
 
+    def finals_owed(self, recipient: Recipient) -> list[str]:
+        """Return those that have not got it yet; one at least, should the aliases have changed meanwhile."""
+        finals = self.finals(recipient.address)
+        return [a for a in finals if a not in recipient.passed] or finals[:1]
+
     def read_aliases(self) -> dict[str, list[str]]:
         """Return what SMTP_ALIASES says; while it cannot be read, what it has said before."""
         path = self.settings.aliases
@@ -5055,7 +5059,8 @@ class Delivery:
         return self.aliases[1]
 
     def is_allowed(self, recipient: Recipient) -> bool:
-        return all(map(self.settings.relay_allowed_recipients.search, self.finals(recipient.address)))
+        found = self.finals(recipient.address) if self.rewrites else [recipient.address]
+        return all(map(self.settings.relay_allowed_recipients.search, found))
 
     def smart_hosts(self, message: Message) -> list[Target]:
         """Return where a message goes that is not sent by MX: an account's host, or ours."""
@@ -5098,15 +5103,18 @@ class Delivery:
                             lanes.add(other)
                 recipients = list({id(r): r for name in (lane, *(lanes - {lane})) for r in routes[name]}.values())
             targets = self.mx_targets(hosts) if by_mx else self.smart_hosts(message)
-            owners: dict[str, list[Recipient]] = {}
-            for r in recipients:
-                for address in self.finals(r.address):
-                    if address not in r.passed and (not by_mx or domain_of(address) in lanes):
-                        owners.setdefault(address, []).append(r)
-            parcels: dict[tuple[str, ...], list[Recipient]] = {}
-            for address, whose in owners.items():
-                changed = tuple(r.address for r in whose if r.address != address)
-                same = next((r for r in whose if r.address == address), None)
+            whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
+            elsewhere = set()  # those whose other addresses are in other lanes
+            for r in recipients if self.rewrites else ():
+                for address in self.finals_owed(r):
+                    if by_mx and domain_of(address) not in lanes:
+                        elsewhere.add(r.address)
+                    else:
+                        whose.setdefault(address, []).append(r)
+            parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
+            for address, people in whose.items():
+                changed = tuple(r.address for r in people if r.address != address)
+                same = next((r for r in people if r.address == address), None)
                 parcels.setdefault(changed, []).append(same or Recipient(address))
             return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
             sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
@@ -5121,22 +5129,27 @@ class Delivery:
                 outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
                 return Attempt({r.address: outcome for r in recipients}, None, [])
             return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
-        return attempt._replace(outcomes=self.settled(recipients, attempt.outcomes))
+        if attempt.outcomes and self.rewrites:
+            return attempt._replace(outcomes=self.settled(message, whose, elsewhere, attempt.outcomes))
+        return attempt
 
-    def settled(self, recipients: Sequence[Recipient], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-        """Return the outcomes of the recipients, from those of the addresses that stand for them.
+    def settled(self, message: Message, whose: Mapping[str, list[Recipient]], elsewhere: Container[str],
+                outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+        """Return the outcomes of recipients from those of the addresses that stand for them.
 
-        One with several addresses has it when all that take it have it; `passed` tells which need it no more.
+        One with several has it when all have been tried and one has it; `passed` are those that need it no more.
         """
         found = {}
-        for r in recipients:
-            finals = self.finals(r.address)
-            mine = [outcomes[a] for a in finals if a in outcomes and a not in r.passed]
-            if len(finals) > 1:
-                r.passed += [a for a in finals if a in outcomes and outcomes[a].status is not LATER]
-            owed = [o for o in mine if o.status is LATER]
-            if owed or mine and (len(finals) == 1 or set(finals) <= set(r.passed)):
-                found[r.address] = min(owed or mine, key=lambda o: o.status is NEVER)
+        for r in message.pending():
+            mine = {a: outcomes[a] for a, people in whose.items() if r in people}
+            if len(mine) > 1 or r.address in elsewhere:
+                r.passed += [a for a, o in mine.items() if o.status is not LATER]
+                for address, o in mine.items():
+                    if o.status is NEVER:
+                        self.log.warn("alias_refused", id=message.id, alias=address, reason=o)
+            owed = [o for o in mine.values() if o.status is LATER]
+            if owed or mine and r.address not in elsewhere:
+                found[r.address] = min(owed or mine.values(), key=lambda o: o.status is NEVER)
         return found
 
     def content(self, message: Message, file: BinaryIO, originals: Sequence[str]) -> Outgoing:
@@ -5146,7 +5159,7 @@ class Delivery:
         what is not there, too.
         """
         s, start = self.settings, file.tell()
-        head = "".join(f"X-Original-To: {a}\r\n" for a in originals).encode("utf-8", "surrogateescape")
+        head = "".join([f"X-Original-To: {a}\r\n" for a in originals]).encode("utf-8", "surrogateescape")
         if s.relay_repair or s.relay_from:
             first = file.read(HEAD_LIMIT)
             top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # where the message as it came begins
@@ -5186,10 +5199,9 @@ class Delivery:
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
         troubles: list[tuple[Target, Outcome]] = []
-        for target in itertools.islice(self.by_health(targets), TARGETS_MOST):
-            owed = [([r for r in people if is_owed(outcomes.get(r.address))], content) for people, content in parcels]
+        for target in itertools.islice(self.by_health(targets) if self.avoided else targets, TARGETS_MOST):
             started = time.monotonic()
-            attempt = self.attempt_at(target, message, owed, reached)
+            attempt = self.attempt_at(target, message, parcels, reached)
             now = time.monotonic()
             lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
             if attempt.crowded and not outcomes:
@@ -5201,10 +5213,11 @@ class Delivery:
                     with self.lock:
                         self.avoided = {t: until for t, until in self.avoided.items() if until > now - AVOID_TIME}
                         self.avoided[target] = now + AVOID_TIME
-            for address, outcome in attempt.outcomes.items():
-                if address not in outcomes or (outcome.status, outcome.scope) != (NEVER, Scope.HOST):
-                    outcomes[address] = outcome
-            if attempt.outcomes and not any(map(is_owed, outcomes.values())):
+            outcomes.update({address: outcome for address, outcome in attempt.outcomes.items()
+                             if address not in outcomes or (outcome.status, outcome.scope) != (NEVER, Scope.HOST)})
+            parcels = [([r for r in people if r.address not in outcomes or is_owed(outcomes[r.address])], content)
+                       for people, content in parcels]
+            if not any(people for people, _ in parcels):
                 break
         for target, trouble in troubles if outcomes else troubles[:-1]:  # the last one throttles
             self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
@@ -5246,7 +5259,7 @@ class Delivery:
                         self.live[target] += 1
                 reached()
                 for people, content in parcels:
-                    owed = [r for r in people if r.address not in outcomes]
+                    owed = [r for r in people if r.address not in outcomes] if outcomes else people
                     if owed and not hop.full:
                         outcomes.update(hop.deliver(message, owed, content))
             except Trouble as trouble:
@@ -5264,9 +5277,9 @@ class Delivery:
                 raise
             transcript, full = transcript + hop.transcript, hop.full
             self.give(hop)
-        host = next((o for o in outcomes.values() if o.scope is Scope.HOST and o.status is LATER), None)
-        if host and not any(o.lost or o.status is Status.FORWARDED for o in outcomes.values()):
-            return Attempt({}, host, transcript)
+        against = [o for o in outcomes.values() if (o.status, o.scope) == (LATER, Scope.HOST)]
+        if against and not [o for o in outcomes.values() if o.lost or o.status is Status.FORWARDED]:
+            return Attempt({}, against[0], transcript)
         return Attempt(outcomes, None, transcript)  # whom it served must not be served again
 
     def take(self, target: Target, fresh: bool) -> NextHop:
@@ -5297,7 +5310,8 @@ class Delivery:
         if hop.ready:
             with self.lock:
                 self.live[hop.target] -= 1
-                self.live += collections.Counter()  # forgets what has come to nothing
+                if not self.live[hop.target]:
+                    del self.live[hop.target]
         hop.close()
 
     def drop_idle(self, older_than: float = 0.0) -> None:
