@@ -10235,6 +10235,7 @@ def own_reception(settings: Settings) -> Reception:
         os.seteuid(owner.st_uid)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
+    check_spool(path)
     open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False,
                                     auth_required=False, tls_required=False, rate_limit=0, audit_log="",
                                     debug=False, faults="")
