@@ -477,39 +477,63 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def parse_number(text: str, unit: str, units: Mapping[str, float]) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)", text)
-    if not match or match[2].lower() not in units:
-        raise ValueError(unit)
-    return float(match[1]) * units[match[2].lower()]
-
-
-SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB,
-              "g": GIB, "gb": GIB, "gib": GIB}
-TIME_UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
+SIZES = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB,
+         "g": GIB, "gb": GIB, "gib": GIB}
+TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+LEVEL_WORDS = {"warning": "warn", "notice": "info", "information": "info", "trace": "debug", "verbose": "debug",
+          "err": "error", "crit": "error", "critical": "error", "alert": "error", "emerg": "error", "fatal": "error"}
 
 
-def size(text: str) -> int:
-    return int(parse_number(text, "a size such as 10MiB, 64K or 1048576", SIZE_UNITS))
+def numeric(kind: Callable[[float], Any], expected: str, least: float = 0, most: float = 1e15,
+           units: Mapping[str, float] | None = None) -> Callable[[str], Any]:
+    """Return a parser of numbers, with a unit behind them where there are units."""
+    def parse(text: str) -> Any:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z]*)", text)
+        each = (units or {"": 1}).get(match[2].lower()) if match else None
+        if not match or not each or (kind is int and not units and "." in text):
+            raise ValueError(expected)
+        value = float(match[1]) * each
+        if not least <= value <= most:
+            raise ValueError(expected)
+        return kind(value)
+    return parse
 
 
-def duration(text: str) -> float:
-    return parse_number(text, "a duration such as 30s, 5m, 1h or 5d", TIME_UNITS)
+size = numeric(int, "a size such as 10MiB, 64K or 1048576", units=SIZES)
+duration = numeric(float, "a duration such as 30s, 5m, 1h or 5d", units=TIMES)
+count = numeric(int, "a whole number, 0 or more", most=999_999_999)
+positive = numeric(int, "a whole number, 1 or more", least=1, most=999_999_999)
+port_number = numeric(int, "a port from 0 to 65535", most=65535)
+
+
+def choice(*allowed: str, also: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """Return a parser for one of the words allowed, or for others that mean one; the empty word is 'not set'."""
+    def parse(text: str) -> str:
+        word = (also or {}).get(text.lower(), text.lower())
+        if word not in allowed:
+            raise ValueError("one of " + ", ".join(w for w in allowed if w))
+        return word
+    return parse
+
+
+def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return a parser for a text that a pattern fits, or for none at all."""
+    def parse(text: str) -> Any:
+        if text and not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return kind(text)
+    return parse
+
+
+printable = like("[ -~]{0,200}", "up to 200 printable ASCII characters")
+mailbox = like(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
 
 
 def flag(text: str) -> bool:
     if text.lower() not in FLAGS:
         raise ValueError("1 or 0, true or false, yes or no, on or off")
     return FLAGS[text.lower()]
-
-
-def maybe_flag(text: str) -> bool | None:
-    return flag(text) if text else None
-
-
-def word(text: str) -> str:
-    return text
 
 
 def readable(text: str) -> str:
@@ -525,70 +549,21 @@ def appendable(text: str) -> str:
     return text
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as e:
+        raise ValueError(f"a regular expression ({e})") from None
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(w for w in re.split(r"[,\s]+", text) if w)
 
 
-def printable(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or len(text) > 200:
-        raise ValueError("up to 200 printable ASCII characters")
-    return text
-
-
-def count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("a whole number, 0 or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise ValueError("a whole number, 1 or more")
-    return int(text)
-
-
-def multiplier(text: str) -> float:
-    value = parse_number(text, "a number, 1 or more", {"": 1})
-    if value < 1:
-        raise ValueError("a number, 1 or more")
-    return value
-
-
-def scale(text: str) -> float:
-    value = parse_number(text, "a number above 0", {"": 1})
-    if value <= 0:
-        raise ValueError("a number above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = parse_number(text, "a number from 0 to 1", {"": 1})
-    if value > 1:
-        raise ValueError("a number from 0 to 1")
-    return value
-
-
-def choice(*allowed: str) -> Callable[[str], str]:
-    """Return a parser for one of the words allowed; the empty word stands for 'not set'."""
-    def parse(text: str) -> str:
-        if text.lower() not in allowed:
-            raise ValueError("one of " + ", ".join(w for w in allowed if w))
-        return text.lower()
-    return parse
-
-
-LEVEL_WORDS = {"warning": "warn", "notice": "info", "verbose": "debug", "trace": "debug",
-               **dict.fromkeys(("err", "critical", "crit", "fatal", "alert", "emerg"), "error")}
-
-
-def level(text: str) -> str:
-    return choice("debug", "info", "warn", "error")(LEVEL_WORDS.get(text.lower(), text))
-
-
-def port_number(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("a port from 0 to 65535")
-    return int(text)
+def methods(text: str) -> tuple[str, ...]:
+    if set(words(text.lower())) - {"plain", "login", "cram-md5"}:
+        raise ValueError("a list of plain, login, cram-md5")
+    return words(text.lower())
 
 
 def split_port(text: str, default: str) -> tuple[str, int]:
@@ -599,48 +574,26 @@ def split_port(text: str, default: str) -> tuple[str, int]:
     return match[1] or match[2] or "", port_number(match[3] or default)
 
 
-def methods(text: str) -> tuple[str, ...]:
-    unknown = set(words(text.lower())) - {"plain", "login", "cram-md5"}
-    if unknown:
-        raise ValueError("a list of plain, login, cram-md5")
-    return words(text.lower())
-
-
-def listen_address(text: str) -> list[Address]:
-    """Read one place to listen: a port alone means both loopback addresses."""
-    if text.startswith("unix:"):
-        if not text[5:].startswith("/"):
-            raise ValueError("an absolute path after unix:")
-        return [Address("", 0, text[5:])]
-    if text.isdigit():
-        return [Address("127.0.0.1", port_number(text)), Address("::1", port_number(text))]
-    host, port = split_port(text, "none")
-    if not host:
-        return [Address("0.0.0.0", port), Address("::", port)]
-    host = {"localhost": "127.0.0.1", "*": "0.0.0.0"}.get(host, host)
-    try:
-        return [Address(str(ipaddress.ip_address(host)), port)]
-    except ValueError:
-        raise ValueError("an IP address before the port") from None
-
-
 def listen(text: str) -> tuple[Address, ...]:
+    """Read a list of places to listen: a port alone means both loopback addresses."""
+    places = []
     try:
-        return tuple(address for part in words(text) for address in listen_address(part))
+        for part in words(text):
+            if part.startswith("unix:/"):
+                places.append(Address("", 0, part[5:]))
+                continue
+            host, port = ("localhost", port_number(part)) if part.isdigit() else split_port(part, "none")
+            named = {"": ["0.0.0.0", "::"], "*": ["0.0.0.0"], "localhost": ["127.0.0.1", "::1"][:1 + part.isdigit()]}
+            places += [Address(str(ipaddress.ip_address(h)), port) for h in named.get(host, [host])]
     except ValueError as e:
         raise ValueError(f"a port, addr:port, :port or unix:/path, or a list of them ({e})") from None
+    return tuple(places)
 
 
 def http_listen(text: str) -> tuple[Address, ...]:
     if text.lower() in ("", "off", "none"):
         return ()
     return listen(text if ":" in text else f"127.0.0.1:{text}")
-
-
-def web_address(text: str) -> str:
-    if text and not re.fullmatch(r"https?://[^\s/]+\S*", text):
-        raise ValueError("an http:// or https:// address")
-    return text
 
 
 def shown_url(url: str) -> str:
@@ -666,39 +619,39 @@ def are_private(given: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) 
     return all(any(n.version == home.version and n.subnet_of(home) for home in homes) for n in given)  # type: ignore
 
 
-class Preset(NamedTuple):
-    """What a provider's name in SMTP_RELAY_HOST stands for."""
-
-    host: str
-    port: int
-    tls: str
-    most: int = 0  # recipients of one message, where that is known
-
-
+# A provider's name in SMTP_RELAY_HOST: its host and port, and how many recipients one transaction may
+# have, where that is known.
 PRESETS = {
-    "gmail": Preset("smtp.gmail.com", 587, "starttls", 100),
-    "ses": Preset("email-smtp.{}.amazonaws.com", 587, "starttls", 50),  # ses:REGION
-    "m365": Preset("smtp.office365.com", 587, "starttls", 500),
-    "mailgun": Preset("smtp.mailgun.org", 587, "starttls", 1000),
-    "sendgrid": Preset("smtp.sendgrid.net", 587, "starttls", 1000),
-    "postmark": Preset("smtp.postmarkapp.com", 587, "starttls", 50),
-    "smtp2go": Preset("mail.smtp2go.com", 587, "starttls"),
-    "fastmail": Preset("smtp.fastmail.com", 465, "tls"),
+    "gmail": ("smtp.gmail.com", 587, 100),
+    "ses": ("email-smtp.*.amazonaws.com", 587, 50),  # ses:REGION
+    "m365": ("smtp.office365.com", 587, 500),
+    "mailgun": ("smtp.mailgun.org", 587, 1000),
+    "sendgrid": ("smtp.sendgrid.net", 587, 1000),
+    "postmark": ("smtp.postmarkapp.com", 587, 50),
+    "smtp2go": ("mail.smtp2go.com", 587, 0),
+    "fastmail": ("smtp.fastmail.com", 465, 0),
 }
 
 
-def preset_of(text: str) -> Preset | None:
-    """Return the provider that a smart host's text names, if it names one."""
+def preset_of(text: str) -> tuple[str, int] | None:
+    """Return host and port of the provider that a smart host's text names, if it names one."""
     name, _, region = text.lower().partition(":")
-    preset = PRESETS.get(name)
-    if not preset or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
+    if name not in PRESETS or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
         return None
-    return preset._replace(host=preset.host.format(region))
+    host, port, _ = PRESETS[name]
+    return host.replace("*", region), port
 
 
-def app_password(text: str) -> str:
-    """Return an app password without the spaces with which Google shows it; any other text as it is."""
-    return text.replace(" ", "") if re.fullmatch(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}", text) else text
+def recipient_limit(host: str) -> int | None:
+    """Return how many recipients a provider takes in one transaction, 0 if unknown; None for another host."""
+    return next((most for known, _, most in PRESETS.values() if fnmatch.fnmatch(host.lower(), known)), None)
+
+
+def usable_password(host: str, password: str) -> str:
+    """Return a password as its provider takes it: an app password is shown in four groups that are typed as one."""
+    if recipient_limit(host) is not None and re.fullmatch(r"[A-Za-z0-9]{4}( [A-Za-z0-9]{4}){3}", password):
+        return password.replace(" ", "")
+    return password
 
 
 def hop_list(text: str) -> tuple[str, ...]:
@@ -713,42 +666,16 @@ def hop_list(text: str) -> tuple[str, ...]:
     return words(text)
 
 
-def dns_server(text: str) -> tuple[str, int]:
-    """Read addr, addr:port or [IPv6]:port."""
-    try:
-        host, port = split_port(f"[{text}]" if text.count(":") > 1 and "[" not in text else text, "53")
-        if port and ipaddress.ip_address(host):
-            return host, port
-    except ValueError:
-        pass
-    raise ValueError("an IP address, or address:port")
-
-
 def dns_servers(text: str) -> tuple[Address, ...]:
-    return tuple(Address(*dns_server(part)) for part in words(text))
-
-
-def mailbox(text: str) -> str:
-    if text and not re.fullmatch(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", text):
-        raise ValueError("an address such as bob@example.com")
-    return text
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as e:
-        raise ValueError(f"a regular expression ({e})") from None
-
-
-def maybe_port(text: str) -> int:
-    return port_number(text) if text else 0
-
-
-def hex_key(text: str) -> bytes:
-    if not re.fullmatch(r"(?:[0-9A-Fa-f]{64})?", text):
-        raise ValueError("64 hexadecimal digits")
-    return bytes.fromhex(text)
+    """Read a list of addr, addr:port or [IPv6]:port."""
+    servers = []
+    for part in words(text):
+        try:
+            host, port = split_port(f"[{part}]" if part.count(":") > 1 and "[" not in part else part, "53")
+            servers.append(Address(str(ipaddress.ip_address(host)), port or port_number("none")))
+        except ValueError:
+            raise ValueError("an IP address, or address:port") from None
+    return tuple(servers)
 
 
 def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
@@ -785,10 +712,11 @@ class Settings:
     tls_key: str = setting("", readable, "PEM key; both are reread when they change")
     tls_self_signed: bool = setting("0", flag, "make a self-signed pair, kept in the spool, when no pair is set")
     tls_required: bool = setting("0", flag, "nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS")
-    auth_user: str = setting("", word, "one account's name")
-    auth_password: str = setting("", word, "and its password", secret=True)
-    users_file: str = setting("", word, "a JSON file of accounts; reread when it changes")
-    auth_required: bool | None = setting("", maybe_flag, "no MAIL before AUTH", shown="1 if accounts exist")
+    auth_user: str = setting("", str, "one account's name")
+    auth_password: str = setting("", str, "and its password", secret=True)
+    users_file: str = setting("", str, "a JSON file of accounts; reread when it changes")
+    auth_required: bool | None = setting(
+        "", lambda text: flag(text) if text else None, "no MAIL before AUTH", shown="1 if accounts exist")
     auth_methods: tuple[str, ...] = setting("plain,login,cram-md5", methods, "mechanisms offered")
     auth_insecure: bool = setting("0", flag, "allow PLAIN and LOGIN without TLS off loopback")
     auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback and private networks only")
@@ -797,15 +725,17 @@ class Settings:
         "0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
     rate_burst: int = setting("10", positive, "messages at once before the rate holds")
     faults: str = setting(
-        "", word,
+        "", str,
         "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, "
         "parted by ; (see README)")
     storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
-    spool: str = setting("./data/spool", word, "the spool's directory")
+    spool: str = setting("./data/spool", str, "the spool's directory")
     spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
     spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
     spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
-    spool_key: bytes = setting("", hex_key, "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
+    spool_key: bytes = setting(
+        "", like("[0-9A-Fa-f]{64}", "64 hexadecimal digits", bytes.fromhex),
+        "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
     keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
     fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
     queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
@@ -817,16 +747,16 @@ class Settings:
         "", hop_list,
         "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
         "sendgrid, postmark, smtp2go, fastmail")
-    relay_port: int = setting("", maybe_port, "the smart host's port", shown="587; 465 with tls; 25 with none")
+    relay_port: int = setting("0", port_number, "the smart host's port", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting(
-        "", choice("", "starttls", "tls", "opportunistic", "none"),
-        "starttls (required), tls (implicit), opportunistic, none",
+        "", choice("", "starttls", "tls", "opportunistic", "none", also={"ssl": "tls", "smtps": "tls"}),
+        "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
         shown="starttls; opportunistic for a loopback host and for mx")
     relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
     relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
-    relay_username: str = setting("", word, "login at the smart host")
-    relay_password: str = setting("", word, "and its password, or OAuth token", secret=True)
-    relay_password_file: str = setting("", word, "a file with it, reread for each login")
+    relay_username: str = setting("", str, "login at the smart host")
+    relay_password: str = setting("", str, "and its password, or OAuth token", secret=True)
+    relay_password_file: str = setting("", str, "a file with it, reread for each login")
     relay_auth: str = setting(
         "auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
     relay_return_path: str = setting("", mailbox, "replaces the reverse-path (never the null one)")
@@ -851,12 +781,16 @@ class Settings:
     retry_max_attempts: int = setting("0", count, "attempts that the next hop answered; 0 is no limit")
     retry_initial_delay: float = setting("5s", duration, "the first delay")
     retry_max_delay: float = setting("1h", duration, "the longest delay")
-    retry_multiplier: float = setting("2.0", multiplier, "each delay is this many times the one before")
-    retry_jitter: float = setting("0.5", fraction, "each delay is multiplied by a random factor in [1-jitter, 1]")
+    retry_multiplier: float = setting(
+        "2.0", numeric(float, "a number, 1 or more", least=1), "each delay is this many times the one before")
+    retry_jitter: float = setting(
+        "0.5", numeric(float, "a number from 0 to 1", most=1),
+        "each delay is multiplied by a random factor in [1-jitter, 1]")
     retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
     time_scale: float = setting(
-        "1", scale, "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
-    seed: str = setting("", word, "tests: makes the random factors of the waits the same in each run")
+        "1", numeric(float, "a number above 0", least=1e-9),
+        "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    seed: str = setting("", str, "tests: makes the random factors of the waits the same in each run")
     workers: int = setting("8", positive, "delivery threads")
     processes: int = setting(
         "0", count, "receiving processes that share the listening sockets; one alone where there is much to count: "
@@ -869,10 +803,17 @@ class Settings:
         "", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
     api_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
         "loopback", networks, "from where the API and the page need no token: a list of networks")
-    tags: str = setting("", word, "rules that tag messages: TAG=SEARCH, parted by ;")
-    web_root: str = setting("/", word, "the path under which a reverse proxy shows the page")
-    webhook_url: str = setting("", web_address, "POSTed a JSON event on received, forwarded, failed")
-    log_level: str = setting("info", level, "debug, info, warn, error")
+    tags: str = setting(
+        "", like(r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"),
+        "rules that tag messages: TAG=SEARCH, parted by ;")
+    web_root: str = setting(
+        "/", like("/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"),
+        "the path under which a reverse proxy shows the page")
+    webhook_url: str = setting(
+        "", like(r"https?://[^\s/]+\S*", "an http:// or https:// address"),
+        "POSTed a JSON event on received, forwarded, failed")
+    log_level: str = setting(
+        "info", choice("debug", "info", "warn", "error", also=LEVEL_WORDS), "debug, info, warn, error")
     log_format: str = setting("text", choice("text", "json"), "text or json")
     log_file: str = setting("", appendable, "a file for the log", shown="stderr")
     audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
@@ -897,27 +838,20 @@ class Settings:
         return settings
 
     def _derived(self) -> Settings:
-        presets = [preset_of(h) for h in self.relay_host]
-        hosts = tuple(host_port(p.host, self.relay_port or p.port) if p else h
-                      for h, p in zip(self.relay_host, presets))
-        loopback = all(is_loopback(split_port(h, "0")[0]) for h in hosts)
-        tls = self.relay_tls or next((p.tls for p in presets if p), "")
-        easy = self.delivery == "mx" or (hosts and loopback)
-        tls = tls or ("opportunistic" if easy else "starttls")
-        password = self.relay_password
-        if any(presets):
-            password = app_password(password)
-        return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=tls, relay_host=hosts, relay_password=password,
-            delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=self._receivers(),
-            relay_port=self.relay_port or {"tls": 465, "none": 25}.get(tls, 587))
-
-    def _receivers(self) -> int:
-        """Return how many processes receive: what is counted by client or account is counted in one place."""
+        named = [preset_of(h) for h in self.relay_host]
+        hosts = tuple(host_port(preset[0], self.relay_port or (465 if self.relay_tls == "tls" else preset[1]))
+                      if preset else h for h, preset in zip(self.relay_host, named))
+        port = self.relay_port or {"tls": 465, "none": 25}.get(self.relay_tls, 587)
+        ends = [split_port(h, str(port)) for h in hosts]
+        easy = self.delivery == "mx" or (ends and all(is_loopback(host) for host, _ in ends))
+        usual = "tls" if ends and all(p == 465 for _, p in ends) else "opportunistic" if easy else "starttls"
+        # what is counted by client or account is counted in one place
         counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
         mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        usual = 2 if mine > 1 else 1
-        return 1 if counts or self.storage == "memory" else self.processes or usual
+        receivers = 1 if counts or self.storage == "memory" else self.processes or (2 if mine > 1 else 1)
+        return dataclasses.replace(
+            self, hostname=self.hostname or machine_name(), relay_tls=self.relay_tls or usual, relay_host=hosts,
+            delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=receivers, relay_port=port)
 
     @functools.cached_property
     def smart_hosts(self) -> tuple[tuple[str, int, str], ...]:
@@ -4073,7 +4007,7 @@ def system_dns_servers(path: str = "/etc/resolv.conf") -> list[tuple[str, int]]:
         for words in map(str.split, file):
             with contextlib.suppress(ValueError):
                 if words[:1] == ["nameserver"] and len(words) > 1:
-                    servers.append(dns_server(words[1]))
+                    servers += [(a.host, a.port) for a in dns_servers(words[1])]
     return servers[:3] or [("127.0.0.1", 53)]
 
 
@@ -4701,12 +4635,11 @@ class NextHop:
 
     def password(self) -> str:
         """Return the password; the smart host's is reread from its file: a token does not last."""
-        path = self.settings.relay_password_file
-        if not path or self.target.password != self.settings.relay_password:
-            return self.target.password
+        path, password = self.settings.relay_password_file, self.target.password
         try:
-            password = read_secret({"SMTP_RELAY_PASSWORD_FILE": path}, "SMTP_RELAY_PASSWORD")
-            return app_password(password) if recipient_limit(self.target.host) else password
+            if path and password == self.settings.relay_password:
+                password = read_secret({"SMTP_RELAY_PASSWORD_FILE": path}, "SMTP_RELAY_PASSWORD")
+            return usable_password(self.target.host, password)
         except ValueError as e:
             raise Trouble("login", 0, str(e)) from None
 
@@ -4945,11 +4878,6 @@ def is_own_address(ip: str) -> bool:
         return False
 
 
-def recipient_limit(host: str) -> int:
-    """Return how many recipients a provider takes in one transaction; 0 is no limit that we know."""
-    return next((p.most for p in PRESETS.values() if fnmatch.fnmatch(host.lower(), p.host.format("*"))), 0)
-
-
 def read_aliases(text: str) -> dict[str, list[str]]:
     """Read a file like /etc/aliases: names and the addresses behind them; files and programs are left out."""
     aliases = {}
@@ -5002,7 +4930,7 @@ class Delivery:
         """The smart hosts of the settings."""
         s = self.settings
         login = (s.relay_username, s.relay_password)
-        return [Target(*place, *login, most=recipient_limit(place[0])) for place in s.smart_hosts]
+        return [Target(*place, *login, most=recipient_limit(place[0]) or 0) for place in s.smart_hosts]
 
     # -- where to --
 
@@ -5069,7 +4997,8 @@ class Delivery:
             return self.usual
         host, port = split_port(account.relay_host, "587")
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
-        return [Target(host, port, tls, account.relay_username, account.relay_password, most=recipient_limit(host))]
+        login = account.relay_username, account.relay_password
+        return [Target(host, port, tls, *login, most=recipient_limit(host) or 0)]
 
     def mail_hosts(self, domain: str) -> list[MxHost]:
         """Return the hosts that take mail for a domain and are nearer to it than we are."""

@@ -848,12 +848,43 @@ def test_a_wrong_smart_host_names_the_presets(text: str) -> None:
         settings_of(SMTP_RELAY_HOST=text)
 
 
-def test_spaces_of_an_app_password_go_and_of_no_other() -> None:
-    env = {"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me"}
-    assert settings_of(**env, SMTP_RELAY_PASSWORD="abcd efgh ijkl mnop").relay_password == "abcdefghijklmnop"
-    assert settings_of(**env, SMTP_RELAY_PASSWORD="two words").relay_password == "two words"
-    env["SMTP_RELAY_HOST"] = "mail.example"
-    assert settings_of(**env, SMTP_RELAY_PASSWORD="abcd efgh ijkl mnop").relay_password == "abcd efgh ijkl mnop"
+@pytest.mark.parametrize(
+    ("host", "password", "sent"),
+    [
+        ("gmail", "abcd efgh ijkl mnop", "abcdefghijklmnop"),
+        ("smtp.gmail.com", "abcd efgh ijkl mnop", "abcdefghijklmnop"),
+        ("fastmail", "abcd efgh ijkl mnop", "abcdefghijklmnop"),
+        ("gmail", "two words", "two words"),
+        ("mail.example", "abcd efgh ijkl mnop", "abcd efgh ijkl mnop"),
+    ],
+)
+def test_spaces_of_an_app_password_go_and_of_no_other(host: str, password: str, sent: str, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text(password + "\n")
+    for given in {"SMTP_RELAY_PASSWORD": password}, {"SMTP_RELAY_PASSWORD_FILE": str(tmp_path / "password")}:
+        s = settings_of(SMTP_RELAY_HOST=host, SMTP_RELAY_USERNAME="me", **given)
+        target = smtprelay.Target(*s.smart_hosts[0], s.relay_username, s.relay_password)
+        log = smtprelay.Log(logging.getLogger("test"))
+        assert smtprelay.NextHop(s, target, log).password() == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("tags", ["", "a=from:x", "My Tag=subject:hi is:unread; b = to:x;"], ["x", "=from:a", "a=", "a=b;;c", "a=b; c"]),
+        ("web_root", ["/", "/mail", "/a/b/"], ["mail", "//x", "/a b", "https://x/mail", "/a?b"]),
+        ("dns_server", ["", "::1", "[::1]:53"], ["x", "1.2.3.4:0"]),
+        ("retry_multiplier", ["1", "2.5"], ["0.9", "²", "9" * 400]),
+        ("spool_max_messages", ["0", "7"], ["1.5", "1e3", "-1", "1" * 4400]),
+        ("workers", ["1"], ["0", "none"]),
+    ],
+)
+def test_forms_of_values(name: str, right: list[str], wrong: list[str]) -> None:
+    env = f"SMTP_{name.upper()}"
+    for text in right:
+        settings_of(**{env: text})
+    for text in wrong:
+        with pytest.raises(smtprelay.SettingsError, match=f"{env}='.*': expected "):
+            settings_of(**{env: text})
 
 
 @pytest.mark.parametrize("name", ["SMTP_RELAY_REDIRECT", "SMTP_SPOOL_DIR", "SMTP_TLS_CERTIFICATE", "SMTP_MAX_MESSAGE"])
@@ -4638,13 +4669,12 @@ SERVERS = [
 
 @pytest.mark.parametrize(("text", "expected"), SERVERS)
 def test_dns_server_setting(text: str, expected: tuple[str, int]) -> None:
-    assert smtprelay.dns_server(text) == expected
+    assert smtprelay.dns_servers(text)[0][:2] == expected
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         ":53",
         "dns.test",
         "dns.test:53",
@@ -4653,11 +4683,11 @@ def test_dns_server_setting(text: str, expected: tuple[str, int]) -> None:
         "127.0.0.1:65536",
         "127.0.0.1:x",
     ]
-    + ["127.0.0.1:５３", "[::1", "[::1]53", "::1]:53", "[]:53", "127.1", "127.0.0.1 "],
+    + ["127.0.0.1:５３", "[::1", "[::1]53", "::1]:53", "[]:53", "127.1"],
 )
 def test_bad_dns_server_setting(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        smtprelay.dns_server(text)
+        smtprelay.dns_servers(text)
 
 
 RESOLV_CONF = [
