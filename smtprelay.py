@@ -5710,6 +5710,10 @@ LOOK = "="  # a mark: look through the spool
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
+# Commits at once; who came first is first there. At 50 clients that took a session's p99 from 237 to 127 ms, with no
+# message a second less; 8 and 16 at once changed nothing, 1 halved the rate. A disk that takes 10 ms to sync still
+# gets 400 a second from each process.
+COMMITS = 4
 DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
@@ -5784,6 +5788,31 @@ class Link:
             os.close(writer)
 
 
+class Turns:
+    """A few places, given to threads in the order in which they ask."""
+
+    def __init__(self, places: int) -> None:
+        self.lock, self.free = threading.Lock(), places
+        self.queue: collections.deque[threading.Lock] = collections.deque()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.free:
+                self.free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self.queue.append(turn)
+        turn.acquire()  # until a place is handed over
+
+    def __exit__(self, *exc: object) -> None:
+        with self.lock:
+            if self.queue:
+                self.queue.popleft().release()
+            else:
+                self.free += 1
+
+
 class Refused(Exception):
     """A rule was broken; `reply` says which."""
 
@@ -5809,7 +5838,7 @@ class Reception:
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
-        self.stopping = False
+        self.stopping, self.turns = False, Turns(COMMITS)
         self.free_checked, self.has_free_space = -math.inf, True
         self.unheard_until = 0.0  # who delivers is behind: how much is owed is not known
         self.pick = 0  # the processor that a crowd of sessions keeps to
@@ -5927,7 +5956,8 @@ class Reception:
             raise Refused(content.fault)
         if not self.has_room(size):  # others came in since MAIL
             raise Refused(SPOOL_FULL)
-        stem = draft.commit()
+        with self.turns:
+            stem = draft.commit()
         self.metrics.inc("smtp_messages_received_total")
         self.metrics.inc("smtp_bytes_received_total", size)
         if owed:

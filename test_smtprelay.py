@@ -7289,6 +7289,23 @@ def test_every_entrance_has_the_rules_of_a_session(start: Any, tmp_path: Path) -
     assert [m.id for m in relay.messages] == ids and metric(relay, "smtp_messages_received_total") == len(ids) == 3
 
 
+def test_commits_come_in_the_order_in_which_they_were_asked_for() -> None:
+    turns, order = smtprelay.Turns(1), []
+
+    def take(name: int) -> None:
+        with turns:
+            order.append(name)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(20)]
+    with turns:
+        for n, thread in enumerate(threads):
+            thread.start()
+            wait_until(functools.partial(lambda n: len(turns.queue) == n + 1, n))
+    for thread in threads:
+        thread.join()
+    assert order == list(range(20)) and turns.free == 1
+
+
 @pytest.mark.parametrize("limit", [{"SMTP_QUEUE_SIZE": "1"}, {"SMTP_SPOOL_MAX_SIZE": "120"}])
 def test_no_entrance_has_room_where_there_is_none(start: Any, hop: Any, limit: dict[str, str]) -> None:
     relay = relaying_in_review(start, hop(listen=False), **limit)
