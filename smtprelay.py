@@ -9080,6 +9080,7 @@ class Request:
     names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
     body: bytes = b""
     account: Any = None  # whose key this is
+    known: bool = False  # it has the token, or needs none
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
@@ -9132,9 +9133,6 @@ class Request:
         if item is None:
             raise HttpError(404, "message not found")
         return item
-
-    def mail(self) -> Mail:
-        return self.relay.inbox.mail(self.item().id)
 
     def login(self) -> tuple[str, str]:
         """Return the user and the secret of Basic, which is all that Mailpit's clients send, or Bearer's token."""
@@ -9202,62 +9200,52 @@ def view_key(token: str, id: str) -> str:
     return hmac.new(token.encode(), b"view " + id.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
 
 
-def is_trusted(request: Request) -> bool:
-    """Tell whether a request needs no token for where it comes from.
+def admit(request: Request, route: Route) -> None:
+    """Let a request through, or raise the HttpError that it gets; note whether it has the token, or needs none.
 
-    This machine needs none where no token is set; networks that SMTP_API_NETWORKS names need none at all. Where a
+    This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none at all. Where a
     proxy stands between, its address is no proof of who asks.
     """
-    s, here = request.relay.settings, request.client == "local" or is_loopback(request.client)
-    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")):
-        return False
-    named = s.api_networks != networks("loopback") and request.client != "local"
-    return here and not s.api_token or named and in_networks(request.client, s.api_networks)
-
-
-def from_elsewhere(request: Request) -> str:
-    """Return why a browser must not send a request, another site having asked for it; "" when it may."""
-    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-        return "requests from other sites are not taken"
-    origin = request.headers.get("Origin")
-    if request.method != "GET" and origin is not None and origin.partition("://")[2] != request.headers.get("Host", ""):
-        return "changes from other origins are not taken"
-    return ""
-
-
-def strange_host(request: Request) -> str:
-    """Return why a Host header may be a rebound name's; "" when it cannot: such a name has a dot and is no address."""
-    try:
-        named = (urllib.parse.urlsplit("//" + request.headers.get("Host", "")).hostname or "").rstrip(".")
-    except ValueError:
-        return "the Host header does not parse"
-    ours = is_loopback(named) or named == request.relay.settings.hostname.lower()
-    if named and (ours or "." not in named or re.fullmatch("[0-9.]+", named)):
-        return ""
-    return f"Host {named[:100]!r} is neither this machine nor SMTP_HOSTNAME"
-
-
-def admit(request: Request, route: Route) -> None:
-    """Let a request through, or raise the HttpError that it gets."""
-    access, token, secret = route.access, request.relay.settings.api_token, request.login()[1]
-    reason = "" if access in (OPEN, Access.PAGE) else from_elsewhere(request)
+    s, access, headers, (_, secret) = request.relay.settings, route.access, request.headers, request.login()
+    if access is OPEN:
+        return
+    if access is not Access.PAGE:  # another site's page may link to ours, but not make a browser ask for more
+        origin = headers.get("Origin")
+        if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            raise HttpError(403, "requests from other sites are not taken")
+        if request.method != "GET" and origin is not None and origin.partition("://")[2] != headers.get("Host", ""):
+            raise HttpError(403, "changes from other origins are not taken")
+    local, named = request.client == "local", s.api_networks != networks("loopback")
+    trusted = ((local or is_loopback(request.client)) and not s.api_token
+               or named and not local and in_networks(request.client, s.api_networks))
+    trusted &= not any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
+    has_token, key = same_secret(s.api_token, secret), request.query.get("key", "")
+    request.known = has_token or trusted
     if access is ACCOUNT:
         request.account = request.relay.reception.accounts.by_key(secret) if secret else None
         if request.account is None:
             raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
-    elif access is not OPEN and not same_secret(token, secret):
-        key = request.query.get("key", "") if access is Access.VIEW and token else ""
-        if is_trusted(request):
-            reason = strange_host(request) or reason
-        elif not token:
-            reason = "only this machine, and no proxy, is served until SMTP_API_TOKEN is set"
-        elif access is not Access.PAGE and not (key and same_secret(view_key(token, request.names["id"]), key)):
-            raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
-    if reason:
-        raise HttpError(403, reason)
+    elif trusted and not has_token:
+        check_host(headers.get("Host", ""), s.hostname)
+    elif not has_token and not s.api_token:
+        raise HttpError(403, "only this machine, and no proxy, is served until SMTP_API_TOKEN is set")
+    elif not has_token and access is not Access.PAGE and not (
+            access is Access.VIEW and key and same_secret(view_key(s.api_token, request.names["id"]), key)):
+        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
     unknown = [name for name in request.query if route.takes is not None and name not in route.takes.split()]
     if unknown:
         raise HttpError(400, f"{unknown[0][:100]}: not known here; expected {route.takes or 'no parameters'}")
+
+
+def check_host(host: str, hostname: str) -> None:
+    """Refuse a Host header that may be a rebound name's: such a name has a dot, and is no address."""
+    try:
+        named = (urllib.parse.urlsplit("//" + host).hostname or "").rstrip(".")
+    except ValueError:
+        named = ""
+    ours = is_loopback(named) or named == hostname.lower() or "." not in named or re.fullmatch("[0-9.]+", named)
+    if not named or not ours:
+        raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
 
 
 # -- health and metrics --
@@ -9386,7 +9374,8 @@ def show_message(request: Request) -> Any:
             **({"ViewKey": view_key(token, item.id)} if token else {}), "Status": record.status, "Delivery": delivery}
 
 
-route("GET /api/v1/message/{id}/headers", "its header fields")(lambda request: headers_json(request.mail()))
+route("GET /api/v1/message/{id}/headers", "its header fields")(
+    lambda request: headers_json(request.relay.inbox.mail(request.item().id)))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
@@ -9399,7 +9388,8 @@ def show_raw(request: Request) -> Answer:
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    part = next((p for p in request.mail().parts if p.number == request.names["part"]), None)
+    parts = request.relay.inbox.mail(request.item().id).parts
+    part = next((p for p in parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
     headers = part_headers(part)
@@ -9685,8 +9675,7 @@ def own_stats(request: Request) -> Any:
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", Access.PAGE)
 def show_page(request: Request) -> Answer:
     """The page: one document that loads nothing from elsewhere; with 401 it is the form that asks for the token."""
-    known = same_secret(request.relay.settings.api_token, request.login()[1]) or is_trusted(request)
-    return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if known else 401,
+    return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if request.known else 401,
                   {"Content-Security-Policy": PAGE_CSP})
 
 # -- the server --
@@ -9916,17 +9905,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.kept.discard(request)
         super().shutdown_request(request)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as e:
-            self.relay.log.warn("no_thread_for_http", error=e)
-            self.shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what the handler did not expect; a client that went away is no news."""
+        """Log that no thread was to be had, or what the handler did not expect; that a client went away is no news."""
         error = sys.exc_info()[1]
-        if error and not isinstance(error, (OSError, PeerGone)):
+        if isinstance(error, RuntimeError):
+            self.relay.log.warn("no_thread_for_http", error=error)
+        elif error and not isinstance(error, (OSError, PeerGone)):
             self.relay.log.bug("http_bug", error)
 
 
@@ -9934,40 +9918,36 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 def run_webhook(d: Delivering, events: queue.Queue[Any]) -> None:
     """POST events to SMTP_WEBHOOK_URL until the relay stops; when more wait than fit, start anew with those to come."""
-    while not d.stopping.is_set():
-        event = events.get()
-        if event is None:
-            events = d.feed.subscribe(1 << 30)
-            if not d.stopping.is_set():
-                d.log.warn("webhook_behind", url=shown_url(d.settings.webhook_url))
-        elif event["type"] in ("received", "forwarded", "failed"):
-            send_event(d, event)
-
-
-def send_event(d: Delivering, event: dict[str, Any]) -> None:
-    """Send one event, again where need be; RFC 9110 calls 2xx success, and nothing else is: no redirect is followed."""
     import urllib.request as web
 
     url = urllib.parse.urlsplit(d.settings.webhook_url)
     login, _, place = url.netloc.rpartition("@")
+    target, shown = url._replace(netloc=place, fragment="").geturl(), shown_url(d.settings.webhook_url)
     headers = {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
-    opener = web.OpenerDirector()
+    opener = web.OpenerDirector()  # one that follows no redirect
     for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None), web.HTTPHandler(),
                     web.HTTPSHandler(), web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
-    asked = web.Request(url._replace(netloc=place, fragment="").geturl(), json.dumps(event).encode(), headers)
-    trouble: Exception | None = None
-    for pause in (0.0, *WEBHOOK_PAUSES):
-        if d.stopping.wait(pause):
-            return
-        try:
-            with opener.open(asked, timeout=WEBHOOK_TIME):
+    while not d.stopping.is_set():
+        event, trouble = events.get(), None
+        if event is None:
+            events = d.feed.subscribe(1 << 30)
+            if not d.stopping.is_set():
+                d.log.warn("webhook_behind", url=shown)
+            continue
+        for pause in (0.0, *WEBHOOK_PAUSES) if event["type"] in ("received", "forwarded", "failed") else ():
+            if d.stopping.wait(pause):
                 return
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            trouble = e
-    d.log.error("webhook_failed", url=shown_url(d.settings.webhook_url), id=event["id"], error=trouble)
+            try:  # RFC 9110 calls 2xx success
+                opener.open(web.Request(target, json.dumps(event).encode(), headers), timeout=WEBHOOK_TIME).close()
+                trouble = None
+                break
+            except (OSError, ValueError, http.client.HTTPException) as e:
+                trouble = e
+        if trouble:
+            d.log.error("webhook_failed", url=shown, id=event["id"], error=trouble)
 
 
 # === 21 SENDMAIL =============================================================
