@@ -8969,7 +8969,7 @@ def test_networks_that_need_no_token(start: Callable[..., Any]) -> None:
     assert fetch(relay, "/api/v1/messages")[0] == 401
 
 
-@pytest.mark.parametrize("root", ["mail", "/mail/", "/tools/mail"])
+@pytest.mark.parametrize("root", ["/mail", "/mail/", "/tools/mail"])
 def test_all_is_at_hand_under_the_web_root(start: Callable[..., Any], root: str) -> None:
     relay = start(SMTP_STORAGE="memory", SMTP_WEB_ROOT=root)
     mailed(relay, PAGE_MAIL)
