@@ -3933,8 +3933,6 @@ NO_ADDRESS = Reply(550, "5.4.4", "no mail host with an address")
 LOOPS_BACK = Reply(554, "5.4.6", "mail would loop back to this host")
 DNS_FAILED = Reply(451, "4.4.3", "DNS lookup failed")
 
-HOST_LABEL = re.compile(r"[a-z0-9_-]{1,63}")
-
 
 class ResolveError(Exception):
     """A name that leads to no address; `reply` says why."""
@@ -3953,25 +3951,20 @@ class MxHost(NamedTuple):
     name: str
 
 
-class DnsRecord(NamedTuple):
-    owner: str
-    kind: int
-    ttl: int
-    number: int  # an MX's preference, an SOA's negative TTL
-    value: str  # an address or a name; "" is the root
-
-
 class DnsAnswer(NamedTuple):
+    """What DNS says to a question."""
+
     name: str  # where the aliases in it end
-    records: tuple[DnsRecord, ...]  # of the kind asked for; none is an answer too
+    records: list[tuple[int, str]]  # of the kind asked for: an MX's preference, else 0; an address or a name
     ttl: float
     failure: Reply | None = None
 
 
 def is_host_name(name: str) -> bool:
     """Tell whether a lower-case name can be a host's; `192.0.2.1` cannot."""
-    labels = name.split(".")
-    return len(name) < 254 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+    label = "[a-z0-9_-]{1,63}"
+    fits = len(name) < 254 and re.fullmatch(rf"{label}(?:\.{label})*", name)
+    return bool(fits) and not name.rpartition(".")[2].isdigit()
 
 
 def ascii_domain(domain: str) -> str:
@@ -4027,68 +4020,55 @@ def is_answer(message: bytes, query: bytes) -> bool:
 
 
 def parse_answer(message: bytes) -> DnsAnswer:
-    """Read what a message says about its question. Raises ValueError if that is nothing."""
+    """Read what a message says about its question (RFC 1035 4.1). Raises ValueError if that is nothing."""
+    records: list[tuple[str, int, int, str]] = []  # owner, kind, preference, value
+    ttls = []
     try:
         flags, count, authority = struct.unpack_from("!xxHxxHH", message)
         name, at = read_name(message, DNS_HEADER_SIZE)
-        (kind,) = struct.unpack_from("!H", message, at)
-        records = read_records(message, at + 4, count + authority)
+        (asked_for,) = struct.unpack_from("!H", message, at)
+        at += 4
+        if count + authority > MAX_DNS_RECORDS:
+            raise ValueError("too many records")
+        for _ in range(count + authority):
+            owner, at = read_name(message, at)
+            kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
+            start, at = at + 10, at + 10 + length
+            if kind not in (A, AAAA, CNAME, MX, SOA) or family != 1:
+                continue
+            data, end, preference = message[:at], at, 0
+            if kind in FAMILIES:
+                value = socket.inet_ntop(FAMILIES[kind], data[start:])
+            else:
+                if kind == MX:
+                    preference, start = int.from_bytes(data[start:start + 2], "big"), start + 2
+                value, end = read_name(data, start)
+            if kind == SOA:
+                _, end = read_name(data, end)
+                ttl, end = min(ttl, struct.unpack_from("!16xI", data, end)[0]), end + 20  # RFC 2308 5
+            if end != at:
+                raise ValueError("record of the wrong length")
+            records.append((owner, kind, preference, value))
+            ttls.append(ttl)
     except (IndexError, struct.error):
         raise ValueError("malformed answer") from None
     rcode = flags & 0x000F
+    if at > len(message):
+        raise ValueError("truncated answer")
     if rcode not in (0, NXDOMAIN):
         raise ValueError(DNS_RCODES.get(rcode, f"RCODE {rcode}"))
     if not flags & 0x0480:  # AA or RA: a mere referral looks like "no such record", which is final
         raise ValueError("server does not recurse")
-    answer = select_records(records, name, kind)
-    return answer._replace(failure=NO_DOMAIN) if rcode == NXDOMAIN else answer
-
-
-def select_records(records: list[DnsRecord], name: str, kind: int) -> DnsAnswer:
-    """Pick the records of one kind at the end of a name's aliases."""
-    aliases = {record.owner: record.value for record in records if record.kind == CNAME}
+    aliases = {owner: value for owner, kind, _, value in records if kind == CNAME}
     for _ in range(MAX_ALIASES):
         name = aliases.get(name, name)
     if name in aliases:
         raise ValueError("too many aliases")
-    found = [record for record in records if (record.owner, record.kind) == (name, kind)]
-    found.sort(key=lambda record: record.number)
-    ttl = min((record.ttl for record in records), default=0)
-    return DnsAnswer(name, tuple(found[:MAX_HOSTS]), min(ttl, MAX_TTL if found else NEGATIVE_TTL))
-
-
-def read_records(message: bytes, at: int, count: int) -> list[DnsRecord]:
-    """Read the records of the kinds that we know."""
-    if count > MAX_DNS_RECORDS:
-        raise ValueError("too many records")
-    records = []
-    for _ in range(count):
-        owner, at = read_name(message, at)
-        kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
-        start, at = at + 10, at + 10 + length
-        if kind in (A, AAAA, CNAME, MX, SOA) and family == 1:
-            number, value = read_value(message[:at], start, kind)
-            ttl = min(ttl, number) if kind == SOA else ttl  # RFC 2308 5
-            records.append(DnsRecord(owner, kind, ttl, number, value))
-    if at > len(message):
-        raise ValueError("truncated answer")
-    return records
-
-
-def read_value(message: bytes, at: int, kind: int) -> tuple[int, str]:
-    """Read the number and the value of the record that ends the message (RFC 1035 3.3)."""
-    if kind in FAMILIES:
-        return 0, socket.inet_ntop(FAMILIES[kind], message[at:])
-    number = 0
-    if kind == MX:
-        number, at = int.from_bytes(message[at : at + 2], "big"), at + 2
-    value, at = read_name(message, at)
-    if kind == SOA:
-        _, at = read_name(message, at)
-        number, at = struct.unpack_from("!16xI", message, at)[0], at + 20
-    if at != len(message):
-        raise ValueError("record of the wrong length")
-    return number, value
+    found = [record[2:] for record in records if record[:2] == (name, asked_for)]
+    found.sort(key=lambda record: record[0])
+    longest = MAX_TTL if found else NEGATIVE_TTL
+    return DnsAnswer(name, found[:MAX_HOSTS], min([longest, *ttls]) if ttls else 0.0,
+                     NO_DOMAIN if rcode == NXDOMAIN else None)
 
 
 def read_name(message: bytes, at: int) -> tuple[str, int]:
@@ -4155,9 +4135,9 @@ class Resolver:
         records = self._records(name, MX, self._clock() + self._timeout)
         if not records:
             return [MxHost(0, name)]
-        if not any(record.value for record in records):
+        if not any(value for _, value in records):
             raise ResolveError(NULL_MX, name)
-        best = {record.value: record.number for record in reversed(records)}
+        best = {value: preference for preference, value in reversed(records)}
         hosts = [MxHost(best[host], host) for host in best if is_host_name(host)]
         if not hosts:
             raise ResolveError(NO_ADDRESS, name)
@@ -4172,7 +4152,7 @@ class Resolver:
         found: dict[int, list[str]] = {A: [], AAAA: []}
         for kind in found:
             try:
-                found[kind] = [record.value for record in self._records(name, kind, deadline)]
+                found[kind] = [value for _, value in self._records(name, kind, deadline)]
             except ResolveError as error:
                 failure = error if failure.permanent else failure
         # Where IPv6 does not work, that costs one connection attempt and not all of them.
@@ -4201,7 +4181,7 @@ class Resolver:
         if not found:
             raise failure
 
-    def _records(self, name: str, kind: int, deadline: float) -> tuple[DnsRecord, ...]:
+    def _records(self, name: str, kind: int, deadline: float) -> list[tuple[int, str]]:
         """Return the records of one kind, following aliases from answer to answer."""
         for _ in range(MAX_ALIASES):
             answer = self._answer(name, kind, deadline)
@@ -4213,12 +4193,25 @@ class Resolver:
         raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
 
     def _answer(self, name: str, kind: int, deadline: float) -> DnsAnswer:
-        """Answer one question from the cache, or else from the servers."""
+        """Answer one question from the cache, or else from one server after the other until one answers."""
         with self._lock:
             expires, answer = self._cache.get((name, kind), (0.0, None))
-        if answer and self._clock() < expires:
+        began = self._clock()
+        if answer and began < expires:
             return answer
-        answer = self._ask_each(name, kind, deadline)
+        answer, tries = None, (self._servers or system_dns_servers()) * DNS_ROUNDS
+        for number, server in enumerate(tries, 1):
+            until = began + number * (deadline - began) / len(tries)
+            query = build_query(self._rng.getrandbits(16), name, kind)
+            try:
+                message = self._exchange(server, socket.SOCK_DGRAM, query, until)
+                if message[2] & 0x02:
+                    message = self._exchange(server, socket.SOCK_STREAM, query, until)
+                answer = parse_answer(message)
+                break
+            except (OSError, ValueError) as error:
+                text = f"{DNS_FAILED.text} ({server[0]}: {error})"
+        answer = answer or DnsAnswer(name, [], FAILURE_TTL, DNS_FAILED._replace(text=text))
         with self._lock:
             self._cache.pop((name, kind), None)
             if len(self._cache) >= MAX_CACHED_ANSWERS:
@@ -4226,57 +4219,28 @@ class Resolver:
             self._cache[name, kind] = self._clock() + answer.ttl, answer
         return answer
 
-    def _ask_each(self, name: str, kind: int, deadline: float) -> DnsAnswer:
-        """Ask one server after the other until one answers."""
-        tries = (self._servers or system_dns_servers()) * DNS_ROUNDS
-        began, text = self._clock(), ""
-        share = (deadline - began) / len(tries)
-        for number, server in enumerate(tries, 1):
-            query = build_query(self._rng.getrandbits(16), name, kind)
-            try:
-                return self._ask(server, query, began + number * share)
-            except (OSError, ValueError) as error:
-                text = f"{DNS_FAILED.text} ({server[0]}: {error})"
-        return DnsAnswer(name, (), FAILURE_TTL, DNS_FAILED._replace(text=text))
-
-    def _ask(self, server: tuple[str, int], query: bytes, until: float) -> DnsAnswer:
-        """Put a query to one server over UDP, then TCP if the answer is truncated."""
-        message = self._exchange(server, socket.SOCK_DGRAM, query, until)
-        if message[2] & 0x02:
-            message = self._exchange(server, socket.SOCK_STREAM, query, until)
-        return parse_answer(message)
-
     def _exchange(self, server: tuple[str, int], kind: int, query: bytes, until: float) -> bytes:
-        """Return the message with which the server answers a query."""
+        """Return the message with which the server answers a query; OSError when there is none in time."""
         found = socket.getaddrinfo(*server, type=kind, flags=socket.AI_NUMERICHOST)[0]
-        stream = kind == socket.SOCK_STREAM
-        receive = self._receive_framed if stream else self._receive
+        stream, octets = kind == socket.SOCK_STREAM, b""
         with socket.socket(*found[:3]) as sock:
             sock.settimeout(max(0.001, until - self._clock()))
             sock.connect(found[4])
             sock.sendall(struct.pack("!H", len(query)) + query if stream else query)
-            message = receive(sock, until)
-            while not is_answer(message, query):
-                message = receive(sock, until)
-            return message
-
-    def _receive_framed(self, sock: socket.socket, until: float) -> bytes:
-        """Receive a message that its length precedes (RFC 7766 8)."""
-        octets = bytearray()
-        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
-            octets += self._receive(sock, until)
-        return bytes(octets[2:])
-
-    def _receive(self, sock: socket.socket, until: float) -> bytes:
-        """Receive a datagram, or some octets. Raises OSError when there are none in time."""
-        left = until - self._clock()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        sock.settimeout(left)
-        octets = sock.recv(65535)
-        if not octets:
-            raise ConnectionError("connection closed")
-        return octets
+            while True:
+                left = until - self._clock()
+                if left <= 0:
+                    raise socket.timeout("timed out")
+                sock.settimeout(left)
+                block = sock.recv(65535)
+                if not block:
+                    raise ConnectionError("connection closed")
+                octets = octets + block if stream else struct.pack("!H", len(block)) + block
+                size = int.from_bytes(octets[:2], "big")  # which stands before a message on TCP (RFC 7766 8)
+                if len(octets) >= max(size, DNS_HEADER_SIZE) + 2 and is_answer(octets[2:size + 2], query):
+                    return octets[2:size + 2]
+                if len(octets) >= size + 2 > 2:
+                    octets = octets[size + 2:]
 
 
 # === 13 DELIVERY =============================================================
@@ -4731,7 +4695,7 @@ class NextHop:
             last = next(iter(found.values()), last)
             if self.clean and len(portion) > 1:
                 waiting = [r for r in portion if found[r.address].code in (452, 552)] + [*waiting]
-        if last and not self.full:  # it broke off: nothing was said of these
+        if waiting and last and not self.full:  # it broke off: nothing was said of these
             rest = self.outcome(LATER, Scope.MESSAGE, last.code if last.status is LATER else 0, "connection lost")
             outcomes.update({r.address: rest for r in waiting})
         return outcomes
