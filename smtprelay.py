@@ -8278,9 +8278,9 @@ const short = text => text.length <= LONG ? text
   : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
 const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
   : `${(n / 1048576).toFixed(1)} MiB`;
-/* A URL in a text ends before what ends the sentence. */
-const linked = text => text.split(/(https?:\/\/[^\s<>"]*[^\s<>"'.,;:!?)\]}])/i)
-  .map((part, i) => i % 2 && i < 4000 ? follow(part) : part);
+/* A URL in a text ends before what ends the sentence; brackets in it come in pairs. */
+const URLS = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))/i;
+const linked = text => text.split(URLS).map((part, i) => i % 2 && i < 4e3 ? follow(part) : part);
 const format = how => new Intl.DateTimeFormat('en-GB', how);
 const CLOCK = format({timeStyle: 'short'}), SECONDS = format({timeStyle: 'medium'});
 const DAY = format({day: 'numeric', month: 'short'});
@@ -8859,7 +8859,7 @@ function ask(title, note, verb, fields = [], cancel = 'Cancel') {
   const dialog = h('dialog', h('form', [h('h2', title, {id: 'asked'}), h('p', note),
     fields.map(({label, ...props}) =>
       h('label', [label, h('input', '', {autocomplete: 'off', ...props})])),
-    h('div.acts', [h('button.main', verb),
+    h('div.acts', [h('button.main', verb, {autofocus: !fields.length}),
       cancel && button(cancel, () => dialog.close())])]), {'aria-labelledby': 'asked'});
   dialog.onsubmit = event => {
     event.preventDefault();

@@ -113,6 +113,9 @@ await check('the text has links that can be followed', async () => {
   const seen = [await link.getAttribute('href'), await link.getAttribute('rel'), await link.getAttribute('target')].join();
   await page.click('#tab-html');
   if (!/^https:\/\/shop.example\/track\/\d+,noopener noreferrer,_blank$/.test(seen)) throw new Error(seen);
+  const found = await page.evaluate(() => linked('See https://a.example/x_(y). (http://b.example/?a=1#c)! '
+    + 'javascript:alert(1) <https://c.example>, ' + 'https://(('.repeat(50000)).filter(part => part.href).map(part => part.href));
+  return found.slice(0, 3).join() === 'https://a.example/x_(y),http://b.example/?a=1#c,https://c.example/';
 });
 await check('phone and desktop widths', async () => {
   const width = () => page.locator('iframe').evaluate(node => node.clientWidth);
