@@ -8279,8 +8279,8 @@ const short = text => text.length <= LONG ? text
 const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
   : `${(n / 1048576).toFixed(1)} MiB`;
 /* A URL in a text ends before what ends the sentence; brackets in it come in pairs. */
-const URLS = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))/i;
-const linked = text => text.split(URLS).map((part, i) => i % 2 && i < 4e3 ? follow(part) : part);
+const WEB = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))/i;
+const linked = text => text.split(WEB).map((part, i) => i % 2 && i < 4e3 ? follow(part) : part);
 const format = how => new Intl.DateTimeFormat('en-GB', how);
 const CLOCK = format({timeStyle: 'short'}), SECONDS = format({timeStyle: 'medium'});
 const DAY = format({day: 'numeric', month: 'short'});
