@@ -3540,8 +3540,8 @@ def openssl(*arguments: str) -> bytes:
 # lanes that are ready; within one the oldest goes first, new and due mail in turn.
 #
 # Workers are few, and a next hop may answer slowly or not at all. So a lane has one
-# worker until its next hop has answered, and for as long as that answers at once:
-# the same worker takes the next message, and nobody need be woken. And a lane has
+# worker until its next hop has answered, and one for each few messages while that
+# answers at once: it takes the next one itself, and nobody need be woken. A lane has
 # a rank: all workers are for quick ones, three in four for those not known yet or
 # worse, half for those that are slow or fail. One leaf lock; workers and HTTP call in.
 
@@ -3549,6 +3549,7 @@ UNREAD = "(unread)"  # the lane of messages whose record says what is owed: foun
 UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
 LOCAL_LANES = (UNREAD, UNSORTED)
 AT_ONCE, SLOW = 0.01, 1.0  # seconds
+FEW = 8  # messages that a worker can do after the one in hand, where that is done at once
 IN_HAND = -1.0  # in place of when it is due: its turn came while a worker had it for another lane
 CROWDED_TIME = 60.0
 QUICK, UNKNOWN, BAD = range(3)  # the rank of a lane
@@ -3749,7 +3750,8 @@ class Scheduler:
                 room = min(room, most) if now < until else room
             if throttled or len(lane.running) < room and (worst == BAD or lane.rank(now) <= worst):
                 since = next(iter(lane.running.values()), now)
-                if throttled or not lane.running or lane.took >= AT_ONCE or now - since >= AT_ONCE:
+                if (throttled or not lane.running or lane.took >= AT_ONCE or now - since >= AT_ONCE
+                        or len(lane.fresh) + len(lane.due) >= FEW * len(lane.running)):
                     return lane, now
                 look_at = min(look_at, since + AT_ONCE)
         return None, look_at

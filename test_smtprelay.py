@@ -3879,7 +3879,7 @@ def test_a_message_is_in_one_workers_hands() -> None:
 def test_a_next_hop_that_answers_at_once_keeps_one_worker_busy_and_a_slower_one_more() -> None:
     clock = Ticker()
     s = scheduler(clock)
-    for i in range(9):
+    for i in range(8):
         s.put(stem_at(i), "smarthost")
     for took in (0.002, 0.002, 0.05):
         task = s.take(0)
