@@ -6695,13 +6695,6 @@ class Receiving:
             except OSError as e:
                 self.reception.log.error("counts_not_saved", error=e)
 
-    def reload(self) -> None:
-        """Reread what SIGHUP asks for; the log reopens itself when its file is moved away."""
-        self.reception.reload()
-
-    def flush(self) -> None:
-        """Nothing waits here."""
-
 
 def stop_server(server: socketserver.TCPServer) -> None:
     """Stop a server's loop at once: a connection of our own wakes it."""
@@ -10637,20 +10630,15 @@ class Delivering:
             if isinstance(e, KeyError) and e.args == (task.stem,):  # removed while it waited
                 self.unwritten.pop(task.stem, None)
             else:
-                again = self.stumble(task, e)
+                times = self.stumbles.get(task.stem, (0,))[0] + 1
+                again = backoff(self.settings, times, self.scheduler.rng)
+                self.stumbles[task.stem] = times, f"trouble here: {e}", time.time() + again
+                if isinstance(e, OSError):
+                    self.log.error("spool_error", stem=task.stem, error=e, seconds=round(again, 1))
+                else:
+                    self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
             self.show_depth(self.scheduler.done(task, again))
-
-    def stumble(self, task: Task, trouble: Exception) -> float:
-        """Note what kept a worker from a message, and return for how long it is left alone."""
-        times = self.stumbles.get(task.stem, (0,))[0] + 1
-        delay = backoff(self.settings, times, self.scheduler.rng)
-        self.stumbles[task.stem] = times, f"trouble here: {trouble}", time.time() + delay
-        if isinstance(trouble, OSError):
-            self.log.error("spool_error", stem=task.stem, error=trouble, seconds=round(delay, 1))
-        else:
-            self.log.bug("delivery_bug", trouble, stem=task.stem)
-        return delay
 
     def sort(self, task: Task) -> Again:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
@@ -10795,12 +10783,14 @@ class Delivering:
         portions = len(owed) < tried and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10
         delay = 0.0 if portions else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
         self.postpone(message, delay)
-        refused = {r.address for r in owed}
-        lanes = [lane for lane, rs in self.delivery.routes(message).items() if refused & {r.address for r in rs}]
-        for lane in lanes:
-            if lane != task.lane:
-                self.scheduler.postpone(message.stem, lane, delay)
-        return delay if task.lane in lanes else None
+        again: Again = None
+        for lane, recipients in self.delivery.routes(message).items():
+            if any(r in owed for r in recipients):
+                if lane == task.lane:
+                    again = delay
+                else:
+                    self.scheduler.postpone(message.stem, lane, delay)
+        return again
 
     def judge(self, task: Task, unanswered: bool, reason: str) -> None:
         """Tell a message's trouble from its next hop's: one that leaves several in a row unanswered is throttled."""
@@ -10971,14 +10961,6 @@ class Delivering:
             self.renew_at = time.monotonic() + 3600
             self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
 
-    def flush(self) -> None:
-        """Try everything now."""
-        self.scheduler.flush()
-
-    def reload(self) -> None:
-        """Reread what SIGHUP asks for."""
-        self.reception.reload()
-
 
 def queue_entry(m: Message) -> dict[str, Any]:
     """Return what is shown of a message in the queue; `reason` says why it is still there."""
@@ -11035,17 +11017,19 @@ class Postmaster:
         A message that is held is released, one that has failed is owed again.
         """
         d = self.half
-        if id == "held":
-            self.must_have_somewhere()
+        if id == "all" and d.threads:
+            d.scheduler.flush()
+            return len(d.scheduler)
+        if id in ("all", "held"):
+            self.must_go_somewhere(id == "held")
             stems = d.held.copy() if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
-            held = [m.stem for m in self.records(stems) if m.status is Status.HELD]
-            return sum(self.owe_again(stem, Status.HELD, "released") for stem in held)
-        if id == "all":
-            d.flush()
-            if d.threads:
-                return len(d.scheduler)
-            stems = d.scheduler.snapshot(sys.maxsize)[0]
-            return sum(self.note_due(m) for m in self.records(stems) if m.status is not Status.HELD)
+            chosen = [m for m in self.records(stems) if (m.status is Status.HELD) == (id == "held")]
+            for message in chosen:
+                if id == "held":
+                    self.owe_again(message.stem, Status.HELD, "released")
+                else:
+                    self.note_due(message)
+            return len(chosen)
         message = self.load(id)
         if message.status is Status.FORWARDED:
             raise HttpError(409, "it was forwarded already; release it to send a copy")
@@ -11056,23 +11040,21 @@ class Postmaster:
         else:
             d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
             d.scheduler.hurry(message.stem)
-            if not d.threads:
-                self.note_due(message)
+            self.note_due(message)
         return 1
 
-    def note_due(self, message: Message) -> bool:
+    def note_due(self, message: Message) -> None:
         """Where no relay runs, write down that a message is due."""
-        if message.next_attempt_at:
+        if message.next_attempt_at and not self.half.threads:
             message.next_attempt_at = ""
             self.half.spool.save(message)
-        return True
 
     @property
     def can_release(self) -> bool:
         return bool(self.half.settings.relay_host or self.half.settings.delivery == "mx")
 
-    def must_have_somewhere(self) -> None:
-        if not self.can_release:
+    def must_go_somewhere(self, wanted: bool = True) -> None:
+        if wanted and not self.can_release:
             raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
 
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
@@ -11080,7 +11062,7 @@ class Postmaster:
 
         Other recipients must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
         """
-        self.must_have_somewhere()
+        self.must_go_somewhere()
         message = self.load(id)
         own = [r.address for r in message.recipients]
         if message.status is Status.HELD and (not to or to == own):
@@ -11416,9 +11398,9 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
             return
         for half in halves:
             if number == signal.SIGHUP:
-                half.reload()
-            elif number == signal.SIGUSR1:
-                half.flush()
+                half.reception.reload()
+            elif number == signal.SIGUSR1 and isinstance(half, Delivering):
+                half.scheduler.flush()
 
 
 # === 23 LIBRARY ==============================================================

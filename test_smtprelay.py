@@ -12782,7 +12782,7 @@ def test_break_by_restarts_in_the_middle_of_a_delay(tmp_path: Path) -> None:
         hop.flaky = 0.0
         with relay_at(tmp_path, hop, **more) as relay:
             wait_until(lambda: len(relay.delivering.scheduler.heap) == 5)
-            relay.delivering.flush()
+            relay.delivering.scheduler.flush()
             wait_until(lambda: sum(hop.taken.values()) == 5)
 
 
