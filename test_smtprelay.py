@@ -6910,6 +6910,12 @@ WAYS: list[tuple[str, dict[str, str], int, str]] = [
         78,
         "SMTP_AUTH_ANY=1",
     ),
+    (
+        "any login, private networks",
+        {"SMTP_PORT": ":2525", "SMTP_AUTH_ANY": "1", "SMTP_ALLOW_NETWORKS": "172.16.0.0/12 loopback"},
+        0,
+        "fine",
+    ),
     ("loopback", {"SMTP_PORT": "2525"}, 0, "fine"),
     ("a socket", {"SMTP_PORT": "unix:/run/smtp.sock"}, 0, "fine"),
     ("networks", {"SMTP_PORT": ":2525", "SMTP_ALLOW_NETWORKS": "172.17.0.0/16"}, 0, "fine"),
@@ -6947,6 +6953,7 @@ VISITS = [
     ({"SMTP_ALLOW_NETWORKS": ANYBODY}, "2001:db8::1", "530 5.7.0"),
     ({"SMTP_ALLOW_NETWORKS": ANYBODY}, "127.0.0.1", "250"),
     ({"SMTP_ALLOW_NETWORKS": ANYBODY, "SMTP_AUTH_ANY": "1"}, FAR, "554 5.7.1"),
+    ({"SMTP_ALLOW_NETWORKS": ANYBODY, "SMTP_AUTH_ANY": "1"}, "172.17.0.3", "530 5.7.0"),
     ({"SMTP_ALLOW_NETWORKS": ANYBODY, "SMTP_AUTH_ANY": "1", "SMTP_AUTH_REQUIRED": "0"}, "::2", "554 5.7.1"),
     ({"SMTP_AUTH_ANY": "1"}, "127.0.0.1", "530 5.7.0"),
     ({"SMTP_AUTH_ANY": "1", "SMTP_AUTH_REQUIRED": "0"}, "::1", "250"),
@@ -9001,6 +9008,31 @@ def test_help_shows_the_tables(start: Callable[..., Any]) -> None:
         assert f"<h2 id={topic}>" in page
     for cell in ("<td>SMTP_PORT", "<td>smtp_queue_depth", "/api/v1/wait", "5.3.4 ", "DATE/ID_HASH.eml", "<td>75"):
         assert cell in page, cell
+
+
+def test_what_is_open_is_said_first(program: Callable[..., Program]) -> None:
+    """And a setting of Mailpit's or MailHog's gets a line that names ours."""
+    log = program(
+        SMTP_AUTH_ANY="1", SMTP_API_NETWORKS="10.0.0.0/8", MP_MAX_MESSAGES="9", MP_SMTP_TLS_CERT="x", MH_HOSTNAME="x", MP_X="1"
+    ).log()
+    for words in (
+        "SMTP_AUTH_ANY=1: any user and password", "SMTP_API_NETWORKS=10.0.0.0/8", "set SMTP_SPOOL_MAX_MESSAGES",
+        "set SMTP_TLS_CERT", "MH_HOSTNAME is MailHog's: set SMTP_HOSTNAME", "MP_X is Mailpit's: nothing here",
+    ):
+        assert words in log, (words, log)
+    assert {name.partition("=")[0] for ours in smtprelay.MAILPITS.values() for name in ours.split(" and ")} <= {
+        *smtprelay.FIELDS, "SMTP_API_TOKEN_FILE"
+    }
+
+
+def test_a_message_may_be_saved(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay)
+    for query, disposition in (("", None), ("?dl=1", r'attachment; filename="[0-9a-f]{16}\.eml"')):
+        with contextlib.closing(http.client.HTTPConnection(relay.http_url[7:], timeout=8)) as connection:
+            connection.request("GET", "/api/v1/message/latest/raw" + query)
+            said = connection.getresponse().headers["Content-Disposition"]
+            assert said == disposition or re.fullmatch(str(disposition), said), said
 
 
 def test_security_headers(start: Callable[..., Any]) -> None:
