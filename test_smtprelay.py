@@ -2595,7 +2595,7 @@ def test_ssl_brings_its_own_libcrypto() -> None:
 
 def test_no_libcrypto_is_a_start_up_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smtprelay, "libcrypto_names", lambda: ["/nonexistent/libcrypto.so.3", "libc.so.6"])
-    with pytest.raises(smtprelay.SettingsError, match="SMTP_SPOOL_KEY=.a secret.: expected .*libcrypto"):
+    with pytest.raises(smtprelay.SettingsError, match="SMTP_SPOOL_KEY.*: expected .*libcrypto"):
         spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
 
 
@@ -11598,7 +11598,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     )
     with subprocess.Popen([sys.executable, PROGRAM], env=env, stderr=subprocess.DEVNULL) as program:
         verb(env, "healthcheck", "--wait")
-        verb(env, "sendmail", "bob", stdin=CODE_MAIL.replace(b"\r\n", b"\n"))
+        letter = CODE_MAIL.replace(b"\r\n", b"\n")
+        subprocess.run([sys.executable, PROGRAM, "sendmail", "bob"], env=env, input=letter, check=True, timeout=20)
         yield env
         program.terminate()
 
@@ -12356,7 +12357,8 @@ def test_break_by_junk_in_the_spool(tmp_path: Path, log: Caught) -> None:
     left = {path.name for path in day.iterdir()}
     assert left == {f"{good[11:]}.eml", f"{good[11:]}.forwarded.json"}
     bad = [path.name for path in (tmp_path / "spool" / "bad").iterdir()]
-    assert len(bad) == 8 + 1 + 7 + 3  # nothing was removed that held anything
+    assert len(bad) == 8 + 1 + 7  # nothing was removed that held anything
+    assert {"notes.txt", "2026-13-45", "2026-01-01"} <= {path.name for path in (tmp_path / "spool").iterdir()}
     assert sum("set_aside " in line for line in log.lines) == len(bad)
     assert (outside / "file").read_bytes() == b"not ours" and len(list(outside.iterdir())) == 1  # links lead nowhere
     assert log.bugs() == []
