@@ -5237,7 +5237,7 @@ def domain_of(address: str) -> str:
 # words for people, fields for programs, and the original's headers. Called by
 # the delivery thread that has the message; pure.
 #
-# Addresses, replies and headers come from strangers, so header_line writes every
+# Addresses, replies and headers come from strangers, so header_lines writes every
 # field: nothing unprintable, at most 900 octets, folded at spaces alone.
 # email.message is no help here: it decodes the encoded words in a reply, folds
 # a long address into one, and has let line ends through (CVE-2024-6923).
@@ -5282,19 +5282,12 @@ def wants_report(message: Message) -> list[Recipient]:
     Those are the ones that failed, and those that asked for NOTIFY=SUCCESS of a next hop
     that knows no DSN (RFC 3461 5.2.2). RFC 5321 6.1: the null sender is told nothing.
     """
-    return [r for r in message.recipients if is_told(r) and not r.reported] if message.reverse_path else []
-
-
-def is_told(recipient: Recipient) -> bool:
-    """Tell whether what became of a recipient is reported."""
-    asked = (recipient.notify or "FAILURE").split(",")
-    if recipient.status is Status.FORWARDED:
-        return "SUCCESS" in asked and not recipient.dsn
-    return recipient.status is Status.FAILED and "FAILURE" in asked
-
-
-def failed(recipients: Iterable[Recipient]) -> list[Recipient]:
-    return [r for r in recipients if r.status is Status.FAILED]
+    told = []
+    for r in message.recipients if message.reverse_path else ():
+        event = {Status.FAILED: "FAILURE", Status.FORWARDED: "SUCCESS"}.get(r.status)
+        if not r.reported and event in (r.notify or "FAILURE").split(",") and not (event == "SUCCESS" and r.dsn):
+            told.append(r)
+    return told
 
 
 def build_report(message: Message, original: bytes, hostname: str, now: datetime.datetime,
@@ -5316,16 +5309,17 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     )
     # No part can hold its own hash, so no original can end the report early.
     boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
-    head = (
-        ("From", f"Mail Delivery System <MAILER-DAEMON@{hostname}>"),
-        ("To", f"<{message.reverse_path}>"),
-        ("Subject", "Your message could not be delivered" if failed(told) else "Your message has left"),
-        ("Date", email.utils.format_datetime(now)),
-        ("Message-ID", f"<report{earlier or ''}.{message.id}@{hostname}>"),
-        ("Auto-Submitted", "auto-replied"),
-        ("MIME-Version", "1.0"),
-        ("Content-Type", f'multipart/report; report-type={kind}; boundary="{boundary}"'),
-    )
+    lost = any(r.status is Status.FAILED for r in told)
+    head = {
+        "From": f"Mail Delivery System <MAILER-DAEMON@{hostname}>",
+        "To": f"<{message.reverse_path}>",
+        "Subject": "Your message could not be delivered" if lost else "Your message has left",
+        "Date": email.utils.format_datetime(now),
+        "Message-ID": f"<report{earlier or ''}.{message.id}@{hostname}>",
+        "Auto-Submitted": "auto-replied",
+        "MIME-Version": "1.0",
+        "Content-Type": f'multipart/report; report-type={kind}; boundary="{boundary}"',
+    }
     opening, closing = f"\r\n--{boundary}\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
     return header_lines(head, utf8) + b"".join(opening + part for part in parts) + closing
 
@@ -5337,7 +5331,7 @@ def report_text(message: Message, told: Sequence[Recipient], hostname: str, othe
     if others:
         ids = ", ".join(m.id for m in others)
         lines += [*wrapped(f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."), ""]
-    lost, passed = failed(told), [r for r in told if r.status is Status.FORWARDED]
+    lost, passed = ([r for r in told if r.status is s] for s in (Status.FAILED, Status.FORWARDED))
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
     for recipient in lost[:REPORT_RECIPIENTS_MAX]:
@@ -5357,51 +5351,34 @@ def report_text(message: Message, told: Sequence[Recipient], hostname: str, othe
 
 def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: bool) -> bytes:
     """Write the fields for programs: a group on the message, one on each recipient."""
-    groups = [
-        (
-            ("Reporting-MTA", f"dns; {host}"),
-            ("Original-Envelope-Id", decode_xtext(message.envid) or ""),
-            ("Arrival-Date", mail_time(message.received_at)),
-        ),
-        *(recipient_fields(recipient, utf8) for recipient in told[:REPORT_RECIPIENTS_MAX]),
-    ]
+    groups = [{
+        "Reporting-MTA": f"dns; {host}",
+        "Original-Envelope-Id": decode_xtext(message.envid) or "",
+        "Arrival-Date": mail_time(message.received_at),
+    }]
+    groups += [{  # RFC 3464 2.3
+        "Original-Recipient": original_recipient(r.orcpt, utf8),
+        "Final-Recipient": final_recipient(r.address, utf8),
+        "Action": "failed" if r.status is Status.FAILED else "relayed",
+        "Status": enhanced_status(r),
+        "Remote-MTA": r.host and f"dns; {r.host}",
+        "Diagnostic-Code": f"{'smtp' if r.host and r.code else 'x-smtprelay'}; {words_said(r)}",
+    } for r in told[:REPORT_RECIPIENTS_MAX]]
     return b"\r\n".join(header_lines(group, utf8) for group in groups)
-
-
-def recipient_fields(recipient: Recipient, utf8: bool) -> tuple[tuple[str, str], ...]:
-    """List the fields on one recipient (RFC 3464 2.3)."""
-    return (
-        ("Original-Recipient", original_recipient(recipient.orcpt, utf8)),
-        ("Final-Recipient", final_recipient(recipient.address, utf8)),
-        ("Action", "failed" if recipient.status is Status.FAILED else "relayed"),
-        ("Status", enhanced_status(recipient)),
-        ("Remote-MTA", recipient.host and f"dns; {recipient.host}"),
-        ("Diagnostic-Code", diagnosis(recipient)),
-    )
-
-
-def diagnosis(recipient: Recipient) -> str:
-    kind = "smtp" if recipient.host and recipient.code else "x-smtprelay"
-    return f"{kind}; {words_said(recipient)}"
 
 
 def returned_part(message: Message, original: bytes) -> bytes:
     """Write the part that gives the original back: whole if asked for, else its headers."""
     head = original.partition(b"\r\n\r\n")[0] + b"\r\n"
     text = head[:REPORT_HEAD_MAX].rpartition(b"\r\n")[0].decode("utf-8", "replace")
-    if message.ret == "FULL" and fits_8bit(original):
+    ends = {original.count(end) for end in (b"\r", b"\n", b"\r\n")}
+    fits_8bit = (len(original) <= REPORT_FULL_MAX and b"\0" not in original and len(ends) == 1
+                 and max(map(len, original.split(b"\r\n"))) <= LINE_MOST)  # RFC 2045 2.8
+    if message.ret == "FULL" and fits_8bit:
         plain = text.isascii() or "\ufffd" in text
         return mime_part("message/rfc822" if plain else "message/global", original)
     kind = "text/rfc822-headers" if text.isascii() else "message/global-headers"
     return mime_part(kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode())
-
-
-def fits_8bit(full: bytes) -> bool:
-    """Tell whether it is small, and 8bit can carry it (RFC 2045 2.8)."""
-    if len(full) > REPORT_FULL_MAX or b"\0" in full:
-        return False
-    ends = {full.count(end) for end in (b"\r", b"\n", b"\r\n")}
-    return len(ends) == 1 and max(map(len, full.split(b"\r\n"))) <= 998
 
 
 def mime_part(media_type: str, body: bytes) -> bytes:
@@ -5410,14 +5387,13 @@ def mime_part(media_type: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-def header_lines(fields: Sequence[tuple[str, str]], utf8: bool) -> bytes:
-    return b"".join(header_line(name, value, utf8) for name, value in fields if value)
-
-
-def header_line(name: str, value: str, utf8: bool) -> bytes:
-    """Write one header field of whatever value: the guard against injection."""
-    text = value if utf8 else value.encode("ascii", "backslashreplace").decode()
-    return "\r\n ".join(wrapped(one_line(f"{name}: {text}"))).encode() + b"\r\n"
+def header_lines(fields: Mapping[str, str], utf8: bool) -> bytes:
+    """Write header fields of whatever values, but for empty ones: the guard against injection."""
+    lines = []
+    for name, value in fields.items():
+        text = value if utf8 else value.encode("ascii", "backslashreplace").decode()
+        lines += ["\r\n ".join(wrapped(one_line(f"{name}: {text}"))) + "\r\n"] if value else []
+    return "".join(lines).encode()
 
 
 def one_line(text: str, octets: int = FIELD_MAX) -> str:
