@@ -4481,7 +4481,7 @@ class NextHop:
             ours = str(sock.getsockname()[0]).partition("%")[0]
         except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
             raise Trouble("connect", 0, f"cannot connect: {e}") from None
-        if "." not in self.name and self.name == machine_name():  # RFC 5321 4.1.4
+        if is_nameless(self.settings):
             self.name = f"[IPv6:{ours}]" if ":" in ours else f"[{ours}]"
         self.attach(sock)
         if target.tls == "tls":
@@ -4842,6 +4842,11 @@ def is_own_address(ip: str) -> bool:
         return True
     except OSError:
         return False
+
+
+def is_nameless(settings: Settings) -> bool:
+    """Tell whether this machine has no name for a greeting, so that its address stands in (RFC 5321 4.1.4)."""
+    return "." not in settings.hostname and settings.hostname == machine_name()
 
 
 def read_aliases(text: str) -> dict[str, list[str]]:
@@ -11833,6 +11838,9 @@ def trouble_finding(trouble: Trouble) -> Finding:
 def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[Finding]:
     """Say how safe the connection is, who we are on it, and how large a message may be."""
     sock = hop.wire.sock
+    if is_nameless(settings):
+        yield Finding("warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}",
+                      "set SMTP_HOSTNAME to a name that DNS knows for this machine's address")
     if isinstance(sock, ssl.SSLSocket):
         yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
         yield examine_certificate(sock, settings, time.time())
@@ -12608,6 +12616,9 @@ def first_lines(parts: Parts) -> list[str]:
         value = getattr(s, FIELDS[name].name)
         if value != FIELDS[name].default:
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
+    if s.delivery != "hold" and is_nameless(s):
+        lines.append(f"warning: SMTP_HOSTNAME is not set, and {s.hostname} is no full name: "
+                     "next hops are greeted with an address in its place")
     beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
     if beyond and s.auth_required is False:
         lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")

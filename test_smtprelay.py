@@ -5349,6 +5349,9 @@ def test_a_machine_without_a_full_name_says_its_address(monkeypatch: pytest.Monk
     with FakeHop() as hop, relaying(hop, SMTP_HOSTNAME="") as relay:
         finished(relay, send_to(relay, "bob@x.test"))
         assert hop.commands[0] == "EHLO [127.0.0.1]"
+        assert any("raspberrypi is no full name" in line for line in smtprelay.first_lines(relay.parts))
+        found = smtprelay.examine_dialogue(relay.settings, smtprelay.Target(hop.host, hop.port, "none"))
+        assert any("EHLO [127.0.0.1]" in str(finding) for finding in found)
     with FakeHop() as hop, relaying(hop, SMTP_HOSTNAME="mail") as relay:
         finished(relay, send_to(relay, "bob@x.test"))
         assert hop.commands[0] == "EHLO mail"
