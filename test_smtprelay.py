@@ -11473,7 +11473,7 @@ def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, 
 def test_the_doctor_finds_all_well_and_sends_nothing(
     relay: smtprelay.Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env = {"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path)}
+    env = {"SMTP_RELAY_HOST": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path), "SMTP_HOSTNAME": "us.test"}
     found, status = findings(capsys, **env)
     assert status == 0 and {f[0] for f in found.values()} == {"ok"}, found
     assert list(found) == ["spool", "name", "IPv4", "egress", "greeting", "clock", "EHLO", "TLS", "size"]
