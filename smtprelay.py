@@ -10296,7 +10296,7 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
             sock.settimeout(timeout)
             sock.sendall("{}\n{}".format(*done).encode("utf-8", "surrogateescape"))
-        except (OSError, NotImplementedError) as e:  # it hears nothing, and does it by itself
+        except (OSError, ValueError, NotImplementedError) as e:  # it hears nothing, and does it by itself
             log.debug("submit_failed", error=e)
         except Exception as e:
             log.bug("submit_bug", e)
@@ -10319,12 +10319,12 @@ class SubmitHandler(socketserver.BaseRequestHandler):
                 return 0, ""
             _, uid, _ = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             self.request.sendall(b">")
-            deadline, raw = time.monotonic() + settings.data_timeout, b""
+            deadline, raw = time.monotonic() + settings.data_timeout, bytearray()
             while more := int(self.read(8, deadline), 16):
                 if len(raw) + more > settings.max_size:
                     return EX_UNAVAILABLE, f"sendmail: {TOO_BIG}\n"
                 raw += self.read(more, deadline)
-            refused = admit_letter(*write_letter(raw, errand, user_name(uid), settings.hostname), reception)
+            refused = admit_letter(*write_letter(bytes(raw), errand, user_name(uid), settings.hostname), reception)
         except ValueError as e:
             return EX_USAGE, f"sendmail: {e}\n"
         return verdict(refused), "".join(f"{address}: {reply}\n" for address, reply in refused.items())
