@@ -10359,6 +10359,7 @@ CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was
 CLOCK_JUMP = 3600.0
 BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
+CROWDED_PAUSE = 1.0
 MISSED_MOST = 3  # messages in a row that a next hop left unanswered: then it is its own trouble
 Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
@@ -10536,23 +10537,25 @@ class Delivering:
         with contextlib.suppress(OSError, KeyError):
             self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
 
-    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0, size: int = 0) -> None:
-        """Note where a message lies now (nowhere: None), since when and with how many octets."""
+    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0, size: int = 0) -> bool:
+        """Note where a message lies now (None: nowhere), since when, with how many octets. Tell if it lay anywhere."""
+        found = False
         with self.lock:
             for other in (self.owed, self.held, self.finished):
                 if stem in other:
-                    octets = other.pop(stem)[1]
+                    found, octets = True, other.pop(stem)[1]
                     self.octets -= octets
                     self.octets_owed -= octets if other is self.owed else 0
             if shelf is not None:
                 shelf[stem] = at, size
                 self.octets += size
                 self.octets_owed += size if shelf is self.owed else 0
+        return found
 
     def make_room(self) -> None:
         """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
-        s, over, latest = self.settings, [], time.time() - self.settings.keep
-        many = 0
+        s, latest, many = self.settings, time.time() - self.settings.keep, 0
+        over: list[str] = []
         if s.spool_max_messages:
             in_hand = [*self.scheduler.active]  # one that is being held or finished just now counts once
             many = len(self.scheduler) - sum(stem in self.held or stem in self.finished for stem in in_hand)
@@ -10564,9 +10567,8 @@ class Delivering:
                 if not (shelf is self.finished and max(at, self.clock_set) < latest
                         or 0 < s.spool_max_messages < total or 0 < s.spool_max_size < self.octets):
                     break
-                self.shelve(stem, None)
-                over.append(stem)
-        for stem in filter(None, over):
+                over += [stem] if self.shelve(stem, None) else []  # else another thread was quicker
+        for stem in over:
             try:
                 self.remove(stem)
             except OSError as e:
@@ -10647,6 +10649,8 @@ class Delivering:
 
     def deliver(self, task: Task) -> Again:
         """Make one attempt; return when to try again in this lane, or None when no more is owed in it."""
+        if task.stem in self.finished or task.stem in self.held:
+            return None  # told of twice, by the Link and by a look through the spool
         message, content = self.spool.fetch(task.stem)
         with content:
             message = self.unwritten.get(task.stem, message)
@@ -10672,10 +10676,10 @@ class Delivering:
                 trouble = Outcome(Status.RETRYING, Scope.MESSAGE, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
-            room = self.scheduler.crowd(task.lane)
+            room, alone = self.scheduler.crowd(task.lane), len(self.scheduler.lanes[task.lane].running) == 1
             if room:
                 self.log.warn("next_hop_crowded", next_hop=task.lane, connections=room)
-            return 0.0
+            return CROWDED_PAUSE if alone else 0.0  # alone: another lane's connections are in its way
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
@@ -10864,7 +10868,9 @@ class Delivering:
         try:
             for task in tasks:
                 with contextlib.suppress(KeyError, OSError, SpoolError):  # what cannot be read now reports for itself
-                    others.append(self.unwritten.get(task.stem) or self.spool.load(task.stem))
+                    other = self.unwritten.get(task.stem) or self.spool.load(task.stem)
+                    others += [other] if wants_report(other) else []
+            self.show_depth(len(self.scheduler) - 1 - len(others))  # a report takes the place of what it is about
             id = self.send_report(message, others)
             for each in (message, *others):
                 for r in wants_report(each):
@@ -10880,6 +10886,8 @@ class Delivering:
                 raise
             if isinstance(e, (OSError, Refused)):
                 self.log.error("report_failed", id=message.id, error=e)
+                if isinstance(e, Refused) and e.reply.code >= 500:  # larger than SMTP_MAX_SIZE: it never can
+                    return "", 0.0
                 return f"the report is not written: {e}", WRITE_AGAIN
             self.log.bug("report_bug", e, id=message.id)
             return f"the report is not written: {e!r}", self.settings.retry_max_delay
@@ -10985,8 +10993,8 @@ class Postmaster:
         entries = []
         for message in self.records(dict.fromkeys([*stems, *held])):
             entries.append(queue_entry(message))
-            if message.stem in self.half.stumbles:
-                _, reason, due = self.half.stumbles[message.stem]
+            _, reason, due = self.half.stumbles.get(message.stem, (0, "", 0.0))
+            if reason:
                 entries[-1].update(reason=reason, next_attempt_at=iso_time(due))
         return {"messages": [e for e in entries if e["status"] is not Status.HELD],
                 "held": [e for e in entries if e["status"] is Status.HELD],

@@ -10967,6 +10967,13 @@ def test_a_report_that_was_owed_is_sent_after_a_restart(start: Any, hop: Any, tm
     wait_until(lambda: h.delivered() == {"ann@client.test": 1})
 
 
+def test_a_full_queue_has_room_for_the_report_on_what_is_in_it(start: Any, hop: Any) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_QUEUE_SIZE="1")
+    said(relay, to=("no@hop.test",))
+    wait_until(lambda: h.delivered() == {"ann@client.test": 1} and metric(relay, "smtp_queue_depth") == 0)
+
+
 def test_failures_past_the_cap_of_reports_go_into_one_report_later(start: Any, hop: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(smtprelay, "REPORTS_AN_HOUR", 1)
     h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
@@ -10990,7 +10997,7 @@ def test_whatever_an_attempt_raises_age_is_judged_and_the_reason_recorded(
     stem = said_stem(relay)
     wait_until(lambda: "SIZE ²" in relay.delivering.spool.load(stem).last_error)
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FAILED)
-    assert relay.delivering.spool.load(stem).attempts > 1
+    wait_until(lambda: relay.delivering.spool.load(stem).attempts > 1)
 
 
 def test_a_file_that_cannot_be_opened_for_now_puts_its_message_off_for_a_moment(
@@ -11049,6 +11056,7 @@ def test_after_a_lost_answer_the_waits_grow(start: Any, hop: Any) -> None:
 def test_a_crowded_next_hop_costs_no_attempt_and_one_log_line(start: Any, hop: Any, log: Caught, monkeypatch: Any) -> None:
     h = hop()
     relay = relaying_in_review(start, h)
+    monkeypatch.setattr(smtprelay, "CROWDED_PAUSE", 0.02)
     attempt, crowded = relay.delivering.delivery.attempt, [smtprelay.Attempt({}, None, [], True)] * 3
     monkeypatch.setattr(relay.delivering.delivery, "attempt", lambda *a: crowded.pop() if crowded else attempt(*a))
     stem = said_stem(relay)
@@ -11149,6 +11157,16 @@ def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, m
     monkeypatch.setattr(relay.delivering.postmaster, "load", lambda _: before)
     assert relay.delivering.postmaster.retry(before.id) == 1
     wait_until(lambda: len(relay.delivering.scheduler) == 0)
+    assert len(h.messages) == 1
+
+
+def test_what_is_finished_is_not_sent_again_though_it_is_told_of_twice(start: Any, hop: Any) -> None:
+    h = hop()
+    relay = relaying_in_review(start, h)
+    stem = said_stem(relay)
+    wait_until(lambda: stem in relay.delivering.finished and not len(relay.delivering.scheduler))
+    relay.delivering.scheduler.put(stem, smtprelay.SMARTHOST, fresh=True)
+    wait_until(lambda: not len(relay.delivering.scheduler))
     assert len(h.messages) == 1
 
 
