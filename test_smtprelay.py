@@ -182,9 +182,9 @@ class Dialogue:
         return self.content(stuffed(content))
 
     def play(self, script: str, rng: random.Random) -> None:
-        """Say the C: lines in random segments, hear the S: lines; a|b is either."""
+        """Say the C: lines in random segments, hear the S: lines, or what stands after ->; a|b is either."""
         waiting = b""
-        for side, _, text in (line.strip().partition(": ") for line in script.strip().split("\n")):
+        for side, _, text in (line.strip().partition(": ") for line in script.replace(" -> ", "\nS: ").strip().split("\n")):
             if side == "C":
                 waiting += unescaped(text) + b"\r\n"
                 continue
@@ -1223,22 +1223,15 @@ def test_a_listener_that_lags_gets_the_end_whoever_publishes() -> None:
 
 TALK = {
     "the usual": """
-        C: EHLO client.test
-        S: 250-relay.test
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
-        C: RCPT TO:<bob@hop.test>
-        S: 250 2.1.5
-        C: DATA
-        S: 354
-        C: Subject: x\\r\\n\\r\\nbody\\r\\n.
-        S: 250 2.0.0
-        C: QUIT
-        S: 221 2.0.0
+        C: EHLO client.test -> 250-relay.test
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
+        C: RCPT TO:<bob@hop.test> -> 250 2.1.5
+        C: DATA -> 354
+        C: Subject: x\\r\\n\\r\\nbody\\r\\n. -> 250 2.0.0
+        C: QUIT -> 221 2.0.0
         S: closed""",
     "pipelined, replies in order": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<bob@hop.test>
         C: RCPT TO:<bad
@@ -1259,130 +1252,71 @@ TALK = {
         S: 221 2.0.0
         S: closed""",
     "any case, blanks at the end, no extensions after HELO": """
-        C: heLO client.test
-        S: 250 relay.test
-        C: mail from:<ann@client.test> SIZE=5
-        S: 555 5.5.4
-        C: mail from:<ann@client.test>\\x20
-        S: 250 2.1.0
-        C: rcpt to:<bob@hop.test>
-        S: 250 2.1.5
-        C: data\\x20
-        S: 354
-        C: .
-        S: 250 2.0.0""",
+        C: heLO client.test -> 250 relay.test
+        C: mail from:<ann@client.test> SIZE=5 -> 555 5.5.4
+        C: mail from:<ann@client.test>\\x20 -> 250 2.1.0
+        C: rcpt to:<bob@hop.test> -> 250 2.1.5
+        C: data\\x20 -> 354
+        C: . -> 250 2.0.0""",
     "out of order": """
-        C: MAIL FROM:<ann@client.test>
-        S: 503 5.5.1
-        C: EHLO client.test
-        S: 250-relay.test
-        C: RCPT TO:<bob@hop.test>
-        S: 503 5.5.1
-        C: DATA
-        S: 503 5.5.1
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
-        C: DATA
-        S: 503 5.5.1|554 5.5.1
-        C: MAIL FROM:<ann@client.test>
-        S: 503 5.5.1
-        C: RCPT TO:<bob
-        S: 501 5.1.3
-        C: DATA
-        S: 554 5.5.1|503 5.5.1
-        C: RCPT TO:<bob@hop.test>
-        S: 250 2.1.5
-        C: DATA
-        S: 354
-        C: .
-        S: 250 2.0.0
-        C: RCPT TO:<bob@hop.test>
-        S: 503 5.5.1""",
+        C: MAIL FROM:<ann@client.test> -> 503 5.5.1
+        C: EHLO client.test -> 250-relay.test
+        C: RCPT TO:<bob@hop.test> -> 503 5.5.1
+        C: DATA -> 503 5.5.1
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
+        C: DATA -> 503 5.5.1|554 5.5.1
+        C: MAIL FROM:<ann@client.test> -> 503 5.5.1
+        C: RCPT TO:<bob -> 501 5.1.3
+        C: DATA -> 554 5.5.1|503 5.5.1
+        C: RCPT TO:<bob@hop.test> -> 250 2.1.5
+        C: DATA -> 354
+        C: . -> 250 2.0.0
+        C: RCPT TO:<bob@hop.test> -> 503 5.5.1""",
     "RSET, EHLO and HELO end a transaction": """
-        C: EHLO client.test
-        S: 250-relay.test
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
-        C: RSET
-        S: 250 2.0.0
-        C: RCPT TO:<bob@hop.test>
-        S: 503 5.5.1
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
-        C: EHLO client.test
-        S: 250-relay.test
-        C: RCPT TO:<bob@hop.test>
-        S: 503 5.5.1
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
-        C: HELO client.test
-        S: 250 relay.test
-        C: DATA
-        S: 503 5.5.1""",
+        C: EHLO client.test -> 250-relay.test
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
+        C: RSET -> 250 2.0.0
+        C: RCPT TO:<bob@hop.test> -> 503 5.5.1
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
+        C: EHLO client.test -> 250-relay.test
+        C: RCPT TO:<bob@hop.test> -> 503 5.5.1
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
+        C: HELO client.test -> 250 relay.test
+        C: DATA -> 503 5.5.1""",
     "what else there is": """
-        C: HELP
-        S: 214
-        C: NOOP
-        S: 250 2.0.0
-        C: NOOP with words
-        S: 250 2.0.0
-        C: RSET
-        S: 250 2.0.0
-        C: EHLO client.test
-        S: 250-relay.test
-        C: HELP MAIL
-        S: 214
-        C: VRFY bob
-        S: 252
-        C: EXPN list
-        S: 502 5.5.1|252|550
-        C: VRFY
-        S: 501 5.5.4
-        C: RSET now
-        S: 501 5.5.4
-        C: DATA now
-        S: 501 5.5.4|503 5.5.1
-        C: QUIT now
-        S: 501 5.5.4""",
+        C: HELP -> 214
+        C: NOOP -> 250 2.0.0
+        C: NOOP with words -> 250 2.0.0
+        C: RSET -> 250 2.0.0
+        C: EHLO client.test -> 250-relay.test
+        C: HELP MAIL -> 214
+        C: VRFY bob -> 252
+        C: EXPN list -> 502 5.5.1|252|550
+        C: VRFY -> 501 5.5.4
+        C: RSET now -> 501 5.5.4
+        C: DATA now -> 501 5.5.4|503 5.5.1
+        C: QUIT now -> 501 5.5.4""",
     "not a command": """
-        C: EHLO client.test
-        S: 250-relay.test
-        C: FOO
-        S: 500 5.5.2
-        C: \\x20
-        S: 500 5.5.2
-        C: \\x00NOOP
-        S: 500 5.5.2|501 5.5.4
-        C: NOOP\\x00
-        S: 500 5.5.2|501 5.5.4
-        C: NOOP \\x7f\\x1b[2J
-        S: 500 5.5.2|501 5.5.4
-        C: NOOP \\xff\\xfe
-        S: 500 5.5.2|501 5.5.4
-        C: \\xd0\\x9d\\xd0\\x9e
-        S: 500 5.5.2|501 5.5.4
-        C: NOOP\\rNOOP
-        S: 500 5.5.2|501 5.5.4
-        C: TURN
-        S: 500 5.5.2|502 5.5.1
-        C: NOOP
-        S: 250 2.0.0""",
+        C: EHLO client.test -> 250-relay.test
+        C: FOO -> 500 5.5.2
+        C: \\x20 -> 500 5.5.2
+        C: \\x00NOOP -> 500 5.5.2|501 5.5.4
+        C: NOOP\\x00 -> 500 5.5.2|501 5.5.4
+        C: NOOP \\x7f\\x1b[2J -> 500 5.5.2|501 5.5.4
+        C: NOOP \\xff\\xfe -> 500 5.5.2|501 5.5.4
+        C: \\xd0\\x9d\\xd0\\x9e -> 500 5.5.2|501 5.5.4
+        C: NOOP\\rNOOP -> 500 5.5.2|501 5.5.4
+        C: TURN -> 500 5.5.2|502 5.5.1
+        C: NOOP -> 250 2.0.0""",
     "EHLO and HELO want a name": """
-        C: EHLO
-        S: 501 5.5.4
-        C: HELO
-        S: 501 5.5.4
-        C: EHLO bad\\x01name
-        S: 501 5.5.4|500 5.5.2
-        C: EHLO [127.0.0.1]
-        S: 250-relay.test
-        C: EHLO [IPv6:::1]
-        S: 250-relay.test
-        C: EHLO under_score
-        S: 250-relay.test""",
+        C: EHLO -> 501 5.5.4
+        C: HELO -> 501 5.5.4
+        C: EHLO bad\\x01name -> 501 5.5.4|500 5.5.2
+        C: EHLO [127.0.0.1] -> 250-relay.test
+        C: EHLO [IPv6:::1] -> 250-relay.test
+        C: EHLO under_score -> 250-relay.test""",
     "BDAT": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<bob@hop.test>
         C: BDAT 7\\r\\n.\\r\\n..
@@ -1394,8 +1328,7 @@ TALK = {
         S: 250 2.0.0
         S: 250 2.0.0""",
     "BDAT, zero LAST": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<bob@hop.test>
         C: BDAT 7\\r\\n.\\r\\n..
@@ -1407,58 +1340,42 @@ TALK = {
         S: 250 2.0.0
         S: 250 2.0.0""",
     "BDAT among others": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: BDAT 6\\r\\nRSET
         C: NOOP
         S: 503 5.5.1
         S: 250 2.0.0
-        C: MAIL FROM:<ann@client.test>
-        S: 250 2.1.0
+        C: MAIL FROM:<ann@client.test> -> 250 2.1.0
         C: BDAT 6 LAST\\r\\nRSET
         C: NOOP
         S: 503 5.5.1|554 5.5.1
         S: 250 2.0.0
-        C: RSET
-        S: 250 2.0.0
+        C: RSET -> 250 2.0.0
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<bob@hop.test>
         C: BDAT 6\\r\\nabcd
         S: 250 2.1.0
         S: 250 2.1.5
         S: 250 2.0.0
-        C: DATA
-        S: 503 5.5.1
-        C: MAIL FROM:<ann@client.test>
-        S: 503 5.5.1
-        C: RCPT TO:<carol@hop.test>
-        S: 503 5.5.1
-        C: RSET
-        S: 250 2.0.0
-        C: BDAT 0 LAST
-        S: 503 5.5.1""",
+        C: DATA -> 503 5.5.1
+        C: MAIL FROM:<ann@client.test> -> 503 5.5.1
+        C: RCPT TO:<carol@hop.test> -> 503 5.5.1
+        C: RSET -> 250 2.0.0
+        C: BDAT 0 LAST -> 503 5.5.1""",
     "BDAT arguments": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<bob@hop.test>
         S: 250 2.1.0
         S: 250 2.1.5
-        C: BDAT
-        S: 501 5.5.4
-        C: BDAT x
-        S: 501 5.5.4
-        C: BDAT -1
-        S: 501 5.5.4
-        C: BDAT +1
-        S: 501 5.5.4
-        C: BDAT \\xb2
-        S: 501 5.5.4|500 5.5.2
-        C: NOOP
-        S: 250 2.0.0""",
+        C: BDAT -> 501 5.5.4
+        C: BDAT x -> 501 5.5.4
+        C: BDAT -1 -> 501 5.5.4
+        C: BDAT +1 -> 501 5.5.4
+        C: BDAT \\xb2 -> 501 5.5.4|500 5.5.2
+        C: NOOP -> 250 2.0.0""",
     "too many recipients, the good ones kept": """
-        C: EHLO client.test
-        S: 250-relay.test
+        C: EHLO client.test -> 250-relay.test
         C: MAIL FROM:<ann@client.test>
         C: RCPT TO:<a@hop.test>
         C: RCPT TO:<b@hop.test>
@@ -1471,15 +1388,11 @@ TALK = {
         S: 250 2.1.5
         S: 452 4.5.3
         S: 354
-        C: .
-        S: 250 2.0.0""",
+        C: . -> 250 2.0.0""",
     "declared too big": """
-        C: EHLO client.test
-        S: 250-relay.test
-        C: MAIL FROM:<ann@client.test> SIZE=20001
-        S: 552 5.3.4
-        C: MAIL FROM:<ann@client.test> SIZE=20000
-        S: 250 2.1.0""",
+        C: EHLO client.test -> 250-relay.test
+        C: MAIL FROM:<ann@client.test> SIZE=20001 -> 552 5.3.4
+        C: MAIL FROM:<ann@client.test> SIZE=20000 -> 250 2.1.0""",
 }
 
 
