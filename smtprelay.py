@@ -11687,11 +11687,13 @@ if pytest:
 #
 # What stands between this machine and the next hop, found out by going there as
 # Delivery would, up to but not including MAIL. Each finding is one line: a mark,
-# what was found, and what to do about it. Nothing is changed anywhere.
+# what was found, and what to do about it. A fail is what mail will fail on.
+# Nothing is changed anywhere.
 
 DOCTOR_TIMEOUT = 10.0
 PORTS_TRIED = (25, 465, 587)
 DOMAIN_HOSTS = 3  # hosts of a domain that are examined
+KNOWN_DOMAIN = "gmail.com"  # stands for all recipients where mail goes straight to their hosts
 
 
 def size_shown(octets: float) -> str:
@@ -11727,8 +11729,17 @@ STAGE_ADVICE = {
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, "
     "or none if it has no TLS",
     "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
-    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; Gmail and others want an app password, "
-    "SES an SMTP credential",
+    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; some providers want an app password",
+}
+LOGIN_ADVICE = {  # what a provider's host wants, beyond the login that its web site takes
+    "gmail.com": "Gmail wants an app password, which an account with 2-step verification can make: "
+    "myaccount.google.com/apppasswords",
+    "office365.com": "allow SMTP AUTH for this mailbox, or set SMTP_RELAY_AUTH=xoauth2 with a token",
+    "amazonaws.com": "SES wants an SMTP credential from its console; an access key is none",
+    "sendgrid.net": "the user name is the word apikey, the password an API key",
+    "postmarkapp.com": "user name and password are both the server's API token",
+    "mailgun.org": "Mailgun wants the SMTP credential of this domain, not the account's login",
+    "fastmail.com": "Fastmail wants an app password",
 }
 
 
@@ -11737,12 +11748,12 @@ def examine_spool(settings: Settings) -> Iterator[Finding]:
     if settings.storage == "memory":
         yield Finding("warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file")
         return
-    path = os.path.abspath(settings.spool)
-    above = path
+    path = above = os.path.abspath(settings.spool)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     if not os.access(above, os.W_OK):
-        yield Finding("fail", "spool", f"{above} cannot be written to",
+        yield Finding("fail", "spool", f"{above} cannot be written to by {user_name(os.geteuid())}; "
+                      f"it belongs to {user_name(os.stat(above).st_uid)}",
                       "set SMTP_SPOOL, or give this user the right to write there")
         return
     at = os.statvfs(above)
@@ -11752,70 +11763,47 @@ def examine_spool(settings: Settings) -> Iterator[Finding]:
                   "make room, or lower SMTP_SPOOL_MIN_FREE" if low else "")
 
 
-def examine_host(settings: Settings, target: Target) -> Iterator[Finding]:
-    """Examine one next hop: its name, its ports, then a dialogue with it."""
-    try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except OSError as e:
-        yield Finding("fail", str(target), f"the name is not found: {e}",
-                      "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
-        return
-    addresses = list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
-    yield Finding("ok", "name", f"{target.host} is {', '.join(addresses)}")
-    yield from examine_addresses(settings, target, addresses)
-
-
 def examine_addresses(settings: Settings, target: Target, addresses: Sequence[str]) -> Iterator[Finding]:
-    """Examine a next hop whose addresses are known."""
-    open_at = {address: port_opens(address, target.port) for address in addresses}
-    for label, six in (("IPv4", False), ("IPv6", True)):
-        tried = [a for a in addresses if (":" in a) == six]
-        if tried and not any(open_at[a] for a in tried):
-            trouble = f"port {target.port} does not open over {label}"
-            if any(open_at.values()):
-                yield Finding("warn", label, trouble, "each connection may lose time on it; mend the route")
-            else:
-                yield Finding("fail", label, trouble, STAGE_ADVICE["connect"])
-        elif tried:
-            yield Finding("ok", label, f"port {target.port} opens")
-    yield examine_ports(addresses[0])
-    reached = next((a for a in addresses if open_at[a]), None)
-    if reached:
-        yield from examine_dialogue(settings, target._replace(ip=reached) if target.ip else target)
+    """Examine a next hop whose addresses are known: its ports, then a dialogue with it."""
+    tried = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
+    opens: dict[tuple[str, int], bool] = {}
 
+    def try_port(place: tuple[str, int]) -> None:
+        with contextlib.suppress(OSError), socket.create_connection(place, DOCTOR_TIMEOUT / 2):
+            opens[place] = True
 
-def port_opens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), DOCTOR_TIMEOUT / 2).close()
-    except OSError:
-        return False
-    return True
-
-
-def examine_ports(address: str) -> Finding:
-    """Say which of the usual ports can be reached from here."""
-    results: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda port=port: results.update({port: port_opens(address, port)}))
-               for port in PORTS_TRIED]
+    threads = [threading.Thread(target=try_port, args=(place,)) for place in tried]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    opens = ", ".join(str(p) for p in PORTS_TRIED if results[p]) or "none"
-    closed = ", ".join(str(p) for p in PORTS_TRIED if not results[p]) or "none"
-    return Finding("ok", "egress", f"of the usual ports, open: {opens}; closed: {closed}")
+    reached = [a for a in addresses if (a, target.port) in opens]
+    for label, six in (("IPv4", False), ("IPv6", True)):
+        family = [a for a in addresses if (":" in a) == six]
+        if family and set(family) & set(reached):
+            yield Finding("ok", label, f"port {target.port} opens")
+        elif family:
+            yield Finding("warn" if reached else "fail", label, f"port {target.port} does not open over {label}",
+                          "each connection may lose time on it; mend the route" if reached else STAGE_ADVICE["connect"])
+    at = [str(port) for port in PORTS_TRIED if (addresses[0], port) in opens]
+    closed = [str(port) for port in PORTS_TRIED if str(port) not in at]
+    yield Finding("ok" if reached else "warn" if at else "fail", "egress",
+                  f"of the usual ports, open: {', '.join(at) or 'none'}; closed: {', '.join(closed) or 'none'}",
+                  "" if reached else f"try SMTP_RELAY_PORT={at[-1]}" if at else
+                  "nothing of that host can be reached: is this machine on the network, and may it send mail?")
+    if reached:
+        yield from examine_dialogue(settings, target._replace(ip=reached[0]) if target.ip else target)
 
 
 def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     """Connect, say hello, start TLS and log in, and tell what was seen on the way."""
     patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
-    log = Log(logging.Logger("doctor", logging.CRITICAL + 1))
     try:
         context = client_context(settings.relay_ca_file, settings.relay_tls_verify)
     except TlsError as e:
         yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
         return
-    trouble, hop = None, NextHop(patient, target, log, lambda: context)
+    trouble, hop = None, NextHop(patient, target, Log(os.devnull, level="error"), lambda: context)
     try:
         hop.open()
     except Trouble as e:
@@ -11825,69 +11813,70 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
         yield Finding("ok", "greeting", said[0])
         yield examine_clock(said[0], time.time())
     if hop.features:
-        offers = " ".join(f"{k.upper()} {v}".strip() + ";" for k, v in hop.features.items()).rstrip(";")
+        offers = "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items())
         yield Finding("ok", "EHLO", offers)
+    if hop.features and is_nameless(settings):
+        yield Finding("warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}",
+                      "set SMTP_HOSTNAME to a name that DNS knows for this machine's address")
+    if not trouble or trouble.stage == "login":
+        yield from examine_tls(hop, settings)
     if trouble:
-        yield trouble_finding(trouble)
+        advice = STAGE_ADVICE[trouble.stage]
+        if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
+            advice = ("if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
+                      "else check the host's name and the clock")
+        if trouble.stage == "login" and trouble.code and settings.relay_auth == "xoauth2":
+            advice = "a token lasts an hour or so: write a fresh one into SMTP_RELAY_PASSWORD_FILE"
+        elif trouble.stage == "login" and trouble.code:
+            advice = next((text for name, text in LOGIN_ADVICE.items() if target.host.endswith(name)), advice)
+        elif trouble.stage == "login" and trouble.reply.startswith("no common"):
+            advice = "set SMTP_RELAY_AUTH to one that is offered, or auto" if "auth" in hop.features else (
+                "this port takes no login: unset SMTP_RELAY_USERNAME, or use the port for submission (587 or 465)")
+        yield Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
     else:
-        yield from examine_terms(settings, target, hop)
+        if target.username:
+            yield Finding("ok", "login", f"as {target.username}")
+        elif "auth" in hop.features:
+            yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
+                          "set it, if the server refuses mail without")
+        theirs = number(hop.features.get("size", ""))
+        small = 0 < theirs < settings.max_size
+        yield Finding("warn" if small else "ok", "size",
+                      f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}",
+                      f"set SMTP_MAX_SIZE={theirs}" if small else "")
     hop.close()
 
 
-def trouble_finding(trouble: Trouble) -> Finding:
-    """Return what a failed step means."""
-    advice = STAGE_ADVICE[trouble.stage]
-    if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
-        advice = ("if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
-                  "else check the host's name and the clock")
-    return Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
-
-
-def examine_terms(settings: Settings, target: Target, hop: NextHop) -> Iterator[Finding]:
-    """Say how safe the connection is, who we are on it, and how large a message may be."""
+def examine_tls(hop: NextHop, settings: Settings) -> Iterator[Finding]:
+    """Say how safe a connection is: whose the certificate is, and for how long it is good."""
     sock = hop.wire.sock
-    if is_nameless(settings):
-        yield Finding("warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}",
-                      "set SMTP_HOSTNAME to a name that DNS knows for this machine's address")
-    if isinstance(sock, ssl.SSLSocket):
-        yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
-        yield examine_certificate(sock, settings, time.time())
-    else:
-        local = is_loopback(target.host)
+    if not isinstance(sock, ssl.SSLSocket):
+        local = is_loopback(hop.target.host)
         yield Finding("ok" if local else "warn", "TLS", "none: mail and password go in clear",
                       "" if local else "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
-    if target.username:
-        yield Finding("ok", "login", f"as {target.username}")
-    elif "auth" in hop.features:
-        yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
-                      "set it, if the server refuses mail without")
-    theirs = number(hop.features.get("size", ""))
-    if 0 < theirs < settings.max_size:
-        yield Finding("warn", "size", f"it takes {theirs} octets, we accept {settings.max_size}",
-                      f"set SMTP_MAX_SIZE={theirs}")
-    else:
-        yield Finding("ok", "size", f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}")
-
-
-def examine_certificate(sock: ssl.SSLSocket, settings: Settings, now: float) -> Finding:
-    """Say whose the certificate is, and for how long it is good."""
+        return
+    yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
     shown: dict[str, Any] = dict(sock.getpeercert() or {})
     if not shown:
-        return Finding("warn", "certificate", "not verified",
-                       "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+        yield Finding("warn", "certificate", "not verified",
+                      "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+        return
     issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
-    days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - now) / DAY)
-    found = f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left"
-    advice = "tell its operator to renew it" if days < 14 else ""
-    return Finding("warn" if advice else "ok", "certificate", found, advice)
+    days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) / DAY)
+    yield Finding("warn" if days < 14 else "ok", "certificate",
+                  f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left",
+                  "tell its operator to renew it" if days < 14 else "")
 
 
 def examine_clock(greeting: str, now: float) -> Finding:
     """Compare the clock with the date in a greeting, where there is one."""
     written = re.search(r"\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
-    if not written:
+    try:
+        off = now - email.utils.parsedate_to_datetime(written[0]).timestamp() if written else None
+    except (ValueError, OverflowError):  # no date that there is
+        off = None
+    if off is None:
         return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
-    off = now - email.utils.parsedate_to_datetime(written[0]).timestamp()
     far = abs(off) > 300
     found = f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's"
     return Finding("warn" if far else "ok", "clock", found,
@@ -11896,8 +11885,9 @@ def examine_clock(greeting: str, now: float) -> Finding:
 
 def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
     """Examine the hosts that take mail for a domain."""
-    resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
+    servers = [(a.host, a.port) for a in settings.dns_server] or system_dns_servers()
     try:
+        resolver = Resolver(servers)
         hosts = resolver.mx_hosts(domain)
         yield Finding("ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}")
         for host in hosts[:DOMAIN_HOSTS]:
@@ -11906,25 +11896,35 @@ def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
             target = Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0])
             yield from examine_addresses(settings, target, addresses)
     except ResolveError as e:
-        advice = "check SMTP_DNS_SERVER or /etc/resolv.conf, and try again"
-        yield Finding("fail" if e.permanent else "warn", "DNS", str(e),
-                      "check the domain's spelling" if e.permanent else advice)
+        asked = ", ".join(host_port(*server) for server in servers)
+        yield Finding("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
+                      "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
 
 
 def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
     """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
     yield from examine_spool(settings)
+    if settings.delivery == "mx" and not domain:
+        domain = KNOWN_DOMAIN
+        yield Finding("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all",
+                      "name another domain to examine: doctor example.com")
     if domain:
         yield from examine_domain(settings, domain)
         return
-    if settings.delivery == "mx":
-        yield Finding("warn", "delivery", "straight to the recipients' hosts",
-                      "name a domain to examine: doctor example.com")
     if settings.delivery == "hold":
         yield Finding("warn", "delivery", "mail is held here, nothing is sent",
                       "set SMTP_RELAY_HOST to name a smart host")
-    for place in settings.smart_hosts if settings.delivery == "relay" else ():
-        yield from examine_host(settings, Target(*place, settings.relay_username, settings.relay_password))
+    for host, port, tls in settings.smart_hosts if settings.delivery == "relay" else ():
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
+            yield Finding("fail", host_port(host, port), f"the name is not found: {e}",
+                          "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
+            continue
+        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        yield Finding("ok", "name", f"{host} is {', '.join(addresses)}")
+        target = Target(host, port, tls, settings.relay_username, settings.relay_password)
+        yield from examine_addresses(settings, target, addresses)
 
 
 # === 25 INSTALL ==============================================================
@@ -12139,7 +12139,9 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
     files[UNIT], files[SOCKET_UNIT] = (0o644, SERVICE), (0o644, SOCKET)
     files[ENVIRONMENT_FILE] = (0o600, assigned(settings, changes))
     if password:
-        files[PASSWORD_FILE], files[DROP_IN] = (0o600, f"{password}\n"), (0o644, CREDENTIAL)
+        files[PASSWORD_FILE] = (0o600, f"{password}\n")
+    if password or os.path.exists(root + PASSWORD_FILE):
+        files[DROP_IN] = (0o644, CREDENTIAL)
     if sendmail or os.path.exists(root + LAUNCHED):
         files[LAUNCHED] = (0o755, f"#!{python} -IS\n{LAUNCHER.partition(chr(10))[2]}")
     return files
@@ -12163,6 +12165,7 @@ def install(arguments: argparse.Namespace) -> int:
         before = read_assignments(root + ENVIRONMENT_FILE)
     if changes:
         Settings.read({**before, **changes, **({"SMTP_RELAY_PASSWORD": password} if password else {})})
+    os.umask(0o022)
     files = installation(root, changes, password, arguments.sendmail)
     for path, (mode, text) in files.items():
         print(f"{root}{path} ({mode:o})")
