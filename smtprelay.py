@@ -12163,8 +12163,9 @@ def install(arguments: argparse.Namespace) -> int:
     before: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError):
         before = read_assignments(root + ENVIRONMENT_FILE)
-    if changes:
-        Settings.read({**before, **changes, **({"SMTP_RELAY_PASSWORD": password} if password else {})})
+    if changes:  # else what is there may be as it is: an upgrade must not fail on it
+        kept = "as it was" if os.path.exists(root + PASSWORD_FILE) else ""
+        Settings.read({"SMTP_RELAY_PASSWORD": password or kept, **before, **changes})
     os.umask(0o022)
     files = installation(root, changes, password, arguments.sendmail)
     for path, (mode, text) in files.items():

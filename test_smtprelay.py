@@ -11503,6 +11503,93 @@ def test_the_doctor_compares_clocks(greeting: str, now: float, mark: str) -> Non
     assert smtprelay.examine_clock(greeting, now).mark == mark
 
 
+# === INSTALL =================================================================
+
+
+def install(root: Path, *words: str, stdin: bytes = b"", status: int = 0, name: str = "install") -> str:
+    return verb({}, name, "--root", str(root), *words, stdin=stdin, status=status)
+
+
+def test_the_unit_in_the_repository_is_the_one_that_install_writes(tmp_path: Path) -> None:
+    install(tmp_path)
+    units = tmp_path / "etc/systemd/system"
+    assert (units / "smtprelay.service").read_text() == PROGRAM.with_name("smtprelay.service").read_text()
+    for unit in ("smtprelay.socket", "smtprelay.service"):
+        done = subprocess.run([need("systemd-analyze"), "verify", units / unit], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = subprocess.run([need("systemd-analyze"), "security", "--offline=true", units / "smtprelay.service"],
+                          capture_output=True, text=True, timeout=20)  # fmt: skip
+    exposure = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
+    assert exposure and float(exposure[1]) <= 1.5, done.stdout[-300:] + done.stderr
+
+
+def test_an_installation_is_upgraded_and_removed(tmp_path: Path) -> None:
+    secret = b"abcd efgh ijkl mnop\n"
+    install(tmp_path, "--relay", "gmail", "--user", "me@gmail.com", "--port", "25", "--sendmail", stdin=secret)
+    place = lambda path: tmp_path / path.lstrip("/")  # noqa: E731
+    env, password = place(smtprelay.ENVIRONMENT_FILE), place(smtprelay.PASSWORD_FILE)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (env, password)] == [0o600, 0o600]
+    assert password.read_bytes() == secret and secret.decode().strip() not in env.read_text()
+    assert "LoadCredential=relay-password:/etc/smtprelay/relay-password" in place(smtprelay.DROP_IN).read_text()
+    named = {"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me@gmail.com", "SMTP_PORT": "25"}
+    assert smtprelay.read_assignments(str(env)) == named
+    program = place(smtprelay.PROGRAM)
+    assert stat.S_IMODE(program.stat().st_mode) == 0o755 and len(program.read_text().splitlines()) == 3
+    code = program.read_text().replace("/usr/local", f"{tmp_path}/usr/local")
+    python, flags = code.split("\n")[0][2:].split()
+    done = subprocess.run([python, flags, "-c", code, "version"], capture_output=True, text=True, env={}, timeout=20)
+    assert (done.stdout, done.stderr) == (f"smtprelay {smtprelay.__version__}\n", "")
+    assert list(place("usr/local/lib/smtprelay/__pycache__").iterdir())
+    for link in smtprelay.SENDMAIL_LINKS:
+        assert os.readlink(place(link)) == smtprelay.LAUNCHED
+    with env.open("a") as file:
+        file.write("SMTP_KEEP=1d\nSMTP_BANNER='it is \"me\"'\n")
+    place(smtprelay.LAUNCHED).write_text("old")
+    install(tmp_path, "--relay", "mail.example.com:465")  # the rest stays
+    named.update(SMTP_RELAY_HOST="mail.example.com:465", SMTP_KEEP="1d", SMTP_BANNER='it is "me"')
+    assert smtprelay.read_assignments(str(env)) == named and password.read_bytes() == secret
+    assert place(smtprelay.LAUNCHED).read_text().startswith("#!")
+    assert "would remove" in install(tmp_path, "--dry-run", name="uninstall") and program.exists()
+    install(tmp_path, name="uninstall")
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir())
+    assert left == ["etc/smtprelay/relay-password", "etc/smtprelay/smtprelay.env"]
+    install(tmp_path)
+    assert place(smtprelay.DROP_IN).exists()  # the password is still there, so it is still used
+    install(tmp_path, "--purge", name="uninstall")
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+def test_what_install_says_before_it_does_anything(tmp_path: Path, capsys: Any) -> None:
+    shown = install(tmp_path, "--relay", "gmail", "--user", "me", "--dry-run")
+    assert "SMTP_RELAY_HOST=gmail" in shown and "ExecStart=" in shown and not list(tmp_path.iterdir())
+    install(tmp_path, "--user", "me", status=64)
+    install(tmp_path, "--relay", "ses", status=78)
+    install(tmp_path, "--relay", "gmail", "--user", "me", stdin=b"\n", status=65)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "usr/sbin").mkdir(parents=True)
+    (tmp_path / "usr/sbin/sendmail").write_text("exim")
+    (tmp_path / "usr/bin").mkdir()
+    (tmp_path / "usr/bin/mailq").symlink_to("/etc/alternatives/mta-mailq")
+    capsys.readouterr()
+    install(tmp_path, "--sendmail", status=1)
+    said = capsys.readouterr().err
+    assert "dpkg-divert --local --rename --add /usr/sbin/sendmail" in said
+    assert "update-alternatives --install /usr/bin/mailq mta-mailq" in said
+    install(tmp_path, name="uninstall")
+    assert (tmp_path / "usr/sbin/sendmail").read_text() == "exim"
+
+
+def test_the_verbs_know_the_installed_settings(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    for name in ("ENVIRONMENT_FILE", "PASSWORD_FILE"):
+        monkeypatch.setattr(smtprelay, name, str(tmp_path / name))
+    (tmp_path / "ENVIRONMENT_FILE").write_text("# mine\nSMTP_RELAY_HOST=gmail\nSMTP_RELAY_USERNAME='me'\nSMTP_PORT=2626\n")
+    (tmp_path / "PASSWORD_FILE").write_text("x\n")
+    shown = verb({}, "check", "--print")
+    assert "SMTP_PORT=127.0.0.1:2626" in shown and "SMTP_SPOOL=/var/lib/smtprelay/spool" in shown
+    assert "ENVIRONMENT_FILE" in capsys.readouterr().err
+    assert "SMTP_PORT=127.0.0.1:2525" in verb({"SMTP_KEEP": "1d"}, "check", "--print")  # the environment names something
+
+
 # === COMMAND LINE ============================================================
 
 
@@ -11829,16 +11916,6 @@ def test_keys_of_tables_are_unique() -> None:
 def test_readme_and_help_name_the_same_settings() -> None:
     table = re.findall(r"(?m)^\| *`?(SMTP_\w+)`?", PROGRAM.with_name("README.md").read_text())
     assert sorted(table) == sorted(set(re.findall(r"(?m)^ +(SMTP_\w+)", run("--help").stdout)))
-
-
-def test_the_service_file_is_hardened() -> None:
-    unit = PROGRAM.with_name("smtprelay.service")
-    assert {"User", "StateDirectory"} <= set(re.findall(r"(?m)^(\w+)=", unit.read_text()))
-    done = subprocess.run(
-        [need("systemd-analyze"), "security", "--offline=true", str(unit)], capture_output=True, text=True, timeout=20
-    )
-    exposure = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
-    assert exposure and float(exposure[1]) <= 1.5, done.stdout[-300:] + done.stderr
 
 
 # === BREAKING ================================================================
