@@ -13025,10 +13025,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     called = os.path.basename(sys.argv[0]) if arguments is None else ""
     if called in SENDMAIL_NAMES:
         words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
-    for name, how in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if not getattr(sys, name):  # it was closed
-            setattr(sys, name, open(os.devnull, how, encoding="utf-8"))  # noqa: SIM115
-        elif how == "w" and isinstance(getattr(sys, name), io.TextIOWrapper):
+    sys.stdin = sys.stdin or io.StringIO()  # where it was closed
+    for name in ("stdout", "stderr"):
+        if not getattr(sys, name):
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # an address that the locale cannot show
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
