@@ -2491,7 +2491,8 @@ class FileSpool:
 
 
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK)
+SEEN = "inbox.json"  # what a person did to messages: read state and tags
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK, SEEN)
 
 
 def check_spool(path: str) -> None:
@@ -6765,13 +6766,12 @@ def socket_text(sock: socket.socket) -> str:
 # raises for what the mail says; time is linear in its size; depth, parts and
 # header octets have limits.
 
-MAIL_HEAD_LIMIT = 128 * 1024  # octets of one header block
-VALUE_LIMIT = 16 * 1024  # characters of a header value that are interpreted
+HEAD_LIMIT = 512 * KIB  # octets of the header fields that are kept, of all parts together
 TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
 SEARCH_LIMIT = 1024 * 1024  # octets in which words are looked for; of HTML made text
 PART_LIMIT = 1000
 DEPTH_LIMIT = 16
-SNIPPET = 250
+SNIPPET = 200
 EMBEDDED_LIMIT = 16 * MIB  # octets of images, encoded, put into one page
 
 EMAIL_RAISES = (
@@ -6779,15 +6779,9 @@ EMAIL_RAISES = (
     ArithmeticError, AssertionError, RecursionError,
 )
 
-# Charsets decoded in linear time, as punycode and idna are not; besides, the codec registry
-# remembers every unknown name for ever.
-CHARSET = re.compile(
-    r"(?i:utf[-_]?(?:8|16|32)(?:[-_]?[bl]e)?|iso[-_]?8859[-_]\d{1,2}|latin[-_]?\d|windows[-_]125\d"
-    r"|cp\d{3,4}|koi8[-_][rtu]|gb2312|gbk|gb18030|big5|euc[-_](?:jp|kr)|shift[-_]?jis"
-    r"|iso[-_]2022[-_](?:jp|kr)|tis[-_]620)"
-)
-CONTENT_TYPE = re.compile(r"[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", re.ASCII)
 FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+NEEDED_FIELD = re.compile(rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+|mime-version"
+                          rb"|list-unsubscribe(?:-post)?|x-tags|return-path)[ \t]*:")
 COMMON_ADDRESS = re.compile(r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)")
 NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
 
@@ -6797,27 +6791,123 @@ Person = dict[str, str]  # {"Name", "Address"} as in Mailpit's JSON; either may 
 
 def header(headers: Headers, name: str) -> str:
     """Give the first value of a header field, "" where there is none."""
-    return next((value for key, value in headers if key.lower() == name), "")[:VALUE_LIMIT]
+    return next((value for key, value in headers if key.lower() == name), "")
+
+
+# Labels of charsets by the table of WHATWG's Encoding standard, without signs: "iso-8859-1:1987" is iso885911987.
+# Each stands behind the Python codec that senders mean, a superset where that is usual. The labels in
+# a registry's manner (iso8859N, latinN, cp125N) are read by rule, with others that mail knows.
+CHARSETS = """
+utf_8: utf8 unicode11utf8 unicode20utf8
+cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819 isoir100 csisolatin1 ansix341968 iso646us 437us
+cp1254: iso88599 iso885991989 latin5 l5 isoir148 csisolatin5
+cp874: iso885911 tis620 dos874
+iso8859_2: l2 isoir101 csisolatin2
+iso8859_3: l3 isoir109 csisolatin3
+iso8859_4: l4 isoir110 csisolatin4
+iso8859_5: isoir144 csisolatincyrillic cyrillic
+iso8859_6: arabic asmo708 csiso88596e csiso88596i csisolatinarabic ecma114 iso88596e iso88596i isoir127
+iso8859_7: csisolatingreek ecma118 elot928 greek greek8 isoir126 suneugreek
+iso8859_8: csiso88598e csiso88598i csisolatinhebrew hebrew iso88598e iso88598i isoir138 visual logical
+iso8859_10: latin6 l6 isoir157 csisolatin6
+iso8859_13: latin7
+iso8859_14: latin8
+iso8859_15: latin9 l9 latin0 csisolatin9
+iso8859_16: latin10 l10
+cp866: 866 ibm866 csibm866
+koi8_r: koi koi8 koi8r cskoi8r
+koi8_u: koi8u koi8ru
+mac_roman: macintosh mac macroman csmacintosh
+mac_cyrillic: maccyrillic macukrainian
+gb18030: gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280 isoir58 euccn
+hz: hzgb2312
+big5hkscs: big5 cnbig5 csbig5 xbig5 cp950
+cp932: shiftjis sjis ms932 mskanji windows31j csshiftjis
+euc_jp: eucjp cseucpkdfmtjapanese
+iso2022_jp_ext: iso2022jp iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221
+cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56 korean cseuckr csksc56011987 isoir149 uhc
+iso2022_kr: iso2022kr csiso2022kr
+utf_16_le: utf16 utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2
+utf_16_be: utf16be unicodefffe
+utf_32: utf32
+utf_7: utf7 unicode11utf7 csunicode11utf7
+"""
+
+
+@functools.lru_cache(maxsize=256)
+def find_codec(label: str) -> str:
+    """Give the Python codec that a charset's label means, "" where it is none."""
+    key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower())
+    for name in (key, key[1:] if key[:1] == "x" else key):
+        for line in CHARSETS.split("\n"):
+            codec, _, labels = line.partition(": ")
+            if name and (name in labels.split() or name == codec.replace("_", "")):
+                return codec
+        number = re.fullmatch(r"(?:iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])"
+                              r"|(?:windows|cp|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59]))",
+                              name)
+        if number:
+            return f"cp{number[3]}" if number[3] else f"iso8859_{number[1] or number[2]}"
+    return ""
 
 
 def decode_text(octets: bytes, charset: str = "") -> str:
-    """Decode octets leniently: what the charset cannot say becomes U+FFFD."""
-    try:
-        return octets.decode(charset if CHARSET.fullmatch(charset) else "utf-8", "replace")
-    except (LookupError, ValueError):
-        return octets.decode("utf-8", "replace")
+    """Decode octets leniently: what the charset cannot say becomes U+FFFD.
+
+    No label, one that is unknown, or US-ASCII: it is UTF-8 if it can be, else what HTML's own
+    <meta> says, else windows-1252.
+    """
+    for mark, codec in ((b"\xef\xbb\xbf", "utf_8"), (b"\xff\xfe", "utf_16_le"), (b"\xfe\xff", "utf_16_be")):
+        if octets.startswith(mark):
+            return octets[len(mark):].decode(codec, "replace")
+    codec = find_codec(charset) if charset else ""
+    if not codec:
+        with contextlib.suppress(UnicodeDecodeError):
+            return octets.decode()
+        said = re.search(rb"(?i)<meta\b[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", octets[:4096])
+        codec = find_codec(said[1].decode("latin-1")) if said else ""
+        codec = "cp1252" if codec[:6] in ("", "utf_16") else codec
+    with contextlib.suppress(UnicodeError, OverflowError):
+        return octets.decode(codec)
+    if codec in ("euc_jp", "iso2022_jp_ext"):  # with the rows that only Microsoft's tables have
+        return decode_jis(octets).decode("cp932", "replace")
+    return octets.decode(codec, "replace")
+
+
+def decode_jis(octets: bytes) -> bytes:
+    """Turn ISO-2022-JP or EUC-JP into Shift_JIS, which has a codec with all that senders use."""
+    def shift(pair: re.Match[bytes]) -> bytes:
+        first, second = (octet & 0x7F for octet in pair[0][-2:])
+        second += (0x1F if second < 0x60 else 0x20) if first % 2 else 0x7E
+        return bytes(((first + 1) // 2 + (0x70 if first < 0x5F else 0xB0), second))
+
+    if b"\x1b" not in octets:
+        octets = re.sub(rb"\x8e([\xa1-\xdf])|\x8f..", rb"\1", octets)
+        return re.sub(rb"[\xa1-\xfe]{2}", shift, octets)
+    start, *pieces = re.split(rb"\x1b(\$[@B]|\([BJI]|\$\([A-Z])", octets)
+    turned = [start]
+    for mode, piece in zip(pieces[::2], pieces[1::2]):
+        if mode in (b"$@", b"$B"):
+            piece = re.sub(rb"[!-~]{2}", shift, piece)
+        turned.append(bytes(octet | 0x80 for octet in piece) if mode == b"(I" else piece)
+    return b"".join(turned)
 
 
 def decode_words(value: str) -> str:
-    """Decode the encoded words of a header value (RFC 2047)."""
-    if not 0 < value.count("=?") < 256:  # each that has no end is searched to the value's end
-        return value
-    try:
-        words: list[tuple[Any, str | None]] = email.header.decode_header(value)
-        texts = (w if isinstance(w, str) else decode_text(w, charset or "") for w, charset in words)
-        return "".join(texts).translate(NO_BREAKS)
-    except EMAIL_RAISES:
-        return value
+    """Decode the encoded words of a header value (RFC 2047), and keep what stands between."""
+    chunks: list[str] = []
+    at, charset, octets = 0, "", b""  # a character may be cut in two by the end of a word
+    word = re.compile(r"(?s)=\?([^?\s]*)\?([bBqQ])\?(.*?)\?=")
+    for match in word.finditer(value, 0, value.rfind("?=") + 2):  # each that begins has an end
+        between, label = value[at:match.start()], match[1].partition("*")[0].lower()
+        if not at or between.strip() or label != charset:
+            chunks += [decode_text(octets, charset), between if not at or between.strip() else ""]
+            octets, charset = b"", label
+        text = match[3].encode("utf-8", "replace")
+        octets += unbase64(text) if match[2] in "bB" else binascii.a2b_qp(text.replace(b" ", b"_"), header=True)
+        at = match.end()
+    chunks += [decode_text(octets, charset), value[at:]]
+    return "".join(chunks).translate(NO_BREAKS) if at else value
 
 
 def addresses(value: str) -> list[Person]:
@@ -6825,37 +6915,50 @@ def addresses(value: str) -> list[Person]:
     common = COMMON_ADDRESS.fullmatch(value)
     if common:  # ten times as fast
         return [person_json((common[1] or "").strip(), common[2] or common[3])]
-    return [person_json(decode_words(name), address) for name, address in read_addresses(value)]
+    pairs = read_addresses(value)
+    if not any("@" in address for _, address in pairs) and "=?" in value:  # encoded whole
+        pairs = read_addresses(decode_words(value))
+    return [person_json(decode_words(name), decode_words(address)) for name, address in pairs]
 
 
 def person_json(name: str, address: str) -> Person:
     return {"Name": name, "Address": address}
 
 
-def read_headers(raw: bytes, start: int, end: int) -> tuple[Headers, int]:
-    """Read a header block; give its fields with the offset of the body."""
-    fields: list[list[bytes]] = []
-    end = min(end, start + MAIL_HEAD_LIMIT)
-    while start < end:
-        stop = raw.find(b"\n", start, end) + 1 or end
-        line = raw[start:stop]
-        if line[:1] in b" \t" and fields:
-            fields[-1].append(line)
+def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> tuple[Headers, int]:
+    """Read a header block; give its fields with the offset of the body.
+
+    A line that is no field costs itself alone where a field follows. Of a block that is over the
+    limit only the fields that are needed are kept, up to the limit again.
+    """
+    fields: list[tuple[int, int]] = []
+    begin, stop = start, start
+    while stop < end:
+        begin, stop = stop, raw.find(b"\n", stop, end) + 1 or end
+        line = raw[begin:min(stop, begin + 200)]
+        if line[:1] in b" \t" and line.strip() and fields:
+            fields[-1] = (fields[-1][0], stop)
         elif FIELD_NAME.match(line):
-            fields.append([line])
-        else:  # the empty line, or a body that begins without one
-            start = stop if not line.strip() else start
+            fields.append((begin, stop))
+        elif not line.strip():
+            begin = stop
             break
-        start = stop
-    return [header_field(b"".join(lines)) for lines in fields], start
+        elif not FIELD_NAME.match(raw, stop, min(end, stop + 200)) or not (fields or line[:5] in (b"From ", b">From")):
+            break  # the body, without an empty line before it
+    else:
+        begin = end
+    kept: Headers = []
+    room = limit
+    for first, last in fields:
+        needed = NEEDED_FIELD.match(raw, first, last)
+        if last - first <= (room if needed else min(room, limit // 4)) and (needed or len(kept) < 2000):
+            kept.append(header_field(raw[first:last]))
+            room -= last - first
+    return kept, begin
 
 
 def header_field(octets: bytes) -> tuple[str, str]:
-    try:
-        text = octets.decode()
-    except UnicodeDecodeError:
-        text = octets.decode("latin-1")
-    name, _, value = text.replace("\r\n", "").partition(":")
+    name, _, value = decode_text(octets).replace("\r\n", "").partition(":")
     value = value.strip()
     return name.rstrip(), value if value.isprintable() else value.translate(NO_BREAKS).strip()
 
@@ -6866,25 +6969,52 @@ class Part(NamedTuple):
     number: str
     headers: Headers
     content_type: str
-    charset: str
-    boundary: str
+    parameters: dict[str, str]  # of the Content-Type
     role: str  # "body", "inline" (the HTML may refer to it, RFC 2392) or "attachment"
     filename: str
     content_id: str
     raw: bytes = b""  # the body as sent
 
     @property
+    def encoding(self) -> str:
+        """The transfer encoding, of which senders write "base64;" and "base64 (with a comment)"."""
+        return re.split(r"[\s;(]", header(self.headers, "content-transfer-encoding").strip("\"' ").lower())[0]
+
+    @property
     def content(self) -> bytes:
         """The body without its transfer encoding."""
-        encoding = header(self.headers, "content-transfer-encoding").lower()
-        if encoding == "base64":
+        if self.encoding in ("base64", "b", "base-64"):
             return unbase64(self.raw)
-        return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
+        return binascii.a2b_qp(self.raw) if self.encoding == "quoted-printable" else self.raw
+
+    @property
+    def charset(self) -> str:
+        return self.parameters.get("charset", "")
 
     @property
     def text(self) -> str:
-        """The body as text, its lines ending in LF."""
-        return decode_text(self.content, self.charset).replace("\r\n", "\n")
+        """The body as text, its line ends as sent; what was wrapped for the way is whole again (RFC 3676)."""
+        text = decode_text(self.content, self.charset)
+        if self.content_type == "text/plain" and self.parameters.get("format", "").lower() == "flowed":
+            text = unwrap(text, self.parameters.get("delsp", "").lower() == "yes")
+        return text
+
+
+def unwrap(text: str, delsp: bool) -> str:
+    """Join the lines of format=flowed that end in a space with the next of the same quote depth."""
+    lines: list[str] = []
+    depth, flowing = -1, False
+    for line in text.replace("\r\n", "\n").split("\n"):
+        quoted = len(line) - len(line.lstrip(">"))
+        line = line[quoted:]
+        line = line[1:] if line[:1] == " " else line
+        if flowing and quoted == depth and line != "-- ":
+            lines.append(line)
+        else:
+            lines.append(("\n" if depth >= 0 else "") + ">" * quoted + (" " * bool(quoted)) + line)
+        flowing, depth = line.endswith(" ") and line != "-- ", quoted
+        lines[-1] = lines[-1][:-1] if flowing and delsp else lines[-1]
+    return "".join(lines)
 
 
 def unbase64(octets: bytes) -> bytes:
@@ -6897,34 +7027,72 @@ def unbase64(octets: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def header_parameters(value: str) -> tuple[str, dict[str, str]]:
-    """Split a header value into its first word and its parameters (RFC 2045, 2231)."""
-    word, semicolon, _ = value.partition(";")
-    if not semicolon:
-        return value.lower(), {}
-    message = email.message.Message()
-    message["x"] = value[:4096]
-    try:
-        found: list[tuple[str, Any]] = message.get_params([], "x")[1:]
-        collapse = email.utils.collapse_rfc2231_value
-        return word.strip().lower(), {name.lower(): collapse(text) for name, text in found}
-    except EMAIL_RAISES:
-        return word.strip().lower(), {}
+    """Split a header value into its first word and its parameters (RFC 2045, 2231), leniently."""
+    value = value[:4096]
+    word = re.split(r"[\s;(]", re.sub(r"^\s*(?:\([^()]*\)\s*)*", "", value), maxsplit=1)[0].strip("\"'").lower()
+    found: dict[str, dict[int, tuple[bool, str]]] = {}
+    # A value without quotes goes on over spaces, but not over what looks like the next parameter.
+    pattern = r'([^\s;="(),]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;\s"]*(?:[ \t]+(?![^\s;=]+\s*=)[^;\s]+)*))'
+    for name, quoted, plain in re.findall(pattern, value):
+        key = re.fullmatch(r"(.+?)(?:\*(\d{1,3}))?(\*?)", name.lower())
+        text = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain.strip()
+        if key and (key[1] not in found or key[2] or key[3]):
+            pieces = found.setdefault(key[1], {})
+            if key[2] in (None, "0"):
+                pieces.clear()
+            pieces[int(key[2] or 0)] = (bool(key[3]), text)
+    more = {}
+    for name, pieces in found.items():
+        charset, octets = "", b""
+        for n, (encoded, text) in sorted(pieces.items()):
+            if encoded and n == 0 and text.count("'") >= 2:
+                charset, _, text = text.split("'", 2)
+            octets += urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace")
+        text = decode_text(octets, charset)
+        more[name] = text if name in ("name", "filename") else re.sub(r"\([^()]*\)", "", text).strip()
+    return word, more
 
 
-def describe_part(number: str, headers: Headers) -> Part:
-    """Describe a part by its header fields."""
+ENDINGS = {
+    "text/plain": ".txt", "text/html": ".html", "text/calendar": ".ics", "text/x-amp-html": ".html",
+    "message/rfc822": ".eml", "application/pdf": ".pdf", "image/png": ".png", "image/jpeg": ".jpg",
+    "image/gif": ".gif", "image/webp": ".webp", "application/zip": ".zip", "text/csv": ".csv", "text/vcard": ".vcf",
+}
+SIGNATURES = (  # how a file of each type begins
+    (rb"\x89PNG", "image/png"), (rb"\xff\xd8\xff", "image/jpeg"), (rb"GIF8", "image/gif"),
+    (rb"BM.{4}\0\0\0\0", "image/bmp"), (rb"RIFF.{4}WEBP", "image/webp"), (rb".{4}ftypavif", "image/avif"),
+    (rb"%PDF-", "application/pdf"), (rb"PK\x03\x04", "application/zip"),
+    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"),
+)
+
+
+def true_type(part: Part) -> str:
+    """Tell a part's type: what is sent as nothing in particular, or as some image, by its first octets."""
+    if part.content_type.startswith("image/") or part.content_type.endswith("/octet-stream"):
+        head = unbase64(part.raw[:800]) if part.encoding == "base64" else part.content[:600]
+        return next((kind for start, kind in SIGNATURES if re.match(b"(?si)" + start, head)), part.content_type)
+    return part.content_type
+
+
+def file_name(part: Part) -> str:
+    """Name a part as a file."""
+    return part.filename or part.content_id or f"part-{part.number}" + ENDINGS.get(true_type(part), "")
+
+
+def describe_part(number: str, headers: Headers, among: str = "") -> Part:
+    """Describe a part by its header fields; `among` is the type of the multipart it stands in."""
     kind, more = header_parameters(header(headers, "content-type") or "text/plain")
     disposition, named = header_parameters(header(headers, "content-disposition"))
-    cid = header(headers, "content-id").strip("<> ")[:250]
+    cid = decode_words(header(headers, "content-id")).strip("<> ")[:250]
     filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
-    if not CONTENT_TYPE.fullmatch(kind):
-        kind = "application/octet-stream" if "/" in kind else "text/plain"  # RFC 2045, 5.2
+    if not re.fullmatch(r"(?a)[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", kind):
+        kind = "application/octet-stream" if "/" in kind else "text/html" if kind == "html" else "text/plain"
     attached = disposition == "attachment"
-    role = "inline" if (cid or disposition == "inline") and not attached else "attachment"
-    if kind in ("text/plain", "text/html") and not attached and not filename:
+    shown = cid or disposition == "inline" or among == "multipart/alternative" or kind.startswith("image/")
+    role = "inline" if shown and not (attached or disposition == "" and kind.startswith("message/")) else "attachment"
+    if kind in ("text/plain", "text/html") and not attached and not (disposition and filename):
         role = "body"
-    boundary = more.get("boundary", "").rstrip() if kind.startswith("multipart/") else ""
-    return Part(number, headers, kind, more.get("charset", ""), boundary, role, filename, cid)
+    return Part(number, headers, kind, more, role, filename, cid)
 
 
 def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
@@ -6951,21 +7119,27 @@ def read_mail(raw: bytes) -> Mail:
     """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
 
     Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside
-    is a leaf. What is deeper than DEPTH_LIMIT or past PART_LIMIT is left out.
+    is a leaf. What is deeper than DEPTH_LIMIT or past PART_LIMIT is left out, and the more has
+    been read of the parts' headers, the less is read of the next.
     """
     parts: list[Part] = []
-    todo = [("", 0, len(raw))]
-    top = read_headers(raw, 0, len(raw))
+    todo = [("", 0, len(raw), "")]
+    top, room = read_headers(raw, 0, min(len(raw), 8 * HEAD_LIMIT)), HEAD_LIMIT
+    bodies: set[str] = set()
     for _ in range(PART_LIMIT):
-        number, start, end = todo.pop()
-        headers, body = read_headers(raw, start, end) if number else top
-        part = describe_part(number.rstrip(".") or "0", headers)
-        nested = part.boundary and number.count(".") < DEPTH_LIMIT
-        pieces = find_pieces(raw, body, end, part.boundary) if nested else []
-        todo += [(f"{number}{n}.", *piece) for n, piece in enumerate(pieces, 1)][::-1]
+        number, start, end, among = todo.pop()
+        headers, body = read_headers(raw, start, min(end, start + HEAD_LIMIT), max(room // 4, KIB)) if number else top
+        room -= body - start if number else 0
+        part = describe_part(number.rstrip(".") or "0", headers, among)
+        multipart = part.content_type.startswith("multipart/")
+        boundary = part.parameters.get("boundary", "") if multipart and number.count(".") < DEPTH_LIMIT else ""
+        pieces = find_pieces(raw, body, end, boundary) if boundary else []
+        todo += [(f"{number}{n}.", *piece, part.content_type) for n, piece in enumerate(pieces, 1)][::-1]
         if not pieces:
-            broken = part.content_type.startswith("multipart/")  # shown as text, not lost
-            kind, role = ("text/plain", "body") if broken else (part.content_type, part.role)
+            kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)  # shown, not lost
+            if role == "body" and part.filename and kind in bodies:
+                role = "attachment"  # one more text with a name is a file, the first one is the message
+            bodies |= {kind} if role == "body" else set()
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
@@ -6981,10 +7155,10 @@ class Mail:
     size: int
 
     def people(self, name: str) -> list[Person]:
-        """The addresses in a header field; From has one, if only in name."""
-        value = header(self.headers, name)
-        found = addresses(value) if value else []
-        return found or ([person_json(decode_words(value)[:1000], "")] if name == "from" else [])
+        """The addresses in all fields of a name; From has one, if only in name."""
+        values = [value for key, value in self.headers if key.lower() == name]
+        found = [person for value in values for person in addresses(value)]
+        return found or ([person_json(decode_words("".join(values))[:1000], "")] if name == "from" else [])
 
     @functools.cached_property
     def subject(self) -> str:
@@ -7012,12 +7186,13 @@ class Mail:
         return self.bodies("text/plain")
 
     def bodies(self, kind: str) -> str:
-        return "\n".join(p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
+        texts = (p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
+        return "\n--\n".join(text for text in texts if text.strip()) if kind == "text/plain" else "\n".join(texts)
 
     @functools.cached_property
     def text(self) -> str:
-        """The text/plain body, or else the readable text of the HTML one."""
-        return self.plain if self.plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
+        """The text/plain body, or else the readable text of the HTML one, its lines ending in LF."""
+        return self.plain.replace("\r\n", "\n") if self.plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
 
     def having(self, role: str) -> list[Part]:
         """The parts with this role."""
@@ -7026,8 +7201,21 @@ class Mail:
 
 HIDDEN_ELEMENTS = ("style", "script", "title", "template")
 BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
-HREF = re.compile(r"""(?i)\bhref\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
-URL = re.compile(r"(?i)https?://[^\s<>\"\x00-\x1f]{1,4000}")
+ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
+URL = re.compile(r"""(?i)\b[a-z][a-z0-9+.-]{1,20}://[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
+NO_LINK = re.compile(r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):")
+
+
+def unescape(text: str) -> str:
+    """Replace HTML's entities; a number too long for any character is none, whatever its base."""
+    text = re.sub(r"(?i)&#(x?)0+(?=[0-9a-f])", r"&#\1", text)
+    return html.unescape(re.sub(r"(?i)&#(?:x[0-9a-f]{7,}|[0-9]{8,});?", "\ufffd", text))
+
+
+def attributes(tag: str) -> dict[str, str]:
+    """Give the attributes of a tag, the first of each name, as browsers do."""
+    found = ((m[1].lower(), m[2] or m[3] or m[4] or "") for m in ATTRIBUTE.finditer(tag[:8000]))
+    return {name: unescape(value) for name, value in reversed(list(found))}
 
 
 def html_elements(page: str) -> Iterator[tuple[str, str, str]]:
@@ -7055,32 +7243,39 @@ def strip_html(page: str) -> str:
     for name, _, text in html_elements(page) if page else ():
         chunks += ["\n" if BLOCK_ELEMENT.fullmatch(name) else " " if name in ("td", "th") else ""]
         chunks += [text.replace("\n", " ")]
-    lines = html.unescape("".join(chunks)).split("\n")
+    lines = unescape("".join(chunks)).split("\n")
     return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
 
 
 def links(text: str, page: str) -> list[str]:
-    """Collect the http(s) links of a message: those of the HTML's anchors, then the text's."""
-    tags = (tag for name, tag, _ in html_elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
-    found = (html.unescape("".join(m.groups(""))).strip() for m in map(HREF.search, tags) if m)
-    anchors = (url for url in found if URL.fullmatch(url))
-    written = (trim_url(m.group()) for m in URL.finditer(text[:TEXT_LIMIT]))
+    """Collect the links of a message, of any scheme that opens a page or an app: the HTML's, then the text's."""
+    tags = (attributes(tag) for name, tag, _ in html_elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
+    found = (re.sub(r"[\t\r\n]", "", tag.get("href", "")).strip().replace(" ", "%20") for tag in tags)
+    anchors = (url for url in found if re.match(r"[A-Za-z][\w+.-]*:.", url) and not NO_LINK.match(url))
+    text = text[:TEXT_LIMIT]
+    written = (trim_url(m[0], text[m.start() - 1 : m.start()]) for m in URL.finditer(text) if not NO_LINK.match(m[0]))
     return list(dict.fromkeys([*anchors, *written]))
 
 
-def trim_url(url: str) -> str:
-    """Take off the punctuation that ends the sentence, not the link."""
-    url = url.rstrip(".,;:!?'*_]}|\\")
-    return url[:-1] if url.endswith(")") and url.count("(") < url.count(")") else url
+def trim_url(url: str, before: str) -> str:
+    """Take off what ends the sentence, not the link, such as a mark that stands before it too."""
+    while url and (url[-1] in ".,;:!?'|\\" or (url[-1] in "*_~" and url[-1] == before)
+                   or (url[-1] in ")]}" and url.count(url[-1]) > url.count({")": "(", "]": "[", "}": "{"}[url[-1]]))):
+        url = url[:-1]
+    return url
 
 
+# Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
+# are no letters to Python, may stand in the middle of a word.
 CODE_WORDS = (
-    r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|c[oó]digo|codice|kode?)\b"
-    r"|\wcode\b|код|验证码|コード|인증)"
+    r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|(?:two|2)[- ]?(?:factor|step)|c[oó]digos?"
+    r"|codice|cod(?:ul)?|k[oó]d\w{0,8}|koodi\w{0,3}|mã|sandi|senha|clave|contraseña|mot de passe|passwort|kennwort"
+    r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|kood|kode|kod)\b"
+    r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)"
 )
 SAID_NEAR = re.compile(r"(?i)" + CODE_WORDS)
 CODE_TOKEN = re.compile(
-    r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
+    r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
     r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
 )
 SAID_BEFORE = re.compile(
@@ -7090,11 +7285,13 @@ SAID_BEFORE = re.compile(
 SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}")
 OTHER_BEFORE = re.compile(
     r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
-    r"|fax|mobile|error|status|ext|room|suite|box|version)(?: ?(?:code|number|no|nr|id|is))?"
-    r"|[$€£¥#]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
+    r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
+    r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
+    r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
 )
 OTHER_AFTER = re.compile(
-    r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?)\b"
+    r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?"
+    r"|minuten|minutos|minuti|zł|руб)\b"
 )
 
 
@@ -7108,7 +7305,9 @@ def codes(text: str, page: str = "", subject: str = "") -> list[str]:
 
 
 def codes_in(text: str) -> list[str]:
-    lines = (URL.sub(" ", line).split() for line in text[:TEXT_LIMIT].split("\n"))
+    text = unicodedata.normalize("NFC", text[:TEXT_LIMIT])
+    text = re.sub("[٠-٩۰-۹०-९๐-๙０-９]", lambda digit: str(unicodedata.digit(digit[0])), text)
+    lines = (URL.sub(" ", line).split() for line in text.split("\n"))
     flat = "\n".join(map(" ".join, lines))
     weights: dict[str, int] = {}
     end, weight = 0, 0
@@ -7143,9 +7342,9 @@ SHOWN_INLINE = frozenset(
     f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "avif")
 ) | {"text/plain"}
 CAN_RUN = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
-CID_REFERENCE = re.compile(r"(?i)cid:([^\s\"'<>)\\]{1,300})")
-DOCTYPE = re.compile(r"(?i)\s*<!doctype[^>]*>")
-OWN_WAYS = re.compile(r"(?i)<(?=meta\b|base\b|link\b(?![^>]{0,300}stylesheet))")
+# What names a picture goes as far as its quotes, where they are entities, too, its bracket, or a space.
+CID_REFERENCE = re.compile(
+    r"""(?i)("|'|\(|&quot;|&apos;|&#0?3[49];|&#x2[27];|)(\s{0,9})cid(?::|%3a|&#58;|&#x3a;|&colon;)""")
 
 
 def safe_filename(name: str) -> str:
@@ -7158,11 +7357,13 @@ def safe_filename(name: str) -> str:
 
 def part_headers(part: Part) -> dict[str, str]:
     """Give the header fields a part is served with; only what cannot run is shown inline."""
-    kind = "application/octet-stream" if CAN_RUN.search(part.content_type) else part.content_type
+    kind = true_type(part)
+    kind = "application/octet-stream" if CAN_RUN.search(kind) else kind
     disposition = "inline" if kind in SHOWN_INLINE else "attachment"
     if kind.startswith("text/"):
-        kind += f"; charset={part.charset if CHARSET.fullmatch(part.charset) else 'utf-8'}"
-    name = safe_filename(part.filename or part.content_id or f"part-{part.number}")
+        known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", part.charset) and find_codec(part.charset)
+        kind += f"; charset={part.charset if known else 'utf-8'}"
+    name = safe_filename(file_name(part))
     plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
     return {
         "Content-Type": kind,
@@ -7175,26 +7376,58 @@ def part_headers(part: Part) -> dict[str, str]:
 def view_html(mail: Mail) -> str:
     """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
 
-    What no policy stops (a refresh, a DNS lookup ahead) is renamed rather than cut out, since
-    cutting could join what stood apart.
+    Links open in a tab of their own, those to a place in the mail stay. What no policy stops (a
+    refresh, a base, a DNS lookup ahead) is made a <meta> that says nothing: to cut it out could
+    join what stood apart. In each tag the first attribute of a name counts.
     """
-    page = OWN_WAYS.sub("<x-", embed_images(mail))
-    start = DOCTYPE.match(page)
+    def own(tag: re.Match[str]) -> str:
+        name, more = tag[1].lower(), attributes(tag[2])
+        if name in ("a", "area"):
+            here = more.get("href", "").strip().startswith("#")
+            return f"<{tag[1]} {'target=_self' if here else 'target=_blank rel=noopener'}{tag[2]}"
+        if name == "link" and set(more.get("rel", "").lower().split()) in ({"stylesheet"}, {"alternate", "stylesheet"}):
+            return tag[0]
+        return f"<meta http-equiv=off{tag[2]}"
+
+    page = re.sub(r"(?i)<(a|area|meta|base|link)((?=[\s/>])[^<>]{0,4000})", own, embed_images(mail))
+    at, before = 0, re.compile(r"(?s)[\s\ufeff]+|<!--.*?-->|<\?[^>]*>")
+    while skipped := before.match(page, at):
+        at = skipped.end()
+    start = re.compile(r"(?i)<!doctype[^>]*>").match(page, at)
     at = start.end() if start else 0
     return f"{page[:at]}<base target=_blank>{page[at:]}"
 
 
 def embed_images(mail: Mail) -> str:
     """Give the HTML body with its cid: addresses (RFC 2392) turned into data, as far as there is room."""
-    parts = {p.content_id.lower(): p for p in mail.parts if p.content_id}
-    chunks, at, room = [], 0, EMBEDDED_LIMIT
-    for cid in CID_REFERENCE.finditer(mail.html):
-        part = parts.get(html.unescape(urllib.parse.unquote(cid[1])).lower())
-        if part and part.content_type in SHOWN_INLINE and len(part.raw) < room:
+    parts = {p.filename.lower(): p for p in mail.parts if p.filename and p.role != "body"}
+    parts.update({unquote_cid(p.content_id): p for p in mail.parts if p.content_id})
+    chunks, at, room, page = [], 0, EMBEDDED_LIMIT, mail.html
+    for cid in CID_REFERENCE.finditer(page) if parts else ():
+        mark = {"(": ")"}.get(cid[1], cid[1])
+        end = page.find(mark, cid.end(), cid.end() + 600) if mark else -1
+        if end < 0:
+            match = re.compile(r"[^\s\"'<>)\\]{1,300}").match(page, cid.end())
+            end = match.end() if match else cid.end()
+        part = parts.get(unquote_cid(page[cid.end():end]))
+        kind = image_type(part) if part else ""
+        if part and kind and len(part.raw) < room:
             data = base64.b64encode(part.content).decode()
-            chunks += [mail.html[at:cid.start()], f"data:{part.content_type};base64,{data}"]
-            at, room = cid.end(), room - len(data) - 100
-    return "".join([*chunks, mail.html[at:]])
+            chunks += [page[at:cid.end(2)], f"data:{kind};base64,{data}"]
+            at, room = end, room - len(data) - 100
+    return "".join([*chunks, page[at:]])
+
+
+def unquote_cid(text: str) -> str:
+    return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
+
+
+def image_type(part: Part) -> str:
+    """Tell which image a part is: by its octets, its type, or its name; "" where it is none."""
+    kind, ending = true_type(part), "." + part.filename.rpartition(".")[2].lower()
+    if not kind.startswith("image/"):
+        return next((k for k, e in ENDINGS.items() if e == ending.replace("jpeg", "jpg") and k[:6] == "image/"), "")
+    return kind if re.fullmatch(r"(?a)image/[\w.+-]+", kind) else ""
 
 
 # A summary is what Mailpit's list shows of a message, but for its state, with three fields of
@@ -7205,7 +7438,7 @@ SUMMARY_FIELDS = (
     "Size", "Attachments", "Snippet",
     "inline",  # number of inline parts
     "place",  # where the whole text is: "snippet", "raw" as it stands, or "parts" to be decoded
-    "tags",  # of the X-Tags field
+    "tags",  # of the X-Tags field and of plus addresses
 )
 
 
@@ -7214,17 +7447,18 @@ def summarise(record: Message, mail: Mail) -> Summary:
     to, cc, bcc, reply_to = (mail.people(name) for name in ("to", "cc", "bcc", "reply-to"))
     named = {person["Address"].lower() for person in (*to, *cc, *bcc)}
     unnamed = [r.address for r in record.recipients if r.address.lower() not in named]
-    start = mail.plain[:32000] if mail.plain.strip() else strip_html(mail.html[:32000])
+    start = strip_html(mail.html[:32000]) if mail.html.strip() else mail.plain[:32000]
     text = " ".join(start.split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
-    stands = mail.plain.strip() and all(map(stands_in_octets, mail.having("body")))
-    place = "parts" if files or not stands else "raw"
+    stands = not mail.html and not files and not inline and all(map(stands_in_octets, mail.having("body")))
+    plus = [tag for r in record.recipients for tag in r.address.rpartition("@")[0].split("+")[1:]]
     values = (
-        record.id, mail.message_id[:1000], mail.people("from")[0], to, cc,
+        record.id, mail.message_id[:1000] or f"{record.id}@smtprelay", mail.people("from")[0], to, cc,
         bcc + [person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
-        record.received_at, record.user, record.size, files, text[:SNIPPET], inline,
-        "snippet" if len(text) <= SNIPPET and not files else place,
-        clean_tags(decode_words(header(mail.headers, "x-tags")).split(",")),
+        record.received_at, record.user, mail.size, files,
+        text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline,
+        ("snippet" if len(text) <= SNIPPET else "raw") if stands else "parts",
+        clean_tags([*decode_words(header(mail.headers, "x-tags")).split(","), *plus]),
     )
     return dict(zip(SUMMARY_FIELDS, values))
 
@@ -7242,19 +7476,16 @@ def unpack(packed: bytes) -> Summary:
 
 def stands_in_octets(body: Part) -> bool:
     """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
-    encoding = header(body.headers, "content-transfer-encoding").lower()
-    if body.content_type != "text/plain":
-        return True  # not searched where there is plain text
-    if encoding == "quoted-printable" and ESCAPED_ASCII.search(body.raw):
+    if body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw):
         return False
-    return encoding != "base64" and decode_text(b"az09", body.charset) == "az09"
-
-
-ESCAPED_ASCII = re.compile(rb"=[4-7 \t\n]")
+    codec = find_codec(body.charset)
+    flowed = body.parameters.get("format")  # a word may be in two lines
+    return body.encoding in ("", "7bit", "8bit", "quoted-printable") and not flowed and codec[:6] not in (
+        "utf_16", "utf_32", "utf_7", "hz", "iso202")
 
 
 def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
-    """Whether a message's text or an attachment's name holds a word."""
+    """Whether a message's text, HTML or link, or a part's name, holds a word."""
     try:
         raw = read()
     except (KeyError, OSError):  # gone meanwhile
@@ -7264,12 +7495,34 @@ def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
         if not all(p.encode() in flat for p in word.split() if p.isascii()):
             return False
     mail = read_mail(raw)
-    return word in clean("\n".join([mail.text, *(p.filename for p in mail.having("attachment"))]))
+    page = strip_html(mail.html[:SEARCH_LIMIT])
+    found = [mail.plain, page, *links("", mail.html), *(p.filename for p in mail.parts)]
+    return holds("\n".join(found).lower(), word)
+
+
+def holds(text: str, word: str) -> bool:
+    """Whether a text holds a search word; where that is all signs, as it stands."""
+    return word in (clean(text) if clean(word) else text)
+
+
+def read_safely(raw: bytes) -> Mail:
+    """Parse a message and look at all of it: what cannot be read, for a fault of ours, is shown as that.
+
+    So no one message stops a list, a search, a wait or a deletion.
+    """
+    try:
+        mail = read_mail(raw)
+        _ = mail.subject, mail.text, mail.date, mail.people("from"), mail.people("to"), links(mail.text, mail.html)
+        return mail
+    except Exception as error:  # whatever it is
+        words = f"This message cannot be read ({type(error).__name__}). Its source is whole.".encode()
+        return Mail([("Subject", "(cannot be read)")], [describe_part("0", [])._replace(raw=words)], len(raw))
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
-    """Sort tags without doubles, dropping what Mailpit takes for no tag."""
-    return sorted({t.strip() for t in tags if re.fullmatch(r"[A-Za-z0-9 ._-]{1,100}", t.strip())})
+    """Sort tags, the first spelling of each, without the signs that Mailpit takes out of them."""
+    cleaned = (" ".join(re.sub(r"[^\w .@-]", "", tag).split())[:100] for tag in tags)
+    return sorted({tag.lower(): tag for tag in reversed(list(cleaned)) if tag}.values(), key=str.lower)
 
 
 class Item(NamedTuple):
@@ -7314,6 +7567,9 @@ SEARCH_STATES: dict[str, Test] = {
 }
 
 
+TYPED_FIELDS = {*SEARCH_FIELDS, "is", "has", "tag", "larger", "smaller", "before", "after"}
+
+
 class Query(NamedTuple):
     """A compiled search: tests on the item, words in its text, each with what it must say."""
 
@@ -7325,9 +7581,10 @@ class Query(NamedTuple):
         if not all(test(item) == wanted for test, wanted in self.tests):
             return False
         s, place = item.summary, item.summary["place"]
-        known = self.words and clean(f"{SEARCH_FIELDS['addressed'](s)} {s['Subject']} {s['Snippet']}")
+        people = (f"{p['Name']} {p['Address']}" for p in (s["From"], *s["To"], *s["Cc"], *s["Bcc"], *s["ReplyTo"]))
+        known = " ".join([*people, s["Subject"], s["Snippet"]]).lower() if self.words else ""
         return all(
-            (word in known or (place != "snippet" and text_holds(read, place, word))) == wanted
+            (holds(known, word) or (place != "snippet" and text_holds(read, place, word))) == wanted
             for word, wanted in self.words
         )
 
@@ -7346,11 +7603,11 @@ def compile_query(text: str, zone: str = "") -> Query:
     for term in split_terms(text[:10000]):
         wanted = len(term) == 1 or term[0] not in "-!"
         term = term if wanted else term[1:]
-        test = compile_term(term, zone)
+        test, (name, colon, value) = compile_term(term, zone), term.lower().partition(":")
         if test:
             tests.append((test, wanted))
-        else:
-            words.append((clean(term) or term, wanted))
+        elif value.strip() or not colon or name not in TYPED_FIELDS:  # "from:" is still being typed
+            words.append((clean(term) or term.lower(), wanted))
     return Query(tuple(tests), tuple(words))
 
 
@@ -7388,20 +7645,51 @@ def search_size(value: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
 
 
-def search_moment(value: str, zone: str = "") -> str:
-    """Read a date or time as UTC to the second, as received_at has it; "" where it is none."""
+MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
+
+
+def search_moment(value: str, zone: str = "", now: datetime.datetime | None = None) -> str:
+    """Read a date or time as people write it, as UTC to the second; "" where it is none."""
     try:
         if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
             when = datetime.datetime.fromtimestamp(int(value[:10]), datetime.timezone.utc)
-        else:
-            when = datetime.datetime.fromisoformat(value.replace("/", "-").upper().replace("Z", "+00:00"))
-        if zone and not when.tzinfo:
+            return when.isoformat()[:19]
+        here: datetime.tzinfo | None = None
+        with contextlib.suppress(ValueError, LookupError, OSError):
             import zoneinfo
 
-            when = when.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+            here = zoneinfo.ZoneInfo(zone) if zone else None
+        now = (now or datetime.datetime.now(datetime.timezone.utc)).astimezone(here)
+        clock = re.search(r"(?:^|[ t])(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:\.\d+)? ?([ap]m)?(z|[+-]\d\d:?\d\d)?$", value)
+        clock = clock if clock and (clock[2] or clock[4]) else None
+        day = (value[:clock.start()] if clock else value).strip()
+        plain = re.fullmatch(r"(\d{4})(?:[-/.](\d{1,2})(?:[-/.](\d{1,2}))?)?", day)
+        month_first = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", day)
+        day_first = re.fullmatch(r"(\d{1,2})\.(\d{1,2})\.(\d{4})", day)
+        named = re.fullmatch(r"(?:([a-z]{3,9})\.? (\d{1,2})(?:st|nd|rd|th)?|(\d{1,2})\.? ([a-z]{3,9})\.?) (\d{4})", day)
+        if plain:
+            date = int(plain[1]), int(plain[2] or 1), int(plain[3] or 1)
+        elif month_first:
+            date = int(month_first[3]), int(month_first[1]), int(month_first[2])
+        elif day_first:
+            date = int(day_first[3]), int(day_first[2]), int(day_first[1])
+        elif named:
+            date = int(named[5]), MONTHS.index((named[1] or named[4])[:3]) // 3 + 1, int(named[2] or named[3])
+        elif clock and not day:
+            date = now.year, now.month, now.day
+        else:
+            return ""
+        hour, minute, second = (int(clock[n] or 0) if clock else 0 for n in (1, 2, 3))
+        if clock and clock[4]:
+            hour = hour % 12 + 12 * (clock[4] == "pm")
+        when = datetime.datetime(*date, hour, minute, second, tzinfo=here)
+        if clock and clock[5]:
+            offset = 0 if clock[5] == "z" else int(clock[5][1:3]) * 60 + int(clock[5][-2:])
+            shift = datetime.timedelta(minutes=-offset if clock[5][0] == "-" else offset)
+            when = when.replace(tzinfo=datetime.timezone(shift))
         return when.astimezone(datetime.timezone.utc).isoformat()[:19]
     except (ValueError, LookupError, OverflowError, OSError):
-        return search_moment(value) if zone else ""
+        return ""
 
 
 class Entry:
@@ -7433,11 +7721,18 @@ class Inbox:
     of the earlier run.
     """
 
-    def __init__(self, spool: Spool, log: Log, first: int = 1) -> None:
+    def __init__(self, spool: Spool, log: Log, first: int = 1, rules: Iterable[tuple[str, str]] = ()) -> None:
         self.spool, self.log = spool, log
         self.changed = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}  # oldest first
         self.newest, self.closed, self.deleted = first - 1, False, 0
+        self.rules = [(tag, compile_query(words)) for tag, words in rules]
+        self.kept: dict[str, list[Any]] = {}  # what a person did to messages, till they are found in the spool
+        self.touched, self.saving = False, threading.Lock()
+        with contextlib.suppress(OSError, ValueError, SealError):
+            if isinstance(spool, FileSpool):
+                kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
+                self.kept = {id: [bool(read), tags] for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
@@ -7446,6 +7741,7 @@ class Inbox:
             if entry is None:
                 self.newest += 1
                 entry = self.entries[stem[11:27]] = Entry(stem, self.newest)
+                entry.read, entry.tags = self.kept.pop(stem[11:27], (False, None))
                 self.changed.notify_all()
             return entry.sequence
 
@@ -7463,6 +7759,7 @@ class Inbox:
         with self.changed:
             chosen = [entry.id for entry in self.chosen(ids)]
             gone = [id for id in chosen if self.entries.pop(id, None)]
+            self.touched = True
             self.deleted += len(gone)
             return gone
 
@@ -7522,14 +7819,20 @@ class Inbox:
 
     def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
         for item in filter(None, map(self.shown, entries)):
-            if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
-                yield item
+            try:
+                if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
+                    yield item
+            except Exception as error:  # a fault of ours with one message is not one with all
+                self.log.bug("unsearchable", error)
 
     def shown(self, entry: Entry) -> Item | None:
         """Show an entry, on first reading with a new summary; None when its message is gone."""
         try:
             if not entry.packed:
-                entry.packed = pack(summarise(self.load(entry.id), self.mail(entry.id)))
+                summary = summarise(self.load(entry.id), self.mail(entry.id))
+                item, read = Item(entry.id, 0, False, [], summary), functools.partial(self.raw, entry.id, SEARCH_LIMIT)
+                ruled = [tag for tag, query in self.rules if query.matches(item, read)]
+                entry.packed = pack({**summary, "tags": clean_tags([*summary["tags"], *ruled])})
         except (KeyError, FileNotFoundError, SpoolError):
             self.delete([entry.id])
             return None
@@ -7547,7 +7850,7 @@ class Inbox:
 
     def mail(self, id: str) -> Mail:
         """Parse a message; KeyError or OSError when it is gone."""
-        return read_mail(self.raw(id))
+        return read_safely(self.raw(id))
 
     def email(self, item: Item) -> Email:
         """Give a message as users of the library see it."""
@@ -7573,7 +7876,8 @@ class Inbox:
         return Listing(items[page], len(items), sum(not item.read for item in items))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
-        """Give how many messages there are, how many unread, and how many with each known tag."""
+        """Give how many messages there are, how many unread, and how many with each tag."""
+        self.summarise_rest()
         with self.changed:
             entries = self.after()
         tags = collections.Counter(tag for entry in entries for tag in tags_of(entry))
@@ -7584,6 +7888,7 @@ class Inbox:
         with self.changed:
             for entry in self.chosen(ids):
                 entry.read = read
+            self.touched = True
 
     def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
         """Replace the tags of messages."""
@@ -7591,14 +7896,40 @@ class Inbox:
         with self.changed:
             for entry in self.chosen(ids):
                 entry.tags = wanted
+            self.touched = True
 
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
+        self.summarise_rest()
         with self.changed:
             for entry in self.chosen(None):
                 tags = tags_of(entry)
-                if old in tags:
-                    entry.tags = clean_tags(new if tag == old else tag for tag in tags)
+                if old.lower() in map(str.lower, tags):
+                    entry.tags = clean_tags(new if tag.lower() == old.lower() else tag for tag in tags)
+            self.touched = True
+
+    def summarise_rest(self, idle: Callable[[], bool] = lambda: True) -> None:
+        """Sum up the messages that nobody has looked at yet, newest first, for as long as there is no other work."""
+        with self.changed:
+            rest = [entry for entry in self.after() if not entry.packed]
+        for entry in rest:
+            if self.closed or not idle():
+                break
+            self.shown(entry)
+
+    def save(self) -> None:
+        """Write what a person did, if anything since the last time, beside the messages: read state and tags."""
+        if not self.touched or not isinstance(self.spool, FileSpool):
+            return
+        with self.changed:
+            self.touched = False
+            kept = {**self.kept, **{e.id: (e.read, e.tags) for e in self.after() if e.read or e.tags is not None}}
+        with self.saving:
+            try:
+                replace_file(self.spool.path(SEEN), self.spool.sealer.seal(json.dumps(kept).encode(), SEEN))
+            except OSError as error:  # of no weight beside the mail: tried again
+                self.log.warn("inbox_not_saved", error=error)
+                self.touched = True
 
 
 def tags_of(entry: Entry) -> list[str]:
@@ -7612,10 +7943,10 @@ class Email:
     """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
 
     def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
-        self.id, self.raw, self.sequence, self.mail = record.id, raw, sequence, read_mail(raw)
+        self.id, self.raw, self.sequence, self.mail = record.id, raw, sequence, read_safely(raw)
         self.reverse_path = record.reverse_path
         self.recipients = [r.address for r in record.recipients]
-        self.subject, self.text, self.html = self.mail.subject, self.mail.text, self.mail.html
+        self.subject, self.text, self.html = self.mail.subject, self.mail.text, self.mail.html.replace("\r\n", "\n")
         self.from_ = self.mail.people("from")[0]["Address"]
         self.to = [p["Address"] for p in self.mail.people("to")]
         self.cc = [p["Address"] for p in self.mail.people("cc")]
@@ -7679,8 +8010,8 @@ def attachment_json(part: Part) -> dict[str, Any]:
     content = part.content
     sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in CHECKSUMS}
     return {
-        "PartID": part.number, "ContentType": part.content_type, "ContentID": part.content_id,
-        "FileName": part.filename or part.content_id or f"part-{part.number}",
+        "PartID": part.number, "ContentType": true_type(part), "ContentID": part.content_id,
+        "FileName": file_name(part),
         "Size": len(content),
         "Checksums": {name: digest.hexdigest() for name, digest in sums.items()},
     }
@@ -7691,15 +8022,20 @@ LISTED_ONLY = ("Read", "Created", "Attachments", "Snippet")  # in a list only
 
 def message_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     """Mailpit's Message: one whole. Mailpit marks it read when it is asked for."""
-    listed = header(mail.headers, "list-unsubscribe")
-    unsubscribe = {
-        "Header": listed, "Links": re.findall(r"<((?:https?|mailto):[^<>\s]+)>", listed),
-        "Errors": "", "HeaderPost": header(mail.headers, "list-unsubscribe-post"),
-    }
+    listed, post = (header(mail.headers, name) for name in ("list-unsubscribe", "list-unsubscribe-post"))
+    found = [re.sub(r"\s", "", link) for link in re.findall(r"<([^<>]{1,4000})>", listed)]
+    good = [link for link in found if re.match("(?i)(?:https?://|mailto:).", link)]
+    wrong = ["it names no link" * (not good), "it names a link that is not of http, https or mailto" * (good != found)]
+    if post:
+        wrong += ["List-Unsubscribe-Post is not List-Unsubscribe=One-Click" * (post != "List-Unsubscribe=One-Click")]
+        wrong += ["one click needs an https link" * (not any(u.lower().startswith("https:") for u in good))]
+    unsubscribe = {"Header": listed, "Links": good, "HeaderPost": post,
+                   "Errors": ", ".join(filter(None, wrong)) if listed or post else ""}
     shown = {name: value for name, value in summary_json(item).items() if name not in LISTED_ONLY}
     return {
         **shown, "Subject": mail.subject, "Date": mail.date or item.summary["Created"],
-        "ReturnPath": record.reverse_path, "ListUnsubscribe": unsubscribe, "Text": mail.text, "HTML": mail.html,
+        "ReturnPath": record.reverse_path, "ListUnsubscribe": unsubscribe, "HTML": mail.html,
+        "Text": mail.plain if mail.plain.strip() else mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
     }
@@ -7712,9 +8048,19 @@ def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     return {**message_json(item, mail, record), **extra}
 
 
-def headers_json(mail: Mail) -> dict[str, list[str]]:
-    """The header fields by name, sorted and spelt as Go does (Message-Id)."""
-    spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in mail.headers]
+def headers_json(mail: Mail, record: Message | None = None) -> dict[str, list[str]]:
+    """The header fields by name, sorted and spelt as Go does (Message-Id).
+
+    With the record, Return-Path and Bcc are there as the envelope has them, as in Mailpit.
+    """
+    fields = list(mail.headers)
+    if record:
+        have = {name.lower() for name, _ in fields}
+        named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in mail.people(name)}
+        blind = ", ".join(r.address for r in record.recipients if r.address.lower() not in named)
+        fields += [("Return-Path", f"<{record.reverse_path}>")] if "return-path" not in have else []
+        fields += [("Bcc", blind)] if blind and "bcc" not in have else []
+    spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in fields]
     return grouped(sorted(spelt, key=lambda pair: pair[0]))
 
 
@@ -9295,6 +9641,8 @@ def delete_messages(request: Request) -> bytes:
         request.relay.postmaster.remove([request.item().id])
         return b""
     search = request.path.endswith("/search")
+    if search and request.search(request.query.get("query", "")) == ALL:  # such as "from:": that is not all mail
+        raise HttpError(400, "query: it names nothing")
     ids = matching(request, request.query.get("query", "")) if search else chosen(request)
     request.relay.postmaster.remove(ids)
     # MailHog's clients, which say nothing of what they accept, take no body but an empty one
@@ -9315,7 +9663,7 @@ def show_message(request: Request) -> Any:
 
 
 route("GET /api/v1/message/{id}/headers", "its header fields")(
-    lambda request: headers_json(request.relay.inbox.mail(request.item().id)))
+    lambda request: headers_json(request.relay.inbox.mail(request.item().id), request.relay.inbox.load(request.item().id)))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
@@ -10372,12 +10720,14 @@ class Delivering:
                  own: Sequence[int] = (), submit: Sequence[socket.socket] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
+        self.calm_at = -1
         self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
         reception.announce = self.adopt  # what this half makes itself needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, 0
         self.scheduler = Scheduler(settings)
         self.delivery = Delivery(settings, log, reception.accounts, own)
-        self.inbox = Inbox(spool, log, int(time.time()) * 1000)
+        rules = (rule.partition("=") for rule in settings.tags.split(";") if "=" in rule)
+        self.inbox = Inbox(spool, log, int(time.time()) * 1000, [(tag, words) for tag, _, words in rules])
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
@@ -10428,6 +10778,7 @@ class Delivering:
         self.feed.publish(None)
         for server in self.web:
             stop_server(server)
+        self.inbox.save()
         end = time.monotonic() + patience
         for thread in self.threads:
             if thread.name.startswith(("worker", "sweeper")):
@@ -10911,11 +11262,19 @@ class Delivering:
         """Close idle connections, make room, look through the spool when something may be in it unheard."""
         while not self.stopping.wait(SWEEP_EVERY):
             for job in (functools.partial(self.delivery.drop_idle, older_than=REUSE_IDLE), self.make_room,
-                        self.look_again, self.watch_clock, self.renew, self.reception.quotas.save):
+                        self.look_again, self.watch_clock, self.renew, self.reception.quotas.save, self.inbox.save,
+                        self.sum_up):
                 try:
                     job()
                 except Exception as e:  # the others are done all the same
                     self.log.bug("sweep_bug", e)
+
+    def sum_up(self) -> None:
+        """Read what nobody has looked at, so that the first search is quick, while nothing arrives."""
+        arrived = self.inbox.last
+        if arrived == self.calm_at:
+            self.inbox.summarise_rest(lambda: self.inbox.last == arrived and not self.stopping.is_set())
+        self.calm_at = arrived
 
     def watch_clock(self) -> None:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""

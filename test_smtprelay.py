@@ -7482,13 +7482,17 @@ def test_read_tree() -> None:
     assert smtprelay.links(mail.text, mail.html) == ["https://x.example/?a=1&b=2"]
 
 
+MEGABYTE = 1 << 20
+MULTIPART = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"
+HTML_HEAD = b"Content-Type: text/html\r\n\r\n"
+
 READ = [  # (content, text, attachments)
     (b"", "", 0),
     (b"\r\n", "", 0),
     (b"just words", "just words", 0),
     (b"Subject: x\r\nno header here\r\nmore", "no header here\nmore", 0),
     (b"Subject: x\n\nbare\n", "bare\n", 0),
-    (b"Content-Type: text/plain; charset=nonsense\r\n\r\n\xe9\xc3\xa9", "\ufffdé", 0),
+    (b"Content-Type: text/plain; charset=nonsense\r\n\r\n\xe9\xc3\xa9", "éÃ©", 0),
     (b"Content-Type: text/plain; charset=punycode\r\n\r\nabc", "abc", 0),
     (b"Content-Type: text/plain; charset=utf-16\r\n\r\n\xff\xfea\0", "a", 0),
     (
@@ -7506,7 +7510,15 @@ READ = [  # (content, text, attachments)
         1,
     ),
     (b"Content-Type: application/pdf\r\n\r\n%PDF", "", 1),
-    (b'Content-Type: text/plain; name="a.txt"\r\n\r\nfile', "", 1),
+    (b'Content-Type: text/plain; name="a.txt"\r\n\r\nfile', "file", 0),
+    (MULTIPART + b'--b\r\n\r\none\r\n--b\r\nContent-Type: text/plain; name="a.txt"\r\n\r\nfile\r\n--b--', "one", 1),
+    (b"Content-Type: text/plain; format=flowed\r\n\r\nlong \r\nline\r\n> quoted \r\n> too\r\n-- \r\nme", "long line\n> quoted too\n-- \nme", 0),
+    (b"Content-Type: text/plain; format=flowed; delsp=yes\r\n\r\nlo \r\nng\r\n  in", "long\n in", 0),
+    (b"Content-Type: (a) text/plain (b) charset=\"ISO-8859-1\" (c)\r\n\r\n\x80", "\u20ac", 0),
+    (b"Content-Transfer-Encoding: base64 (x)\r\n\r\naGk=", "hi", 0),
+    (MULTIPART + b"--b\r\n\r\none\r\n--b\r\n\r\ntwo\r\n--b--", "one\n--\ntwo", 0),
+    (MULTIPART.replace(b"mixed", b"alternative") + b"--b\r\n\r\none\r\n--b\r\nContent-Type: text/calendar\r\n\r\nBEGIN\r\n--b--", "one", 0),
+    (b">From x\r\nSubject: y\r\nno field\r\nX-B: z\r\n\r\nbody", "body", 0),
     (b"Content-Transfer-Encoding: base64\r\n\r\naGVsbG8*gd29ybGQ", "hello world", 0),
     (b"Content-Transfer-Encoding: base64\r\n\r\naGVsbG8gd29ybGQX=YW", "hello world\x17a", 0),
     (b"Content-Transfer-Encoding: quoted-printable\r\n\r\na=ZZ=\r\nb=", "a=ZZb", 0),
@@ -7841,10 +7853,10 @@ def test_a_message_that_cannot_be_read_is_kept(box: Box) -> None:
 
 def test_tags(four: Box) -> None:
     four.inbox.search(smtprelay.compile_query("from:x"))
-    assert four.inbox.counts() == (4, 3, {"Second": 1, "Urgent": 1})
-    four.inbox.rename_tag("Urgent", "Later")
-    four.inbox.rename_tag("Second")
-    assert four.inbox.counts()[2] == {"Later": 1}
+    assert four.inbox.counts() == (4, 3, {"badtag": 1, "Second": 1, "Urgent": 1, "xy": 1})
+    four.inbox.rename_tag("URGENT", "Later")
+    four.inbox.rename_tag("second")
+    assert four.inbox.counts()[2] == {"badtag": 1, "Later": 1, "xy": 1}
     four.inbox.mark(None, True)
     assert four.inbox.counts()[1] == 0
 
@@ -7934,6 +7946,28 @@ def test_email(box: Box) -> None:
     assert "Found: https://x.example/?a=1&b=2\n\nnaïve text" in str(mail)
 
 
+MAILS = Path(__file__).parent / ".ci" / "mail"
+
+
+@pytest.mark.parametrize("case", json.loads((MAILS / "expected.json").read_text("utf-8")), ids=lambda case: case["file"])
+def test_mail_as_programs_write_it(box: Box, case: dict[str, Any]) -> None:
+    """What is shown of a mail: a field of the API's message, a link, a code, the page of its HTML."""
+    id = box.put((MAILS / case["file"]).read_bytes())
+    item = box.inbox.get(id)
+    assert item
+    mail = box.inbox.email(item)
+    shown = smtprelay.message_json(item, mail.mail, box.records[id])
+    shown.update(links=mail.links, codes=mail.codes, view=smtprelay.view_html(mail.mail))
+    for path, wanted in case["want"].items():
+        name, _, how = path.partition(".")
+        found = shown[name]
+        if how == "addresses":
+            found = [person["Address"] for person in found]
+        if how == "count":
+            found = len(found)
+        assert (wanted in found) == (how == "contains") if how in ("contains", "lacks") else found == wanted, path
+
+
 # -- JSON
 
 
@@ -7991,12 +8025,12 @@ def test_mailpit_json(four: Box) -> None:
         "messages_count": 3,
         "messages_unread": 2,
         "start": 0,
-        "tags": ["Second", "Urgent"],
+        "tags": ["Second", "Urgent", "badtag", "xy"],
     }
     d, b = listing["messages"]
     assert types(d) == types(b) == SUMMARY_TYPES
     assert b["From"] == {"Name": "", "Address": "alice@example.com"}
-    assert (b["Cc"], b["Tags"]) == ([{"Name": "Carol", "Address": "carol@example.com"}], ["Urgent"])
+    assert (b["Cc"], b["Tags"]) == ([{"Name": "Carol", "Address": "carol@example.com"}], ["Urgent", "xy"])
     item = four.inbox.get("d")
     assert item
     whole = smtprelay.message_json(item, four.inbox.mail("d"), four.records["d"])
@@ -8017,7 +8051,7 @@ def test_mailpit_json(four: Box) -> None:
         "ContentID": "logo@x",
         "Size": 4,
     }
-    assert [a["FileName"] for a in whole["Attachments"]] == ["report.pdf", "part-3"]
+    assert [a["FileName"] for a in whole["Attachments"]] == ["report.pdf", "part-3.eml"]
     waited = smtprelay.waited_json(item, four.inbox.mail("d"), four.records["d"])
     assert (waited["Sequence"], waited["Links"], waited["Codes"]) == (
         4,
@@ -8029,9 +8063,10 @@ def test_mailpit_json(four: Box) -> None:
 def test_headers_and_info_json(four: Box) -> None:
     mail = smtprelay.read_mail(
         b"MIME-version: 1.0\r\nmessage-ID: <x>\r\nReceived: a\r\nreceived: b\r\n c\r\n"
-        b"X-\xc3\xa9: this begins the body\r\nlast: d\r\n\r\n"
+        b"X-\xc3\xa9: this is no field\r\nlast: d\r\n\r\n"
     )
     assert smtprelay.headers_json(mail) == {
+        "Last": ["d"],
         "Message-Id": ["<x>"],
         "Mime-Version": ["1.0"],
         "Received": ["a", "b c"],
@@ -8114,13 +8149,13 @@ def test_compose() -> None:
     assert "Bcc" not in names and "X-Evil" not in names
     assert people(mail.people("from")) == [("Jöhn, D", "john@example.com")]
     assert mail.subject == "Grüße  X-Evil: yes"
-    assert (mail.text, mail.html) == ("Hëllo\n", "<p>Hi <img src='cid:logo'>\n")
+    assert (mail.text, mail.html) == ("Hëllo\n", "<p>Hi <img src='cid:logo'>\r\n")
     found = [(p.filename, p.content_type, p.role, p.content) for p in mail.parts if p.role != "body"]
     assert found == [
         ("logo.png", "image/png", "inline", b"\x89PNG"),
         ("a.txt", "text/x-thing", "attachment", b"hi"),
     ]
-    assert smtprelay.header(mail.headers, "x-tags") == "Tag 1"
+    assert smtprelay.header(mail.headers, "x-tags") == "badtag, Tag 1"
     assert smtprelay.header(mail.headers, "message-id").endswith("@example.com>")
     assert "data:image/png;base64," in smtprelay.view_html(mail)
 
@@ -8158,9 +8193,9 @@ def test_compose_refuses(change: Any, error: str) -> None:
 
 def test_compose_takes_the_least() -> None:
     raw, _, recipients = smtprelay.compose(MINIMAL)
-    assert recipients == ["c@d.example"] and smtprelay.read_mail(raw).plain == "\n"
+    assert recipients == ["c@d.example"] and smtprelay.read_mail(raw).plain == ""
     html_only = smtprelay.read_mail(smtprelay.compose({**MINIMAL, "HTML": "<b>x"})[0])
-    assert (html_only.plain, html_only.html) == ("", "<b>x\n")
+    assert (html_only.plain, html_only.html) == ("", "<b>x\r\n")
 
 
 def test_compose_writes_what_it_is_given_and_nothing_more() -> None:
@@ -8223,9 +8258,6 @@ def bomb(depth: int) -> bytes:
     return b"".join(head) + b"\r\ndeep"
 
 
-MEGABYTE = 1 << 20
-MULTIPART = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"
-HTML_HEAD = b"Content-Type: text/html\r\n\r\n"
 HOSTILE = {
     "deep": bomb(2000),
     "deep and long": bomb(16) + b"\r\n--b" * (MEGABYTE // 5),
@@ -8387,14 +8419,22 @@ def grow(rng: random.Random, depth: int) -> email.message.EmailMessage:
 VIEWS = [  # (HTML part, the page made of it)
     ("<p>x", "<base target=_blank><p>x"),
     ("<!doctype html><p>", "<!doctype html><base target=_blank><p>"),
-    ("<META http-equiv=refresh content=0>", "<base target=_blank><x-META http-equiv=refresh content=0>"),
-    ("<lin<link x>k rel=preconnect>", "<base target=_blank><lin<x-link x>k rel=preconnect>"),
-    ("<link rel=stylesheet href=x><base href=y>", "<base target=_blank><link rel=stylesheet href=x><x-base href=y>"),
+    ("\ufeff<!-- a --><?xml?> <!DOCTYPE html><p>", "<!-- a --><?xml?> <!DOCTYPE html><base target=_blank><p>"),
+    ("<META http-equiv=refresh content=0>", "<base target=_blank><meta http-equiv=off http-equiv=refresh content=0>"),
+    ("<lin<link x>k rel=preconnect>", "<base target=_blank><lin<meta http-equiv=off x>k rel=preconnect>"),
+    ("<link title=stylesheet rel=prefetch>", "<base target=_blank><meta http-equiv=off title=stylesheet rel=prefetch>"),
+    ("<link rel=stylesheet href=x><base href=y>",
+     "<base target=_blank><link rel=stylesheet href=x><meta http-equiv=off href=y>"),
+    ("<a href=x target=_top><A href='#y'><abbr>",
+     "<base target=_blank><a target=_blank rel=noopener href=x target=_top><A target=_self href='#y'><abbr>"),
     (
         "<img src=cid:none><img src='CID:pic'>",
         "<base target=_blank><img src=cid:none><img src='data:image/png;base64,iVBORw=='>",
     ),
-    ("<img src=cid:evil>", "<base target=_blank><img src=cid:evil>"),
+    ("<img src=cid:evil>", "<base target=_blank><img src=data:image/png;base64,iVBORw==>"),
+    *((f"<img src={cid}>", f"<base target=_blank><img src={cid[0]}data:image/png;base64,iVBORw=={cid[-1]}>") for cid in (
+        "'cid:a (1)%40x'", '"cid&#58;A (1)@x"', '"CID:%61 (1)&#64;x"')),
+    ("<p style='background:url(cid:pic)'>", "<base target=_blank><p style='background:url(data:image/png;base64,iVBORw==)'>"),
 ]
 
 
@@ -8402,7 +8442,7 @@ VIEWS = [  # (HTML part, the page made of it)
 def test_view_html(page: str, shown: str) -> None:
     image = "\r\n--b\r\nContent-Type: image/{}\r\nContent-ID: <{}>\r\nContent-Transfer-Encoding: base64\r\n\r\niVBORw=="
     raw = f"Content-Type: multipart/related; boundary=b\r\n\r\n--b\r\nContent-Type: text/html\r\n\r\n{page}"
-    raw += image.format("png", "pic") + image.format("svg+xml", "evil")
+    raw += image.format("png", "pic") + image.format("svg+xml", "evil") + image.format("pjpeg", "a (1)@x")
     assert smtprelay.view_html(smtprelay.read_mail(raw.encode())) == shown
 
 
