@@ -10597,10 +10597,9 @@ def mailq(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the queue as mailq prints it: monitoring looks for the words of the last line."""
     lines = []
     for row in rows:
-        sender = row["reverse_path"] or "MAILER-DAEMON"
-        lines.append(f"{row['id']} {row['size']:>8} {row['received_at'][:19]}  {row['status']:<10} {sender}")
-        lines += [f"    ({row['reason']})"] * bool(row["reason"])
-        lines += [f"    {address}" for address in row["recipients"]]
+        lines += [f"{row['id']} {row['size']:>8} {row['received_at'][:19]}  {row['reverse_path'] or 'MAILER-DAEMON'}",
+                  f"    ({Status(row['status']).value}) {row['reason']}",
+                  *(f"    {address}" for address in row["recipients"])]
     total = f"-- {-(-sum(row['size'] for row in rows) // KIB)} Kbytes in {len(rows)} Request{'s' * (len(rows) != 1)}."
     return "\n".join([*lines, total if rows else "Mail queue is empty"]) + "\n"
 

@@ -10077,7 +10077,7 @@ def test_the_launcher_has_the_relay_do_it(launch: Callable[..., Submit]) -> None
     ((record, _),) = mails(s.relay)
     assert (record.client, record.helo, record.protocol) == ("local", ME, "local")
     status, listed, _ = s.run(name="mailq")
-    assert status == 0 and "root@box.example" in listed and "-- 1 Kbytes in 1 Request." in listed
+    assert status == 0 and "    (held) SMTP_DELIVERY is hold\n    root@box.example\n" in listed and "-- 1 Kbytes in 1 Request." in listed
     s.relay.clear()
     assert s.run("-bp") == (0, "Mail queue is empty\n", "")
     assert s.run("-bv", "a", stdin=b"x\n") == s.run("-bi") == s.run("-q") == (0, "", "") and mails(s.relay) == []
