@@ -4381,11 +4381,13 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         line.partition(b":") for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"))}
     kind = fields.get(b"content-type", b"text/plain").lower()
     encoding = before = fields.get(b"content-transfer-encoding", b"7bit").lower()
-    fine = (body.isascii() or not seven) and max(map(len, part.split(b"\r\n"))) <= LINE_MOST
-    if fine or depth > 20 or b"dkim-signature" in fields or kind.startswith(
+    fine = (body.isascii() or not seven) and max(map(len, body.split(b"\r\n"))) <= LINE_MOST
+    if depth > 20 or b"dkim-signature" in fields or kind.startswith(
             (b"multipart/signed", b"multipart/encrypted", b"multipart/digest")):
         return part
-    if kind.startswith(b"multipart/"):
+    if fine:
+        pass  # but for its header, perhaps
+    elif kind.startswith(b"multipart/"):
         named = re.search(rb"""\bboundary=(?:"([^"]+)"|([^\s;"]+))""", fields[b"content-type"], re.IGNORECASE)
         mark = b"--" + (named[1] or named[2]) if named else b"\n"
         pieces = re.split(rb"((?:^|\r\n)%s(?:--)?[ \t]*(?=\r\n|\Z))" % re.escape(mark), body)
@@ -4402,7 +4404,8 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         plain = binascii.a2b_qp(body) if encoding == b"quoted-printable" else body
         body = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
         if whole and b"content-type" not in fields:
-            charset = b"us-ascii" if plain.isascii() else b"utf-8" if is_utf8(plain) else b"unknown-8bit"  # RFC 1428
+            utf8 = "\ufffd" not in plain.decode("utf-8", "replace")
+            charset = b"us-ascii" if plain.isascii() else b"utf-8" if utf8 else b"unknown-8bit"  # RFC 1428
             head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
         encoding = b"quoted-printable"
     elif encoding in (b"7bit", b"8bit", b"binary") and not kind.startswith(b"message/"):
@@ -4421,12 +4424,6 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
     return (head + b"\r\n\r\n" if head else b"\r\n") + body
 
 
-def is_utf8(text: bytes) -> bool:
-    with contextlib.suppress(UnicodeDecodeError):
-        return bool(text.decode())
-    return False
-
-
 def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
     """Return a header, without its last CRLF, in which a field has this value."""
     rest = re.sub(rb"(?im)^%s[ \t]*:.*\n(?:[ \t].*\n)*" % name, b"", head + b"\r\n" if head else b"")
@@ -4435,7 +4432,7 @@ def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
 
 def with_author(head: bytes, address: str) -> bytes:
     """Put an address into a header's From, and who was named there into Reply-To, where there is none."""
-    fields = re.findall(rb"[^\n]*\n(?:[ \t][^\n]*\n)*", head)
+    fields = re.findall(rb"[^\n]+\n?(?:[ \t][^\n]*\n?)*", head)
     names = [field.partition(b":")[0].strip().lower() for field in fields]
     at = names.index(b"from") if b"from" in names else len(fields)
     old = b"".join(fields[at:at + 1]).partition(b":")[2].strip()
@@ -4853,7 +4850,7 @@ def is_nameless(settings: Settings) -> bool:
 def read_aliases(text: str) -> dict[str, list[str]]:
     """Read a file like /etc/aliases: names and the addresses behind them; files and programs are left out."""
     aliases = {}
-    lines = [line for line in text.split("\n") if not line.lstrip().startswith("#") and line.strip()]
+    lines = [line for line in re.sub(r"(?m)(?:^|\s)#.*$", "", text).split("\n") if line.strip()]
     for entry in re.split(r"\n(?![ \t])", "\n".join(lines)):
         name, _, value = entry.partition(":")
         targets = [target.strip().strip('"') for target in re.findall(r'(?:"[^"]*"|[^,"])+', value)]
@@ -5064,26 +5061,24 @@ class Delivery:
         if s.relay_repair or s.relay_from:
             first = file.read(HEAD_LIMIT)
             top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # where the message as it came begins
-            end = first.find(b"\r\n\r\n", max(top - 2, 0)) + 2
-            if end < 2:  # all header, or one beyond measure
-                end = len(first) if len(first) < HEAD_LIMIT else top
             begun = re.match(rb"[!-9;-~]+[ \t]*:|\r\n", first[top:])
-            end = end if begun else top
-            fields, names = first[top:end], b"\n" + first[top:end].lower()
-            signed, added = b"\ndkim-signature:" in names, b""
-            if s.relay_repair and not signed and len(fields) < HEAD_LIMIT - top:
+            blank = first.find(b"\r\n\r\n", max(top - 2, 0))
+            whole = blank >= 0 or len(first) < HEAD_LIMIT  # else its header is beyond measure
+            end = top if not begun or not whole else blank + 2 if blank >= 0 else len(first)
+            fields, names, added = first[top:end], b"\n" + first[top:end].lower(), b""
+            signed = b"\ndkim-signature:" in names
+            if s.relay_repair and whole and not signed:
                 if b"\nmessage-id:" not in names:
                     added = f"Message-ID: <{message.id}@{s.hostname}>\r\n".encode()
                 if b"\ndate:" not in names:
                     added += f"Date: {mail_date(id_micros(message.id) // 1000000)}\r\n".encode()
-            changed = with_author(fields, s.relay_from) if s.relay_from else fields
-            if s.relay_repair and not begun:
-                changed += b"\r\n"
-            if added or changed != fields:
-                head, end = head + first[:top] + added + changed, end
-            else:
-                end = 0
-            file.seek(start + end)
+            if s.relay_from and whole:
+                fields = with_author(fields, s.relay_from)
+            if not begun:
+                fields += b"\r\n"
+            if added or s.relay_from or not begun:
+                head, start = head + first[:top] + added + fields, start + end
+            file.seek(start)
         out = Outgoing(file, head)
         if s.relay_repair:
             out.signed = signed

@@ -4784,21 +4784,6 @@ def test_dnsmasq_long_answer_over_tcp(dnsmasq: tuple[str, int]) -> None:
 
 BUSY = "450 4.2.1 busy"
 PASSING = [  # trouble that comes once: the message arrives all the same
-    *[
-        (stage, act)
-        for stage in ("greeting", "ehlo", "mail", "rcpt", "data", "end")
-        for act in (
-            "drop",
-            "reset",
-            "421 4.3.2 closing",
-            "drop 421 4.3.2 bye",
-            "451 4.3.0 later",
-            "raw \\xff\\x00\\r\\n",
-            "endless 250-more\\r\\n",
-            "endless x",
-            "hang",
-        )
-    ],
     ("connect", "drop"),
     ("greeting", "554 5.3.2 no service"),
     ("greeting", "trickle 220 hop.test"),
@@ -5072,16 +5057,15 @@ def relaying(*hops: FakeHop | str, **settings: str) -> Iterator[smtprelay.Relay]
 # -- every failure at every stage --
 
 HOST, LATER, NEVER, DONE = "host", "retrying", "failed", "forwarded"
-SILENT = ("drop", "hang", "drip", "garbage", "long", "endless 250-more\\r\\n")
+SILENT = ("drop", "reset", "hang", "drip", "garbage", "raw \\xff\\x00\\r\\n", "long", "endless 250-more\\r\\n", "endless x")
 TABLE = [
-    *((stage, how, HOST) for stage in ("greeting", "ehlo") for how in (*SILENT, "421 going", "554 no")),
+    *((stage, how, HOST) for stage in ("greeting", "ehlo") for how in (*SILENT, "421 going", "drop 421 bye", "554 no")),
     *(("mail", how, LATER) for how in (*SILENT, "451 later")),
-    ("mail", "421 going", LATER),
+    *((stage, how, LATER) for stage in ("mail", "rcpt", "data", "end") for how in ("421 going", "drop 421 bye")),
     ("mail", "530 log in", HOST),
     ("mail", "550 no", NEVER),
     *(("rcpt", how, LATER) for how in (*SILENT, "450 grey", "452 many", "552 many")),
     ("rcpt", "550 no", NEVER),
-    ("rcpt", "421 going", LATER),
     *(("data", how, LATER) for how in (*SILENT, "451 later")),
     ("data", "554 no", NEVER),
     *(("end", how, LATER) for how in (*SILENT, "451 later", "452 full")),
@@ -5232,7 +5216,7 @@ def test_a_limit_of_recipients_means_several_transactions(offers: str) -> None:
 
 def test_a_provider_is_known_to_have_a_limit() -> None:
     assert smtprelay.recipient_limit("email-smtp.eu-west-1.amazonaws.com") == 50
-    assert smtprelay.recipient_limit("mail.example.com") == 0
+    assert not smtprelay.recipient_limit("mail.example.com")
 
 
 @pytest.mark.parametrize("how", ["421 4.7.0 enough", "451 4.7.0 enough", "drop 421 enough", "drop"])
@@ -5442,6 +5426,13 @@ RECODED = [  # head, body, encoding in the end (of the first part that has one)
      b"--b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\ngr\xc3\xbc\xc3\x9fe\r\n"
      b"--b\r\nContent-Type: message/rfc822\r\n\r\nSubject: in\r\n\r\n" + WORDY + b"\r\n--b--\r\nend", "quoted-printable"),
 ]  # fmt: skip
+
+
+def test_a_long_header_is_folded_and_a_body_left_alone() -> None:
+    content = b"Subject: x\r\nReferences: " + b"<1234567@x.test> " * 99 + b"\r\n\r\nbody\r\n"
+    got = through(content).content
+    assert max(map(len, got.split(b"\r\n"))) <= 998 and got.endswith(b"\r\n\r\nbody\r\n")
+    assert re.sub(rb"\r\n(?= )", b"", got).endswith(content.partition(b"\r\n")[2])
 
 
 def texts(content: bytes) -> list[bytes]:
