@@ -11855,6 +11855,29 @@ def test_keys_of_tables_are_unique() -> None:
         assert [key for key, times in collections.Counter(keys).items() if times > 1] == []
 
 
+PYTHON_BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```", PROGRAM.with_name("README.md").read_text())
+DJANGO = """
+import django
+from django.conf import settings
+settings.configure(MAILERS={"default": {"BACKEND": "django.core.mail.backends.smtp.EmailBackend"}})
+django.setup()
+"""
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_the_readmes_python_runs_as_it_stands(tmp_path: Path, number: int) -> None:
+    block = PYTHON_BLOCKS[number]
+    for framework, version in (("django", (6, 1)), ("flask_mail", ())):
+        if f"from {framework}" in block and getattr(pytest.importorskip(framework), "VERSION", ()) < version:
+            pytest.skip(f"{framework} is older than the block")
+    shutil.copy(PROGRAM, tmp_path)
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["smtprelay"]\n' + DJANGO * ("django" in block))
+    (tmp_path / "test_it.py").write_text(block)
+    pytest_it = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "def test_" in block else []
+    done = subprocess.run([sys.executable, *pytest_it, "test_it.py"], cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_readme_and_help_name_the_same_settings() -> None:
     table = re.findall(r"(?m)^\| *`?(SMTP_\w+)`?", PROGRAM.with_name("README.md").read_text())
     assert sorted(table) == sorted(set(re.findall(r"(?m)^ +(SMTP_\w+)", run("--help").stdout)))
