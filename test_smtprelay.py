@@ -8513,7 +8513,8 @@ VISIT = LOOK.format("""<h1>We look forward to your visit</h1>
 <p>Dr. Ruth Amadi will see you on <b>Thursday at 09:40</b>, second floor.</p>
 <p>Please bring your insurance card and arrive ten minutes early.</p>
 <a class="b" href="https://tidewater.example/visits/3391">Change the time</a>
-<p class="s">Tidewater Health, 12 Quay Road.</p>""")
+<p class="s">Tidewater Health, 12 Quay Road. <a id="jump" href="#terms">Terms</a></p>
+<p class="s" id="terms" style="margin-top:1500px">Cancel a day before.</p>""")
 EVIL_HOST = "http://evil.test"
 HOSTILE_HTML = f"""<script>top.pwned=1;alert(1);fetch('{EVIL_HOST}/s')</script><img src=x onerror="alert(2)">
 <img src="{EVIL_HOST}/i.png"><link rel=stylesheet href="{EVIL_HOST}/c.css"><link rel=prefetch href="{EVIL_HOST}/p">

@@ -107,6 +107,17 @@ await check('a link in the mail opens a tab of its own, and the mail stays', asy
   outside.length = tabs.length = 0;
   return page.frameLocator('iframe').locator('h1').isVisible();
 });
+await check('a link within the mail scrolls to its place', async () => {
+  await openRow(page, 'Your visit on Thursday');
+  const frame = page.frameLocator('iframe'), top = () => frame.locator('#terms').evaluate(node => node.getBoundingClientRect().top);
+  await frame.locator('#jump').waitFor();
+  const before = await top();
+  await frame.locator('#jump').click();
+  await until(async () => await top() < before - 500);
+  const stayed = tabs.length === 0 && await frame.locator('#jump').count() === 1;
+  await openRow(page, 'is on its way');
+  return stayed;
+});
 await check('the text has links that can be followed', async () => {
   await page.click('#tab-text');
   const link = page.locator('#body a').first();
