@@ -139,7 +139,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, cast
 
 if TYPE_CHECKING:
     import ctypes
@@ -2104,10 +2104,12 @@ def open_sealer(settings: Settings) -> Sealer:
 
     The first start with a key leaves a mark, key.check; what is plain from before stays readable.
     """
-    mark = os.path.join(settings.spool, KEY_CHECK)
     try:
         sealer = Sealer(settings.spool_key)
-        with contextlib.suppress(FileNotFoundError), open(mark, "rb") as file:
+    except SealError as e:
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected {e}"]) from None
+    try:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SealError(f"{KEY_CHECK} was altered")
     except SealError as e:
@@ -2135,12 +2137,17 @@ def open_sealer(settings: Settings) -> Sealer:
 # message does. So nothing here needs a lock but the making of ids.
 
 NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
-DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
 SIDECARS = (*((end, status) for status, end in DONE_NAMES.items()), (".json", None))  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
 READ_AT_ONCE = 64 * KIB
+SIZE_AT = len("X-Envelope-Size: ")
+TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
+ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
+SEEN = "inbox.json"  # what a person did to messages: read state and tags
+KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK, SEEN)
 
 
 class SpoolError(Exception):
@@ -2165,20 +2172,12 @@ class IdMaker:
             return f"{self.last:013x}{self.maker}"
 
 
+# -- what a message opens with --
+
 @functools.lru_cache(maxsize=16)
 def mail_date(seconds: int) -> str:
     """Return a Unix time as RFC 5322 writes it, in UTC."""
     return email.utils.formatdate(seconds).replace("-0000", "+0000")
-
-
-def trace_header(envelope: Envelope, id: str, hostname: str) -> bytes:
-    """Return our Received header (RFC 5321 4.4); it names a recipient only where there is just one."""
-    only = f"\r\n\tfor <{envelope.recipients[0]}>" if len(envelope.recipients) == 1 else ""
-    tag = "IPv6:" if ":" in envelope.client else ""
-    text = (f"Received: from {envelope.helo or 'unknown'} ([{tag}{envelope.client}])\r\n"
-            f"\tby {hostname} (smtprelay) with {envelope.protocol} id {id}{only};\r\n"
-            f"\t{mail_date(id_micros(id) // 1000000)}\r\n")
-    return text.encode("utf-8", "surrogateescape")
 
 
 def asked(**parameters: str) -> str:
@@ -2194,29 +2193,23 @@ def read_asked(text: str) -> tuple[str, dict[str, str]]:
     return text[1:-1], {}
 
 
-def read_recipient(text: str, status: Status) -> Recipient:
-    address, told = read_asked(text)
-    return Recipient(address, status, notify=told.get("NOTIFY", ""), orcpt=told.get("ORCPT", ""))
+def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
+    """Return the envelope headers behind X-Envelope-Size, then our Received header (RFC 5321 4.4).
 
-
-def envelope_block(envelope: Envelope, id: str, trace: int) -> bytes:
-    """Return the headers that an .eml opens with, with room for the size that is not known yet."""
-    lines = ["X-Envelope-Size: " + " " * 12, f"X-Envelope-Trace: {trace}", f"X-Envelope-Id: {id}",
-             f"X-Envelope-From: <{envelope.reverse_path}>" + asked(RET=envelope.ret, ENVID=envelope.envid),
-             *(f"X-Envelope-To: <{r}>" + asked(NOTIFY=envelope.notify.get(r, ""), ORCPT=envelope.orcpt.get(r, ""))
-               for r in envelope.recipients),
-             *([f"X-Envelope-Flags: {' '.join(envelope.flags)}"] if envelope.flags else []),
-             f"X-Envelope-Client: {envelope.client}", f"X-Envelope-Helo: {envelope.helo}",
-             f"X-Envelope-Protocol: {envelope.protocol}", f"X-Envelope-User: {envelope.user}", ""]
-    return "\r\n".join(lines).encode("utf-8", "surrogateescape")
-
-
-SIZE_AT = len("X-Envelope-Size: ")
-TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
-
-
-def size_text(size: int) -> bytes:
-    return b"%012d" % size
+    That one names a recipient only where there is just one.
+    """
+    e, only = envelope, envelope.recipients[0] if len(envelope.recipients) == 1 else ""
+    trace = (f"Received: from {e.helo or 'unknown'} ([{'IPv6:' if ':' in e.client else ''}{e.client}])\r\n"
+             f"\tby {hostname} (smtprelay) with {e.protocol} id {id}" + (f"\r\n\tfor <{only}>" if only else "")
+             + f";\r\n\t{mail_date(id_micros(id) // 1000000)}\r\n").encode("utf-8", "surrogateescape")
+    told = {r: asked(NOTIFY=e.notify.get(r, ""), ORCPT=e.orcpt.get(r, "")) for r in {*e.notify, *e.orcpt}}
+    lines = [f"X-Envelope-Trace: {len(trace)}", f"X-Envelope-Id: {id}",
+             f"X-Envelope-From: <{e.reverse_path}>" + (asked(RET=e.ret, ENVID=e.envid) if e.ret or e.envid else ""),
+             *[f"X-Envelope-To: <{r}>{told.get(r, '')}" for r in e.recipients],
+             *([f"X-Envelope-Flags: {' '.join(e.flags)}"] if e.flags else []),
+             f"X-Envelope-Client: {e.client}", f"X-Envelope-Helo: {e.helo}",
+             f"X-Envelope-Protocol: {e.protocol}", f"X-Envelope-User: {e.user}", ""]
+    return "\r\n".join(lines).encode("utf-8", "surrogateescape") + trace
 
 
 def read_block(file: BinaryIO) -> dict[str, list[str]]:
@@ -2242,8 +2235,7 @@ def first_record(file: BinaryIO) -> Message:
     block = read_block(file)
     try:
         one = {name: values[0] for name, values in block.items()}
-        trace = int(one["trace"])
-        rest = length - file.tell() - trace
+        rest = length - file.tell() - int(one["trace"])
         size = rest if one["size"] == TO_THE_END else int(one["size"])
         if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
@@ -2251,8 +2243,10 @@ def first_record(file: BinaryIO) -> Message:
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
+        recipients = [Recipient(path, status, notify=of.get("NOTIFY", ""), orcpt=of.get("ORCPT", ""))
+                      for path, of in map(read_asked, block["to"])]
         return Message(
-            one["id"], status, received, reverse_path, [read_recipient(r, status) for r in block["to"]], size,
+            one["id"], status, received, reverse_path, recipients, size,
             one["client"], one["helo"], one["protocol"], one["user"], flags,
             ret=told.get("RET", ""), envid=told.get("ENVID", ""),
             history=[{"at": received, "status": status.value, "detail": HELD_BY_MODE if "HOLD" in flags else ""}])
@@ -2260,253 +2254,7 @@ def first_record(file: BinaryIO) -> Message:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
 
-class FileSpool:
-    """Messages as files. OSError from a method means the disk; SpoolError, what lies on it."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.root = os.path.abspath(settings.spool)
-        self.settings = settings
-        self.log = log
-        check_spool(self.root)
-        self.sealer = open_sealer(settings)
-        self.ids = IdMaker()
-        self.run = secrets.token_hex(4)
-        self.day = ""
-        self.tidying = False
-        self.lock_file = -1
-
-    def open(self) -> None:
-        """Make the directories and take the lock; SpoolBusy says who has it."""
-        os.makedirs(os.path.dirname(self.root), exist_ok=True)
-        for path in (self.root, self.path("bad")):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-        self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        if not self.lock():
-            holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
-            self.close()
-            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
-        self.tidying = True
-        os.ftruncate(self.lock_file, 0)
-        os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
-        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
-            replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
-            sync_directory(self.root)
-
-    def lock(self) -> bool:
-        """Take the lock, giving the halves of a relay that was killed a moment to notice."""
-        for _ in range(20):
-            with contextlib.suppress(OSError):
-                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            time.sleep(0.05)
-        return False
-
-    def close(self) -> None:
-        if self.lock_file >= 0:
-            os.close(self.lock_file)
-            self.lock_file = -1
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def draft(self, envelope: Envelope) -> FileDraft:
-        """Begin a message; nothing is on disk before its first large block or its commit."""
-        return FileDraft(self, envelope, self.ids.next())
-
-    def make_day(self, day: str) -> None:
-        """Make a date's directory, its own name synced."""
-        os.makedirs(self.path(day), 0o700, exist_ok=True)
-        if self.settings.fsync:
-            sync_directory(self.root)
-        self.day = day
-
-    def names(self) -> Iterator[tuple[str, Status | None]]:
-        """Yield the stem of each message by age, with the status of a finished one.
-
-        What is not ours is set aside, but only in the directories of dates, which nobody else has.
-        """
-        for day in sorted(os.listdir(self.root)):
-            if DATE.fullmatch(day) and os.path.isdir(self.path(day)) and not os.path.islink(self.path(day)):
-                yield from self.names_of(day)
-        self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
-
-    def names_of(self, day: str) -> Iterator[tuple[str, Status | None]]:
-        """Yield a day's messages."""
-        try:
-            with os.scandir(self.path(day)) as entries:
-                names: list[str] = []
-                strays: list[str] = []
-                for entry in entries:
-                    ours = NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
-                    (names if ours else strays).append(entry.name)
-        except OSError as e:
-            self.log.error("spool_unreadable", directory=day, error=e)
-            return
-        for name in strays if self.tidying else ():
-            self.set_aside(f"{day}/{name}", "not a name of ours")
-        names.sort(reverse=True)
-        popped = (names.pop() for _ in range(len(names)))  # a great many names are not kept twice
-        for start, group in itertools.groupby(popped, key=lambda name: name[:33]):
-            ends = [name[33:] for name in group]
-            if self.tidying:
-                self.tidy(f"{day}/{start}", ends)
-            if ".eml" in ends:
-                yield f"{day}/{start}", next((s for s, e in DONE_NAMES.items() if e in ends), None)
-
-    def tidy(self, stem: str, ends: Sequence[str]) -> None:
-        """Deal with what no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
-        for end in ends:
-            if end.endswith(".part"):
-                if end != f".{self.run}.part":
-                    self.set_aside(stem + end, "never acknowledged")
-            elif end == ".tmp" or ".eml" not in ends:
-                try:
-                    self.unlink(stem + end)
-                except OSError as e:  # it is not ours to remove: the rest of the spool is to be read
-                    self.log.error("not_removed", file=stem + end, error=e)
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Move a file into bad/."""
-        target = f"{name.replace('/', '_')}.{secrets.token_hex(4)}"
-        try:
-            os.rename(self.path(name), self.path(f"bad/{target}"))
-            self.log.warn("set_aside", file=name, reason=reason, now=f"bad/{target}")
-        except OSError as e:
-            self.log.error("set_aside_failed", file=name, reason=reason, error=e)
-
-    def unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(name))
-
-    def open_file(self, name: str) -> BinaryIO:
-        """Open a file; a small one is read at once, which costs fewer system calls."""
-        fd = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_size > READ_AT_ONCE:
-            return open(fd, "rb")
-        try:
-            if not stat.S_ISREG(found.st_mode):
-                raise SpoolError(f"{name} is no file")
-            return io.BytesIO(os.read(fd, READ_AT_ONCE))
-        finally:
-            os.close(fd)
-
-    def open_text(self, name: str, as_name: str) -> BinaryIO:
-        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
-        file = self.open_file(name)
-        try:
-            return self.sealer.reader(file, as_name)
-        except SealError as e:
-            file.close()
-            raise SpoolError(str(e)) from None
-
-    def open_message(self, stem: str) -> BinaryIO:
-        """Open an .eml; KeyError when it is gone."""
-        try:
-            return self.open_text(stem + ".eml", stem + ".eml")
-        except FileNotFoundError:
-            raise KeyError(stem) from None
-
-    def content(self, stem: str) -> BinaryIO:
-        """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
-        file = self.open_message(stem)
-        read_block(file)
-        return file
-
-    def load(self, stem: str) -> Message:
-        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
-        with self.open_message(stem) as file:
-            return self.progress(stem, first_record(file), SIDECARS)
-
-    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
-        """Return the record and the content, as `load` and `content` do, of a message that is not finished."""
-        file = self.open_message(stem)
-        try:
-            return self.progress(stem, first_record(file), SIDECARS[-1:]), file
-        except BaseException:
-            file.close()
-            raise
-
-    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
-        """Return the latest readable sidecar, or the first record where there is none."""
-        for end, status in sidecars:
-            try:
-                with self.open_text(stem + end, stem + ".json") as file:
-                    message = Message.from_json(file.read(RECORD_LIMIT))
-            except FileNotFoundError:
-                continue
-            except (ValueError, SpoolError, SealError) as e:
-                self.log.warn("record_rebuilt", stem=stem, reason=e)
-                message = first
-            message.status = status or message.status
-            return message
-        return first
-
-    def save(self, message: Message) -> None:
-        """Write a message's record, under the name that its status calls for."""
-        stem, end = message.stem, ".json" if message.owed else DONE_NAMES.get(message.status, ".json")
-        data = self.sealer.seal(message.to_json(), stem + ".json")
-        if end != ".json":  # torn or not, its name says all that counts
-            write_file(self.path(stem + end), data)
-            self.unlink(stem + ".json")
-            return
-        write_file(self.path(stem + ".tmp"), data)
-        os.rename(self.path(stem + ".tmp"), self.path(stem + end))
-
-    def save_first(self, message: Message) -> None:
-        """Write the first record of a message, unless it has one."""
-        path = self.path(message.stem + ".json")
-        with contextlib.suppress(FileExistsError):
-            write_file(path, self.sealer.seal(message.to_json(), message.stem + ".json"), os.O_EXCL)
-
-    def reopen(self, message: Message) -> None:
-        """Make a finished message owed again: its record changes its name, and is never missing."""
-        self.save(message)
-        for end in DONE_NAMES.values():
-            self.unlink(message.stem + end)
-
-    def remove(self, stem: str) -> None:
-        """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
-        for end in (".eml", ".json", *DONE_NAMES.values()):
-            self.unlink(stem + end)
-
-    def size(self, stem: str) -> int:
-        """Return the octets on disk of a message's content."""
-        return os.stat(self.path(stem + ".eml")).st_size
-
-    def finished(self, stem: str, status: Status) -> tuple[float, int]:
-        """Return when a message was finished, as Unix time, and its octets on disk."""
-        return os.stat(self.path(stem + DONE_NAMES[status])).st_mtime, self.size(stem)
-
-    def probe(self) -> None:
-        """Write a little and remove it; OSError when the spool takes no writes."""
-        write_file(self.path(".probe"), b"x" * 64)
-        self.unlink(".probe")
-
-    def free(self) -> int:
-        """Return the octets that an ordinary user may still write."""
-        at = os.statvfs(self.root)
-        return at.f_bavail * at.f_frsize
-
-
-ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
-SEEN = "inbox.json"  # what a person did to messages: read state and tags
-KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK, SEEN)
-
-
-def check_spool(path: str) -> None:
-    """Refuse a directory with things in it that is no spool of ours, touching nothing; SettingsError."""
-    try:
-        names = set(os.listdir(path))
-    except OSError:  # made when it is opened, which says what else is wrong
-        return
-    strange = sorted(n for n in names - {*KEPT_NAMES, "lost+found"} if not DATE.fullmatch(n))
-    if strange and not names >= {".lock", "bad"}:  # which every spool has that was opened once
-        some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
-        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
-                             f"this one holds {some}"])
-
+# -- files, and what stands for them in tests --
 
 def sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -2567,179 +2315,380 @@ def read_whole(path: str) -> bytes:
         return file.read()
 
 
-class FileDraft:
+class Disk:
+    """A spool's files in its directory."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def read(self, name: str) -> BinaryIO:
+        """Open a file; a small one is read at once, which costs fewer system calls."""
+        fd = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_size > READ_AT_ONCE:
+            return open(fd, "rb")
+        try:
+            if not stat.S_ISREG(found.st_mode):
+                raise SpoolError(f"{name} is no file")
+            return io.BytesIO(os.read(fd, READ_AT_ONCE))
+        finally:
+            os.close(fd)
+
+    def write(self, name: str, data: bytes, new: bool = False) -> None:
+        """Write a file whole; FileExistsError for a new one that is there."""
+        write_file(f"{self.root}/{name}", data, os.O_EXCL if new else os.O_TRUNC)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.root}/{name}")
+
+    def stat(self, name: str) -> tuple[int, float]:
+        """Return the octets of a file, and when it was written."""
+        found = os.stat(f"{self.root}/{name}")
+        return found.st_size, found.st_mtime
+
+    def days(self) -> list[str]:
+        return [day for day in sorted(os.listdir(self.root)) if re.fullmatch(DATE, day)
+                and os.path.isdir(f"{self.root}/{day}") and not os.path.islink(f"{self.root}/{day}")]
+
+    def names(self, day: str) -> Iterator[tuple[str, bool]]:
+        """Yield what is in a date's directory, and whether it is a file."""
+        with os.scandir(f"{self.root}/{day}") as entries:
+            for entry in entries:
+                yield entry.name, entry.is_file(follow_symlinks=False)
+
+    def free(self) -> int:
+        at = os.statvfs(self.root)
+        return at.f_bavail * at.f_frsize
+
+
+class Memory:
+    """The same without a disk, for tests: nothing outlives the process."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[bytes, float]] = {}  # octets, and when they were written
+
+    def read(self, name: str) -> BinaryIO:
+        try:
+            return io.BytesIO(self.files[name][0])
+        except KeyError:
+            raise FileNotFoundError(name) from None
+
+    def write(self, name: str, data: bytes, new: bool = False) -> None:
+        if new and name in self.files:
+            raise FileExistsError(name)
+        self.files[name] = data, time.time()
+
+    def rename(self, old: str, new: str) -> None:
+        self.files[new] = self.files[old]  # first: a record is never missing
+        self.remove(old)
+
+    def remove(self, name: str) -> None:
+        self.files.pop(name, None)
+
+    def stat(self, name: str) -> tuple[int, float]:
+        return len(self.read(name).read()), self.files[name][1]
+
+    def days(self) -> list[str]:
+        return sorted({name[:10] for name in list(self.files) if re.fullmatch(DATE, name[:10])})
+
+    def names(self, day: str) -> Iterator[tuple[str, bool]]:
+        return ((name[11:], True) for name in list(self.files) if name.startswith(day))
+
+    def free(self) -> int:
+        return sys.maxsize
+
+
+def check_spool(path: str) -> None:
+    """Refuse a directory with things in it that is no spool of ours, touching nothing; SettingsError."""
+    try:
+        names = set(os.listdir(path))
+    except OSError:  # made when it is opened, which says what else is wrong
+        return
+    strange = sorted(n for n in names - {*KEPT_NAMES, "lost+found"} if not re.fullmatch(DATE, n))
+    if strange and not names >= {".lock", "bad"}:  # which every spool has that was opened once
+        some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
+                             f"this one holds {some}"])
+
+
+class Spool:
+    """Messages on disk, or in memory. OSError from a method means the disk; SpoolError, what lies on it."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings, self.log = settings, log
+        self.on_disk = settings.storage == "file"
+        self.root = os.path.abspath(settings.spool)
+        if self.on_disk:
+            check_spool(self.root)
+        self.store: Disk | Memory = Disk(self.root) if self.on_disk else Memory()
+        self.sealer = open_sealer(settings) if self.on_disk else Sealer()
+        self.ids = IdMaker()
+        self.run = secrets.token_hex(4)
+        self.day = ""  # whose directory is surely there
+        self.tidying = False
+        self.lock_file = -1
+
+    def open(self) -> None:
+        """Make the directories and take the lock; SpoolBusy says who has it."""
+        if not self.on_disk:
+            return
+        os.makedirs(os.path.dirname(self.root), exist_ok=True)
+        for path in (self.root, self.path("bad")):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        for patience in range(19, -1, -1):  # the halves of a relay that was killed have a moment to notice
+            try:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if patience:
+                    time.sleep(0.05)
+                    continue
+                holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
+                self.close()
+                raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+        self.tidying = True
+        os.ftruncate(self.lock_file, 0)
+        os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
+        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
+            replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
+            sync_directory(self.root)
+
+    def close(self) -> None:
+        if self.lock_file >= 0:
+            os.close(self.lock_file)
+            self.lock_file = -1
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def draft(self, envelope: Envelope) -> Draft:
+        """Begin a message; nothing is on disk before its first large block or its commit."""
+        return Draft(self, envelope, self.ids.next())
+
+    def names(self) -> Iterator[tuple[str, Status | None]]:
+        """Yield the stem of each message by age, with the status of a finished one.
+
+        What is not ours is set aside, but only in the directories of dates, which nobody else has.
+        """
+        for day in self.store.days():
+            names: list[str] = []
+            strays: list[str] = []
+            try:
+                for name, is_file in self.store.names(day):
+                    (names if is_file and NAME.fullmatch(name) else strays).append(name)
+            except OSError as e:
+                self.log.error("spool_unreadable", directory=day, error=e)
+                continue
+            for name in strays if self.tidying else ():
+                self.set_aside(f"{day}/{name}", "not a name of ours")
+            names.sort(reverse=True)
+            popped = (names.pop() for _ in range(len(names)))  # a great many names are not kept twice
+            for start, group in itertools.groupby(popped, key=lambda name: name[:33]):
+                ends = [name[33:] for name in group]
+                if self.tidying:
+                    self.tidy(f"{day}/{start}", ends)
+                if ".eml" in ends:
+                    yield f"{day}/{start}", next((s for s, e in DONE_NAMES.items() if e in ends), None)
+        self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
+
+    def tidy(self, stem: str, ends: Sequence[str]) -> None:
+        """Deal with what no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        for end in ends:
+            if end.endswith(".part"):
+                if end != f".{self.run}.part":
+                    self.set_aside(stem + end, "never acknowledged")
+            elif end == ".tmp" or ".eml" not in ends:
+                try:
+                    self.store.remove(stem + end)
+                except OSError as e:  # it is not ours to remove: the rest of the spool is to be read
+                    self.log.error("not_removed", file=stem + end, error=e)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move a file into bad/."""
+        target = f"bad/{name.replace('/', '_')}.{secrets.token_hex(4)}"
+        try:
+            self.store.rename(name, target)
+            self.log.warn("set_aside", file=name, reason=reason, now=target)
+        except (OSError, KeyError) as e:
+            self.log.error("set_aside_failed", file=name, reason=reason, error=e)
+
+    def open_text(self, name: str, sealed_as: str) -> BinaryIO:
+        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
+        file = self.store.read(name)
+        try:
+            return self.sealer.reader(file, sealed_as)
+        except SealError as e:
+            file.close()
+            raise SpoolError(str(e)) from None
+
+    def open_message(self, stem: str) -> BinaryIO:
+        """Open an .eml; KeyError when it is gone."""
+        try:
+            return self.open_text(stem + ".eml", stem + ".eml")
+        except FileNotFoundError:
+            raise KeyError(stem) from None
+
+    def content(self, stem: str) -> BinaryIO:
+        """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
+        file = self.open_message(stem)
+        read_block(file)
+        return file
+
+    def load(self, stem: str) -> Message:
+        """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
+        with self.open_message(stem) as file:
+            return self.progress(stem, first_record(file), SIDECARS)
+
+    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
+        """Return the record and the content, as `load` and `content` do, of a message that is not finished."""
+        file = self.open_message(stem)
+        try:
+            return self.progress(stem, first_record(file), SIDECARS[-1:]), file
+        except BaseException:
+            file.close()
+            raise
+
+    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
+        """Return the latest readable sidecar, or the first record where there is none."""
+        for end, status in sidecars:
+            try:
+                with self.open_text(stem + end, stem + ".json") as file:
+                    message = Message.from_json(file.read(RECORD_LIMIT))
+            except FileNotFoundError:
+                continue
+            except (ValueError, SpoolError, SealError) as e:
+                self.log.warn("record_rebuilt", stem=stem, reason=e)
+                message = first
+            message.status = status or message.status
+            return message
+        return first
+
+    def save(self, message: Message) -> None:
+        """Write a message's record, under the name that its status calls for."""
+        stem, end = message.stem, ".json" if message.owed else DONE_NAMES.get(message.status, ".json")
+        data = self.sealer.seal(message.to_json(), stem + ".json")
+        if end != ".json":  # torn or not, its name says all that counts
+            self.store.write(stem + end, data)
+            self.store.remove(stem + ".json")
+            return
+        self.store.write(stem + ".tmp", data)
+        self.store.rename(stem + ".tmp", stem + ".json")
+
+    def save_first(self, message: Message) -> None:
+        """Write the first record of a message, unless it has one."""
+        with contextlib.suppress(FileExistsError):
+            self.store.write(message.stem + ".json", self.sealer.seal(message.to_json(), message.stem + ".json"), True)
+
+    def reopen(self, message: Message) -> None:
+        """Make a finished message owed again: its record changes its name, and is never missing."""
+        self.save(message)
+        for end in DONE_NAMES.values():
+            self.store.remove(message.stem + end)
+
+    def remove(self, stem: str) -> None:
+        """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
+        for end in (".eml", ".json", *DONE_NAMES.values()):
+            self.store.remove(stem + end)
+
+    def size(self, stem: str) -> int:
+        """Return the octets that a message's content takes."""
+        return self.store.stat(stem + ".eml")[0]
+
+    def finished(self, stem: str, status: Status) -> tuple[float, int]:
+        """Return when a message was finished, as Unix time, and the octets of its content."""
+        return self.store.stat(stem + DONE_NAMES[status])[1], self.size(stem)
+
+    def probe(self) -> None:
+        """Write a little and remove it; OSError when the spool takes no writes."""
+        self.store.write(".probe", b"x" * 64)
+        self.store.remove(".probe")
+
+    def free(self) -> int:
+        """Return the octets that an ordinary user may still write."""
+        return self.store.free()
+
+
+class Draft:
     """A message on its way into the spool: write its content in blocks, then commit or abort."""
 
-    def __init__(self, spool: FileSpool, envelope: Envelope, id: str) -> None:
-        self.spool = spool
-        self.id = id
+    def __init__(self, spool: Spool, envelope: Envelope, id: str) -> None:
+        self.spool, self.id = spool, id
         self.stem = stem_of(id, envelope.recipients[0])
-        self.part = f"{self.stem}.{spool.run}.part"
-        trace = trace_header(envelope, id, spool.settings.hostname)
-        self.parts = [envelope_block(envelope, id, len(trace)) + trace]
+        self.part = spool.path(f"{self.stem}.{spool.run}.part")
         self.seal = spool.sealer.writer(self.stem + ".eml")
-        self.waiting = 0
-        self.size = 0
+        self.parts = [envelope_block(envelope, id, spool.settings.hostname)]
+        self.size = self.waiting = 0
         self.fd = -1
 
     def write(self, block: bytes) -> None:
         self.parts.append(block)
         self.size += len(block)
         self.waiting += len(block)
-        if self.waiting >= DRAFT_BLOCK:
-            if self.seal and self.fd < 0:
-                self.enter_size(b"%-12s" % TO_THE_END.encode())
-            self.send_parts()
+        if self.waiting >= DRAFT_BLOCK and self.spool.on_disk:
+            self.flush()
 
-    def enter_size(self, text: bytes) -> None:
-        """Fill in the size in the envelope headers, before they are written."""
-        self.parts[0] = self.parts[0][:SIZE_AT] + text + self.parts[0][SIZE_AT + len(text):]
-
-    def send_parts(self, last: bool = False) -> None:
-        """Write what waits to the .part, which is made at the first call."""
+    def flush(self, last: bool = False) -> None:
+        """Write what waits to the .part, which the first call makes and opens with the size, where that is known."""
         if self.fd < 0:
-            self.fd = self.make_part()
+            size = b"%012d" % self.size if last else b"%-12s" % (TO_THE_END.encode() if self.seal else b"")
+            self.parts.insert(0, b"X-Envelope-Size: %s\r\n" % size)
+            if self.spool.on_disk:
+                self.fd = self.make_part()
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+        if self.fd < 0:
+            self.spool.store.write(self.stem + ".eml", data)
+        else:
+            write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def make_part(self) -> int:
-        """Make the .part, in the date's directory."""
-        day = self.stem[:10]
+        """Make the .part, in the date's directory, whose own name is synced when it is new."""
+        spool, day = self.spool, self.stem[:10]
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        if self.spool.day == day:
+        if spool.day == day:
             with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
-                return os.open(self.spool.path(self.part), flags, 0o600)
-        self.spool.make_day(day)
-        return os.open(self.spool.path(self.part), flags, 0o600)
+                return os.open(self.part, flags, 0o600)
+        os.makedirs(spool.path(day), 0o700, exist_ok=True)
+        if spool.settings.fsync:
+            sync_directory(spool.root)
+        spool.day = day
+        return os.open(self.part, flags, 0o600)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
         begun = self.fd >= 0
-        if not begun:
-            self.enter_size(size_text(self.size))
-        self.send_parts(last=True)
+        self.flush(last=True)
+        if not self.spool.on_disk:
+            return self.stem
         if begun and not self.seal:
-            os.pwrite(self.fd, size_text(self.size), SIZE_AT)
+            os.pwrite(self.fd, b"%012d" % self.size, SIZE_AT)
         final = self.spool.path(self.stem + ".eml")
-        os.rename(self.spool.path(self.part), final)
+        os.rename(self.part, final)
         if self.spool.settings.fsync:
-            self.sync(final)
+            try:
+                os.fsync(self.fd)  # once: after one that failed the kernel may call the next a success
+            except OSError:
+                with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                    os.unlink(final)
+                raise
         os.close(self.fd)
         self.fd = -1
         return self.stem
 
-    def sync(self, final: str) -> None:
-        """Sync once: after a failed fsync the kernel may drop the pages and call the next one a success."""
-        try:
-            os.fsync(self.fd)
-        except OSError:
-            with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
-                os.unlink(final)
-            raise
-
     def abort(self) -> None:
         """Forget the message; harmless after commit."""
+        self.parts.clear()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):  # what stays is set aside at the next start
                 os.close(fd)
-                self.spool.unlink(self.part)
-
-
-class MemorySpool:
-    """Messages in memory, for tests: the interface of FileSpool. Nothing outlives the process."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.settings = settings
-        self.ids = IdMaker()
-        self.contents: dict[str, bytes] = {}
-        self.records: dict[str, bytes] = {}
-
-    def open(self) -> None:
-        """Do nothing: there is nothing to lock."""
-
-    def close(self) -> None:
-        """Do nothing: the memory goes with the spool."""
-
-    def draft(self, envelope: Envelope) -> MemoryDraft:
-        return MemoryDraft(self, envelope, self.ids.next())
-
-    def names(self) -> Iterator[tuple[str, Status | None]]:
-        for stem, record in sorted(self.records.items()):
-            message = Message.from_json(record)
-            yield stem, message.status if message.status in FINISHED and not message.owed else None
-
-    def content(self, stem: str) -> BinaryIO:
-        file = io.BytesIO(self.contents[stem])
-        read_block(file)
-        return file
-
-    def load(self, stem: str) -> Message:
-        return Message.from_json(self.records[stem])
-
-    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
-        return self.load(stem), self.content(stem)
-
-    def save(self, message: Message) -> None:
-        if message.stem in self.contents:
-            self.records[message.stem] = message.to_json()
-
-    def save_first(self, message: Message) -> None:
-        """Do nothing: the record is there."""
-
-    def reopen(self, message: Message) -> None:
-        self.save(message)
-
-    def remove(self, stem: str) -> None:
-        self.contents.pop(stem, None)
-        self.records.pop(stem, None)
-
-    def size(self, stem: str) -> int:
-        return len(self.contents[stem])
-
-    def finished(self, stem: str, status: Status) -> tuple[float, int]:
-        return unix_time(self.load(stem).finished_at), self.size(stem)
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Remove what is damaged: in memory there is nowhere to keep it."""
-        self.remove(name.rpartition(".")[0])
-
-    def probe(self) -> None:
-        """Do nothing: memory takes writes."""
-
-    def free(self) -> int:
-        return sys.maxsize
-
-
-class MemoryDraft:
-    """FileDraft's interface over memory."""
-
-    def __init__(self, spool: MemorySpool, envelope: Envelope, id: str) -> None:
-        self.spool = spool
-        self.id = id
-        self.stem = stem_of(id, envelope.recipients[0])
-        trace = trace_header(envelope, id, spool.settings.hostname)
-        self.parts = [envelope_block(envelope, id, len(trace)) + trace]
-        self.size = 0
-
-    def write(self, block: bytes) -> None:
-        self.parts.append(block)
-        self.size += len(block)
-
-    def commit(self) -> str:
-        head = self.parts[0]
-        self.parts[0] = head[:SIZE_AT] + size_text(self.size) + head[SIZE_AT + 12:]
-        content = b"".join(self.parts)
-        self.spool.contents[self.stem] = content  # first: who finds the record wants it
-        self.spool.records[self.stem] = first_record(io.BytesIO(content)).to_json()
-        return self.stem
-
-    def abort(self) -> None:
-        self.parts.clear()
-
-
-Spool = Union[FileSpool, MemorySpool]
-Draft = Union[FileDraft, MemoryDraft]
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.part)
 
 
 # === 09 ACCOUNTS =============================================================
@@ -7725,7 +7674,7 @@ class Inbox:
         self.kept: dict[str, list[Any]] = {}  # what a person did to messages, till they are found in the spool
         self.touched, self.saving = False, threading.Lock()
         with contextlib.suppress(OSError, ValueError, SealError):
-            if isinstance(spool, FileSpool):
+            if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
                 self.kept = {id: [bool(read), tags] for id, (read, tags) in kept.items()}
 
@@ -7914,7 +7863,7 @@ class Inbox:
 
     def save(self) -> None:
         """Write what a person did, if anything since the last time, beside the messages: read state and tags."""
-        if not self.touched or not isinstance(self.spool, FileSpool):
+        if not self.touched or not self.spool.on_disk:
             return
         with self.changed:
             self.touched = False
@@ -10458,8 +10407,8 @@ def own_reception(settings: Settings) -> Reception:
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
     check_spool(path)
-    open_door = dataclasses.replace(settings, delivery="relay", auth_user="", users_file="", auth_any=False,
-                                    auth_required=False, tls_required=False, rate_limit=0, audit_log="",
+    open_door = dataclasses.replace(settings, storage="file", delivery="relay", auth_user="", users_file="",
+                                    auth_any=False, auth_required=False, tls_required=False, rate_limit=0, audit_log="",
                                     debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     log, arrived = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), os.path.join(path, ARRIVED)
@@ -10469,7 +10418,7 @@ def own_reception(settings: Settings) -> Reception:
             write_file(arrived, b"")
         return True
 
-    return Reception(open_door, FileSpool(open_door, log), Metrics(), log, announce, Accounts(open_door, log), None,
+    return Reception(open_door, Spool(open_door, log), Metrics(), log, announce, Accounts(open_door, log), None,
                      Quotas("", log), Faults(""))
 
 
@@ -11293,7 +11242,7 @@ class Delivering:
     def spooled_beside(self) -> float:
         """Return when sendmail has last put a message into the spool itself."""
         with contextlib.suppress(OSError):
-            if isinstance(self.spool, FileSpool):
+            if self.spool.on_disk:
                 return os.stat(self.spool.path(ARRIVED)).st_mtime
         return 0.0
 
@@ -11476,7 +11425,7 @@ class Parts:
 
     def __init__(self, settings: Settings, log: Log) -> None:
         self.settings, self.log = settings, log
-        self.spool = MemorySpool(settings, log) if settings.storage == "memory" else FileSpool(settings, log)
+        self.spool = Spool(settings, log)
         self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
         self.metrics.set("started", time.monotonic())
         self.smtp: list[socket.socket] = []
@@ -11505,7 +11454,7 @@ class Parts:
             self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
             self.port = next((s.getsockname()[1] for s in self.smtp if s.family != socket.AF_UNIX), 0)
             if s.tls_self_signed and not s.tls_cert:
-                place = self.spool.path("tls") if isinstance(self.spool, FileSpool) else ""
+                place = self.spool.path("tls") if self.spool.on_disk else ""
                 if not place:
                     self.temporary = tempfile.TemporaryDirectory(prefix="smtprelay-")
                     place = self.temporary.name
@@ -11525,7 +11474,7 @@ class Parts:
         Once, before anything is forked: a half that is made anew has them whatever became of the files.
         """
         problems: list[str] = []
-        path = self.spool.path("faults") if isinstance(self.spool, FileSpool) else ""
+        path = self.spool.path("faults") if self.spool.on_disk else ""
         for old in (path, path + ".counts") if path else ():  # what was changed over HTTP before this start
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
@@ -11566,7 +11515,7 @@ class Parts:
 
     def reception(self, part: str, metrics: Metrics) -> Reception:
         """Make the way in for one half, which writes counts of its own; in memory both share them."""
-        if isinstance(self.spool, FileSpool):
+        if self.spool.on_disk:
             quotas = Quotas(self.spool.path("usage"), self.log, part)
         else:
             quotas = self.shared_quotas = self.shared_quotas or Quotas("", self.log)
