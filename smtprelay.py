@@ -5655,7 +5655,7 @@ class Link:
     def lines(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
         """Yield stems and marks as they come, until the writing end is closed; none, while it is quiet and
         the reader has something else to do."""
-        rest, quiet, came = b"", select.poll(), 0.0
+        rest, quiet, came = "", select.poll(), 0.0
         quiet.register(self.reader, select.POLLIN)
         while True:
             if has_else() and not quiet.poll(1000 * LINK_QUIET):
@@ -5665,8 +5665,8 @@ class Link:
             block = os.read(self.reader, 1000 * LINK_LINE)
             if not block:
                 break
-            *lines, rest = (rest + block).split(b"\n")
-            yield [*(line.decode() for line in lines), *([LOOK] if waiting >= LINK_FULL else [])]
+            *lines, rest = (rest + block.decode()).split("\n")
+            yield [*lines, LOOK] if waiting >= LINK_FULL else lines
             last, came = came, time.monotonic()
             if came - last < 2 * LINK_QUIET:  # they come fast: to be woken for each would cost both sides
                 time.sleep(LINK_QUIET)
@@ -10746,8 +10746,10 @@ class Delivering:
             try:
                 if lines:
                     self.hear(lines)
-                else:  # a held message's first record can wait: it says nothing that the .eml does not
-                    self.spool.save_first(self.spool.load(self.sidecars.popleft()))
+                elif self.sidecars:  # a held message's first record can wait: it says nothing that the .eml does not
+                    message, content = self.spool.fetch(self.sidecars.popleft())
+                    content.close()
+                    self.spool.save_first(message)
             except (KeyError, OSError, SpoolError) as e:
                 self.log.debug("sidecar_not_written", error=e)
             except Exception as e:

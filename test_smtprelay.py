@@ -11863,6 +11863,35 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path: Path, number: int) -> No
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(("relayed", "most"), [(False, 145), (True, 275)])
+def test_a_message_costs_few_calls(start: Any, hop: Any, relayed: bool, most: int) -> None:
+    """Count Python calls from MAIL to the end of what becomes of it; a new layer shows here first."""
+    calls: collections.Counter[str] = collections.Counter()
+    counted = threading.Event()
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        name = threading.current_thread().name
+        if event == "call" and counted.is_set() and not name.startswith("Thread-"):  # those are the next hop's
+            calls[frame.f_code.co_name] += 1
+
+    threading.setprofile(profile)
+    try:
+        relay = relaying_in_review(start, hop()) if relayed else start()
+        done = lambda: relay.delivering.finished if relayed else relay.delivering.held  # noqa: E731
+        with hello(relay) as client:
+            for n in range(60):
+                if n == 20:
+                    wait_until(lambda: len(done()) == 20 and not relay.delivering.sidecars)
+                    counted.set()
+                client.mail(b"x" * 70 + b"\r\n")
+            wait_until(lambda: len(done()) == 60 and not relay.delivering.sidecars)
+            counted.clear()
+    finally:
+        threading.setprofile(None)
+    each = sum(calls.values()) / 40
+    assert each <= most, f"{each:.0f} calls a message, most of all {calls.most_common(12)}"
+
+
 def test_readme_and_help_name_the_same_settings() -> None:
     table = re.findall(r"(?m)^\| *`?(SMTP_\w+)`?", PROGRAM.with_name("README.md").read_text())
     assert sorted(table) == sorted(set(re.findall(r"(?m)^ +(SMTP_\w+)", run("--help").stdout)))
