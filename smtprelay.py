@@ -93,7 +93,6 @@ import datetime
 import email.errors
 import email.header
 import email.message
-import email.policy
 import email.utils
 import enum
 import errno
@@ -111,7 +110,6 @@ import io
 import ipaddress
 import itertools
 import json
-import logging
 import math
 import mimetypes
 import mmap
@@ -128,7 +126,6 @@ import socketserver
 import ssl
 import stat
 import struct
-import subprocess
 import tempfile
 import termios
 import threading
@@ -143,7 +140,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional,
 
 if TYPE_CHECKING:
     import ctypes
-
+    import logging
 __version__ = "0.1.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -3470,6 +3467,8 @@ def make_pair(directory: str, names: str) -> bytes:
 
 def openssl(*arguments: str) -> bytes:
     """Run the openssl program; returns what it printed. Raises TlsError."""
+    import subprocess
+
     try:
         done = subprocess.run(("openssl", *arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -10411,7 +10410,7 @@ def own_reception(settings: Settings) -> Reception:
                                     auth_any=False, auth_required=False, tls_required=False, rate_limit=0, audit_log="",
                                     debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
-    log, arrived = Log(logging.Logger("sendmail", logging.CRITICAL + 1)), os.path.join(path, ARRIVED)
+    log, arrived = Log(os.devnull, level="error"), os.path.join(path, ARRIVED)
 
     def announce(stem: str, owed: bool) -> bool:
         with contextlib.suppress(OSError):
@@ -11921,6 +11920,8 @@ def start(**settings: object) -> Relay:
     until relay.release(), unless SMTP_DELIVERY is "relay" or "mx".
     SettingsError lists what is wrong with the settings.
     """
+    import logging
+
     given = {name: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else
              str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
     unknown = sum(unknown_settings(given), [])
@@ -12482,7 +12483,7 @@ def install(arguments: argparse.Namespace) -> int:
         os.chmod(root + path, mode)
     if arguments.dry_run:
         return 0
-    subprocess.run([interpreter(), "-IS", "-c", COMPILE, root + INSTALLED, INSTALLED], check=True)
+    run_tool(interpreter(), "-IS", "-c", COMPILE, root + INSTALLED, INSTALLED)
     taken = link_sendmail(root) if arguments.sendmail else []
     if not root:
         start_service()
@@ -12515,8 +12516,8 @@ def start_service() -> None:
     try:
         user = pwd.getpwnam(SERVICE_USER)
     except KeyError:
-        subprocess.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", STATE,
-                        "--shell", "/usr/sbin/nologin", SERVICE_USER], check=True)
+        run_tool("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", STATE,
+                 "--shell", "/usr/sbin/nologin", SERVICE_USER)
         user = pwd.getpwnam(SERVICE_USER)
     os.makedirs(STATE, 0o700, exist_ok=True)
     os.chown(STATE, user.pw_uid, user.pw_gid)
@@ -12534,12 +12535,19 @@ def start_service() -> None:
 
 
 def systemctl(*words: str) -> bool:
-    """Run systemctl where systemd runs, and tell whether it does; Complaint when that fails."""
+    """Run systemctl where systemd runs, and tell whether it does."""
     if not os.path.isdir("/run/systemd/system"):
         return False
-    if subprocess.run(["systemctl", *words]).returncode:
-        raise Complaint(f"systemctl {' '.join(words)} failed; journalctl -u smtprelay may say why", EX_UNAVAILABLE)
+    run_tool("systemctl", *words)
     return True
+
+
+def run_tool(*command: str) -> None:
+    """Run another program, which says itself what is wrong; Complaint when it fails."""
+    import subprocess
+
+    if subprocess.run(command).returncode:
+        raise Complaint(f"{' '.join(command[:2])} failed", EX_UNAVAILABLE)
 
 
 def uninstall(arguments: argparse.Namespace) -> int:
@@ -12567,7 +12575,7 @@ def uninstall(arguments: argparse.Namespace) -> int:
     if live:
         systemctl("daemon-reload")
         if arguments.purge:
-            subprocess.run(["userdel", SERVICE_USER], check=False)
+            run_tool("userdel", SERVICE_USER)
     if not arguments.purge:
         print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
     return 0

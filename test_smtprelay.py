@@ -11815,7 +11815,8 @@ def test_imports_are_the_standard_library_alone() -> None:
         assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == set()
     inner = {alias.name for node in imports if node.col_offset for alias in node.names}
     assert inner == {  # what few starts ever need
-        "ctypes", "difflib", "getopt", "getpass", "shlex", "shutil", "textwrap", "urllib.request", "zoneinfo",
+        "ctypes", "difflib", "getopt", "getpass", "logging", "shlex", "shutil", "subprocess", "textwrap",
+        "urllib.request", "zoneinfo",
     }  # fmt: skip
 
 
