@@ -595,8 +595,7 @@ def http_listen(text: str) -> tuple[Address, ...]:
 
 def shown_url(url: str) -> str:
     """Return a web address without what may be secret in it: user, password and query."""
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return re.sub(r"(?<=://)[^/?#]*@", "", re.sub("[?#].*", "", url))
 
 
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -807,7 +806,8 @@ class Settings:
         "/", like("/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"),
         "the path under which a reverse proxy shows the page")
     webhook_url: str = setting(
-        "", like(r"https?://[^\s/]+\S*", "an http:// or https:// address"),
+        "", like(r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
+                 "an http:// or https:// address"),
         "POSTed a JSON event on received, forwarded, failed")
     log_level: str = setting(
         "info", choice("debug", "info", "warn", "error", also=LEVEL_WORDS), "debug, info, warn, error")
@@ -926,7 +926,7 @@ def read_setting(env: Mapping[str, str], name: str) -> Any:
     try:
         return meta["parse"](text or meta["text"])
     except ValueError as e:
-        shown = "(a secret)" if meta["secret"] else repr(text)
+        shown = "(a secret)" if meta["secret"] else repr(shown_url(text) if "://" in text else text)
         raise ValueError(f"{name}={shown}: expected {e}") from None
 
 

@@ -9166,6 +9166,9 @@ def test_the_webhook_follows_nobody(start: Callable[..., Any], monkeypatch: pyte
         other.shutdown()
     shown = run("check", "--print", SMTP_WEBHOOK_URL=address).stdout
     assert f"SMTP_WEBHOOK_URL=http://127.0.0.1:{hook.server_port}/hook\n" in shown
+    for wrong in ("ftp://joe:s3cret@x.test/a?s3cret", "http://joe:s3cret@/?s3cret", "http://x.test/\u00e9?s3cret"):
+        said = run("check", SMTP_WEBHOOK_URL=wrong).stderr
+        assert "SMTP_WEBHOOK_URL='" in said and "expected an http" in said and "s3cret" not in said
 
 
 def test_changes_over_http_are_audited(start: Callable[..., Any], tmp_path: Path) -> None:
