@@ -1055,12 +1055,12 @@ class Log:
 
     def greet(self, lines: Sequence[str]) -> None:
         """Write what is said at the start to standard error, for people, and into the log, in its form."""
-        mixed = self.as_json and not self.sink  # JSON lines alone on standard error
         for line in lines:
-            self.tell(self.line("info", "start", {"said": line}) if mixed else line)
+            event = self.line("info", "start", {"said": line}) if self.as_json else line
             if self.sink and isinstance(self.sink, str):
                 with contextlib.suppress(OSError):
-                    append_line(self.sink, self.line("info", "start", {"said": line}) if self.as_json else line)
+                    append_line(self.sink, event)
+            self.tell(line if self.sink else event)
 
     def debug(self, event: str, **fields: object) -> None:
         self.write("debug", event, fields)
@@ -1214,10 +1214,6 @@ class Metrics:
 
     def get(self, name: str, label: str = "") -> float:
         return sum(self.cells[CELLS[name, label]::len(CELLS)])
-
-    def own(self, name: str) -> float:
-        """Return this process's part of a metric."""
-        return self.cells[self.base + CELLS[name, ""]]
 
     def each(self, name: str) -> list[float]:
         """Return every process's part of a metric."""
@@ -6050,30 +6046,21 @@ class Session:
 
     # -- hello, and commands that change nothing --
 
-    def hello(self, argument: bytes) -> None:
-        """Take a name from HELO or EHLO; an old device has none, or one with blanks."""
-        name, good = argument.decode("latin-1"), r"A-Za-z0-9._:%\[\]~+-"
-        if self.lenient:
+    def hello(self, argument: bytes, extended: bool) -> Reply:
+        """HELO, or EHLO, which lists what there is for this client as it is now (RFC 5321 4.1.1.1)."""
+        settings, accounts, good = self.settings, self.reception.accounts, r"A-Za-z0-9._:%\[\]~+-"
+        name = argument.decode("latin-1")
+        if self.lenient:  # an old device has no name, or one with blanks
             name = re.sub(f"[^{good}]+", "-", name)[:255] or "unnamed"
         if not re.fullmatch(f"[{good}]{{1,255}}", name):
-            raise Refused(BAD_ARGUMENT._replace(text="Expected a domain or an address literal"))
+            return BAD_ARGUMENT._replace(text="Expected a domain or an address literal")
         self.forget()
-        self.helo = name
-
-    def say_helo(self, argument: bytes) -> Reply:
-        """HELO (RFC 5321 4.1.1.1)."""
-        self.hello(argument)
-        self.extended = False
-        return Reply(250, "", self.settings.hostname)
-
-    def say_ehlo(self, argument: bytes) -> Reply:
-        """EHLO: list what there is for this client as it is now (RFC 5321 4.1.1.1)."""
-        settings, accounts = self.settings, self.reception.accounts
-        self.hello(argument)
-        self.extended = True
-        lines = [f"{settings.hostname} greets {self.helo}", f"SIZE {settings.max_size}", "8BITMIME", "SMTPUTF8",
-                 "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", f"LIMITS RCPTMAX={settings.max_recipients}",
-                 "HELP"]
+        self.helo, self.extended = name, extended
+        if not extended:
+            return Reply(250, "", settings.hostname)
+        lines = [f"{settings.hostname} greets {name}", f"SIZE {settings.max_size}", "8BITMIME", "SMTPUTF8",
+                 "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", "HELP",
+                 f"LIMITS RCPTMAX={settings.max_recipients}"]
         if self.reception.tls and not self.is_tls:
             lines.append("STARTTLS")
         if accounts.configured() and (self.is_tls or not settings.tls_required):
@@ -6357,8 +6344,8 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "HELO": Verb(Session.say_helo, "", True, "HELO domain"),
-    "EHLO": Verb(Session.say_ehlo, "", True, "EHLO domain", True),
+    "HELO": Verb(lambda session, name: session.hello(name, False), "", True, "HELO domain"),
+    "EHLO": Verb(lambda session, name: session.hello(name, True), "", True, "EHLO domain", True),
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
     "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
     "DATA": Verb(Session.data, "mail", False, "DATA"),
