@@ -11800,27 +11800,6 @@ def test_chapters_use_only_earlier_chapters() -> None:
     assert late == set()
 
 
-def test_a_message_costs_few_calls(tmp_path: Path) -> None:
-    """Python calls to accept and hold 4 KiB for one recipient on a kept connection, both halves together."""
-    count, content = [0, 0], b"Subject: s\r\n\r\n" + (b"x" * 70 + b"\r\n") * 56
-
-    def profile(frame: Any, event: str, _: Any) -> None:
-        count[1] += count[0] and event == "call"
-
-    threading.setprofile(profile)
-    try:
-        with smtprelay.start(**{**QUICK, "SMTP_HEALTH_ADDR": "off", "SMTP_SPOOL": str(tmp_path)}) as relay:
-            with hello(relay) as client:
-                for n in range(70):
-                    count[0] = n >= 20
-                    assert client.mail(content, "a@from.test", "b@to.test").startswith("250")
-            relay.delivering.catch_up()
-            count[0] = 0
-    finally:
-        threading.setprofile(None)
-    assert count[1] / 50 <= 150, f"{count[1] / 50:.0f} calls a message"
-
-
 def test_every_signature_has_its_types() -> None:
     bare = [
         f.name
