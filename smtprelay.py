@@ -10630,6 +10630,7 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 # Threads here: reader (Link), finder (spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
+CALM_TIME = 10.0  # seconds without a new message after which there is time for the inbox
 LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
 WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
@@ -10649,7 +10650,7 @@ class Delivering:
                  own: Sequence[int] = (), submit: Sequence[socket.socket] = ()) -> None:
         self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
         self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
-        self.calm_at = -1
+        self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
         self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
         reception.announce = self.adopt  # what this half makes itself needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, 0
@@ -11201,11 +11202,12 @@ class Delivering:
                     self.log.bug("sweep_bug", e)
 
     def sum_up(self) -> None:
-        """Read what nobody has looked at, so that the first search is quick, while nothing arrives."""
-        arrived = self.inbox.last
-        if arrived == self.calm_at:
+        """Read what nobody has looked at, so that the first search is quick, once nothing has come for a while."""
+        arrived, now = self.inbox.last, time.monotonic()
+        if arrived != self.calm[0]:
+            self.calm = (arrived, now)
+        elif now - self.calm[1] > CALM_TIME:
             self.inbox.summarise_rest(lambda: self.inbox.last == arrived and not self.stopping.is_set())
-        self.calm_at = arrived
 
     def watch_clock(self) -> None:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""

@@ -10189,6 +10189,15 @@ def need(program: str) -> str:
     return path or pytest.skip(f"{program} is not installed")
 
 
+def test_what_nobody_has_read_is_summed_up_once_it_is_quiet(start: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(smtprelay, "SWEEP_EVERY", 0.02)
+    monkeypatch.setattr(smtprelay, "CALM_TIME", 0.05)
+    relay = start()
+    said(relay, MAIL, MAIL, MAIL)
+    wait_until(lambda: len(relay.delivering.inbox.after()) == 3)
+    wait_until(lambda: all(entry.packed for entry in relay.delivering.inbox.after()))
+
+
 def test_start_reads_no_environment_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMTP_BANNER", "from the environment")
     monkeypatch.chdir(tmp_path)
