@@ -3959,11 +3959,10 @@ def build_query(ident: int, name: str, kind: int) -> bytes:
 
 
 def is_answer(message: bytes, query: bytes) -> bool:
-    """Tell whether a message answers this query: same id, same single question."""
+    """Tell whether a message answers this query: same id, same single question, a response to a standard query."""
     # Of a question, lower() can change only the letters of its name.
-    asked, answered = (text[DNS_HEADER_SIZE : len(query)].lower() for text in (query, message))
-    same = asked == answered and message[:2] == query[:2] and message[4:6] == query[4:6]
-    return same and message[2] & 0xF8 == 0x80  # a response to a standard query
+    asked, answered = ((text[:2], text[4:6], text[DNS_HEADER_SIZE:len(query)].lower()) for text in (query, message))
+    return asked == answered and message[2] & 0xF8 == 0x80
 
 
 def parse_answer(message: bytes) -> DnsAnswer:
@@ -4059,16 +4058,9 @@ class Resolver:
     for one call. Its methods raise only ResolveError.
     """
 
-    def __init__(
-        self,
-        servers: Sequence[tuple[str, int]] = (),
-        timeout: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
-    ) -> None:
-        self._servers = list(servers)
-        self._timeout = timeout
-        self._clock = clock
+    def __init__(self, servers: Sequence[tuple[str, int]] = (), timeout: float = 10.0,
+                 clock: Callable[[], float] = time.monotonic, rng: random.Random | None = None) -> None:
+        self._servers, self._timeout, self._clock = list(servers), timeout, clock
         self._rng = rng or random.SystemRandom()
         self._lock = threading.Lock()
         self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
@@ -5042,17 +5034,18 @@ class Delivery:
         for target in itertools.islice(self.by_health(targets) if self.avoided else targets, TARGETS_MOST):
             started = time.monotonic()
             attempt = self.attempt_at(target, message, parcels, reached)
-            now = time.monotonic()
             lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
             if attempt.crowded and not outcomes:
                 return attempt._replace(transcript=lines)
             if attempt.trouble:
                 lines.append(f"!! {attempt.trouble}")
                 troubles.append((target, attempt.trouble))
-                if now - started > SLOW:
-                    with self.lock:
-                        self.avoided = {t: until for t, until in self.avoided.items() if until > now - AVOID_TIME}
-                        self.avoided[target] = now + AVOID_TIME
+            took = time.monotonic() - started
+            if took > SLOW and (attempt.trouble or not all(o.code for o in attempt.outcomes.values())):
+                with self.lock:  # for as long as it took, so that it costs at most half the time of a worker
+                    now = started + took
+                    self.avoided = {t: until for t, until in self.avoided.items() if until > now - AVOID_TIME}
+                    self.avoided[target] = now + max(AVOID_TIME, took)
             outcomes.update({address: outcome for address, outcome in attempt.outcomes.items()
                              if address not in outcomes or (outcome.status, outcome.scope) != (NEVER, Scope.HOST)})
             parcels = [([r for r in people if r.address not in outcomes or is_owed(outcomes[r.address])], content)
@@ -5077,7 +5070,7 @@ class Delivery:
             with self.lock:
                 until = self.avoided.get(target, 0.0)
                 if 0 < until <= now:  # its time is up: one caller tries it
-                    self.avoided[target] = now + AVOID_TIME
+                    self.avoided[target] = now + max(AVOID_TIME, 2 * self.settings.relay_reply_timeout)
             if until > now:
                 last.append(target)
             else:

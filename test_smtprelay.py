@@ -5578,9 +5578,10 @@ def test_a_host_that_is_passed_over_is_named(log: Caught) -> None:
         assert [line for line in transcript if line.startswith("!!")] == ["!! 127.0.0.1: 421 busy"]
 
 
-def test_a_host_that_hangs_is_tried_last_for_a_while() -> None:
+@pytest.mark.parametrize("stage", ["greeting", "rcpt"])
+def test_a_host_that_hangs_is_tried_last_for_a_while(stage: str) -> None:
     with (
-        FakeHop({"greeting": ["hang"] * 9}) as first,
+        FakeHop({stage: ["hang"] * 9}) as first,
         FakeHop() as second,
         relaying(first, second, SMTP_RELAY_REPLY_TIMEOUT="1100ms") as relay,
     ):
