@@ -7562,6 +7562,12 @@ def compile_term(term: str, zone: str) -> Test | None:
     return (lambda item: item.summary["Created"][:19] <= when) if when else None
 
 
+def misread_terms(text: str, zone: str = "") -> list[str]:
+    """Return the terms of a search whose date or size cannot be read; they are looked for as words."""
+    terms = [term.lstrip("-!") for term in split_terms(text[:10000])]
+    return [t for t in terms if re.match("(?i)(before|after|larger|smaller):.", t) and not compile_term(t, zone)]
+
+
 def search_size(value: str) -> int:
     """Read a size such as 2kb or 1.5m, 0 where it is none."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?([km]?)b?", value)
@@ -9545,7 +9551,8 @@ def list_messages(request: Request) -> Any:
     shown = messages_json(request.relay.inbox, request.search(words), *request.page())
     for message in shown["messages"]:
         message["Status"] = status_of(request.relay.inbox, message["ID"])
-    return shown
+    misread = misread_terms(words, request.query.get("tz", ""))
+    return {**shown, "Warnings": [f"{term} cannot be read" for term in misread]} if misread else shown
 
 
 @route("PUT /api/v1/messages", "mark `IDs`, or what a `Search` finds, as `Read` or not (neither: all)")

@@ -8651,6 +8651,12 @@ def test_the_page_in_a_real_browser(
     assert "_bug" not in held.log() + owed.log()
 
 
+def test_a_date_that_cannot_be_read_is_named(relay: smtprelay.Relay) -> None:
+    search = "/api/v1/search?query=" + urllib.parse.quote('before:2000 -after:someday larger:10K "smaller:huge" x after:')
+    assert api(relay, "GET", search)[1]["Warnings"] == ["after:someday cannot be read", "smaller:huge cannot be read"]
+    assert "Warnings" not in api(relay, "GET", "/api/v1/search?query=before:2000")[1]
+
+
 def api(relay: Any, method: str, path: str, body: Any = None, token: str = "", **headers: str) -> Any:
     """Make a request of a relay's API; return its status with the JSON or the text it answers."""
     host, _, port = relay.http_url[7:].rpartition(":")

@@ -209,6 +209,7 @@ await check('search: found, not found, cleared by Escape; it has an address', as
   await until(async () => (await text(page, '#tools')).startsWith('1 found'));
   const words = await page.inputValue('#search');
   await seek(page, 'zzzz', /^0 found/);
+  await seek(page, 'before:someday', /^0 found: before:someday cannot be read/);
   await page.focus('#search');
   await page.keyboard.press('Escape');
   await until(async () => /messages/.test(await text(page, '#tools')));
