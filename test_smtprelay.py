@@ -7372,6 +7372,8 @@ def record_for(id: str, raw: bytes, to: tuple[str, ...] = ("bob@example.com",), 
 class Box:
     """An inbox over messages in a dict, being its spool too; an id may be of any length."""
 
+    on_disk = False
+
     def __init__(self) -> None:
         self.raws: dict[str, bytes] = {}
         self.records: dict[str, Any] = {}
