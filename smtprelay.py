@@ -9658,25 +9658,22 @@ route("GET /api/v1/tags", "the tags that there are")(lambda request: list(reques
 
 
 @route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")
-def set_tags(request: Request) -> bytes:
-    request.relay.inbox.tag(request.strings("IDs"), request.strings("Tags"))
-    return b"ok"
-
-
 @route("PUT /api/v1/tags/{tag}", "rename to `Name`")
 @route("DELETE /api/v1/tags/{tag}", "take it off all messages")
-def change_tag(request: Request) -> bytes:
-    known = {tag.lower(): tag for tag in request.relay.inbox.counts()[2]}
-    old, new = known.get(request.names["tag"].lower()), ""
-    if old is None:
-        raise HttpError(400, f"tag not found: {request.names['tag'][:100]}")
-    if request.method == "PUT":
-        new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
-        if not new:
-            raise HttpError(400, "Name: expected a tag")
-        if new.lower() != old.lower() and new.lower() in known:
-            raise HttpError(400, f"tag already exists: {new}")
-    request.relay.inbox.rename_tag(old, new)
+def change_tags(request: Request) -> bytes:
+    inbox, name = request.relay.inbox, request.names.get("tag", "")
+    known = {tag.lower(): tag for tag in inbox.counts()[2]}
+    new = "".join(clean_tags([take_field(request.fields, "Name", "")])) if request.method == "PUT" else ""
+    if not name:
+        inbox.tag(request.strings("IDs"), request.strings("Tags"))
+        return b"ok"
+    if name.lower() not in known:
+        raise HttpError(400, f"tag not found: {name[:100]}")
+    if request.method == "PUT" and not new:
+        raise HttpError(400, "Name: expected a tag")
+    if new.lower() != name.lower() and new.lower() in known:
+        raise HttpError(400, f"tag already exists: {new}")
+    inbox.rename_tag(known[name.lower()], new)
     return b"ok"
 
 
@@ -9771,17 +9768,15 @@ def show_events(request: Request) -> Answer:
 
     def stream() -> Generator[bytes, None, None]:
         """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
+        said = b": hello\n\n"
         try:
-            yield b": hello\n\n"
-            while True:
+            while said:
+                yield said
                 try:
                     event = events.get(timeout=HEARTBEAT)
+                    said = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() if event else b""
                 except queue.Empty:
-                    yield b": still here\n\n"
-                    continue
-                if event is None:
-                    return
-                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+                    said = b": still here\n\n"
         finally:
             feed.unsubscribe(events)
 
@@ -9873,21 +9868,19 @@ def change_user(request: Request) -> Any:
 
 
 @route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
-def own_messages(request: Request) -> Any:
-    inbox, mine = request.relay.inbox, Query(((lambda item: item.summary["Username"] == request.account.name, True),))
+@route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
+def show_account(request: Request) -> Any:
+    a, quotas, inbox = request.account, request.relay.reception.quotas, request.relay.inbox
+    if request.path.endswith("/stats"):
+        left = max(0, a.quota_daily - quotas.today(a.name).get("received", 0)) if a.quota_daily else None
+        return {"account": a.name, "today": quotas.today(a.name), "days": quotas.days(a.name),
+                "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute, "left_today": left}
+    mine = Query(((lambda item: item.summary["Username"] == a.name, True),))
     page = inbox.search(mine, 0, int(request.number("limit", 50)))
     return {"total": page.total, "emails": [
         {"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
          "size": i.summary["Size"], "created": i.summary["Created"], "status": status_of(inbox, i.id)}
         for i in page.items]}
-
-
-@route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
-def own_stats(request: Request) -> Any:
-    a, quotas = request.account, request.relay.reception.quotas
-    left = max(0, a.quota_daily - quotas.today(a.name).get("received", 0)) if a.quota_daily else None
-    return {"account": a.name, "today": quotas.today(a.name), "days": quotas.days(a.name),
-            "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute, "left_today": left}
 
 
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", Access.PAGE)
@@ -9942,7 +9935,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         found, text, kept = None, "", self.connection in self.server.kept
         unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
-            request = self.heard()
+            try:
+                url = urllib.parse.urlsplit(self.path)
+            except ValueError:
+                raise HttpError(400, "the address does not parse") from None
+            request = Request(self.server.relay, "GET" if self.command == "HEAD" else self.command, url.path,
+                              dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), self.headers,
+                              self.client, self.gone)
             found = find_route(request)
             admit(request, found)
             if kept and found.access is not OPEN:
@@ -9969,15 +9968,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if found and found.takes is None and found.path != "/api/v1/send":
             return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
         return json_answer({"Error": text}, status)
-
-    def heard(self) -> Request:
-        try:
-            url = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            raise HttpError(400, "the address does not parse") from None
-        return Request(self.server.relay, "GET" if self.command == "HEAD" else self.command, url.path,
-                       dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), self.headers,
-                       self.client, self.gone)
 
     def gone(self) -> bool:
         """Tell whether the caller has hung up."""
