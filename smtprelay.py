@@ -3575,7 +3575,7 @@ class Scheduler:
             for stem in stems:
                 if stem not in self.active and stem not in self.waiting:
                     self._enter(stem, lane, fresh)
-            self._stir()
+            self._stir(lane)
 
     def postpone(self, stem: str, lane: str, delay: float) -> None:
         """Let a message wait for a next hop for so many seconds from now, and no less."""
@@ -3623,7 +3623,7 @@ class Scheduler:
             self._put_off(stem, lane, due)
         else:
             self._enter(stem, lane, fresh)
-            self._stir()
+            self._stir(lane)
 
     def _put_off(self, stem: str, lane: str, due: float) -> None:
         self.waiting[stem] = {**self.waiting.get(stem, NOWHERE), lane: due}
@@ -3675,14 +3675,15 @@ class Scheduler:
                 self.alarm = math.inf  # nobody is known to look in time
         return None
 
-    def _first(self, now: float) -> tuple[Lane | None, float]:
+    def _first(self, now: float, only: str = "") -> tuple[Lane | None, float]:
         """Return the first lane, going round, that may have one more worker, or else when to look again."""
         worst, look_at = BAD, self.heap[0][0] if self.heap else math.inf
         if len(self.lanes) > 1 and self.ready:  # else there is nobody to keep workers for
             busy = [self.lanes[name].rank(now) for name in self.active.values()]
             worst -= busy.count(BAD) >= self.shares[BAD]
             worst = QUICK if len(busy) - busy.count(QUICK) >= self.shares[UNKNOWN] else worst
-        for name, lane in [*self.ready.items()]:
+        for name in [only] if only in self.ready else [*self.ready]:
+            lane = self.ready[name]
             throttled, has_mail = lane.steps > 0 and now < lane.throttled_until, lane.fresh or lane.due
             if not has_mail or throttled and not self._is_overdue(lane):
                 del self.ready[name]  # the heap has it until its probe is due
@@ -3726,9 +3727,9 @@ class Scheduler:
             del self.lanes[lane.name]
         return found
 
-    def _stir(self) -> None:
-        """Wake one worker, if there is something for it to do now, or before any that waits will look."""
-        lane, look_at = self._first(self.clock())
+    def _stir(self, only: str = "") -> None:
+        """Wake one worker, if there is something for it to do (in a lane) now, or before any that waits will look."""
+        lane, look_at = self._first(self.clock(), only)
         if lane or look_at < self.alarm:
             self.changed.notify()
 
@@ -10617,7 +10618,9 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 # lock, the listening sockets, the Link and the counters are the supervisor's, so
 # a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
-# Threads here: reader (Link), finder (spool), workers, sweeper.
+# What is owed has a time and a reason, be it a delivery, a report or a record that
+# the disk did not take: the scheduler has it, and the same workers do it (wrap_up).
+# Threads here: reader (Link, spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
 CALM_TIME = 10.0  # seconds without a new message after which there is time for the inbox
@@ -11007,8 +11010,10 @@ class Delivering:
         return delay if age > self.settings.retry_max_age else 0.0  # released late: its lane would let it out
 
     def throttle(self, lane: str, reason: str) -> float:
+        steps = self.scheduler.lanes[lane].steps
         delay = self.scheduler.throttle(lane, reason)
-        self.log.warn("next_hop_throttled", next_hop=lane, seconds=round(delay, 1), reason=reason)
+        if self.scheduler.lanes[lane].steps != steps:  # else others, under way at the same time, have said so
+            self.log.warn("next_hop_throttled", next_hop=lane, seconds=round(delay, 1), reason=reason)
         return delay
 
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
