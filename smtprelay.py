@@ -8327,8 +8327,7 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 .row:hover { background: var(--paper); }
 .row.cursor { box-shadow: inset 3px 0 var(--edge); }
 .row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
-.row b { font-weight: inherit; }
-.row.unread b { font-weight: 620; }
+.row:not(.unread) b { font-weight: inherit; }
 .row.unread time { color: var(--accent); }
 .tag { padding: 0 5px; margin-right: 4px; font-size: 11px; color: var(--soft); border-radius: 4px;
   box-shadow: inset 0 0 0 1px var(--line); }
@@ -8507,6 +8506,7 @@ const button = (name, work, kind = '', props) => h('button' + kind, name,
   {type: 'button', 'data-key': name, onclick: () => attempt(work), ...props});
 const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy ' + text});
 const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
+const isWeb = url => /^https?:/i.test(url);
 const bdi = text => h('bdi', text);
 const soft = children => h('span.soft', children);
 const status = word => h('span', word, {class: 'status ' + word});
@@ -8783,7 +8783,8 @@ function close() {
   list.focus({preventScroll: true});
 }
 function route() {
-  const [, view, rest = ''] = location.hash.split('/'), word = decodeURIComponent(rest);
+  const [, view, rest = ''] = location.hash.split('/');
+  const word = decodeURIComponent(rest.replace(/%(?![0-9a-f]{2})/gi, '%25'));
   state.view = ['queue', 'accounts'].includes(view) ? view : 'inbox';
   state.id = view === 'message' ? word : '';
   if (state.message?.ID !== state.id) state.message = null;
@@ -8849,10 +8850,12 @@ const links = m => [...(m.Codes || []).map(code => ['code', code]),
 const TABS = [  /* key, name, how many (0 hides it, true is not a number), what it shows */
   ['html', 'HTML', m => Boolean(m.HTML), showHTML],
   ['text', 'Text', () => true, m => h('pre', linked(short(m.Text || '(no text)')))],
-  ['source', 'Source', () => true, showSource],
+  ['source', 'Source', () => true, async m =>
+    h('pre', short(await (await api('GET', mail(m.ID, '/raw'))).text()))],
   ['headers', 'Headers', () => true, showHeaders],
   ['attachments', 'Attachments', m => files(m).length, showFiles],
-  ['links', 'Links', m => links(m).length, showLinks],
+  ['links', 'Links', m => links(m).length, m => table(['Kind', 'Text', ''], links(m).map(
+    ([kind, text]) => [soft(kind), isWeb(text) ? follow(text) : bdi(text), copier(text)]))],
   ['delivery', 'Delivery', m => Boolean(m.Delivery), m => showDelivery(m.Delivery)],
 ];
 const tabs = () => TABS.filter(([, , many]) => many(state.message));
@@ -8929,9 +8932,6 @@ function showHTML(m) {
     sandbox: 'allow-popups allow-popups-to-escape-sandbox', referrerpolicy: 'no-referrer',
     src: `${ROOT}view/${enc(m.ID)}.html?${query}`}))];
 }
-async function showSource(m) {
-  return h('pre', short(await (await api('GET', mail(m.ID, '/raw'))).text()));
-}
 async function showHeaders(m) {
   const line = ([name, values]) => [values].flat().map(value => [soft(bdi(name)), bdi(value)]);
   return table(['Name', 'Value'], Object.entries(await get(mail(m.ID, '/headers'))).flatMap(line));
@@ -8943,10 +8943,6 @@ function showFiles(m) {
     return [bdi(name), soft([file.ContentType, file.ContentID && ', inline']),
       soft(octets(file.Size)), button('Download', () => download(path, name))];
   }));
-}
-function showLinks(m) {
-  return table(['Kind', 'Text', ''], links(m).map(([kind, text]) =>
-    [soft(kind), /^https?:/i.test(text) ? follow(text) : bdi(text), copier(text)]));
 }
 function showDelivery(d) {
   const transcript = flat(d.transcript).join('\n');

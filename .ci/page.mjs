@@ -246,6 +246,8 @@ await check('/view/latest and /search?q= are the page at that place', async () =
   await page.locator('#row-0[aria-selected=true]').waitFor();
   const [{ ID }] = (await (await fetch(`${HELD}/api/v1/messages?limit=1`)).json()).messages;
   const opened = page.url() === `${HELD}/#/message/${ID}`;
+  await page.goto(HELD + '/#/search/100%');
+  await until(async () => (await text(page, '#tools')).includes('found'));
   await page.goto(HELD + '/search?q=subject:brand');
   await until(async () => (await text(page, '#tools')).startsWith('1 found'));
   const words = await page.inputValue('#search');
