@@ -1895,27 +1895,21 @@ def libcrypto_names() -> list[str | None]:
 
 
 def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
-    """Open the first of `names` that has all we call; SealError when none has."""
+    """Open the first of `names` that has all we call, and tell it our types; SealError when none has."""
     import ctypes  # for those alone who set a key
+    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
     for name in names:
         with contextlib.suppress(OSError, AttributeError):
             # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
             # back, where a chunk takes 0.05 ms.
             library = ctypes.PyDLL(name)
-            declare(library)
+            for symbol, letters in LIBCRYPTO.items():
+                function = getattr(library, symbol)
+                function.restype, *function.argtypes = [kinds[letter] for letter in letters]
             if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
                 return library
     raise SealError(
         f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
-
-
-def declare(library: ctypes.PyDLL) -> None:
-    """Give libcrypto's functions their types; AttributeError if one is missing."""
-    import ctypes
-    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
-    for symbol, letters in LIBCRYPTO.items():
-        function = getattr(library, symbol)
-        function.restype, *function.argtypes = [kinds[letter] for letter in letters]
 
 
 def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, tag: bytes = b"") -> bytes | None:
@@ -1943,23 +1937,22 @@ def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, ta
     return None if not sound else out.raw if sealing else out.raw[:len(data)]
 
 
-class FileCipher:
-    """The cipher of one file: its own key, and what each of its chunks is bound to."""
+Cipher = Callable[[int, bool, bytes, bytes], Optional[bytes]]
 
-    def __init__(self, lib: ctypes.PyDLL, key: bytes, head: bytes, name: str) -> None:
-        self.lib, self.key = lib, hkdf(key, head[-32:], b"smtprelay file")
-        self.aad = head + name.encode("utf-8", "surrogateescape")
 
-    def run(self, number: int, last: bool, data: bytes, tag: bytes = b"") -> bytes | None:
-        """Seal a chunk or, with a tag, open it: None when it is not the chunk of that number."""
-        nonce = number.to_bytes(11, "big") + bytes([last])
-        return gcm(self.lib, self.key, nonce, self.aad, data, tag)
+def file_cipher(lib: ctypes.PyDLL, secret: bytes, head: bytes, name: str) -> Cipher:
+    """Return what seals a chunk of one file or, with a tag, opens it: None when it is not the chunk of that number."""
+    key, aad = hkdf(secret, head[-32:], b"smtprelay file"), head + name.encode("utf-8", "surrogateescape")
+
+    def run(number: int, last: bool, data: bytes, tag: bytes) -> bytes | None:
+        return gcm(lib, key, number.to_bytes(11, "big") + bytes([last]), aad, data, tag)
+    return run
 
 
 class SealWriter:
     """Seals a stream as it comes, holding back at most a chunk."""
 
-    def __init__(self, head: bytes, cipher: FileCipher) -> None:
+    def __init__(self, head: bytes, cipher: Cipher) -> None:
         self.out, self.cipher = head, cipher
         self.held = b""
         self.number = 0
@@ -1967,24 +1960,19 @@ class SealWriter:
     def update(self, data: bytes, last: bool = False) -> bytes:
         """Take some of the text; return what can be written of it: all, with the last."""
         self.held += data
-        done, parts = 0, [self.out]
-        while len(self.held) - done > CHUNK_SIZE:  # not >=: the last chunk is marked
-            parts.append(self.chunk(self.held[done:done + CHUNK_SIZE], False))
-            done += CHUNK_SIZE
-        self.out, self.held = b"", self.held[done:]
-        return b"".join([*parts, self.chunk(self.held, True)] if last else parts)
-
-    def chunk(self, text: bytes, last: bool) -> bytes:
-        sealed = self.cipher.run(self.number, last, text)
-        assert sealed is not None
-        self.number += 1
-        return sealed
+        done, parts, self.out, over = 0, [self.out], b"", False
+        while not over and (last or len(self.held) - done > CHUNK_SIZE):  # not >=: the last chunk is marked
+            over = len(self.held) - done <= CHUNK_SIZE
+            parts.append(cast(bytes, self.cipher(self.number, over, self.held[done:done + CHUNK_SIZE], b"")))
+            self.number, done = self.number + 1, done + CHUNK_SIZE
+        self.held = self.held[done:]
+        return b"".join(parts)
 
 
 class SealReader:
     """The raw half of a sealed file: what io.BufferedReader asks of its `raw`."""
 
-    def __init__(self, file: BinaryIO, name: str, cipher: FileCipher) -> None:
+    def __init__(self, file: BinaryIO, name: str, cipher: Cipher) -> None:
         self.file, self.name, self.cipher = file, name, cipher
         self.readable, self.seekable, self.flush, self.close = file.readable, file.seekable, file.flush, file.close
         body = file.seek(0, os.SEEK_END) - HEAD_SIZE
@@ -2001,8 +1989,9 @@ class SealReader:
         """Return the text of a chunk; SealError when it is not what was sealed."""
         self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
         box = self.file.read(SEALED_CHUNK)
-        whole = len(box) >= TAG_SIZE
-        text = self.cipher.run(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:]) if whole else None
+        text = None
+        if len(box) >= TAG_SIZE:
+            text = self.cipher(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:])
         if text is None:
             raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
         return text
@@ -2048,7 +2037,7 @@ class Sealer:
         if self.lib is None:
             return None
         head = MAGIC + self.key_id + self.random(32)
-        return SealWriter(head, FileCipher(self.lib, self.key, head, name))
+        return SealWriter(head, file_cipher(self.lib, self.key, head, name))
 
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
         """Return a reader of the text of `file`, which is itself returned when it is plain.
@@ -2063,7 +2052,7 @@ class Sealer:
             raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
         if len(head) == HEAD_SIZE and head[len(MAGIC):-32] != self.key_id:
             raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
-        raw = SealReader(file, name, FileCipher(self.lib, self.key, head, name))
+        raw = SealReader(file, name, file_cipher(self.lib, self.key, head, name))
         return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
 
     def seal(self, data: bytes, name: str) -> bytes:
