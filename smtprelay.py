@@ -1427,8 +1427,10 @@ class Content:
         if not clean and self.lenient:
             block = re.sub(rb"\r\n?|\n", b"\r\n", block)
         if stuffed and b"\r\n." in block:
-            # A dot alone between bare line ends has ended nothing: it is kept, and doubled on its way out.
-            block = block.replace(b"\r\n.", b"\r\n") if clean else re.sub(rb"\r\n\.(?!\r\n)", b"\r\n", block)
+            # A dot alone between bare line ends has ended nothing: it is kept, and doubled on its way out. So is
+            # one at the end of a block: what is held back there is the end of its line.
+            stuffed_dot = rb"\r\n\.(?!\r\n|\Z)"
+            block = re.sub(stuffed_dot, b"\r\n", block) if self.lenient else block.replace(b"\r\n.", b"\r\n")
         block = block[skip:] if skip else block
         self.size += len(block)
         if not clean and not self.lenient:

@@ -1455,6 +1455,41 @@ def test_end_of_content_is_found_at_every_split(holding: Any, held: Spool) -> No
             assert client.reply().startswith("250 2.0.0")
 
 
+class Pieces(smtprelay.Wire):
+    """A wire that brings what it is given, piece by piece."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        super().__init__(socket.socket(), math.inf)
+        self.pieces, self.bulk, self.start, self.end = [*pieces], True, 6, 6
+        self.sock.close()
+        self.buffer[:6] = b"DATA\r\n"
+
+    def fill(self, reading: bool = True) -> None:
+        piece = self.pieces.pop(0)
+        self.buffer[self.end : self.end + len(piece)] = piece
+        self.end += len(piece)
+
+
+def test_content_means_the_same_however_it_is_split() -> None:
+    rng, bits = random.Random(7), [b"\r", b"\n", b".", b"a", b"\r\n", b"\r\n.", b"\n."]
+    for _ in range(4000):
+        data = b"".join(rng.choice(bits) for _ in range(rng.randint(0, 14))) + b"\r\n.\r\nQUIT\r\n"
+        raw, _, rest = (b"\r\n" + data).partition(b"\r\n.\r\n")
+        lines = re.split(rb"\r\n|\r|\n", (raw + b"\r\n")[2:])
+        mended = b"\r\n".join(line[len(line) > 1 and line[:1] == b"." :] for line in lines)
+        bare = bool(re.search(rb"\r(?!\n)|(?<!\r)\n", raw))
+        cuts = sorted(rng.sample(range(1, len(data)), rng.randint(0, 6))) if rng.random() < 0.7 else range(1, len(data))
+        for lenient in (False, True):
+            wire = Pieces(*(data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])))
+            kept: list[bytes] = []
+            content = smtprelay.Content(kept.append, 100, lenient)
+            smtprelay.read_data(wire, content)
+            content.finish()
+            assert wire.buffer[wire.start : wire.end] + b"".join(wire.pieces) == rest, data
+            assert content.fault == (smtprelay.BARE_NEWLINE if bare and not lenient else None), data
+            assert content.fault or (b"".join(kept), content.size) == (mended, len(mended)), (data, cuts)
+
+
 NEAR_ENDS = [
     b"\n.\n",
     b"\r\n.\n",
@@ -11164,6 +11199,7 @@ SCRIPTS = [  # steps, how the message ends, attempts, copies taken
     (["mail 451 later", "data 421 going"], "forwarded", 3, 1),
     (["drop", "accept"], "forwarded", 2, 1),
     (["mail drop", "connect 421 busy", "connect 554 go away", "rcpt 450 grey"], "forwarded", 3, 1),
+    (["delay 20ms 450 slow", "drop kept", "data delay 20ms"], "forwarded", 3, 2),
 ]
 
 
