@@ -11270,6 +11270,9 @@ class Postmaster:
             _, reason, due = self.half.stumbles.get(message.stem, (0, "", 0.0))
             if reason:
                 entries[-1].update(reason=reason, next_attempt_at=iso_time(due))
+            for hop in hops if not entries[-1]["reason"] else ():
+                if hop["reason"] and self.half.scheduler.waits(message.stem, hop["name"]):
+                    entries[-1].update(reason=hop["reason"], next_attempt_at=hop["until"])
         return {"messages": [e for e in entries if e["status"] is not Status.HELD],
                 "held": [e for e in entries if e["status"] is Status.HELD],
                 "total": len(self.half.scheduler), "next_hops": hops}

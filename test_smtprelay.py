@@ -10824,6 +10824,13 @@ def in_queue(relay: Any) -> list[Any]:
     return [(entry["reason"], bool(entry["next_attempt_at"])) for entry in queue["messages"]]
 
 
+def test_all_that_waits_for_a_dead_next_hop_says_so(start: Any, hop: Any) -> None:
+    relay = relaying_in_review(start, hop(listen=False), SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h")
+    said(relay, MAIL, MAIL, MAIL)
+    shown = wait_until(lambda: len(found := in_queue(relay)) == 3 and all(r for r, _ in found) and found)
+    assert all("cannot connect" in reason and due for reason, due in shown), shown
+
+
 def test_one_who_failed_is_reported_though_another_is_held_back(start: Any, hop: Any) -> None:
     h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
     relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_RELAY_ALLOWED_RECIPIENTS="^(no|ann)@")
