@@ -6847,8 +6847,8 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> t
     limit only the fields that are needed are kept, up to the limit again.
     """
     fields: list[tuple[int, int]] = []
-    begin, stop = start, start
-    while stop < end:
+    begin, stop, last_line = start, start, min(end, start + 8 * limit)
+    while stop < last_line:
         begin, stop = stop, raw.find(b"\n", stop, end) + 1 or end
         line = raw[begin:min(stop, begin + 200)]
         if line[:1] in b" \t" and line.strip() and fields:
@@ -6860,8 +6860,9 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> t
             break
         elif not FIELD_NAME.match(raw, stop, min(end, stop + 200)) or not (fields or line[:5] in (b"From ", b">From")):
             break  # the body, without an empty line before it
-    else:
-        begin = end
+    else:  # what is left of it is not looked at
+        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, max(start, stop - 1), end) if stop < end else None
+        begin = empty.end() if empty else end
     kept: Headers = []
     room = limit
     for first, last in fields:
@@ -7039,11 +7040,11 @@ def read_mail(raw: bytes) -> Mail:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw), "")]
-    top, room = read_headers(raw, 0, min(len(raw), 8 * HEAD_LIMIT)), HEAD_LIMIT
+    top, room = read_headers(raw, 0, len(raw)), HEAD_LIMIT
     bodies: set[str] = set()
     for _ in range(PART_LIMIT):
         number, start, end, among = todo.pop()
-        headers, body = read_headers(raw, start, min(end, start + HEAD_LIMIT), max(room // 4, KIB)) if number else top
+        headers, body = read_headers(raw, start, end, max(room // 4, 256)) if number else top
         room -= body - start if number else 0
         part = describe_part(number.rstrip(".") or "0", headers, among)
         multipart = part.content_type.startswith("multipart/")
@@ -7117,7 +7118,7 @@ class Mail:
 HIDDEN_ELEMENTS = ("style", "script", "title", "template")
 BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
-URL = re.compile(r"""(?i)\b[a-z][a-z0-9+.-]{1,20}://[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
+URL = re.compile(r"""(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
 NO_LINK = re.compile(r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):")
 
 
@@ -7185,7 +7186,7 @@ def trim_url(url: str, before: str) -> str:
 CODE_WORDS = (
     r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|(?:two|2)[- ]?(?:factor|step)|c[oó]digos?"
     r"|codice|cod(?:ul)?|k[oó]d\w{0,8}|koodi\w{0,3}|mã|sandi|senha|clave|contraseña|mot de passe|passwort|kennwort"
-    r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|kood|kode|kod)\b"
+    r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|koodi?|kode|kod)\b"
     r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)"
 )
 SAID_NEAR = re.compile(r"(?i)" + CODE_WORDS)
@@ -7296,11 +7297,12 @@ def view_html(mail: Mail) -> str:
     join what stood apart. In each tag the first attribute of a name counts.
     """
     def own(tag: re.Match[str]) -> str:
-        name, more = tag[1].lower(), attributes(tag[2])
+        name = tag[1].lower()
         if name in ("a", "area"):
-            here = more.get("href", "").strip().startswith("#")
+            here = "#" in tag[2] and attributes(tag[2]).get("href", "").strip().startswith("#")
             return f"<{tag[1]} {'target=_self' if here else 'target=_blank rel=noopener'}{tag[2]}"
-        if name == "link" and set(more.get("rel", "").lower().split()) in ({"stylesheet"}, {"alternate", "stylesheet"}):
+        rel = attributes(tag[2]).get("rel", "") if name == "link" else ""
+        if set(rel.lower().split()) in ({"stylesheet"}, {"alternate", "stylesheet"}):
             return tag[0]
         return f"<meta http-equiv=off{tag[2]}"
 

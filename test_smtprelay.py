@@ -7550,8 +7550,115 @@ def people(found: list[dict[str, str]]) -> list[tuple[str, str]]:
     return [(person["Name"], person["Address"]) for person in found]
 
 
+CHARSETS = [  # (label, octets, text)
+    ("ISO-8859-1", b"\x80 \xe9", "€ é"),
+    ("us-ascii", b"caf\xc3\xa9", "café"),
+    ("'Latin1'", b"\xe9", "é"),
+    ("x-sjis", "①㈱髙".encode("cp932"), "①㈱髙"),
+    ("iso-2022-jp", b"\x1b$B-!-j\x1b(B a", "①㈱ a"),
+    ("iso-2022-jp", b"\x1b(I1\x1b(B", "ｱ"),
+    ("EUC-JP", b"\xad\xa1\xa4\xa2\x8e\xb1", "①あｱ"),
+    ("ks_c_5601-1987", "똠".encode("cp949"), "똠"),
+    ("GB_2312-80", "镕".encode("gb18030"), "镕"),
+    ("big5", "嘅".encode("big5hkscs"), "嘅"),
+    ("windows-874", b"\xa1", "ก"),
+    ("TIS-620", b"\xa1", "ก"),
+    ("iso-8859-8-i", b"\xf9", "ש"),
+    ("iso-8859-9", b"\xdd\xfe", "İş"),
+    ("iso_8859-15:1998", b"\xa4", "€"),
+    ("latin-2", b"\xb1", "ą"),
+    ("cp1250 (x)", b"\xb9", "ą"),
+    ("x-mac-cyrillic", b"\x80", "А"),
+    ("koi8-u", b"\xa4", "є"),
+    ("unicode-1-1-utf-7", b"+AOk-", "é"),
+    ("UTF-16", "é".encode("utf-16"), "é"),
+    ("utf-8", b"\xef\xbb\xbfa\xff", "a\ufffd"),
+    ("", b"\xfc", "ü"),
+    ("no-such", "ü".encode(), "ü"),
+    ("punycode", b"abc-", "abc-"),
+    ("", b"<meta http-equiv=Content-Type content='text/html; charset=koi8-r'>\xc1", "а"),
+]
+
+
+@pytest.mark.parametrize("label, octets, text", CHARSETS)
+def test_charsets(label: str, octets: bytes, text: str) -> None:
+    assert smtprelay.decode_text(octets, label).rpartition(">")[2] == text
+    if label and "(" not in label:
+        word = b"Subject: =?%s?B?%s?=\r\n\r\n" % (label.strip("'").encode(), base64.b64encode(octets))
+        assert smtprelay.read_mail(word).subject == text
+
+
+SUBJECTS = [  # (as it is sent, as it is shown)
+    ("=?utf-8?q?a?= =?utf-8?q?b?=", "ab"),
+    ("=?utf-8?q?a?= b =?utf-8?q?c?=", "a b c"),
+    ("=?utf-8?b?w4?= =?utf-8?b?qQ==?=", "é"),  # a character cut in two
+    ("=?utf-8?Q?What??=", "What?"),
+    ("=?UTF-8*en?Q?a b_c?=", "a b c"),
+    ("ü =?iso-8859-1?q?=FC?= ü", "ü ü ü"),
+    ("[=?utf-8?q?x?=] =?utf-8?q?=", "[x] =?utf-8?q?="),
+    ("=?utf-8?q?a=0D=0Ab?=", "a  b"),
+]
+
+
+@pytest.mark.parametrize("sent, shown", SUBJECTS)
+def test_encoded_words(sent: str, shown: str) -> None:
+    assert smtprelay.read_mail(f"Subject: {sent}\r\n\r\n".encode()).subject == shown
+
+
+def test_long_headers_lose_nothing_that_is_needed() -> None:
+    to = ", ".join(f"=?utf-8?q?J=C3=BCrgen_the_{n}th?= <user{n}@example.com>" for n in range(1000))
+    raw = "X-Long: " + "x" * MEGABYTE + f"\r\nTo: {to}\r\nCc: a@x\r\nto: b@x\r\nSubject: after\r\n\r\nbody"
+    mail = smtprelay.read_mail(raw.encode())
+    assert (len(mail.people("to")), mail.people("to")[0]["Name"], mail.subject, mail.text) == (
+        1001, "Jürgen the 0th", "after", "body")
+
+
+PARAMETERS = [  # (Content-Type, type, parameters)
+    ("text/html charset=utf-8", "text/html", {"charset": "utf-8"}),
+    ('a/b; Name="x; y=\\"z"; q=1', "a/b", {"name": 'x; y="z', "q": "1"}),
+    ("a/b; name=my file (1).pdf; x=y", "a/b", {"name": "my file (1).pdf", "x": "y"}),
+    ("a/b; name*0*=utf-8''%C3; name*1*=%A9; name*2=.pdf", "a/b", {"name": "é.pdf"}),
+    ("a/b; filename=plain; filename*=iso-8859-1'de'%FC", "a/b", {"filename": "ü"}),
+    ("a/b; filename*=utf-8''%e2%82%ac; filename=plain", "a/b", {"filename": "€"}),
+]
+
+
+@pytest.mark.parametrize("value, kind, parameters", PARAMETERS)
+def test_parameters(value: str, kind: str, parameters: dict[str, str]) -> None:
+    assert smtprelay.header_parameters(value) == (kind, parameters)
+
+
 CODES = [
     # (text, codes)
+    ("Your code: 12 34 56", ["123456"]),
+    ("Two-factor: 482913", ["482913"]),
+    ("2-step verification - 482 913", ["482913"]),
+    ("Mã xác minh của bạn là 553311", ["553311"]),
+    ("رمز التحقق الخاص بك هو ٥٥٣٣١١", ["553311"]),
+    ("आपका सत्यापन कोड 553311 है", ["553311"]),
+    ("รหัสยืนยันของคุณคือ 553311", ["553311"]),
+    ("Doğrulama kodunuz: 553311", ["553311"]),
+    ("Twój kod weryfikacyjny to 553311", ["553311"]),
+    ("Uw verificatiecode is 553311", ["553311"]),
+    ("O seu código de verificação é 553311", ["553311"]),
+    ("Kode verifikasi Anda adalah 553311", ["553311"]),
+    ("Votre code de vérification est 553311", ["553311"]),
+    ("Il tuo codice di verifica è 553311", ["553311"]),
+    ("Ваш код подтверждения: 553311", ["553311"]),
+    ("確認コードは 553311 です", ["553311"]),
+    ("認証番号：５５３３１１", ["553311"]),
+    ("인증번호는 553311 입니다", ["553311"]),
+    ("驗證碼：553311", ["553311"]),
+    ("Din engångskod är 553311", ["553311"]),
+    ("Vahvistuskoodi: 553311", ["553311"]),
+    ("Váš ověřovací kód je 553311", ["553311"]),
+    ("Codul tău este 553311", ["553311"]),
+    ("Ο κωδικός σας είναι 553311", ["553311"]),
+    ("קוד האימות שלך הוא 553311", ["553311"]),
+    ("Đơn hàng 553311 đã được giao", []),
+    ("Ihre Bestellung 553311 ist unterwegs", []),
+    ("Sipariş no: 553311, kod gerekmez", []),
+    ("Pedido 553311 confirmado", []),
     ("Your verification code is 123456.", ["123456"]),
     ("Your verification code is:\n\n    482913\n\nIt expires in 10 minutes.", ["482913"]),
     ("482913 is your Acme verification code.", ["482913"]),
@@ -7614,6 +7721,14 @@ def test_codes_look_at_the_subject_and_the_html() -> None:
 
 
 LINKS = [  # (text, html, links)
+    ("", "<a data-href=https://a.example href=' myapp://verify/42\n'>", ["myapp://verify/42"]),
+    ("", "<a href=app:go><a href='tel:1'><a title='x' HREF = \"https://x.example/a b\">", ["app:go", "https://x.example/a%20b"]),
+    ("https://x.example/r?t=ab_ and https://x.example/t-*, too", "", ["https://x.example/r?t=ab_", "https://x.example/t-*"]),
+    ("*https://b.example/* _https://i.example_ [https://l.example]", "",
+     ["https://b.example/", "https://i.example", "https://l.example"]),
+    ("打开 https://c.example/a。谢谢", "", ["https://c.example/a"]),
+    ("slack://open or (myapp://x/y).", "", ["slack://open", "myapp://x/y"]),
+    ("", "<a href='https://x.example/?a=1&#38;b=2'>", ["https://x.example/?a=1&b=2"]),
     ("go to https://x.example/a?b=1.", "", ["https://x.example/a?b=1"]),
     (
         "(see https://x.example/a_(b)) <https://y.example/>",
@@ -7729,6 +7844,19 @@ SEARCHES = [  # (query, ids found)
     ("unknown:word", ""),
     ('- ! : " ""', ""),
     ("*", ""),
+    ("€", ""),
+    ("(", ""),
+    ("from:", "dcba"),
+    ("from: subject:invoice", "b"),
+    ("after:2026-11-20 before:", "dcb"),
+    ("x.example/?a=1", "d"),
+    ("logo.png", "d"),
+    ("before:2026", ""),
+    ("after:2026-11 from:dave", "c"),
+    ("after:11/22/2026", "d"),
+    ('after:"Nov 22, 2026"', "d"),
+    ('before:"20 November 2026"', "a"),
+    ('before:"22.11.2026 10:00 PM"', "cba"),
 ]
 
 
@@ -7772,7 +7900,25 @@ def test_search(four: Box, query: str, found: str) -> None:
     assert page.unread == len(found.replace("a", ""))
 
 
+def test_signs_are_looked_for_like_words(box: Box) -> None:
+    for n, text in enumerate(("5 * 3 (x)", "5 € 🎉", "a\r\n" + "word " * 100 + "🎉")):
+        box.put(f"Content-Type: text/plain; charset=utf-8\r\n\r\n{text}".encode(), f"m{n}")
+    found = {q: [item.id for item in box.inbox.search(smtprelay.compile_query(q)).items] for q in ("*", "€", "🎉", "(", "-🎉")}
+    assert found == {"*": ["m0"], "€": ["m1"], "🎉": ["m2", "m1"], "(": ["m0"], "-🎉": ["m0"]}
+
+
+def test_words_of_both_parts_are_found(box: Box) -> None:
+    box.put(MULTIPART.replace(b"mixed", b"alternative") + b"--b\r\n\r\nplainly\r\n--b\r\nContent-Type: text/html\r\n\r\n"
+            b"<p>rich&#108;y <a href='https://x.example/token-42'>go</a>\r\n--b--", to=("hidden@example.com",))
+    for word in ("plainly", "richly", "token-42", "hidden@example.com"):
+        assert box.inbox.search(smtprelay.compile_query(word)).total == 1, word
+
+
 def test_moment_knows_time_zones() -> None:
+    now = datetime.fromisoformat("2026-11-21T12:00:00+00:00")
+    assert smtprelay.search_moment("10:00 pm", "UTC", now) == "2026-11-21T22:00:00"
+    assert smtprelay.search_moment("2000", "UTC") == smtprelay.search_moment("01/01/2000", "UTC") == "2000-01-01T00:00:00"
+    assert [smtprelay.search_moment(v) for v in ("13/13/2000", "yesterday", "2000-02-31", "9" * 5000)] == [""] * 4
     assert smtprelay.search_moment("2026-11-21", "Pacific/Auckland") == "2026-11-20T11:00:00"
     assert smtprelay.search_moment("2026-11-21t10:00+02:00", "Mars/Olympus") == "2026-11-21T08:00:00"
     assert smtprelay.search_moment("2026-11-21", "../../etc/passwd") == smtprelay.search_moment("2026-11-21")
@@ -7844,6 +7990,62 @@ def test_sequence_numbers_are_never_reused(box: Box) -> None:
     assert box.inbox.delete() == ["a", "c"]
     assert (box.inbox.search().total, box.inbox.deleted) == (0, 3)
     assert box.inbox.get("latest") is None
+
+
+def test_a_message_that_trips_the_reader_is_shown_as_such(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = smtprelay.read_mail
+
+    def tripping(raw: bytes) -> Any:
+        if b"evil" in raw:
+            raise RecursionError("deep")
+        return real(raw)
+
+    monkeypatch.setattr(smtprelay, "read_mail", tripping)
+    box.put(PLAIN_MAIL, "good")
+    box.put(b"Subject: evil\r\n\r\n" + b"word " * 100, "bad")
+    shown = smtprelay.messages_json(box.inbox, smtprelay.ALL)["messages"]
+    assert [m["Subject"] for m in shown] == ["(cannot be read)", "Grüße from Äly"]
+    assert [item.id for item in box.inbox.search(smtprelay.compile_query("hello")).items] == ["good"]
+    found = box.inbox.wait(smtprelay.compile_query("subject:from"), timeout=0)
+    assert found and found.id == "good"
+    item = box.inbox.get("bad")
+    assert item and "cannot be read" in box.inbox.email(item).text
+    assert box.inbox.delete() == ["good", "bad"]
+
+
+def test_what_a_person_did_survives_a_restart(tmp_path: Path) -> None:
+    for more in ({}, {"SMTP_SPOOL_KEY": "7" * 64}):
+        spool = tmp_path / str(len(more))
+        settings: dict[str, Any] = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(spool), "SMTP_FSYNC": "0", **more}
+        with smtprelay.start(**settings) as relay:
+            for n in range(3):
+                submit(relay, f"n{n}")
+            inbox = relay.delivering.inbox
+            wait_until(lambda inbox=inbox: inbox.last and len(inbox.ids()) == 3)
+            first, second, _ = inbox.ids()
+            inbox.mark([first], True)
+            inbox.tag([second], ["Kept"])
+            wait_until((spool / "inbox.json").exists)  # at once, not only at the end
+        assert (b"Kept" in (spool / "inbox.json").read_bytes()) == (not more)
+        with smtprelay.start(**settings) as relay:
+            inbox = relay.delivering.inbox
+            assert inbox.counts() == (3, 2, {"Kept": 1})
+            item = inbox.get(first)
+            assert item and item.read
+        (spool / "inbox.json").write_bytes((spool / "inbox.json").read_bytes()[:20])
+        with smtprelay.start(**settings) as relay:
+            assert relay.delivering.inbox.counts() == (3, 3, {})
+            relay.delivering.inbox.mark(None, True)
+        with smtprelay.start(**settings) as relay:
+            assert relay.delivering.inbox.counts()[1] == 0
+
+
+def test_tags_come_from_fields_addresses_and_rules(box: Box) -> None:
+    box.inbox.rules = [("Big", smtprelay.compile_query("larger:1k")), ("greeting", smtprelay.compile_query("hello"))]
+    box.put(b"X-Tags: One,one ,t*w/o\r\n\r\nHello", "a", to=("bob+plus+Two@example.com",))
+    assert box.inbox.counts()[2] == {"greeting": 1, "One": 1, "plus": 1, "two": 1}
+    box.inbox.tag(["a"], [])
+    assert box.inbox.counts()[2] == {}
 
 
 def test_a_message_that_is_gone_is_forgotten(box: Box) -> None:
@@ -8305,6 +8507,13 @@ HOSTILE = {
     "spaces": b"\r\ncode" + b" " * MEGABYTE + b"123456",
     "base64": b"Content-Transfer-Encoding: base64\r\n\r\n" + b"=" * MEGABYTE + b"A",
     "nul": b"Subject: \0\r\n\0: x\r\n\r\n\0",
+    "long number in html": HTML_HEAD + b"&#" + b"1" * 4400 + b"; &#x" + b"f" * MEGABYTE + b" &#" + b"0" * MEGABYTE + b"65;",
+    "entity runs": HTML_HEAD + b"&amp" * (MEGABYTE // 4) + b"&" * MEGABYTE,
+    "parts of many fields": MULTIPART + (b"--b\r\n" + b"a:\r\n" * 2400 + b"\r\nx\r\n") * 700,
+    "cid quotes": HTML_HEAD + b"\"cid:" * (MEGABYTE // 5),
+    "attributes": HTML_HEAD + b"<a " + b"x='" * (MEGABYTE // 3),
+    "anchors without end": HTML_HEAD + b"<a " * (MEGABYTE // 3),
+    "spaces before a doctype": HTML_HEAD + b"<!--" * (MEGABYTE // 4),
     "cids": HTML_HEAD + b"cid:" * (MEGABYTE // 4),
 }
 
