@@ -8018,10 +8018,11 @@ def test_what_a_person_did_survives_a_restart(tmp_path: Path) -> None:
         spool = tmp_path / str(len(more))
         settings: dict[str, Any] = {"SMTP_STORAGE": "file", "SMTP_SPOOL": str(spool), "SMTP_FSYNC": "0", **more}
         with smtprelay.start(**settings) as relay:
+            inbox, seen = relay.delivering.inbox, relay.delivering.inbox.last
             for n in range(3):
                 submit(relay, f"n{n}")
-            inbox = relay.delivering.inbox
-            wait_until(lambda inbox=inbox: inbox.last and len(inbox.ids()) == 3)
+                assert inbox.wait(smtprelay.ALL, since=seen, timeout=10)
+                seen = inbox.last
             first, second, _ = inbox.ids()
             inbox.mark([first], True)
             inbox.tag([second], ["Kept"])
