@@ -2059,7 +2059,7 @@ class Sealer:
 
     def seal(self, data: bytes, name: str) -> bytes:
         """Seal a whole record."""
-        writer = self.writer(name)
+        writer = self.writer(name) if self.lib else None
         return writer.update(data, last=True) if writer else data
 
     def unseal(self, data: bytes, name: str) -> bytes:
@@ -2326,8 +2326,10 @@ class Disk:
         os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(f"{self.root}/{name}")
+        except FileNotFoundError:
+            """It is gone already."""
 
     def stat(self, name: str) -> tuple[int, float]:
         """Return the octets of a file, and when it was written."""
@@ -2566,8 +2568,11 @@ class Spool:
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
-        with contextlib.suppress(FileExistsError):
-            self.store.write(message.stem + ".json", self.sealer.seal(message.to_json(), message.stem + ".json"), True)
+        name = message.stem + ".json"
+        try:
+            self.store.write(name, self.sealer.seal(message.to_json(), name), new=True)
+        except FileExistsError:
+            """It was delivered, or tried, in the meantime."""
 
     def reopen(self, message: Message) -> None:
         """Make a finished message owed again: its record changes its name, and is never missing."""
@@ -2604,7 +2609,7 @@ class Draft:
     def __init__(self, spool: Spool, envelope: Envelope, id: str) -> None:
         self.spool, self.id = spool, id
         self.stem = stem_of(id, envelope.recipients[0])
-        self.part = spool.path(f"{self.stem}.{spool.run}.part")
+        self.part = f"{spool.root}/{self.stem}.{spool.run}.part"
         self.seal = spool.sealer.writer(self.stem + ".eml")
         self.parts = [envelope_block(envelope, id, spool.settings.hostname)]
         self.size = self.waiting = 0
@@ -2634,9 +2639,11 @@ class Draft:
         """Make the .part, in the date's directory, whose own name is synced when it is new."""
         spool, day = self.spool, self.stem[:10]
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        if spool.day == day:
-            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
+        try:
+            if spool.day == day:
                 return os.open(self.part, flags, 0o600)
+        except FileNotFoundError:
+            """Someone tidied the spool by hand."""
         os.makedirs(spool.path(day), 0o700, exist_ok=True)
         if spool.settings.fsync:
             sync_directory(spool.root)
@@ -2651,7 +2658,7 @@ class Draft:
             return self.stem
         if begun and not self.seal:
             os.pwrite(self.fd, b"%012d" % self.size, SIZE_AT)
-        final = self.spool.path(self.stem + ".eml")
+        final = f"{self.spool.root}/{self.stem}.eml"
         os.rename(self.part, final)
         if self.spool.settings.fsync:
             try:
