@@ -4399,7 +4399,7 @@ class NextHop:
         self.features: dict[str, str] = {}
         self.transcript: list[str] = []
         self.sent, self.idle_since = 0, 0.0
-        self.most = target.most  # recipients of one transaction; 0 is no limit
+        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients of one transaction, 0 is no limit; transactions
         self.clean = True
         self.ready = self.carried = self.spent = self.full = False
         self.ip = self.tls = ""
@@ -4471,8 +4471,8 @@ class NextHop:
         for line in lines:
             name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
             self.features[name.lower()] = " ".join([self.features.get(name.lower(), ""), *argument]).strip()
-        limit = re.search(r"\bRCPTMAX=([0-9]+)", self.features.get("limits", ""), re.IGNORECASE)
-        self.most = number(limit[1]) if limit else self.target.most
+        limits = {n: number(most) for n, most in re.findall(r"(\w+)=([0-9]+)", self.features.get("limits", "").upper())}
+        self.most, self.uses = limits.get("RCPTMAX") or self.target.most, limits.get("MAILMAX") or REUSE_MESSAGES
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
@@ -4520,7 +4520,7 @@ class NextHop:
         self.say("login", line + secret, shown=line + b" ***" if first else line)
         code, text = self.reply("login")
         for response in more:
-            if code != 334:
+            if code // 100 != 3:
                 break
             if mechanism == "CRAM-MD5":
                 try:
@@ -4722,6 +4722,7 @@ class NextHop:
             self.send_content(content)
             code, text = self.reply("content", CONTENT_PATIENCE * self.settings.relay_reply_timeout)
             if code >= 300:
+                self.spent = self.spent or code < 400  # whatever that means
                 raise Trouble("content", code, text)
             self.clean = self.carried = True
             final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
@@ -5131,7 +5132,7 @@ class Delivery:
         hop.idle_since = time.monotonic()
         with self.lock:
             self.avoided.pop(hop.target, None)
-            keep = hop.sent < REUSE_MESSAGES and not hop.spent and not self.stopped
+            keep = hop.sent < min(hop.uses, REUSE_MESSAGES) and not hop.spent and not self.stopped
             if keep:
                 self.idle.setdefault(hop.target, []).append(hop)
         if not keep:
