@@ -1557,58 +1557,44 @@ SIMPLE_LABEL = r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"
 SIMPLE_PATH = re.compile(
     rf"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@{SIMPLE_LABEL}(?:\.{SIMPLE_LABEL})*)>")
 ATEXT = r'[^\x00-\x20"(),.:;<>@[\\\]\x7f]+'
-DOT_STRING = re.compile(rf"{ATEXT}(?:\.{ATEXT})*")
-QUOTED_STRING = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
+DOT_STRING = rf"{ATEXT}(?:\.{ATEXT})*"
+QUOTED_STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
 LABEL_LIMIT = 252
-XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")  # RFC 3461 4
-PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?")
+XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"  # RFC 3461 4
 
 
 def parse_domain(text: str) -> str:
-    """Check a domain or address literal (RFC 5321 4.1.2, 4.1.3)."""
+    """Check a domain, or an address literal such as [127.0.0.1] or [IPv6:::1] (RFC 5321 4.1.2, 4.1.3).
+
+    A label is letters, digits, underscores and inner hyphens; U-labels pass.
+    """
     if text.startswith("["):
-        return parse_literal(text)
+        try:
+            if not text.endswith("]"):
+                raise ValueError
+            if text[1:6].lower() == "ipv6:":
+                ipaddress.IPv6Address(text[6:-1])
+            else:
+                ipaddress.IPv4Address(text[1:-1])
+        except ValueError:
+            raise ValueError("address literal does not parse") from None
+        return text
     labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
-    if len(text) > DOMAIN_LIMIT or not all(good_label(label) for label in labels):
+    if len(text) > DOMAIN_LIMIT or not all(
+            0 < len(label) <= LABEL_LIMIT and label[0] != "-" != label[-1]
+            and all(c.isalnum() or c in "-_" or c > "\x7f" for c in label) for label in labels):
         raise ValueError("domain does not parse")
     return text
 
 
-def good_label(label: str) -> bool:
-    """Tell whether a label is letters, digits, underscores and inner hyphens; U-labels pass."""
-    return (0 < len(label) <= LABEL_LIMIT and label[0] != "-" and label[-1] != "-"
-            and all(c.isalnum() or c in "-_" or c > "\x7f" for c in label))
-
-
-def parse_literal(text: str) -> str:
-    """Check an address literal such as [127.0.0.1] or [IPv6:::1]."""
-    inner = text[1:-1]
-    try:
-        if not text.endswith("]"):
-            raise ValueError
-        if inner[:5].lower() == "ipv6:":
-            ipaddress.IPv6Address(inner[5:])
-        else:
-            ipaddress.IPv4Address(inner)
-    except ValueError:
-        raise ValueError("address literal does not parse") from None
-    return text
-
-
-def cut_local_part(text: str) -> tuple[str, str]:
-    """Cut a local part from the front of a mailbox; return it and what follows."""
-    match = (QUOTED_STRING if text.startswith('"') else DOT_STRING).match(text)
-    if not match or match.end() > LOCAL_LIMIT:
-        raise ValueError("local part does not parse")
-    return match[0], text[match.end():]
-
-
 def parse_mailbox(text: str) -> str:
     """Check local-part@domain (RFC 5321 4.1.2)."""
-    local, rest = cut_local_part(text)
-    if not rest.startswith("@"):
+    match = re.match(QUOTED_STRING if text.startswith('"') else DOT_STRING, text)
+    if not match or match.end() > LOCAL_LIMIT:
+        raise ValueError("local part does not parse")
+    if text[match.end():match.end() + 1] != "@":
         raise ValueError("expected local-part@domain")
-    return f"{local}@{parse_domain(rest[1:])}"
+    return f"{match[0]}@{parse_domain(text[match.end() + 1:])}"
 
 
 def cut_path(text: str) -> tuple[str, str]:
@@ -1662,7 +1648,7 @@ def parse_parameters(text: str) -> dict[str, str]:
         raise ValueError("expected a space after the address")
     found: dict[str, str] = {}
     for part in text.split():
-        match = PARAMETER.fullmatch(part)
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?", part)
         if not match or match[1].upper() in found:
             raise ValueError("parameter does not parse, or stands twice")
         found[match[1].upper()] = match[2] or ""
@@ -1675,18 +1661,12 @@ def parse_parameters(text: str) -> dict[str, str]:
 # header, too: an escaped CR LF never gets in.
 
 ENVID_MAX, ORCPT_MAX = 100, 500  # characters, RFC 3461 4.4 and 4.2
-NOTIFY_EVENTS = frozenset(("SUCCESS", "FAILURE", "DELAY"))
-ADDRESS_TYPE = re.compile(r"[A-Za-z0-9-]{1,30}")
-# The alternatives begin with different characters, so neither pattern backtracks.
-UNITEXT = re.compile(r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+")
-UNITEXT_ESCAPE = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
 UNITEXT_SPECIAL = " +=\\"  # RFC 6533 3: neither form has them bare
-UNSAFE_IN_ADDRESS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def decode_xtext(value: str) -> str | None:
     """Read xtext; None if it is malformed or hides anything but printable ASCII."""
-    if not XTEXT.fullmatch(value):
+    if not re.fullmatch(XTEXT, value):
         return None
     text = re.sub(r"\+(..)", lambda escape: chr(int(escape[1], 16)), value)
     return text if text.isascii() and text.isprintable() else None
@@ -1700,13 +1680,14 @@ def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
 
 def decode_unitext(value: str) -> str | None:
     """Read a utf-8 type address; None if it is malformed or hides a control character."""
-    if not UNITEXT.fullmatch(value):
+    # The alternatives begin with different characters, so this does not backtrack.
+    if not re.fullmatch(r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+", value):
         return None
     try:
-        text = UNITEXT_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), value)
+        text = re.sub(r"\\x\{([0-9A-Fa-f]{2,6})\}", lambda escape: chr(int(escape[1], 16)), value)
     except ValueError:  # above U+10FFFF
         return None
-    return None if UNSAFE_IN_ADDRESS.search(text) else text
+    return None if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text) else text
 
 
 def is_ret(value: str) -> bool:
@@ -1720,13 +1701,13 @@ def is_envid(value: str) -> bool:
 def is_notify(value: str) -> bool:
     """Tell whether this is NEVER, or a list of SUCCESS, FAILURE, DELAY."""
     events = value.upper().split(",")
-    return events == ["NEVER"] or (len(events) <= 3 and NOTIFY_EVENTS.issuperset(events))
+    return events == ["NEVER"] or (len(events) <= 3 and {"SUCCESS", "FAILURE", "DELAY"}.issuperset(events))
 
 
 def is_orcpt(value: str) -> bool:
     """Tell whether this is an address type and an address; UTF-8 as it is only where MAIL said SMTPUTF8."""
     kind, _, address = value.partition(";")
-    if not ADDRESS_TYPE.fullmatch(kind) or len(value.encode("utf-8", "replace")) > ORCPT_MAX:
+    if not re.fullmatch("[A-Za-z0-9-]{1,30}", kind) or len(value.encode("utf-8", "replace")) > ORCPT_MAX:
         return False
     if kind.lower() == "utf-8":
         return decode_unitext(address) is not None
@@ -6358,7 +6339,7 @@ PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "BODY": ("MAIL", lambda value: value.upper() in ("7BIT", "8BITMIME"), "BODY is 7BIT or 8BITMIME"),
     "SMTPUTF8": ("MAIL", lambda value: not value, "SMTPUTF8 takes no value"),
     # Who submitted a message first is not passed on.
-    "AUTH": ("MAIL", lambda value: value == "<>" or XTEXT.fullmatch(value), "AUTH takes <> or an address as xtext"),
+    "AUTH": ("MAIL", lambda value: value == "<>" or re.fullmatch(XTEXT, value), "AUTH takes <> or an address as xtext"),
     "RET": ("MAIL", is_ret, "RET is FULL or HDRS"),
     "ENVID": ("MAIL", is_envid, "ENVID is at most 100 characters of printable ASCII as xtext"),
     "NOTIFY": ("RCPT", is_notify, "NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"),
