@@ -9968,7 +9968,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         length = lengths.pop() if lengths else "0"
         if not re.fullmatch("[0-9]{1,12}", length):
             raise HttpError(411, "Content-Length: expected a number of octets")
-        size, body = int(length), b""
+        size, body = int(length), bytearray()
         if size <= HTTP_BODY and self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -9989,7 +9989,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                     raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
             if not (coded and size):
                 break
-        return body
+        return bytes(body)
 
     def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
