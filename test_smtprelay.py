@@ -12914,7 +12914,7 @@ import os, resource
 resource.setrlimit(resource.RLIMIT_{name}, ({limit}, {limit}))
 {more}
 """
-OPEN_SPOOL = "import ctypes, encodings.idna; os.setgid(65534); os.setuid(65534)"
+OPEN_SPOOL = "import ctypes, encodings.idna, locale; os.setgid(65534); os.setuid(65534)"
 
 
 def crowd(program: Victim, count: int) -> tuple[list[socket.socket], int]:
