@@ -6665,10 +6665,9 @@ def socket_text(sock: socket.socket) -> str:
 #
 # Mail is hostile. The walk along boundaries is ours: the email package's parser
 # tries every open boundary on every line, so that 1 MiB can take it 17 s, and 10 MiB
-# of empty lines 9 s. Parameters, encoded words and addresses are left to it, on
-# input of bounded length, and what it raises is caught. Nothing that reads mail
-# raises for what the mail says; time is linear in its size; depth, parts and
-# header octets have limits.
+# of empty lines 9 s. It is strict, besides, and changes between versions. Nothing that
+# reads mail raises for what the mail says; if it does, `read_safely` shows the one message
+# as unreadable. Time is linear in its size; depth, parts and header octets have limits.
 
 HEAD_LIMIT = 512 * KIB  # octets of the header fields that are kept, of all parts together
 TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
@@ -7557,6 +7556,10 @@ def search_size(value: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
 
 
+DATE_FORMS = (  # as in ISO 8601, in America, in Germany, and with a month's name
+    r"(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})(?:[-/.](?P<d>\d{1,2}))?)?", r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})",
+    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})",
+    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})", r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})")
 MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
 
 
@@ -7575,32 +7578,21 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
         clock = re.search(r"(?:^|[ t])(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:\.\d+)? ?([ap]m)?(z|[+-]\d\d:?\d\d)?$", value)
         clock = clock if clock and (clock[2] or clock[4]) else None
         day = (value[:clock.start()] if clock else value).strip()
-        plain = re.fullmatch(r"(\d{4})(?:[-/.](\d{1,2})(?:[-/.](\d{1,2}))?)?", day)
-        month_first = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", day)
-        day_first = re.fullmatch(r"(\d{1,2})\.(\d{1,2})\.(\d{4})", day)
-        named = re.fullmatch(r"(?:([a-z]{3,9})\.? (\d{1,2})(?:st|nd|rd|th)?|(\d{1,2})\.? ([a-z]{3,9})\.?) (\d{4})", day)
-        if plain:
-            date = int(plain[1]), int(plain[2] or 1), int(plain[3] or 1)
-        elif month_first:
-            date = int(month_first[3]), int(month_first[1]), int(month_first[2])
-        elif day_first:
-            date = int(day_first[3]), int(day_first[2]), int(day_first[1])
-        elif named:
-            date = int(named[5]), MONTHS.index((named[1] or named[4])[:3]) // 3 + 1, int(named[2] or named[3])
-        elif clock and not day:
-            date = now.year, now.month, now.day
-        else:
-            return ""
+        year, month, date = str(now.year), str(now.month), str(now.day)
+        if day or not clock:
+            written = next(filter(None, (re.fullmatch(form, day) for form in DATE_FORMS))).groupdict("1")
+            year, month, date = written["y"], written.get("m", "1"), written.get("d", "1")
         hour, minute, second = (int(clock[n] or 0) if clock else 0 for n in (1, 2, 3))
         if clock and clock[4]:
             hour = hour % 12 + 12 * (clock[4] == "pm")
-        when = datetime.datetime(*date, hour, minute, second, tzinfo=here)
+        number = int(month) if month.isdigit() else MONTHS.index(month[:3]) // 3 + 1
+        when = datetime.datetime(int(year), number, int(date), hour, minute, second, tzinfo=here)
         if clock and clock[5]:
             offset = 0 if clock[5] == "z" else int(clock[5][1:3]) * 60 + int(clock[5][-2:])
             shift = datetime.timedelta(minutes=-offset if clock[5][0] == "-" else offset)
             when = when.replace(tzinfo=datetime.timezone(shift))
         return when.astimezone(datetime.timezone.utc).isoformat()[:19]
-    except (ValueError, LookupError, OverflowError, OSError):
+    except (ValueError, LookupError, OverflowError, OSError, StopIteration):
         return ""
 
 
@@ -7670,8 +7662,8 @@ class Inbox:
         """Forget messages, all for None; give the ids of those that were here."""
         with self.changed:
             chosen = [entry.id for entry in self.chosen(ids)]
+            self.touched |= any(e.read or e.tags is not None for e in self.chosen(chosen))
             gone = [id for id in chosen if self.entries.pop(id, None)]
-            self.touched = True
             self.deleted += len(gone)
             return gone
 
@@ -7788,8 +7780,8 @@ class Inbox:
         return Listing(items[page], len(items), sum(not item.read for item in items))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
-        """Give how many messages there are, how many unread, and how many with each tag."""
-        self.summarise_rest()
+        """Give how many messages there are, how many unread, and how many with each tag, as far as known."""
+        self.summarise_rest(within=0.2)
         with self.changed:
             entries = self.after()
         tags = collections.Counter(tag for entry in entries for tag in tags_of(entry))
@@ -7820,12 +7812,13 @@ class Inbox:
                     entry.tags = clean_tags(new if tag.lower() == old.lower() else tag for tag in tags)
             self.touched = True
 
-    def summarise_rest(self, idle: Callable[[], bool] = lambda: True) -> None:
-        """Sum up the messages that nobody has looked at yet, newest first, for as long as there is no other work."""
+    def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
+        """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
+        deadline = time.monotonic() + within
         with self.changed:
-            rest = [entry for entry in self.after() if not entry.packed]
+            rest = [entry for entry in itertools.islice(reversed(self.entries.values()), most) if not entry.packed]
         for entry in rest:
-            if self.closed or not idle():
+            if self.closed or time.monotonic() > deadline:
                 break
             self.shown(entry)
 
@@ -7914,18 +7907,14 @@ def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -
     }
 
 
-CHECKSUMS = ("MD5", "SHA1", "SHA256")
-
-
 def attachment_json(part: Part) -> dict[str, Any]:
     """Mailpit's Attachment: size and checksums are those of the decoded content."""
     content = part.content
-    sums = {name: hashlib.new(name, content, usedforsecurity=False) for name in CHECKSUMS}
     return {
         "PartID": part.number, "ContentType": true_type(part), "ContentID": part.content_id,
-        "FileName": file_name(part),
-        "Size": len(content),
-        "Checksums": {name: digest.hexdigest() for name, digest in sums.items()},
+        "FileName": file_name(part), "Size": len(content),
+        "Checksums": {name: hashlib.new(name, content, usedforsecurity=False).hexdigest()
+                      for name in ("MD5", "SHA1", "SHA256")},
     }
 
 
@@ -7955,9 +7944,8 @@ def message_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
 
 def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     """The Message that /api/v1/wait answers, with sequence number, links and codes."""
-    found = codes(mail.text, mail.html, mail.subject)
-    extra = {"Sequence": item.sequence, "Links": links(mail.text, mail.html), "Codes": found}
-    return {**message_json(item, mail, record), **extra}
+    return {**message_json(item, mail, record), "Sequence": item.sequence, "Links": links(mail.text, mail.html),
+            "Codes": codes(mail.text, mail.html, mail.subject)}
 
 
 def headers_json(mail: Mail, record: Message | None = None) -> dict[str, list[str]]:
@@ -8024,8 +8012,7 @@ def mailhog_path(address: str) -> dict[str, Any]:
 
 
 def mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
-    values = {"Headers": grouped(headers), "Body": decode_text(body)}
-    return {**values, "Size": len(body), "MIME": None}
+    return {"Headers": grouped(headers), "Body": decode_text(body), "Size": len(body), "MIME": None}
 
 
 class BadRequest(ValueError):
@@ -11175,12 +11162,12 @@ class Delivering:
                     self.log.bug("sweep_bug", e)
 
     def sum_up(self) -> None:
-        """Read what nobody has looked at, so that the first search is quick, once nothing has come for a while."""
+        """Read some of what nobody has looked at, so that the first search is quick, once nothing has come for a while."""
         arrived, now = self.inbox.last, time.monotonic()
         if arrived != self.calm[0]:
             self.calm = (arrived, now)
         elif now - self.calm[1] > CALM_TIME:
-            self.inbox.summarise_rest(lambda: self.inbox.last == arrived and not self.stopping.is_set())
+            self.inbox.summarise_rest(within=0.2, most=10_000)
 
     def watch_clock(self) -> None:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""
