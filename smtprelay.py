@@ -2375,8 +2375,13 @@ def check_spool(path: str) -> None:
         names = set(os.listdir(path))
     except OSError:  # made when it is opened, which says what else is wrong
         return
-    strange = sorted(n for n in names - {*KEPT_NAMES, "lost+found"} if not re.fullmatch(DATE, n))
-    if strange and not names >= {".lock", "bad"}:  # which every spool has that was opened once
+    if names >= {".lock", "bad"}:  # which every spool has that was opened once
+        return
+    # sendmail may have been here first; but pictures are kept in directories of dates, too
+    days = {n for n in names if re.fullmatch(DATE, n) and os.path.isdir(f"{path}/{n}")
+            and all(map(NAME.fullmatch, os.listdir(f"{path}/{n}")))}
+    strange = sorted(names - days - {*KEPT_NAMES, "lost+found"})
+    if strange:
         some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
         raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
                              f"this one holds {some}"])

@@ -2630,6 +2630,18 @@ def test_a_directory_that_is_no_spool_is_refused_and_left_alone(tmp_path: Path, 
     assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == things
 
 
+def test_days_that_hold_what_is_not_ours_make_no_spool(tmp_path: Path) -> None:
+    picture = tmp_path / "2024-05-01" / "cat.jpg"
+    picture.parent.mkdir()
+    picture.write_bytes(b"miaow")
+    done = run("check", SMTP_SPOOL=str(tmp_path))
+    assert (done.returncode, "2024-05-01" in done.stderr, picture.exists()) == (78, True, True), done
+    picture.rename(picture.with_name(f"{'0' * 16}_{'0' * 16}.eml"))  # as sendmail leaves it before the first start
+    (tmp_path / ".arrived").touch()
+    (tmp_path / "lost+found").mkdir()
+    assert run("check", SMTP_SPOOL=str(tmp_path)).returncode == 0
+
+
 def test_a_mount_point_and_notes_beside_the_days_are_left_alone(program: Callable[..., Program]) -> None:
     relay = program()
     relay.stop()
