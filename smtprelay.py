@@ -273,11 +273,6 @@ def hidden(address: str) -> str:
     return hashlib.sha256(address.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def id_of(stem: str) -> str:
-    """Return the queue id in a stem."""
-    return stem[11:27]
-
-
 def id_micros(id: str) -> int:
     """Return the time of arrival that a queue id holds, in microseconds since 1970."""
     return int(id[:13], 16)
@@ -432,7 +427,6 @@ class Outcome(NamedTuple):
     tls: str = ""
     verified: bool = False
     dsn: bool = False  # the next hop offers DSN: it reports what the sender asked for
-
     lost: bool = False  # the content was sent and not answered: it may have been taken
 
     def __str__(self) -> str:
@@ -10598,6 +10592,7 @@ LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
 WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
+NOWHERE_TO = "there is nowhere to send it: set SMTP_RELAY_HOST"
 BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
 CROWDED_PAUSE = 1.0
@@ -11270,7 +11265,8 @@ class Postmaster:
             d.scheduler.flush()
             return len(d.scheduler)
         if id in ("all", "held"):
-            self.must_go_somewhere(id == "held")
+            if id == "held" and not self.can_release:
+                raise HttpError(400, NOWHERE_TO)
             stems = d.held.copy() if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
             chosen = [m for m in self.records(stems) if (m.status is Status.HELD) == (id == "held")]
             for message in chosen:
@@ -11302,16 +11298,13 @@ class Postmaster:
     def can_release(self) -> bool:
         return bool(self.half.settings.relay_host or self.half.settings.delivery == "mx")
 
-    def must_go_somewhere(self, wanted: bool = True) -> None:
-        if wanted and not self.can_release:
-            raise HttpError(400, "there is nowhere to send it: set SMTP_RELAY_HOST")
-
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
         """Let a held message go; with other recipients, or when it went already, a copy goes to them.
 
         Other recipients must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
         """
-        self.must_go_somewhere()
+        if not self.can_release:
+            raise HttpError(400, NOWHERE_TO)
         message = self.load(id)
         own = [r.address for r in message.recipients]
         if message.status is Status.HELD and (not to or to == own):
