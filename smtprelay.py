@@ -13005,8 +13005,8 @@ def sendmail(words: Sequence[str]) -> int:
         errand = read_errand(words)
         if errand.mode == "deliver":
             me = user_name(os.getuid())
-            with open(0, "rb", closefd=False) as stdin:
-                return send(*write_letter(stdin.read(), errand, me, settings.hostname), settings)
+            raw = getattr(sys.stdin, "buffer", io.BytesIO()).read()  # closed at the start, it is nothing
+            return send(*write_letter(raw, errand, me, settings.hostname), settings)
     except ValueError as e:
         complain(f"sendmail: {e}")
         return EX_USAGE

@@ -10232,8 +10232,8 @@ def test_the_launcher_costs_little_more_than_python(launch: Callable[..., Submit
     assert set(re.findall(r"(?m)^ *import (.*?) *(?:#.*)?$", smtprelay.LAUNCHER)) == {"os, sys, _socket"}
     assert smtprelay.SUBMIT_SOCKET in smtprelay.LAUNCHER and smtprelay.LAUNCHER.startswith("#!/usr/bin/python3 -IS\n")
     s = launch()
-    nothing, mail = [math.inf], [math.inf]
-    for _ in range(15):  # in turns, and the best of each: whatever else the machine does hits both
+    nothing, mail = [math.inf], [math.inf]  # until a best one is close, as it is at once on an idle machine
+    while len(mail) < 50 and min(mail) >= 1.5 * min(nothing):  # in turns: whatever else the machine does hits both
         started = time.perf_counter()
         subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
         begun = time.perf_counter()
