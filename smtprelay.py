@@ -7216,7 +7216,8 @@ def codes_in(text: str) -> list[str]:
     end, weight = 0, 0
     for match in CODE_TOKEN.finditer(flat):
         start = match.start()
-        if not weight or flat[end:start].strip(" \n,;|"):  # else one more of a list
+        listed = weight and not flat[end:start].strip(" \n,;|") and any(map(str.isdigit, match[0]))
+        if not listed:
             before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
             weight = weigh_code(match.group(), before, after)
         end = match.end()
@@ -7557,8 +7558,8 @@ def search_size(value: str) -> int:
 
 DATE_FORMS = (  # as in ISO 8601, in America, in Germany, and with a month's name
     r"(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})(?:[-/.](?P<d>\d{1,2}))?)?", r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})",
-    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})",
-    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})", r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})")
+    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})", r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})",
+    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})")
 MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
 
 
@@ -11162,7 +11163,7 @@ class Delivering:
                     self.log.bug("sweep_bug", e)
 
     def sum_up(self) -> None:
-        """Read some of what nobody has looked at, so that the first search is quick, once nothing has come for a while."""
+        """Read some of what nobody has looked at once nothing has come for a while: the first search is quick."""
         arrived, now = self.inbox.last, time.monotonic()
         if arrived != self.calm[0]:
             self.calm = (arrived, now)

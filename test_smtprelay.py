@@ -7542,6 +7542,7 @@ CODES = [
     # (text, codes)
     ("Your code: 12 34 56", ["123456"]),
     ("Two-factor: 482913", ["482913"]),
+    ("Your code 482913 expires in 10 minutes", ["482913"]),
     ("2-step verification - 482 913", ["482913"]),
     ("Mã xác minh của bạn là 553311", ["553311"]),
     ("رمز التحقق الخاص بك هو ٥٥٣٣١١", ["553311"]),
