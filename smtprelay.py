@@ -4323,6 +4323,8 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
             charset = b"us-ascii" if plain.isascii() else b"utf-8" if utf8 else b"unknown-8bit"  # RFC 1428
             head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
         encoding = b"quoted-printable"
+        if len(body) > 2 * len(plain) + KIB:  # hardly a word of it is ASCII
+            body, encoding = base64.encodebytes(plain).replace(b"\n", b"\r\n"), b"base64"
     elif encoding in (b"7bit", b"8bit", b"binary") and not kind.startswith(b"message/"):
         body, encoding = base64.encodebytes(body).replace(b"\n", b"\r\n"), b"base64"
     if encoding != before and (encoding != b"7bit" or body.isascii()):

@@ -5354,6 +5354,7 @@ WORDY = b"word " * 400
 RECODED = [  # head, body, encoding in the end (of the first part that has one)
     (b"Content-Type: text/html", WORDY, "quoted-printable"),
     (b"Subject: plain", b"gr\xc3\xbc\xc3\x9fe", "quoted-printable"),
+    (b"Subject: none", b"\xd0\xb6" * 2000, "base64"),
     (b"Content-Type: application/x\r\nContent-Transfer-Encoding: 8bit", b"\xff\xfe" * 30, "base64"),
     (b"Content-Transfer-Encoding: base64", base64.b64encode(b"x" * 3000), "base64"),
     (b"Content-Type: text/plain\r\nContent-Transfer-Encoding: quoted-printable", b"=41" * 600, "quoted-printable"),
