@@ -3881,7 +3881,7 @@ class DnsAnswer(NamedTuple):
     """What DNS says to a question."""
 
     name: str  # where the aliases in it end
-    records: list[tuple[int, str]]  # of the kind asked for: an MX's preference, else 0; an address or a name
+    records: list[tuple[int, str]]  # an MX's preference, else 0; an address or a name
     ttl: float
     failure: Reply | None = None
 
@@ -3938,9 +3938,10 @@ def build_query(ident: int, name: str, kind: int) -> bytes:
 
 
 def is_answer(message: bytes, query: bytes) -> bool:
-    """Tell whether a message answers this query: same id, same single question, a response to a standard query."""
+    """Tell whether a message is the response to this query: same id, same single question."""
     # Of a question, lower() can change only the letters of its name.
-    asked, answered = ((text[:2], text[4:6], text[DNS_HEADER_SIZE:len(query)].lower()) for text in (query, message))
+    asked, answered = ((text[:2], text[4:6], text[DNS_HEADER_SIZE:len(query)].lower())
+                       for text in (query, message))
     return asked == answered and message[2] & 0xF8 == 0x80
 
 
@@ -4154,7 +4155,7 @@ class Resolver:
                 if not block:
                     raise ConnectionError("connection closed")
                 octets = octets + block if stream else struct.pack("!H", len(block)) + block
-                size = int.from_bytes(octets[:2], "big")  # which stands before a message on TCP (RFC 7766 8)
+                size = int.from_bytes(octets[:2], "big")  # stands before a message on TCP (RFC 7766 8)
                 if len(octets) >= max(size, DNS_HEADER_SIZE) + 2 and is_answer(octets[2:size + 2], query):
                     return octets[2:size + 2]
                 if len(octets) >= size + 2 > 2:
@@ -4205,10 +4206,11 @@ class Trouble(Exception):
 
 
 def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status, Scope]:
-    """Return what an answer that is no success means, and for whom; `name` is the one that we gave with EHLO."""
+    """Return what an answer that is no success means, and for whom; `name` is what EHLO said."""
     ours = stage in ("mail", "rcpt") and code >= 500 and (
-        re.search(r"\b(helo|ehlo)\b", reply, re.IGNORECASE) or code == 504 and name and f"<{name}>" in reply)
-    if stage in OPENING or code in LOGIN_CODES or ours:  # what it has against us is no verdict on a recipient
+        re.search(r"\b(helo|ehlo)\b", reply, re.IGNORECASE)
+        or code == 504 and name and f"<{name}>" in reply)
+    if stage in OPENING or code in LOGIN_CODES or ours:  # against us, no verdict on a recipient
         return LATER, Scope.HOST
     scope = Scope.RECIPIENT if stage == "rcpt" and code else Scope.MESSAGE
     never = code >= 500 and (stage, code) != ("rcpt", 552)  # RFC 5321 4.5.3.1.10: an old way to say 452
@@ -4216,7 +4218,7 @@ def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status,
 
 
 def is_owed(outcome: Outcome) -> bool:
-    """Tell whether another host is to be asked: this one took it not now, or cannot, and has surely not taken it."""
+    """Tell whether another host is to be asked: this one has surely not taken it, and may not."""
     return not outcome.lost and (outcome.status is LATER or outcome.scope is Scope.HOST)
 
 
@@ -4285,10 +4287,13 @@ class Outgoing:
         return self.mended(seven=True)
 
 
-def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
-    """Return a message, or a part of one, with short lines and, where asked for, in seven bits (RFC 2045, 6152 3).
+Parcels = Sequence[tuple["list[Recipient]", Outgoing]]  # who is to have what
 
-    What is signed or not to be read as MIME stays as it is.
+
+def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
+    """Return a message, or a part of one, with short lines and, where asked for, in seven bits.
+
+    What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3).
     """
     empty = part.startswith(b"\r\n")
     head, _, body = (b"", b"", part[2:]) if empty else part.partition(b"\r\n\r\n")
@@ -4303,7 +4308,7 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
     if fine:
         pass  # but for its header, perhaps
     elif kind.startswith(b"multipart/"):
-        named = re.search(rb"""\bboundary=(?:"([^"]+)"|([^\s;"]+))""", fields[b"content-type"], re.IGNORECASE)
+        named = re.search(rb"""(?i)\bboundary=(?:"([^"]+)"|([^\s;"]+))""", fields[b"content-type"])
         mark = b"--" + (named[1] or named[2]) if named else b"\n"
         pieces = re.split(rb"((?:^|\r\n)%s(?:--)?[ \t]*(?=\r\n|\Z))" % re.escape(mark), body)
         for i in range(2, len(pieces), 2):  # what follows the last delimiter is no part
@@ -4381,7 +4386,7 @@ class NextHop:
         self.features: dict[str, str] = {}
         self.transcript: list[str] = []
         self.sent, self.idle_since = 0, 0.0
-        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients of one transaction, 0 is no limit; transactions
+        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients (0: any number), transactions
         self.clean = True
         self.ready = self.carried = self.spent = self.full = False
         self.ip = self.tls = ""
@@ -4403,8 +4408,8 @@ class NextHop:
             self.secure("connect")
         self.expect("greeting")
         self.hello()
-        alone = target.tls == "opportunistic" and is_loopback(target.host) and not target.ip  # nobody listens there
-        if target.tls in ("starttls", "opportunistic") and not alone:
+        alone = is_loopback(target.host) and not target.ip  # nobody listens there
+        if target.tls == "starttls" or target.tls == "opportunistic" and not alone:
             self.start_tls()
         if target.username:
             self.login()
@@ -4453,8 +4458,10 @@ class NextHop:
         for line in lines:
             name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
             self.features[name.lower()] = " ".join([self.features.get(name.lower(), ""), *argument]).strip()
-        limits = {n: number(most) for n, most in re.findall(r"(\w+)=([0-9]+)", self.features.get("limits", "").upper())}
-        self.most, self.uses = limits.get("RCPTMAX") or self.target.most, limits.get("MAILMAX") or REUSE_MESSAGES
+        said = re.findall(r"(\w+)=([0-9]+)", self.features.get("limits", "").upper())  # RFC 9422
+        limits = {name: number(most) for name, most in said}
+        self.most = limits.get("RCPTMAX") or self.target.most
+        self.uses = limits.get("MAILMAX") or REUSE_MESSAGES
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
@@ -4474,7 +4481,7 @@ class NextHop:
         self.hello()
 
     def login(self) -> None:
-        """AUTH with the mechanism that is set, or those offered, the best first, until one is taken (RFC 4954)."""
+        """AUTH with the mechanism that is set, or those offered until one is taken (RFC 4954)."""
         offered = self.features.get("auth", "").upper().split()
         wanted = AUTO_AUTH if self.settings.relay_auth == "auto" else (self.settings.relay_auth.upper(),)
         refused = Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
@@ -4495,7 +4502,8 @@ class NextHop:
         user, password = self.target.username, self.password()
         plain, token = f"\0{user}\0{password}", f"user={user}\1auth=Bearer {password}\1\1"
         first, *more = {  # the initial response, and those to each 334
-            "PLAIN": [plain, plain], "XOAUTH2": [token, ""], "LOGIN": ["", user, password], "CRAM-MD5": ["", user],
+            "PLAIN": [plain, plain], "XOAUTH2": [token, ""],
+            "LOGIN": ["", user, password], "CRAM-MD5": ["", user],
         }[mechanism]
         line = b"AUTH " + mechanism.encode()
         secret = b" " + base64.b64encode(first.encode()) if first else b""
@@ -4569,7 +4577,9 @@ class NextHop:
             self.spent = True
             raise Trouble(stage, 0, f"no answer: {e}") from None
         self.note("S: ", b"".join(lines[1:]))
-        text = (lines[1][4:].strip() if len(lines) == 2 else b"\n".join([line[4:].strip() for line in lines[1:]]))
+        text = lines[1][4:].strip()
+        if len(lines) > 2:
+            text = b"\n".join([line[4:].strip() for line in lines[1:]])
         code = lines[-1][:3]
         if not code.isdigit() or not b"200" <= code <= b"599":
             self.spent = True
@@ -4593,10 +4603,11 @@ class NextHop:
         return self.outcome(*classify(trouble.stage, trouble.code, trouble.reply, self.name), trouble.code,
                             trouble.reply, lost=trouble.stage == "content" and not trouble.code)
 
-    def deliver(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
-        """Send one message; return an outcome for each recipient, but for those that are left when it is full.
+    def deliver(self, message: Message, recipients: Sequence[Recipient],
+                content: Outgoing) -> dict[str, Outcome]:
+        """Send one message; return an outcome for each recipient, but those left when it is full.
 
-        In portions where the next hop has a limit, known beforehand (RFC 9422) or from its 452 (RFC 5321 4.5.3.1.10).
+        In portions where the next hop has a limit, known beforehand or from its 452 (RFC 5321 4.5.3.1.10).
         """
         if content.eight and "8bitmime" not in self.features:
             content = content.seven
@@ -4617,26 +4628,30 @@ class NextHop:
             outcomes.update({r.address: rest for r in waiting})
         return outcomes
 
-    def unable(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
+    def unable(self, message: Message, recipients: Sequence[Recipient],
+               content: Outgoing) -> dict[str, Outcome]:
         """Return for whom this next hop cannot take the message, by what it offers: another one may."""
         limit = number(self.features.get("size", ""))
         if 0 < limit < content.size:
             reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
-            return dict.fromkeys([r.address for r in recipients], self.outcome(NEVER, Scope.HOST, 552, reply))
+            why = self.outcome(NEVER, Scope.HOST, 552, reply)
+            return dict.fromkeys([r.address for r in recipients], why)
         every = "".join([message.reverse_path, *[r.address for r in recipients]])
-        if every.isascii() and every.isprintable() and ("SMTPUTF8" not in message.flags or "smtputf8" in self.features):
+        missing = "SMTPUTF8" in message.flags and "smtputf8" not in self.features
+        if every.isascii() and every.isprintable() and not missing:
             return {}
         head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
-        closed = "SMTPUTF8" in message.flags and "smtputf8" not in self.features and not head.isascii()
+        closed = missing and not head.isascii()
         nobody = closed or self.spelled(message.reverse_path) is None
         found = [r.address for r in recipients if nobody or self.spelled(r.address) is None]
         reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
         return dict.fromkeys(found, self.outcome(NEVER, Scope.HOST, 553, reply)) if found else {}
 
     def spelled(self, address: str) -> str | None:
-        """Return an address as this next hop takes it, a domain as A-labels without SMTPUTF8; None when it cannot."""
-        if address.isascii() and address.isprintable() or not re.search("[\0-\x1f\x7f]", address) and (
-                "smtputf8" in self.features):
+        """Return an address as this next hop takes it, with A-labels at need; None when it cannot."""
+        if address.isascii() and address.isprintable():
+            return address
+        if "smtputf8" in self.features and not re.search("[\0-\x1f\x7f]", address):
             return address
         local, _, domain = address.rpartition("@")
         with contextlib.suppress(ResolveError):
@@ -4665,8 +4680,9 @@ class NextHop:
             lines[0] += asked(RET=message.ret, ENVID=message.envid)
         return "\n".join([*lines, "DATA"]).encode("utf-8", "surrogateescape").split(b"\n")
 
-    def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> dict[str, Outcome]:
-        """Carry out one transaction; return an outcome for each recipient, or none at all when it is full."""
+    def transaction(self, message: Message, recipients: Sequence[Recipient],
+                    content: Outgoing) -> dict[str, Outcome]:
+        """Carry out one transaction; return an outcome for each recipient, none when it is full."""
         outcomes: dict[str, Outcome] = {}
         refused: Trouble | None = None
         lines, pipelined = self.commands(message, recipients, content), "pipelining" in self.features
@@ -4709,8 +4725,9 @@ class NextHop:
             self.clean = self.carried = True
             final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
         except Trouble as trouble:
-            closed = (trouble.stage, trouble.code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
-            self.full = self.sent > 1 and closed or self.carried and trouble.stage == "mail" and trouble.code < 500
+            stage, code = trouble.stage, trouble.code
+            closed = (stage, code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
+            self.full = self.sent > 1 and closed or self.carried and stage == "mail" and code < 500
             self.spent = self.spent or self.full
             if self.full:
                 return {}
@@ -4761,12 +4778,12 @@ def is_own_address(ip: str) -> bool:
 
 
 def is_nameless(settings: Settings) -> bool:
-    """Tell whether this machine has no name for a greeting, so that its address stands in (RFC 5321 4.1.4)."""
+    """Tell whether this machine has no full name, so that EHLO says its address (RFC 5321 4.1.4)."""
     return "." not in settings.hostname and settings.hostname == machine_name()
 
 
 def read_aliases(text: str) -> dict[str, list[str]]:
-    """Read a file like /etc/aliases: names and the addresses behind them; files and programs are left out."""
+    """Read a file like /etc/aliases: names and addresses, without files and programs."""
     aliases = {}
     lines = [line for line in re.sub(r"(?m)(?:^|\s)#.*$", "", text).split("\n") if line.strip()]
     for entry in re.split(r"\n(?![ \t])", "\n".join(lines)):
@@ -4841,7 +4858,7 @@ class Delivery:
         return found
 
     def finals(self, address: str) -> list[str]:
-        """Return the addresses to which mail for an address goes, by the settings that send it elsewhere."""
+        """Return the addresses to which mail for an address goes by the settings."""
         s = self.settings
         if s.relay_redirect_to or not self.rewrites:
             return [s.relay_redirect_to or address]
@@ -4915,9 +4932,11 @@ class Delivery:
                 hosts, latest = self.mail_hosts(lane), time.monotonic() + GROUPING_TIME
                 for other in routes:  # domains with the very same hosts share a transaction
                     with contextlib.suppress(ResolveError):
-                        if other != lane and time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
+                        if (other != lane and time.monotonic() < latest
+                                and set(self.mail_hosts(other)) == set(hosts)):
                             lanes.add(other)
-                recipients = list({id(r): r for name in (lane, *(lanes - {lane})) for r in routes[name]}.values())
+                every = {id(r): r for name in (lane, *(lanes - {lane})) for r in routes[name]}
+                recipients = [*every.values()]
             targets = self.mx_targets(hosts) if by_mx else self.smart_hosts(message)
             whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
             elsewhere = set()  # those whose other addresses are in other lanes
@@ -4953,7 +4972,7 @@ class Delivery:
                 outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
         """Return the outcomes of recipients from those of the addresses that stand for them.
 
-        One with several has it when all have been tried and one has it; `passed` are those that need it no more.
+        One with several has it when all were tried and one has it; `passed` need it no more.
         """
         found = {}
         for r in message.pending():
@@ -4969,16 +4988,16 @@ class Delivery:
         return found
 
     def content(self, message: Message, file: BinaryIO, originals: Sequence[str]) -> Outgoing:
-        """Return a message as it leaves: with X-Original-To, by SMTP_RELAY_FROM, and with what it lacks (RFC 6409 8).
+        """Return a message as it leaves: X-Original-To, SMTP_RELAY_FROM, what it lacks (RFC 6409 8).
 
-        What is added stands below our Received. A message with a DKIM signature is not repaired: it may cover
-        what is not there, too.
+        What is added stands below our Received. A message with a DKIM signature is not repaired:
+        it may cover what is not there, too.
         """
         s, start = self.settings, file.tell()
         head = "".join([f"X-Original-To: {a}\r\n" for a in originals]).encode("utf-8", "surrogateescape")
         if s.relay_repair or s.relay_from:
             first = file.read(HEAD_LIMIT)
-            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # where the message as it came begins
+            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # our Received ends there
             begun = re.match(rb"[!-9;-~]+[ \t]*:|\r\n", first[top:])
             blank = first.find(b"\r\n\r\n", max(top - 2, 0))
             whole = blank >= 0 or len(first) < HEAD_LIMIT  # else its header is beyond measure
@@ -5007,9 +5026,9 @@ class Delivery:
                 self.log.warn("sent_as_it_came", id=message.id, reason="a line of more than 998 octets")
         return out
 
-    def try_each(self, targets: Iterable[Target], message: Message, parcels: Sequence[tuple[list[Recipient], Outgoing]],
+    def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
                  reached: Callable[[], None]) -> Attempt:
-        """Try one target after the other, each for those whom none has taken or refused for good (RFC 5321 5.1)."""
+        """Try one target after the other for whom none has taken or refused for good (RFC 5321 5.1)."""
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
         troubles: list[tuple[Target, Outcome]] = []
@@ -5024,20 +5043,21 @@ class Delivery:
                 troubles.append((target, attempt.trouble))
             took = time.monotonic() - started
             if took > SLOW and (attempt.trouble or not all(o.code for o in attempt.outcomes.values())):
-                with self.lock:  # for as long as it took, so that it costs at most half the time of a worker
-                    now = started + took
-                    self.avoided = {t: until for t, until in self.avoided.items() if until > now - AVOID_TIME}
+                now = started + took
+                with self.lock:  # for as long as it took: at most half the time of a worker
+                    self.avoided = {t: at for t, at in self.avoided.items() if at > now - AVOID_TIME}
                     self.avoided[target] = now + max(AVOID_TIME, took)
-            outcomes.update({address: outcome for address, outcome in attempt.outcomes.items()
-                             if address not in outcomes or (outcome.status, outcome.scope) != (NEVER, Scope.HOST)})
-            parcels = [([r for r in people if r.address not in outcomes or is_owed(outcomes[r.address])], content)
-                       for people, content in parcels]
+            outcomes.update({a: o for a, o in attempt.outcomes.items()
+                             if a not in outcomes or (o.status, o.scope) != (NEVER, Scope.HOST)})
+            parcels = [([r for r in people if r.address not in outcomes or is_owed(outcomes[r.address])],
+                        content) for people, content in parcels]
             if not any(people for people, _ in parcels):
                 break
         for target, trouble in troubles if outcomes else troubles[:-1]:  # the last one throttles
             self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
         if not outcomes:
-            return Attempt({}, troubles[-1][1] if troubles else Outcome(LATER, Scope.HOST, 0, "no smart host"), lines)
+            nobody = Outcome(LATER, Scope.HOST, 0, "no smart host")
+            return Attempt({}, troubles[-1][1] if troubles else nobody, lines)
         for address, outcome in outcomes.items():  # no host can take it: for good, if all were asked
             if outcome.scope is Scope.HOST:
                 unasked = troubles and outcome.status is NEVER
@@ -5059,7 +5079,7 @@ class Delivery:
                 yield target
         yield from last
 
-    def attempt_at(self, target: Target, message: Message, parcels: Sequence[tuple[list[Recipient], Outgoing]],
+    def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None]) -> Attempt:
         """Try one target; a connection that has had its fill, or has gone stale, is replaced without blame."""
         outcomes: dict[str, Outcome] = {}
