@@ -570,7 +570,9 @@ def listen(text: str) -> tuple[Address, ...]:
     places = []
     try:
         for part in words(text):
-            if part.startswith("unix:/"):
+            if part.startswith("unix:"):
+                if not part.startswith("unix:/"):
+                    raise ValueError("an absolute path after unix:")
                 places.append(Address("", 0, part[5:]))
                 continue
             host, port = ("localhost", port_number(part)) if part.isdigit() else split_port(part, "none")
@@ -2367,6 +2369,8 @@ def check_spool(path: str) -> None:
     """Refuse a directory with things in it that is no spool of ours, touching nothing; SettingsError."""
     try:
         names = set(os.listdir(path))
+    except NotADirectoryError:
+        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory"]) from None
     except OSError:  # made when it is opened, which says what else is wrong
         return
     if names >= {".lock", "bad"}:  # which every spool has that was opened once
@@ -12935,6 +12939,7 @@ def check(settings: Settings, arguments: Arguments) -> int:
     """Read the settings, and the files that they name, and say all that is wrong; --print shows them."""
     if settings.storage == "file":
         check_spool(os.path.abspath(settings.spool))
+        open_sealer(settings)
     unseen = dataclasses.replace(settings, storage="memory", log_file="", log_level="warn")  # nothing is touched
     Parts(unseen, open_log(unseen)).open_doors()
     if arguments.print:

@@ -787,6 +787,8 @@ def test_all_wrong_values_are_reported_at_once() -> None:
         ({"SMTP_MAX_SIZE": "1GiB", "SMTP_KEEP": "1.5h", "SMTP_FSYNC": "off"}, 0, ""),
         ({"SMTP_RELAY_HOTS": "x"}, 78, "SMTP_RELAY_HOTS.*SMTP_RELAY_HOST"),
         ({"SMTP_DELIVERY": "relay"}, 78, "SMTP_RELAY_HOST"),
+        ({"SMTP_PORT": "25,unix:x"}, 78, "SMTP_PORT='25,unix:x': expected .*an absolute path after unix:"),
+        ({"SMTP_SPOOL": "/dev/null"}, 78, "SMTP_SPOOL='/dev/null': expected a directory"),
         ({"SMTP_RELAY_PASSWORD": "a", "SMTP_RELAY_PASSWORD_FILE": "/dev/null"}, 78, "SMTP_RELAY_PASSWORD"),
         ({"SMTP_RELAY_PASSWORD_FILE": "/nonexistent"}, 78, "SMTP_RELAY_PASSWORD_FILE"),
     ],
@@ -2398,12 +2400,11 @@ def test_a_wrong_key_stops_the_program_and_touches_nothing(tmp_path: Path, key: 
         "SMTP_PORT": "127.0.0.1:0",
         "SMTP_HEALTH_ADDR": "off",
     }
-    ran = subprocess.run(
-        [sys.executable, smtprelay.__file__], env={**os.environ, **env}, capture_output=True, text=True, timeout=20
-    )
-    assert ran.returncode == 78
-    assert "SMTP_SPOOL_KEY" in ran.stderr and words in ran.stderr and (not key or key not in ran.stderr)
-    assert listing(tmp_path) == before
+    for verb in "serve", "check":
+        ran = run(verb, **env)
+        assert ran.returncode == 78
+        assert "SMTP_SPOOL_KEY" in ran.stderr and words in ran.stderr and (not key or key not in ran.stderr)
+        assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("mark", [b"", b"?", b"\x8fSEAL", b"key.chec"])
