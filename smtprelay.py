@@ -6991,15 +6991,20 @@ SIGNATURES = (  # how a file of each type begins
     (rb"\x89PNG", "image/png"), (rb"\xff\xd8\xff", "image/jpeg"), (rb"GIF8", "image/gif"),
     (rb"BM.{4}\0\0\0\0", "image/bmp"), (rb"RIFF.{4}WEBP", "image/webp"), (rb".{4}ftypavif", "image/avif"),
     (rb"%PDF-", "application/pdf"), (rb"PK\x03\x04", "application/zip"),
-    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"),
+    (rb"\x1f\x8b\x08", "application/x-gzip"), (rb"\s*(?:<!doctype html|<html)\b", "text/html"),
+    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"), (rb"\s*<\?xml", "text/xml"),
 )
+
+
+def first_octets_type(head: bytes) -> str:
+    return next((kind for start, kind in SIGNATURES if re.match(b"(?si)" + start, head)), "")
 
 
 def true_type(part: Part) -> str:
     """Tell a part's type: what is sent as nothing in particular, or as some image, by its first octets."""
     if part.content_type.startswith("image/") or part.content_type.endswith("/octet-stream"):
         head = unbase64(part.raw[:800]) if part.encoding == "base64" else part.content[:600]
-        return next((kind for start, kind in SIGNATURES if re.match(b"(?si)" + start, head)), part.content_type)
+        return first_octets_type(head) or part.content_type
     return part.content_type
 
 
@@ -7394,12 +7399,6 @@ def summarise(record: Message, mail: Mail) -> Summary:
     return dict(zip(SUMMARY_FIELDS, values))
 
 
-def pack(summary: Summary) -> bytes:
-    """Write a summary in little room."""
-    text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
-
-
 def unpack(packed: bytes) -> Summary:
     """Read a packed summary."""
     return dict(zip(SUMMARY_FIELDS, json.loads(packed)))
@@ -7762,7 +7761,9 @@ class Inbox:
                 summary = summarise(self.load(entry.id), self.mail(entry.id))
                 item, read = Item(entry.id, 0, False, [], summary), functools.partial(self.raw, entry.id, SEARCH_LIMIT)
                 ruled = [tag for tag, query in self.rules if query.matches(item, read)]
-                entry.packed = pack({**summary, "tags": clean_tags([*summary["tags"], *ruled])})
+                summary["tags"] = clean_tags([*summary["tags"], *ruled])
+                text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
+                entry.packed = text.encode("utf-8", "replace")
         except (KeyError, FileNotFoundError, SpoolError):
             self.delete([entry.id])
             return None
@@ -8194,17 +8195,9 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
     return cid, head.encode() + b"\r\n" + base64.encodebytes(content).replace(b"\n", b"\r\n")
 
 
-FILE_MAGIC = {  # how a file begins, in upper case
-    b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif",
-    b"%PDF-": "application/pdf", b"PK\x03\x04": "application/zip", b"\x1f\x8b\x08": "application/x-gzip",
-    b"<!DOCTYPE HTML": "text/html", b"<HTML": "text/html", b"<?XML": "text/xml",
-}
-
-
 def type_of(content: bytes, name: str) -> str:
     """Tell a file's type by its octets, and by its name where they say nothing."""
-    head = content[:99].lstrip().upper()
-    kind = next((kind for magic, kind in FILE_MAGIC.items() if head.startswith(magic)), "")
+    kind = first_octets_type(content[:600])
     try:
         if not kind and content.decode() and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
             kind = "text/plain; charset=utf-8"
