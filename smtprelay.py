@@ -3389,18 +3389,15 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     pem = os.path.join(directory, "self-signed.pem")
-    today = time.strftime("%Y-%m-%d", time.gmtime(now()))
-    names = subject_names(hostname)
-    if not (os.path.exists(pem) and still_good(read_whole(pem).decode("ascii", "replace"), names, today)):
-        renew_at = time.gmtime(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * 86400)
-        title = f"# {names} renew {time.strftime('%Y-%m-%d', renew_at)}\n"
+    today, names = time.strftime("%Y-%m-%d", time.gmtime(now())), subject_names(hostname)
+    made_for, _, renew_at = "", "", ""
+    with contextlib.suppress(FileNotFoundError):
+        made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
+    if made_for != f"# {names}" or today >= renew_at:
+        renewal = time.gmtime(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * 86400)
+        title = f"# {names} renew {time.strftime('%Y-%m-%d', renewal)}\n"
         replace_file(pem, title.encode() + make_pair(directory, names), sync=True)
     return pem, pem
-
-
-def still_good(pem: str, names: str, today: str) -> bool:
-    title, _, renew_at = pem.partition("\n")[0].partition(" renew ")
-    return title == f"# {names}" and today < renew_at
 
 
 def subject_names(hostname: str) -> str:
