@@ -12655,9 +12655,12 @@ def read_environment(say: bool = True) -> Settings:
 def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaster]:
     """Give the verbs over the spool itself, to change it or to read it alone; Complaint when there is none."""
     path = os.path.abspath(settings.spool)
-    if settings.storage == "memory" or not os.path.isdir(path):
-        raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE)
-    owner = os.stat(path)
+    try:
+        owner = os.stat(path)
+    except PermissionError:
+        owner = os.stat(os.path.dirname(path))
+    except FileNotFoundError:
+        raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE) from None
     if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read what is written here
         os.setegid(owner.st_gid)
         os.seteuid(owner.st_uid)
@@ -12835,8 +12838,8 @@ def serve(arguments: Arguments) -> int:
     block_signals()
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log, status = open_log(settings), 0
-    parts = Parts(settings, log)
     try:
+        parts = Parts(settings, log)
         parts.open()
         lines = [*first_lines(parts), *warnings]
     except SettingsError as e:
@@ -12845,8 +12848,8 @@ def serve(arguments: Arguments) -> int:
         lines, status = [str(e)], EX_TEMPFAIL
     except OSError as e:
         lines, status = [e.strerror or str(e)], EX_UNAVAILABLE
-        if isinstance(e, PermissionError) and "SMTP_SPOOL" in lines[0] and os.path.exists(settings.spool):
-            lines[0] += f" (it belongs to {user_name(os.stat(settings.spool).st_uid)})"
+        if isinstance(e, PermissionError) and os.path.abspath(settings.spool) in str(e):
+            lines = [f"{e}; the spool belongs to {user_name(os.stat(settings.spool).st_uid)}"]
     name = "smtprelay" if status else f"smtprelay {__version__}"
     log.greet([f"{name}: {line}" for line in lines])
     if status:
@@ -13141,7 +13144,7 @@ def laid_out(rows: Iterable[Row]) -> str:
             continue
         facts, text = "; ".join(filter(None, between)), text.replace("`", "")
         if len(name) > 25:
-            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="  ")
+            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             name = ""
         lines += textwrap.wrap(text + f" [{facts}]" * bool(facts), width, initial_indent=f"  {name:<26}",
                                subsequent_indent=" " * 28)
@@ -13150,16 +13153,19 @@ def laid_out(rows: Iterable[Row]) -> str:
 
 def help_(arguments: Arguments) -> int:
     """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command."""
+    import textwrap
+
     if arguments.topic in TOPICS:
         print(laid_out(TOPICS[arguments.topic]()).lstrip("\n"))
         return 0
     if arguments.topic:
         return run_command([arguments.topic, "--help"])
     commands = [("command", ""), *((name, summary_of(command.run)) for name, command in COMMANDS.items())]
-    print("usage: smtprelay.py [COMMAND [...]]    (COMMAND --help says more; --version; --completion bash|zsh)\n\n"
-          "Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it\n"
-          "listens on port 2525, holds what it gets, and shows it on http://127.0.0.1:8080.\n\n"
-          f"commands:\n{laid_out(commands)}\n\nsettings (environment variables):\n{laid_out(settings_table())}")
+    about = ("Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it listens on "
+             "port 2525, holds what it gets, and shows it on http://127.0.0.1:8080.")
+    print("usage: smtprelay.py [COMMAND [...]]\n       (or --version, or --completion bash|zsh)\n",
+          *textwrap.wrap(about, line_width()), f"\ncommands:\n{laid_out(commands)}",
+          f"\nsettings (environment variables):\n{laid_out(settings_table())}", sep="\n")
     return 0
 
 

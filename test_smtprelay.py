@@ -10168,7 +10168,7 @@ def test_standard_streams_may_be_closed(launch: Callable[..., Submit], env: dict
     for command, status in [
         ([sys.executable, "-I", "-S", str(s.launcher), "a", "<&0", ">&-", "2>&-"], 0),
         ([sys.executable, "-I", "-S", str(s.launcher), "-f", "x@-", "a", "2>&-"], 69),
-        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 0),
+        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 75),
     ]:
         run_command("sh", "-c", " ".join(command), env=env, stdin=b"x\n", status=status)
     assert len(mails(s.relay)) == 1
@@ -11867,6 +11867,122 @@ def test_accounts_are_managed_in_their_file(tmp_path: Path) -> None:
     verb(env, "user", "remove", "app")
     assert verb(env, "user", "list") == ""
     verb(clean_env(), "user", "list", status=78)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_help_has_every_table_as_wide_as_the_terminal(width: int, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    env = clean_env(COLUMNS=str(width))
+    for topic, rows in smtprelay.TOPICS.items():
+        shown = verb(env, "help", topic)
+        assert max(map(len, shown.splitlines())) <= min(width, 100)
+        words = " ".join(shown.split())
+        assert all(word in words for row in list(rows())[1:] for word in row[0].split() if len(word) < 50), topic
+    for more in ([], ["queue"], ["install"]):
+        assert max(map(len, verb(env, "help", *more).splitlines())) <= min(width, 100)
+    assert verb(env, "help") == verb(env, "--help") and verb(env, "version") == verb(env, "--version")
+    verb(env, "help", "nonsense", status=64)
+
+
+def test_status_tells_how_the_relay_fares(served: dict[str, str]) -> None:
+    assert re.search(r"workers +ok\n", verb(served, "status")) and " held" in verb(served, "status")
+    verb({**served, "SMTP_HEALTH_ADDR": free_place()}, "status", status=69)
+
+
+def test_another_server_on_the_port_is_noticed(capsys: Any) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        verb(clean_env(SMTP_HEALTH_ADDR=f"127.0.0.1:{other.server_port}"), "healthcheck", status=1)
+        other.shutdown()
+    assert "is not smtprelay" in capsys.readouterr().err
+
+
+def test_the_first_lines_name_what_is_unusual(start: Any) -> None:
+    unusual = {"SMTP_RELAY_REDIRECT_TO": "me@x.test", "SMTP_RELAY_ALLOWED_RECIPIENTS": "@x[.]test$", "SMTP_LENIENT": "1",
+               "SMTP_FAULTS": "rcpt to=a@b.c 450", "SMTP_TIME_SCALE": "60", "SMTP_RELAY_FROM": "me@x.test"}  # fmt: skip
+    lines = "\n".join(smtprelay.first_lines(start(**unusual).parts))
+    assert [name for name in smtprelay.UNUSUAL if name in lines] == [n for n in smtprelay.UNUSUAL if n in {
+        **unusual, "SMTP_FSYNC": "0"}]  # fmt: skip
+    assert "warning: SMTP_RELAY_REDIRECT_TO=me@x.test: " in lines
+
+
+def test_healthcheck_does_not_wait_for_a_relay_that_has_ended(tmp_path: Path) -> None:
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_LOG_FILE=str(tmp_path / "log"), SMTP_HEALTH_ADDR=free_place())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env["SMTP_PORT"] = f"127.0.0.1:{taken.getsockname()[1]}"
+        run_command(sys.executable, str(PROGRAM), env=env, status=69)
+    done = subprocess.run([sys.executable, str(PROGRAM), "healthcheck", "--wait"], env=env, capture_output=True, text=True,
+                          timeout=30)  # fmt: skip
+    assert done.returncode == 1 and "the relay has ended" in done.stderr and "cannot listen" in done.stderr
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_verbs_do_without_standard_streams(streams: str, tmp_path: Path) -> None:
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "no"), SMTP_HEALTH_ADDR=free_place(), SMTP_USERS_FILE=str(tmp_path / "u"))
+    for words, status in (("help", 0), ("queue", 69), ("user add ann", 65), ("bogus", 64), ("check", 78)):
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {words} {streams}', sys.executable, str(PROGRAM)], env=env,
+                              input="", capture_output=True, text=True, timeout=20)  # fmt: skip
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done.stderr)
+
+
+def test_any_locale_prints_any_address(tmp_path: Path) -> None:
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_HEALTH_ADDR=free_place(), PYTHONIOENCODING="ascii")
+    spooled_in_review(spool_of(tmp_path), "jürgen@bücher.test")
+    assert "j\\xfcrgen@b\\xfccher.test" in run_command(sys.executable, str(PROGRAM), "queue", env=env)
+
+
+def test_root_leaves_the_spool_to_its_owner(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    tmp_path.chmod(0o755)
+    for above in tmp_path.parents[:2]:
+        above.chmod(0o755)
+    spool = spool_of(tmp_path)
+    queue_id = spooled_in_review(spool, "bob@hop.test", flags=("HOLD",))[11:27]
+    spool.close()
+    for path in [tmp_path / "spool", *(tmp_path / "spool").rglob("*")]:
+        os.chown(path, 4321, 4321)
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_HEALTH_ADDR=free_place(), SMTP_PORT=free_place(),
+                    SMTP_RELAY_HOST="127.0.0.1:9")  # fmt: skip
+    script = tmp_path / "smtprelay.py"
+    shutil.copy(PROGRAM, script)
+    run_command(sys.executable, str(script), "retry", "held", env=env)
+    assert {path.stat().st_uid for path in (tmp_path / "spool").rglob("*")} == {4321}
+    assert json.loads(next((tmp_path / "spool").glob(f"2*/{queue_id}*.json")).read_text())["status"] == "retrying"
+    for words, status in (("queue", 69), ("serve", 69)):  # someone else is told whose it is
+        done = subprocess.run(["/usr/bin/python3", script, words], env=env, capture_output=True, text=True, timeout=20,
+                              user=1234, group=1234)  # fmt: skip
+        assert done.returncode == status and "belongs to user4321" in done.stderr, done.stderr
+
+
+def test_ctrl_c_ends_a_verb_without_a_traceback() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = clean_env(SMTP_HEALTH_ADDR=f"127.0.0.1:{silent.getsockname()[1]}")
+        process = subprocess.Popen([sys.executable, str(PROGRAM), "queue"], env=env, stderr=subprocess.PIPE)
+        with silent.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            assert (process.communicate(timeout=10)[1], process.returncode) == (b"", 130)
+
+
+def test_an_old_python_can_read_why_it_is_too_old() -> None:
+    ast.parse(SOURCE, feature_version=(3, 8))
+    guard = next(node for node in TREE.body if isinstance(node, ast.If))
+    assert "version_info < (3, 9)" in ast.unparse(guard) and "needs Python 3.9" in ast.unparse(guard)
+    after = [n for n in TREE.body if n.lineno < guard.lineno]
+    assert all(isinstance(n, (ast.Expr, ast.Import, ast.ImportFrom)) for n in after)
+
+
+def test_a_terminal_that_closes_ends_what_it_started(tmp_path: Path) -> None:
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_PORT="127.0.0.1:0", SMTP_HEALTH_ADDR="off")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(sys.executable, [sys.executable, str(PROGRAM)], env)
+    said = b""
+    while b"spool in" not in said:
+        said += os.read(terminal, 1000)
+    time.sleep(0.05)
+    os.close(terminal)
+    assert wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 12) == pid
 
 
 CLI_MISTAKES = [
