@@ -25,7 +25,7 @@ async function check(name, work) {
     console.log(`FAIL ${name}: ${String(error.message).split('\n').slice(0, 4).join(' ')}`);
   }
 }
-async function until(test, ms = 5000) {
+async function until(test, ms = 15000) {
   for (const end = Date.now() + ms; ; await sleep(20)) {
     const value = await test();
     if (value) return value;
@@ -41,7 +41,7 @@ async function send(origin, Subject, to = 'bob@example.com') {
 async function newPage(options = {}) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, ...options });
   const page = await context.newPage();
-  page.setDefaultTimeout(5000);
+  page.setDefaultTimeout(15000);
   page.on('dialog', d => { dialogs.push(d.message()); d.dismiss(); });
   page.on('pageerror', e => errors.push(e.stack));
   page.on('popup', p => { tabs.push(p.url()); p.close(); });
