@@ -7655,10 +7655,10 @@ class Inbox:
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
         self.kept: dict[str, list[Any]] = {}  # what a person did to messages, till they are found in the spool
         self.touched, self.saving = False, threading.Lock()
-        with contextlib.suppress(OSError, ValueError, SealError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SealError):  # torn: as if new
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
-                self.kept = {id: [bool(read), tags] for id, (read, tags) in kept.items()}
+                self.kept = {id: [bool(read), tags and clean_tags(tags)] for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
@@ -13091,6 +13091,7 @@ def spool_table() -> Iterator[Row]:
     yield "DATE/ID_HASH.failed.json", "the record of one that was given up"
     yield "bad/", "what could not be read: moved there, never deleted"
     yield "tls/ usage/ faults", "the self-signed pair; what accounts have used; rules changed over HTTP"
+    yield "inbox.json", "what was read and tagged in the inbox; begun anew when it cannot be read"
     yield ".lock", "held by the relay that runs"
 
 
