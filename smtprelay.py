@@ -5192,6 +5192,7 @@ REPORTS_PUT_OFF = "the report is put off: as many as may went out within the hou
 REPORT_RECIPIENTS_MAX = 500
 REPORT_HEAD_MAX = 64 * KIB
 REPORT_FULL_MAX = MIB  # RET=FULL beyond it gets the headers alone
+REPORT_FRAME = 2 * KIB  # at most, what is around the parts of a report
 FIELD_MAX, REPLY_MAX = 900, 600  # octets; a line has 998 at most (RFC 5322 2.1.1)
 ENHANCED = re.compile(r"(?:[0-9]{3}[ -])?([45]\.[0-9]{1,3}\.[0-9]{1,3})(?![0-9])")
 
@@ -5232,22 +5233,24 @@ def wants_report(message: Message) -> list[Recipient]:
 
 
 def build_report(message: Message, original: bytes, hostname: str, now: datetime.datetime,
-                 others: Sequence[Message] = ()) -> bytes:
+                 others: Sequence[Message] = (), most: int = sys.maxsize) -> bytes:
     """Build the report to message.reverse_path, to be sent from the null sender.
 
-    original is the message as it came, as far as REPORT_FULL_MAX and an octet; now is aware.
-    It goes back whole if RET=FULL asked for it and it is no longer. The recipients of `others`, from the same
-    sender, are told of with it. RFC 3464, 6522, 6533.
+    original is the message as it came, as far as REPORT_FULL_MAX and an octet; now is aware. It goes
+    back whole if RET=FULL asked for it and it is no longer, else its headers, or nothing of it where
+    the report would be longer than `most`. The recipients of `others`, from the same sender, are told
+    of with it. RFC 3464, 6522, 6533.
     """
     told = [r for m in (message, *others) for r in wants_report(m)]
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
     earlier = sum(r.reported for r in message.recipients)
-    parts = (
+    parts = [
         mime_part("text/plain; charset=utf-8", report_text(message, told, hostname, others)),
         mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
-        returned_part(message, original),
-    )
+    ]
+    room = most - REPORT_FRAME - sum(map(len, parts))
+    parts += [part for part in returned_parts(message, original) if len(part) <= room][:1]
     # No part can hold its own hash, so no original can end the report early.
     boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
     lost = any(r.status is Status.FAILED for r in told)
@@ -5286,7 +5289,7 @@ def report_text(message: Message, told: Sequence[Recipient], hostname: str, othe
     if passed:
         lines += ["", "For these it was passed on to a mail server that reports no delivery:", ""]
         lines += [f"{r.address} ({r.host})" for r in passed[:REPORT_RECIPIENTS_MAX]]
-    lines += ["", f"The original follows. Its queue id here was {message.id}."]
+    lines += ["", f"The original follows, where it fits. Its queue id here was {message.id}."]
     return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
 
 
@@ -5308,8 +5311,8 @@ def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: 
     return b"\r\n".join(header_lines(group, utf8) for group in groups)
 
 
-def returned_part(message: Message, original: bytes) -> bytes:
-    """Write the part that gives the original back: whole if asked for, else its headers."""
+def returned_parts(message: Message, original: bytes) -> Iterator[bytes]:
+    """Write the part that gives the original back: whole if asked for; its headers."""
     head = original.partition(b"\r\n\r\n")[0] + b"\r\n"
     text = head[:REPORT_HEAD_MAX].rpartition(b"\r\n")[0].decode("utf-8", "replace")
     ends = {original.count(end) for end in (b"\r", b"\n", b"\r\n")}
@@ -5317,9 +5320,9 @@ def returned_part(message: Message, original: bytes) -> bytes:
                  and max(map(len, original.split(b"\r\n"))) <= LINE_MOST)  # RFC 2045 2.8
     if message.ret == "FULL" and fits_8bit:
         plain = text.isascii() or "\ufffd" in text
-        return mime_part("message/rfc822" if plain else "message/global", original)
+        yield mime_part("message/rfc822" if plain else "message/global", original)
     kind = "text/rfc822-headers" if text.isascii() else "message/global-headers"
-    return mime_part(kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode())
+    yield mime_part(kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode())
 
 
 def mime_part(media_type: str, body: bytes) -> bytes:
@@ -11146,7 +11149,7 @@ class Delivering:
                 raise
             if isinstance(e, (OSError, Refused)):
                 self.log.error("report_failed", id=message.id, error=e)
-                if isinstance(e, Refused) and e.reply.code >= 500:  # larger than SMTP_MAX_SIZE: it never can
+                if isinstance(e, Refused) and e.reply.code >= 500 and not others:  # too large, and all by itself
                     return "", 0.0
                 return f"the report is not written: {e}", WRITE_AGAIN
             self.log.bug("report_bug", e, id=message.id)
@@ -11159,8 +11162,8 @@ class Delivering:
         """Put a report into the spool; return its id."""
         with self.spool.content(message.stem) as file:
             original = file.read(REPORT_FULL_MAX + 1)
-        data = build_report(message, original, self.settings.hostname, datetime.datetime.now(datetime.timezone.utc),
-                            others)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        data = build_report(message, original, self.settings.hostname, now, others, self.settings.max_size)
         flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii()}
         return self.reception.admit(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(
             flag for flag, fits in flags.items() if fits), [message.reverse_path]), [data])

@@ -11001,6 +11001,36 @@ def test_failures_past_the_cap_of_reports_go_into_one_report_later(start: Any, h
     assert sum(id in re.sub(r"\s+", " ", told) for id in ids) == 3
 
 
+LONG_LINE = "y" * 78 + "\r\n"
+LONG_FIELD = "X-Long: " + LONG_LINE[8:]
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "kept"),
+    [(0, 80, ["message/rfc822"]), (0, 7000, ["text/rfc822-headers"]), (7000, 80, [])],
+)
+def test_a_report_is_made_to_fit_the_largest_size(start: Any, hop: Any, head: int, body: int, kept: list[str]) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_MAX_SIZE="8K")
+    mail = f"Subject: hi\r\n{head // 80 * LONG_FIELD}\r\n{body // 80 * LONG_LINE}"
+    with smtplib.SMTP(relay.host, relay.port) as client:
+        client.sendmail("ann@client.test", "no@hop.test", mail, ["RET=FULL"])
+    wait_until(lambda: h.messages and metric(relay, "smtp_queue_depth") == 0)
+    kinds = [part.get_content_type() for part in parse(h.messages[0].content).iter_parts()]
+    assert kinds == ["text/plain", "message/delivery-status", *kept]
+    assert b"who?" in h.messages[0].content
+
+
+def test_a_report_that_can_never_fit_is_given_up(start: Any, hop: Any, log: Caught) -> None:
+    h = hop(script={"rcpt no@hop.test": "550 5.1.1 who?"})
+    relay = relaying_in_review(start, h, SMTP_BOUNCE="1", SMTP_MAX_SIZE="1K")
+    said(relay, to=("no@hop.test",))
+    wait_until(lambda: relay.delivering.finished)
+    (stem,) = relay.delivering.finished
+    wait_until(lambda: status(relay, stem) is smtprelay.Status.FAILED and metric(relay, "smtp_queue_depth") == 0)
+    assert any("report_failed" in line for line in log.lines) and not relay.delivering.spool.load(stem).owed
+
+
 def test_whatever_an_attempt_raises_age_is_judged_and_the_reason_recorded(
     start: Any, hop: Any, monkeypatch: Any, log: Caught
 ) -> None:
