@@ -10170,7 +10170,7 @@ def test_standard_streams_may_be_closed(launch: Callable[..., Submit], env: dict
     for command, status in [
         ([sys.executable, "-I", "-S", str(s.launcher), "a", "<&0", ">&-", "2>&-"], 0),
         ([sys.executable, "-I", "-S", str(s.launcher), "-f", "x@-", "a", "2>&-"], 69),
-        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 75),
+        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 0),
     ]:
         run_command("sh", "-c", " ".join(command), env=env, stdin=b"x\n", status=status)
     assert len(mails(s.relay)) == 1
@@ -11988,6 +11988,7 @@ def test_root_leaves_the_spool_to_its_owner(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_verb_without_a_traceback() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a relay in this process may have blocked it
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = clean_env(SMTP_HEALTH_ADDR=f"127.0.0.1:{silent.getsockname()[1]}")
         process = subprocess.Popen([sys.executable, str(PROGRAM), "queue"], env=env, stderr=subprocess.PIPE)
