@@ -7207,23 +7207,23 @@ CODE_WORDS = (
     r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|koodi?|kode|kod)\b"
     r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)"
 )
-SAID_NEAR = re.compile(r"(?i)" + CODE_WORDS)
-CODE_TOKEN = re.compile(
+SAID_NEAR = r"(?i)" + CODE_WORDS
+CODE_TOKEN = (
     r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
     r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
 )
-SAID_BEFORE = re.compile(
+SAID_BEFORE = (
     rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
     r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$"
 )
-SAID_AFTER = re.compile(rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}")
-OTHER_BEFORE = re.compile(
+SAID_AFTER = rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
+OTHER_BEFORE = (
     r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
     r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
     r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
     r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
 )
-OTHER_AFTER = re.compile(
+OTHER_AFTER = (
     r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?"
     r"|minuten|minutos|minuti|zł|руб)\b"
 )
@@ -7245,7 +7245,7 @@ def codes_in(text: str) -> list[str]:
     flat = "\n".join(map(" ".join, lines))
     weights: dict[str, int] = {}
     end, weight = 0, 0
-    for match in CODE_TOKEN.finditer(flat):
+    for match in re.finditer(CODE_TOKEN, flat):
         start = match.start()
         listed = weight and not flat[end:start].strip(" \n,;|") and any(map(str.isdigit, match[0]))
         if not listed:
@@ -7262,15 +7262,15 @@ def weigh_code(token: str, before: str, after: str) -> int:
     """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
     if not any(c.isdigit() for c in token) and not re.fullmatch("[A-Z]{4}-[A-Z]{4}", token):
         return 0
-    if OTHER_BEFORE.search(before) or OTHER_AFTER.match(after):
+    if re.search(OTHER_BEFORE, before) or re.match(OTHER_AFTER, after):
         return 0
-    if SAID_BEFORE.search(before) or SAID_AFTER.match(after):
+    if re.search(SAID_BEFORE, before) or re.match(SAID_AFTER, after):
         return 3
     year = token.isdigit() and len(token) == 4 and token[:2] in ("19", "20")
     postal = token.isdigit() and len(token) == 5 and before[-3:-1].isupper()
     if year or postal or any(c.islower() for c in token):
         return 0
-    return 2 if SAID_NEAR.search(before) else int(bool(SAID_NEAR.search(after)))
+    return 2 if re.search(SAID_NEAR, before) else int(bool(re.search(SAID_NEAR, after)))
 
 
 SHOWN_INLINE = frozenset(
