@@ -12018,6 +12018,31 @@ def test_a_terminal_that_closes_ends_what_it_started(tmp_path: Path) -> None:
     assert wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 12) == pid
 
 
+def test_a_slow_machine_is_not_left_alone(tmp_path: Path) -> None:
+    """Start, healthcheck and sendmail at a fifth of a processor, in units of a small program there."""
+    env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_PORT=free_place(), SMTP_HEALTH_ADDR=free_place())
+    limited, compiled = [need("cpulimit"), "-q", "-f", "-l", "20", "--", sys.executable, "-c"], ONE_LINER
+
+    def seconds(*command: str, stdin: bytes = b"") -> float:
+        begun = time.perf_counter()
+        subprocess.run([*limited, *command], env=env, input=stdin, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - begun
+
+    seconds(compiled, "version")
+    unit, begun = seconds("import http.client, json, argparse"), time.perf_counter()
+    relay = subprocess.Popen([*limited, compiled], env=env, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        verb(env, "healthcheck", "--wait")
+        took = {"start": time.perf_counter() - begun, "healthcheck": seconds(compiled, "healthcheck"),
+                "sendmail": seconds(compiled, "sendmail", "bob", stdin=b"Subject: x\n\nx\n")}  # fmt: skip
+    finally:
+        os.killpg(relay.pid, signal.SIGKILL)  # cpulimit stops and continues it: nothing milder is sure
+        relay.wait()
+    shown = {name: round(each / unit, 1) for name, each in took.items()}
+    print("a slow machine, in units of a small program:", shown)
+    assert shown["healthcheck"] < 10, shown
+
+
 CLI_MISTAKES = [
     (["--bogus"], 64),
     (["quue"], 64),
