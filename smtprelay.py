@@ -12570,25 +12570,19 @@ class NoRelay(Exception):
     """No relay answers over HTTP."""
 
 
-class Progress:
-    """Says on a terminal what is being waited for, once that has taken a second."""
-
-    def __init__(self, text: str) -> None:
-        self.timer = threading.Timer(1.0, self.show, (f"{text}...",))
-        self.shown = False
-
-    def show(self, text: str) -> None:
-        self.shown = True
-        print(text, end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> None:
-        if sys.stderr.isatty():
-            self.timer.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.timer.cancel()
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Say on a terminal what is being waited for, once that has taken a second."""
+    timer = threading.Timer(1.0, print, (f"{text}...",), {"end": "", "file": sys.stderr, "flush": True})
+    if not sys.stderr.isatty():
+        yield
+        return
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 COLOURS = {"ok": "32", "forwarded": "32", "warn": "33", "retrying": "33", "fail": "31", "failed": "31"}
@@ -12687,7 +12681,7 @@ def queue_rows(settings: Settings) -> list[dict[str, Any]]:
     try:
         listed = ask(settings, "GET", "/api/v1/queue")
     except NoRelay:
-        with Progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
+        with progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
             listed = postmaster.queue(sys.maxsize)
     return [*listed["messages"], *listed["held"]]
 
@@ -12762,7 +12756,7 @@ def wait(settings: Settings, arguments: Arguments) -> int:
     given = {"recipient": arguments.to, "subject": arguments.subject}
     words = [f'{name}:"{value}"' for name, value in given.items() if value]
     try:
-        with Progress(f"waiting up to {arguments.timeout:g} s for mail"):
+        with progress(f"waiting up to {arguments.timeout:g} s for mail"):
             found = ask(settings, "GET", "/api/v1/wait", arguments.timeout + 10, **{
                 "query": " ".join(words), "timeout": arguments.timeout, "with": part, "since": arguments.since})
     except NoRelay as e:
@@ -12979,7 +12973,7 @@ def healthcheck(settings: Settings, arguments: Arguments) -> int:
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
     begun, last_held = time.time(), 0.0
-    with Progress("waiting for the relay"):
+    with progress("waiting for the relay"):
         while True:
             try:
                 ask(settings, "GET", "/readyz", 5.0)
@@ -13254,26 +13248,18 @@ _smtprelay() {{
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -F _smtprelay smtprelay smtprelay.py"""
-ZSH = """\
-_smtprelay() {{
-    (( CURRENT == 2 )) && {{ compadd -- {verbs}; return }}
-    case $words[2] in
-{cases}
-    esac
-}}
-compdef _smtprelay smtprelay smtprelay.py"""
 
 
 def completion(shell: str) -> str:
     """Return what makes bash or zsh complete verbs and their options."""
-    template, case = (BASH, '        {})  words="{}";;') if shell == "bash" else (ZSH, "        {}) compadd -- {};;")
     cases = []
     for name, command in COMMANDS.items():
         words = [w for names, how in command.options for w in (how.get("choices") or names)
                  if w[0] == "-" or "choices" in how]
         words += TOPICS if command.run is help_ else []
-        cases += [case.format(name, " ".join(words))] if words else []
-    return template.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
+        cases += [f'        {name})  words="{" ".join(words)}";;'] if words else []
+    first = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return first + BASH.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
