@@ -7675,9 +7675,9 @@ class Inbox:
             return entry.sequence
 
     def stem(self, id: str) -> str:
-        """Give the name under which the spool has a message; KeyError when it is gone."""
+        """Give the name under which the spool has a message, or the `latest`; KeyError when it is gone."""
         with self.changed:
-            return self.entries[id].stem
+            return self.entries[next(reversed(self.entries), "") if id == "latest" else id].stem
 
     def load(self, id: str) -> Message:
         """Give the record of a message; KeyError or OSError when it is gone."""
@@ -9776,7 +9776,7 @@ def show_events(request: Request) -> Answer:
 def queue_verbs(request: Request) -> Any:
     verbs, id = request.relay.postmaster, request.names.get("id", "")
     if request.method == "DELETE":
-        verbs.remove([id])
+        verbs.remove([verbs.load(id).id])
         return b"ok"
     return {"retried": verbs.retry(id)} if id else verbs.queue(int(request.number("limit", 200)))
 
@@ -11299,7 +11299,7 @@ class Postmaster:
         if message.status is Status.FORWARDED:
             raise HttpError(409, "it was forwarded already; release it to send a copy")
         if message.status is Status.HELD:
-            self.release(id, [])
+            self.release(message.id, [])
         elif message.status is Status.FAILED:
             self.owe_again(message.stem, Status.FAILED, "retried by hand")  # in hand: then it is owed already
         else:
@@ -12720,12 +12720,10 @@ def remove(settings: Settings, arguments: Arguments) -> int:
     """Remove a message for good, whether it is owed, held or finished."""
     id = urllib.parse.quote(arguments.id, safe="")
     try:
-        ask(settings, "GET", f"/api/v1/message/{id}/headers")  # a complaint when it is not there
         ask(settings, "DELETE", f"/api/v1/queue/{id}")
     except NoRelay:
         with no_relay_runs(settings) as postmaster:
-            postmaster.load(arguments.id)
-            postmaster.remove([arguments.id])
+            postmaster.remove([postmaster.load(arguments.id).id])
     return 0
 
 
@@ -12734,7 +12732,8 @@ def show(settings: Settings, arguments: Arguments) -> int:
     path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
     try:
         content = ask(settings, "GET", path + "/raw")
-        record = {"id": arguments.id, **ask(settings, "GET", path)["Delivery"]}
+        message = ask(settings, "GET", path)
+        record = {"id": message["ID"], **message["Delivery"]}
     except NoRelay:
         with no_relay_runs(settings, change=False) as postmaster:
             record = json.loads(postmaster.load(arguments.id).to_json())

@@ -11799,14 +11799,16 @@ def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
     assert "to bob@box.example" in verb(served, "queue")
     (entry,) = json.loads(verb(served, "queue", "--json"))
     assert "482913" in verb(served, "show", entry["id"])
-    assert json.loads(verb(served, "show", entry["id"], "--json"))["status"] == "held"
+    shown = json.loads(verb(served, "show", "latest", "--json"))
+    assert (shown["id"], shown["status"]) == (entry["id"], "held")
     assert verb(served, "wait", "--to", "bob", "--code") == "482913\n"
     assert verb(served, "wait", "--subject", "your code", "--link") == "https://x.example/in?t=1\n"
     verb(served, "wait", "--to", "ann", "--timeout", "10ms", status=1)
     verb(served, "retry", entry["id"], status=1)  # nowhere to send it
     verb({**served, "SMTP_API_TOKEN": "wrong"}, "queue", status=1)
     verb(served, "remove", "0" * 16, status=1)
-    verb(served, "remove", entry["id"])
+    verb(served, "remove", "latest")
+    verb(served, "remove", "latest", status=1)
     assert verb(served, "queue") == "the queue is empty\n"
 
 
@@ -11875,9 +11877,11 @@ def test_the_verbs_read_the_spool_where_no_relay_runs(env: dict[str, str], tmp_p
     assert verb(env, "show", entry["id"]).endswith("\n\nhello\n")
     verb(env, "retry", "all")
     verb(env, "retry", "nothing", status=1)
+    verb(env, "retry", "latest")
     with smtprelay.start(SMTP_STORAGE="file", SMTP_SPOOL=str(tmp_path / "spool")):
         verb(env, "remove", entry["id"], status=75)  # a relay has it, but cannot be spoken to
-    verb(env, "remove", entry["id"])
+    assert json.loads(verb(env, "show", "latest", "--json"))["id"] == entry["id"]
+    verb(env, "remove", "latest")
     assert verb(env, "queue") == "the queue is empty\n"
 
 
