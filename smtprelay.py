@@ -2097,14 +2097,13 @@ def open_sealer(settings: Settings) -> Sealer:
 # session that owns a Draft writes it; afterwards the worker that owns the
 # message does. So nothing here needs a lock but the making of ids.
 
-NAME = re.compile(r"([0-9a-f]{16}_[0-9a-f]{16})(\.eml|\.json|\.forwarded\.json|\.failed\.json|\.[0-9a-f]+\.part|\.tmp)")
+NAME = re.compile(r"[0-9a-f]{16}_[0-9a-f]{16}(\.eml|(\.forwarded|\.failed)?\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
 SIDECARS = (*((end, status) for status, end in DONE_NAMES.items()), (".json", None))  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
 READ_AT_ONCE = 64 * KIB
-SIZE_AT = len("X-Envelope-Size: ")
 TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
 SEEN = "inbox.json"  # what a person did to messages: read state and tags
@@ -2176,9 +2175,7 @@ def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
 def read_block(file: BinaryIO) -> dict[str, list[str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
     lines = []
-    for line in iter(functools.partial(file.readline, 8192), b""):
-        if not line.startswith(b"X-Envelope-"):
-            break
+    while (line := file.readline(8192)).startswith(b"X-Envelope-"):
         lines.append(line)
     block = b"".join(lines)
     file.seek(len(block))
@@ -2395,6 +2392,7 @@ class Spool:
         if self.on_disk:
             check_spool(self.root)
         self.store: Disk | Memory = Disk(self.root) if self.on_disk else Memory()
+        self.free = self.store.free  # the octets that an ordinary user may still write
         self.sealer = open_sealer(settings) if self.on_disk else Sealer()
         self.ids = IdMaker()
         self.run = secrets.token_hex(4)
@@ -2488,56 +2486,54 @@ class Spool:
         except (OSError, KeyError) as e:
             self.log.error("set_aside_failed", file=name, reason=reason, error=e)
 
-    def open_text(self, name: str, sealed_as: str) -> BinaryIO:
-        """Open a file that may be sealed; SpoolError when it cannot be unsealed."""
-        file = self.store.read(name)
+    def open_file(self, stem: str, end: str) -> BinaryIO:
+        """Open a file of a message, sealed or not; KeyError when it is gone, SpoolError when it cannot be unsealed."""
         try:
-            return self.sealer.reader(file, sealed_as)
+            file = self.store.read(stem + end)
+        except FileNotFoundError:
+            raise KeyError(stem) from None
+        try:
+            return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
         except SealError as e:
             file.close()
             raise SpoolError(str(e)) from None
 
-    def open_message(self, stem: str) -> BinaryIO:
-        """Open an .eml; KeyError when it is gone."""
-        try:
-            return self.open_text(stem + ".eml", stem + ".eml")
-        except FileNotFoundError:
-            raise KeyError(stem) from None
-
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
-        file = self.open_message(stem)
+        file = self.open_file(stem, ".eml")
         read_block(file)
         return file
 
     def load(self, stem: str) -> Message:
         """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
-        with self.open_message(stem) as file:
-            return self.progress(stem, first_record(file), SIDECARS)
+        message, file = self.fetch(stem, SIDECARS)
+        file.close()
+        return message
 
-    def fetch(self, stem: str) -> tuple[Message, BinaryIO]:
-        """Return the record and the content, as `load` and `content` do, of a message that is not finished."""
-        file = self.open_message(stem)
+    def fetch(
+        self, stem: str, sidecars: Sequence[tuple[str, Status | None]] = SIDECARS[-1:]
+    ) -> tuple[Message, BinaryIO]:
+        """Return the record and the content, as `load` and `content` do, of a message that is not finished.
+
+        The record is the first sidecar that there is, rebuilt from the .eml where that cannot be read.
+        """
+        file = self.open_file(stem, ".eml")
         try:
-            return self.progress(stem, first_record(file), SIDECARS[-1:]), file
+            message = first_record(file)
+            for end, status in sidecars:
+                try:
+                    with self.open_file(stem, end) as sidecar:
+                        message = Message.from_json(sidecar.read(RECORD_LIMIT))
+                except KeyError:
+                    continue
+                except (ValueError, SpoolError, SealError) as e:
+                    self.log.warn("record_rebuilt", stem=stem, reason=e)
+                message.status = status or message.status
+                break
+            return message, file
         except BaseException:
             file.close()
             raise
-
-    def progress(self, stem: str, first: Message, sidecars: Sequence[tuple[str, Status | None]]) -> Message:
-        """Return the latest readable sidecar, or the first record where there is none."""
-        for end, status in sidecars:
-            try:
-                with self.open_text(stem + end, stem + ".json") as file:
-                    message = Message.from_json(file.read(RECORD_LIMIT))
-            except FileNotFoundError:
-                continue
-            except (ValueError, SpoolError, SealError) as e:
-                self.log.warn("record_rebuilt", stem=stem, reason=e)
-                message = first
-            message.status = status or message.status
-            return message
-        return first
 
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
@@ -2581,10 +2577,6 @@ class Spool:
         """Write a little and remove it; OSError when the spool takes no writes."""
         self.store.write(".probe", b"x" * 64)
         self.store.remove(".probe")
-
-    def free(self) -> int:
-        """Return the octets that an ordinary user may still write."""
-        return self.store.free()
 
 
 class Draft:
@@ -2641,7 +2633,7 @@ class Draft:
         if not self.spool.on_disk:
             return self.stem
         if begun and not self.seal:
-            os.pwrite(self.fd, b"%012d" % self.size, SIZE_AT)
+            os.pwrite(self.fd, b"%012d" % self.size, len("X-Envelope-Size: "))
         final = f"{self.spool.root}/{self.stem}.eml"
         os.rename(self.part, final)
         if self.spool.settings.fsync:
@@ -2662,8 +2654,7 @@ class Draft:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):  # what stays is set aside at the next start
                 os.close(fd)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.part)
+                os.unlink(self.part)
 
 
 # === 09 ACCOUNTS =============================================================
