@@ -5480,8 +5480,8 @@ def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
     """Return the rules with other chaos triggers; ValueError names one that is wrong."""
     kept = [rule for rule in rules.split("\n") if not re.fullmatch(CHAOS_RULE, rule)]
     for name, (stage, usual) in CHAOS.items():
-        trigger = triggers.get(name) or {}
-        code, share = trigger.get("ErrorCode", usual), trigger.get("Probability", 0)
+        trigger = {k.lower(): v for k, v in triggers[name].items()}
+        code, share = trigger.get("errorcode", usual), trigger.get("probability", 0)
         if type(code) is not int or type(share) is not int or not (400 <= code <= 599 and 0 <= share <= 100):
             raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
         kept += [f"{stage} {code} Chaos share {share}"] if share else []
@@ -9226,7 +9226,7 @@ EVENT_STREAMS = 32
 HEARTBEAT = 15.0
 CALM = "default-src 'none'; frame-ancestors 'none'"
 VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
-            "sandbox allow-popups allow-popups-to-escape-sandbox")  # links open in a tab of their own
+            "sandbox allow-popups allow-popups-to-escape-sandbox")  # links open in their own tab
 INSIDE = "img-src data:; style-src 'unsafe-inline'"
 REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
 WEBHOOK_TIME = 10.0
@@ -9275,19 +9275,20 @@ class Request:
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The body's fields by name in lower case: Go, and so Mailpit, reads names in any case. A form is read, too.
+        """The body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
 
-        An empty body has none; one that is neither JSON nor a form is refused: to guess could be to delete all.
+        An empty body has none; what cannot be read is refused: to guess could be to delete all.
         """
         body, kind = self.body.strip(), self.headers.get("Content-Type", "")
         try:
             if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
                 value = json.loads(body or b"{}")
             else:
-                value = urllib.parse.parse_qs(body.decode(), keep_blank_values=True, strict_parsing=True)
-                value = {name.removesuffix("[]"): v for name, v in value.items()}
-                value = {name: v if name.lower() in ("ids", "tags", "to") else
-                         {"true": True, "false": False}.get(v[-1].lower(), v[-1]) for name, v in value.items()}
+                form = urllib.parse.parse_qs(body.decode(), True, True)  # blank values, no bad ones
+                value = {name.removesuffix("[]"): v for name, v in form.items()}
+                value = {name: v if name.lower() in ("ids", "tags", "to")
+                         else {"true": True, "false": False}.get(v[-1].lower(), v[-1])
+                         for name, v in value.items()}
         except (ValueError, RecursionError) as e:
             raise HttpError(400, f"body: expected JSON: {e}") from None
         if not isinstance(value, dict):
@@ -9310,23 +9311,31 @@ class Request:
         return float(text)
 
     def page(self) -> tuple[int, int]:
-        """Return where a list begins and how long it is; as with Mailpit, what is no number is ignored."""
+        """Return where a list begins, and its length; like Mailpit, ignore what is no number."""
         start, limit = (self.query.get(name, "") for name in ("start", "limit"))
-        return (int(start) if re.fullmatch("[0-9]{1,9}", start) else 0,
-                int(limit) if re.fullmatch("[0-9]{1,9}", limit) else 50)
+        is_number = re.compile("[0-9]{1,9}").fullmatch
+        return int(start) if is_number(start) else 0, int(limit) if is_number(limit) else 50
+
+    @property
+    def inbox(self) -> Inbox:
+        return self.relay.inbox
+
+    @property
+    def words(self) -> str:
+        return self.query.get("query", "")
 
     def search(self, words: str) -> Query:
         return compile_query(words, self.query.get("tz", ""))
 
     def item(self) -> Item:
         """Return the message that the path names; `latest` may come with a query."""
-        item = self.relay.inbox.get(self.names["id"], self.search(self.query.get("query", "")))
+        item = self.inbox.get(self.names["id"], self.search(self.words))
         if item is None:
             raise HttpError(404, "message not found")
         return item
 
     def login(self) -> tuple[str, str]:
-        """Return the user and the secret of Basic, which is all that Mailpit's clients send, or Bearer's token."""
+        """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
         scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "basic":
             user, _, secret = decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")
@@ -9336,34 +9345,28 @@ class Request:
 
 # -- routes, and who may call them --
 
-class Access(enum.Enum):
-    """Who may call a route."""
-
-    OPEN = "anybody"
-    PAGE = "who may have the page, which holds no mail and asks for the token itself"
-    ADMIN = "who has SMTP_API_TOKEN, or needs none for where it asks from"
-    VIEW = "the same, or who has the key to this one message"
-    ACCOUNT = "who has an account's api_key"
-
-
-OPEN, ADMIN, ACCOUNT = Access.OPEN, Access.ADMIN, Access.ACCOUNT
+# Who may call a route: who has SMTP_API_TOKEN, or needs none for where it asks from; the same, or
+# who has the key to this one message; who has an account's api_key; anybody; anybody, to whom the
+# page is shown that holds no mail and asks for the token itself.
+ADMIN, VIEW, ACCOUNT, OPEN, SHELL = "admin", "view", "account", "open", "shell"
 
 
 class Route(NamedTuple):
-    """A method, a path with {names}, what it does, who may call it, the parameters that it knows."""
+    """A method, a path with {names}, what it does, who may call it, which parameters it knows."""
 
     method: str
     path: str
     does: str
-    access: Access
+    access: str
     takes: str | None  # None: all others are ignored, and errors are text, as with Mailpit
-    action: Callable[[Request], Any]
+    action: Callable[[Request], Any]  # which returns JSON, octets, an Answer; None is "ok"
 
 
 ROUTES: list[Route] = []
 
 
-def route(where: str, does: str, access: Access = ADMIN, takes: str | None = None) -> Callable[[Any], Any]:
+def route(where: str, does: str, access: str = ADMIN,
+          takes: str | None = None) -> Callable[[Any], Any]:
     """Declare the routes of a function: "METHOD /path /path"."""
     def declare(action: Callable[[Request], Any]) -> Callable[[Request], Any]:
         method, *paths = where.split()
@@ -9373,12 +9376,13 @@ def route(where: str, does: str, access: Access = ADMIN, takes: str | None = Non
 
 
 def find_route(request: Request) -> Route:
-    """Return the route of a request, under SMTP_WEB_ROOT or not, and note the names in it; HttpError 404 or 405."""
+    """Return the route of a request, under SMTP_WEB_ROOT or not, and note the names in it."""
     root = f"/{request.relay.settings.web_root.strip('/')}/"
     path = "/" + request.path[len(root):] if (request.path + "/").startswith(root) else request.path
     error = HttpError(404, "not found")
     for found in ROUTES:
-        match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\.")), path)
+        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\."))
+        match = re.fullmatch(pattern, path)
         if match and found.method == request.method:
             request.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
             return found
@@ -9388,54 +9392,59 @@ def find_route(request: Request) -> Route:
 
 def view_key(token: str, id: str) -> str:
     """Return the key that opens one message's HTML: a sandboxed frame cannot send the token."""
-    return hmac.new(token.encode(), b"view " + id.encode("utf-8", "replace"), "sha256").hexdigest()[:32]
+    text = f"view {id}".encode("utf-8", "replace")
+    return hmac.new(token.encode(), text, "sha256").hexdigest()[:32]
 
 
 def admit(request: Request, route: Route) -> None:
-    """Let a request through, or raise the HttpError that it gets; note whether it has the token, or needs none.
+    """Let a request through, or raise an HttpError; note whether it has the token, or needs none.
 
-    This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none at all. Where a
-    proxy stands between, its address is no proof of who asks.
+    This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none
+    at all. Where a proxy stands between, its address is no proof of who asks.
     """
-    s, access, headers, (_, secret) = request.relay.settings, route.access, request.headers, request.login()
-    if access is OPEN:
+    s, access, headers = request.relay.settings, route.access, request.headers
+    secret, host, key = request.login()[1], headers.get("Host", ""), request.query.get("key", "")
+    if access == OPEN:
         return
-    if access is not Access.PAGE:  # another site's page may link to ours, but not make a browser ask for more
+    if access != SHELL:  # another site may link to our page, but not make a browser ask for more
         origin = headers.get("Origin")
         if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
             raise HttpError(403, "requests from other sites are not taken")
-        if request.method != "GET" and origin is not None and origin.partition("://")[2] != headers.get("Host", ""):
+        if request.method != "GET" and origin is not None and origin.partition("://")[2] != host:
             raise HttpError(403, "changes from other origins are not taken")
     local, named = request.client == "local", s.api_networks != networks("loopback")
     trusted = ((local or is_loopback(request.client)) and not s.api_token
                or named and not local and in_networks(request.client, s.api_networks))
-    trusted &= not any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
-    has_token, key = same_secret(s.api_token, secret), request.query.get("key", "")
+    proxied = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+    trusted &= not any(name in headers for name in proxied)
+    has_token = same_secret(s.api_token, secret)
     request.known = has_token or trusted
-    if access is ACCOUNT:
+    if access == ACCOUNT:
         request.account = request.relay.reception.accounts.by_key(secret) if secret else None
         if request.account is None:
             raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
     elif trusted and not has_token:
-        check_host(headers.get("Host", ""), s.hostname)
+        check_host(host, s.hostname)
     elif not has_token and not s.api_token:
-        raise HttpError(403, "only this machine, and no proxy, is served until SMTP_API_TOKEN is set")
-    elif not has_token and access is not Access.PAGE and not (
-            access is Access.VIEW and key and same_secret(view_key(s.api_token, request.names["id"]), key)):
+        raise HttpError(403, "only this machine, and no proxy, is served until "
+                        "SMTP_API_TOKEN is set")
+    elif not has_token and access != SHELL and (access != VIEW or not key or not same_secret(
+            view_key(s.api_token, request.names["id"]), key)):
         raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
-    unknown = [name for name in request.query if route.takes is not None and name not in route.takes.split()]
-    if unknown:
-        raise HttpError(400, f"{unknown[0][:100]}: not known here; expected {route.takes or 'no parameters'}")
+    for name in request.query:
+        if route.takes is not None and name not in route.takes.split():
+            expected = route.takes or "no parameters"
+            raise HttpError(400, f"{name[:100]}: not known here; expected {expected}")
 
 
 def check_host(host: str, hostname: str) -> None:
-    """Refuse a Host header that may be a rebound name's: such a name has a dot, and is no address."""
+    """Refuse a Host header that may be a rebound name's: such a name has a dot, is no address."""
     try:
         named = (urllib.parse.urlsplit("//" + host).hostname or "").rstrip(".")
     except ValueError:
         named = ""
-    ours = is_loopback(named) or named == hostname.lower() or "." not in named or re.fullmatch("[0-9.]+", named)
-    if not named or not ours:
+    if not (is_loopback(named) or named == hostname.lower()
+            or re.fullmatch(r"[^.]+|[0-9.]+", named)):
         raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
 
 
@@ -9459,25 +9468,27 @@ def show_health(request: Request) -> Answer:
         parts["spool"] = f"cannot write: {e.strerror}"
     parts["accounts"] = d.reception.trouble() or "ok"
     wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
+    status = 503 if wrong else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
-        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, 503 if wrong else 200)
-    return Answer((wrong or "OK").encode() + b"\n", status=503 if wrong else 200)
+        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, status)
+    return Answer((wrong or "OK").encode() + b"\n", status=status)
 
 
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
        "`?format=prometheus`", OPEN)
 def show_metrics(request: Request) -> Any:
-    accept = request.headers.get("Accept", "")
+    m, accept = measured(request.relay), request.headers.get("Accept", "")
     asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
     if request.query.get("format", asked) == "prometheus":
-        return Answer(prometheus(measured(request.relay)).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    return expvar(measured(request.relay))
+        return Answer(prometheus(m).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return expvar(m)
 
 
 def measured(d: Delivering) -> Metrics:
     """Return the counters with the gauges that are read on demand brought up to date."""
     m, oldest = d.metrics, d.scheduler.oldest()
-    m.set("smtp_queue_oldest_age_seconds", max(0.0, time.time() - id_micros(oldest[11:]) / 1e6) if oldest else 0)
+    age = time.time() - id_micros(oldest[11:]) / 1e6 if oldest else 0.0
+    m.set("smtp_queue_oldest_age_seconds", max(0.0, age))
     m.set("smtp_messages_held", len(d.held))
     m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
     m.set("smtp_build_info", 1, __version__)
@@ -9492,15 +9503,16 @@ route("GET /livez", "200 while the process answers", OPEN)(lambda request: b"OK\
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
 def matching(request: Request, words: str) -> list[str]:
-    """Return the messages that a search finds; one that asks for nothing is refused, for it would find all."""
+    """Return the messages that a search finds; one for nothing, which finds all, is refused."""
     query = request.search(words)
     if query == ALL:
-        raise HttpError(400, "query: expected what to look for; for everything there is /api/v1/messages")
-    return [item.id for item in request.relay.inbox.search(query, 0, 0).items]
+        raise HttpError(400, "query: expected what to look for; "
+                        "for everything there is /api/v1/messages")
+    return [item.id for item in request.inbox.search(query, 0, 0).items]
 
 
 def chosen(request: Request, *others: str) -> list[str] | None:
-    """Return the messages that a request's body names by IDs or by a Search; None, where it has neither, is all."""
+    """Return the messages that a body names by IDs or a Search; None, where it has neither: all."""
     ids, words = request.strings("IDs"), take_field(request.fields, "Search", "")
     if request.fields and not request.fields.keys() & {"ids", "search", *others}:
         raise HttpError(400, "body: expected IDs")
@@ -9521,68 +9533,71 @@ def status_of(inbox: Inbox, id: str) -> str:
 @route("GET /api/v1/messages", "list (`start`, `limit`)")
 @route("GET /api/v1/search", "list what `query` finds")
 def list_messages(request: Request) -> Any:
-    words = request.query.get("query", "")
+    inbox, words = request.inbox, request.words
     if request.path.endswith("/search") and not words.strip():
         raise HttpError(400, "query: expected what to look for")
-    shown = messages_json(request.relay.inbox, request.search(words), *request.page())
+    shown = messages_json(inbox, request.search(words), *request.page())
     for message in shown["messages"]:
-        message["Status"] = status_of(request.relay.inbox, message["ID"])
+        message["Status"] = status_of(inbox, message["ID"])
     misread = misread_terms(words, request.query.get("tz", ""))
-    return {**shown, "Warnings": [f"{term} cannot be read" for term in misread]} if misread else shown
+    if misread:
+        shown["Warnings"] = [f"{term} cannot be read" for term in misread]
+    return shown
 
 
 @route("PUT /api/v1/messages", "mark `IDs`, or what a `Search` finds, as `Read` or not (neither: all)")
-def mark_messages(request: Request) -> bytes:
+def mark_messages(request: Request) -> None:
     if not request.body.strip():
         raise HttpError(400, "body: expected JSON")
-    request.relay.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
-    return b"ok"
+    request.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
+
+
+route("DELETE /api/v1/search", "delete what `query` finds")(
+    lambda request: request.relay.postmaster.remove(matching(request, request.words)))
 
 
 @route("DELETE /api/v1/messages", "delete `IDs`, or what a `Search` finds (neither: all)")
 @route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
-@route("DELETE /api/v1/search", "delete what `query` finds")
-def delete_messages(request: Request) -> bytes:
-    if "id" in request.names:
-        request.relay.postmaster.remove([request.item().id])
-        return b""
-    search = request.path.endswith("/search")
-    ids = matching(request, request.query.get("query", "")) if search else chosen(request)
-    request.relay.postmaster.remove(ids)
+def delete_messages(request: Request) -> bytes | None:
+    one = "id" in request.names
+    request.relay.postmaster.remove([request.item().id] if one else chosen(request))
     # MailHog's clients, which say nothing of what they accept, take no body but an empty one
-    return b"ok" if search or request.body or "Accept" in request.headers else b""
+    return b"" if one or not request.body and "Accept" not in request.headers else None
 
 
 @route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
        "`latest` is an id, and may come with a `query`")
 def show_message(request: Request) -> Any:
-    inbox, token, item = request.relay.inbox, request.relay.settings.api_token, request.item()
+    inbox, token, item = request.inbox, request.relay.settings.api_token, request.item()
     inbox.mark([item.id], True)
     record = inbox.load(item.id)
-    told = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history", "finished_at",
-            "transcript")
-    delivery = {**{name: getattr(record, name) for name in told}, "recipients": [vars(r) for r in record.recipients]}
-    return {**waited_json(item._replace(read=True), inbox.mail(item.id), record),
-            **({"ViewKey": view_key(token, item.id)} if token else {}), "Status": record.status, "Delivery": delivery}
+    shown = waited_json(item._replace(read=True), inbox.mail(item.id), record)
+    if token:
+        shown["ViewKey"] = view_key(token, item.id)
+    told = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history",
+            "finished_at", "transcript")
+    return {**shown, "Status": record.status, "Delivery": {
+        **{name: getattr(record, name) for name in told},
+        "recipients": [vars(r) for r in record.recipients]}}
 
 
 @route("GET /api/v1/message/{id}/headers", "its header fields")
 def show_headers(request: Request) -> Any:
-    inbox, id = request.relay.inbox, request.item().id
-    return headers_json(inbox.mail(id), inbox.load(id))
+    id = request.item().id
+    return headers_json(request.inbox.mail(id), request.inbox.load(id))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
 def show_raw(request: Request) -> Answer:
     id = request.item().id
-    saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'} if request.query.get("dl") == "1" else {}
-    return Answer(request.relay.inbox.raw(id), headers=saved)
+    saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'}
+    return Answer(request.inbox.raw(id), headers=saved if request.query.get("dl") == "1" else {})
 
 
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    parts = request.relay.inbox.mail(request.item().id).parts
+    parts = request.inbox.mail(request.item().id).parts
     part = next((p for p in parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
@@ -9596,53 +9611,54 @@ def not_done(request: Request) -> Any:
     raise HttpError(404, f"{request.path.rpartition('/')[2]} is not done here")
 
 
-@route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", Access.VIEW)
+@route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", VIEW)
 @route("GET /view/{id}.txt", "its text")
 def view(request: Request) -> Any:
     id = request.item().id
-    mail = request.relay.inbox.mail(id)
-    request.relay.inbox.mark([id], True)
+    mail = request.inbox.mail(id)
+    request.inbox.mark([id], True)
     if request.path.endswith(".txt"):
         return mail.text.encode("utf-8", "replace")
     if not mail.html:
         raise HttpError(404, "this message has no HTML")
+    policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
     return Answer(view_html(mail).encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
-        "Content-Security-Policy": VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE),
-        "X-DNS-Prefetch-Control": "off"})
+        "Content-Security-Policy": policy, "X-DNS-Prefetch-Control": "off"})
 
 
 @route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
        "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
-def release_message(request: Request) -> bytes:
+def release_message(request: Request) -> None:
     to, beyond = release_to(request.fields), take_field(request.fields, "Beyond", False)
     request.relay.postmaster.release(request.item().id, to, beyond)
-    return b"ok"
 
 
 @route("POST /api/v1/send", "put a message in, given as JSON")
 def send_message(request: Request) -> Any:
-    content, sender, to = compose(request.fields)
-    if len(content) > request.relay.settings.max_size:
-        raise HttpError(413, f"message is larger than {request.relay.settings.max_size} octets")
-    wide = {"8BITMIME": not content.isascii(), "SMTPUTF8": not "".join((sender, *to)).isascii()}
-    user, flags = request.login()[0][:200].translate(NO_BREAKS), tuple(flag for flag, fits in wide.items() if fits)
+    (content, sender, to), most = compose(request.fields), request.relay.settings.max_size
+    if len(content) > most:
+        raise HttpError(413, f"message is larger than {most} octets")
+    plain = {"8BITMIME": content.isascii(), "SMTPUTF8": "".join((sender, *to)).isascii()}
+    flags = tuple(flag for flag, fits in plain.items() if not fits)
+    user = request.login()[0][:200].translate(NO_BREAKS)
     envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
     return {"ID": request.relay.postmaster.store(envelope, [content])}
 
 
-route("GET /api/v1/tags", "the tags that there are")(lambda request: list(request.relay.inbox.counts()[2]))
+route("GET /api/v1/tags", "the tags that there are")(
+    lambda request: list(request.inbox.counts()[2]))
 
 
 @route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")
 @route("PUT /api/v1/tags/{tag}", "rename to `Name`")
 @route("DELETE /api/v1/tags/{tag}", "take it off all messages")
-def change_tags(request: Request) -> bytes:
-    inbox, name = request.relay.inbox, request.names.get("tag", "")
+def change_tags(request: Request) -> None:
+    inbox, name, new = request.inbox, request.names.get("tag", ""), ""
     known = {tag.lower(): tag for tag in inbox.counts()[2]}
-    new = "".join(clean_tags([take_field(request.fields, "Name", "")])) if request.method == "PUT" else ""
+    if request.method == "PUT":
+        new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
     if not name:
-        inbox.tag(request.strings("IDs"), request.strings("Tags"))
-        return b"ok"
+        return inbox.tag(request.strings("IDs"), request.strings("Tags"))
     if name.lower() not in known:
         raise HttpError(400, f"tag not found: {name[:100]}")
     if request.method == "PUT" and not new:
@@ -9650,33 +9666,34 @@ def change_tags(request: Request) -> bytes:
     if new.lower() != name.lower() and new.lower() in known:
         raise HttpError(400, f"tag already exists: {new}")
     inbox.rename_tag(known[name.lower()], new)
-    return b"ok"
 
 
 @route("GET /api/v1/info", "version, counts, memory")
 def show_info(request: Request) -> Any:
     d, m = request.relay, measured(request.relay)
+    hosts = ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)
     stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
     return {**info_json(d.inbox, __version__, d.settings.spool, **stats), "SMTPPort": d.port,
-            "Delivery": d.settings.delivery, "RelayHost": ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)}
+            "Delivery": d.settings.delivery, "RelayHost": hosts}
 
 
 @route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
 def show_webui(request: Request) -> Any:
     s = request.relay.settings
+    hosts = ", ".join(host_port(*h[:2]) for h in s.smart_hosts)
     relay = {"Enabled": request.relay.postmaster.can_release, "ReturnPath": s.relay_return_path,
-             "SMTPServer": ", ".join(host_port(*h[:2]) for h in s.smart_hosts), "OverrideFrom": s.relay_from,
+             "SMTPServer": hosts, "OverrideFrom": s.relay_from,
              "AllowedRecipients": s.relay_allowed_recipients.pattern, "BlockedRecipients": ""}
-    return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": True,
-            "DuplicatesIgnored": False}
+    return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
+            "ChaosEnabled": True, "DuplicatesIgnored": False}
 
 
 @route("GET /api/v2/messages", "MailHog's list")
 @route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
 def mailhog_messages(request: Request) -> Any:
-    inbox, kind, wanted = request.relay.inbox, request.query.get("kind"), request.query.get("query", "").lower()
+    inbox, kind, wanted = request.inbox, request.query.get("kind"), request.words.lower()
     if request.path.endswith("/messages"):
         return mailhog_json(inbox, ALL, *request.page())
     if kind not in ("from", "to", "containing") or not wanted:
@@ -9685,9 +9702,11 @@ def mailhog_messages(request: Request) -> Any:
     def holds(item: Item) -> bool:
         record, mail = inbox.load(item.id), inbox.mail(item.id)
         if kind == "containing":
-            return wanted in "\n".join((decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject)).lower()
-        path = [record.reverse_path] if kind == "from" else [r.address for r in record.recipients]
-        return wanted in "\n".join((*path, decode_words(header(mail.headers, kind)))).lower()
+            texts = [decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject]
+        else:
+            path = [r.address for r in record.recipients] if kind == "to" else [record.reverse_path]
+            texts = [*path, decode_words(header(mail.headers, kind))]
+        return wanted in "\n".join(texts).lower()
 
     return mailhog_json(inbox, Query(((holds, True),)), *request.page())
 
@@ -9698,40 +9717,42 @@ def mailhog_messages(request: Request) -> Any:
        "`query` and has a code or a link (`with`), up to `timeout` seconds, or 408; `since` is a sequence number. "
        "With its links and codes", takes="to from subject query with since timeout tz")
 def wait_for_message(request: Request) -> Any:
-    q, inbox = request.query, request.relay.inbox
+    q, inbox = request.query, request.inbox
     since = int(request.number("since", 0)) if q.get("since") else None
     timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
     if part not in ("", "code", "link"):
         raise HttpError(400, "with: expected code or link")
-    query = request.search(q.get("query", ""))
-    tests = [functools.partial(is_meant, q.get("to", ""), q.get("subject", ""), q.get("from", ""))]
-    tests += [functools.partial(holds_part, inbox, part)] if part else []
-    query = query._replace(tests=(*query.tests, *((test, True) for test in tests)))
+
+    def fits(item: Item) -> bool:
+        meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)
+        if not meant or not part:
+            return meant
+        try:
+            mail = inbox.mail(item.id)
+        except (KeyError, OSError, SpoolError):  # removed meanwhile
+            return False
+        if part == "link":
+            return bool(links(mail.text, mail.html))
+        return bool(codes(mail.text, mail.html, mail.subject))
+
+    query = request.search(request.words)
+    query = query._replace(tests=(*query.tests, (fits, True)))
     item = inbox.wait(query, since, timeout, request.gone)
     if item is None:
-        raise HttpError(408, f"no message {f'with a {part} ' if part else ''}matched within {timeout:g} seconds")
+        what = f"message with a {part}" if part else "message"
+        raise HttpError(408, f"no {what} matched within {timeout:g} seconds")
     return waited_json(item, inbox.mail(item.id), inbox.load(item.id))
 
 
 def is_meant(to: str, subject: str, sender: str, item: Item) -> bool:
-    """Tell whether a message is to and from someone (a part of an address will do where it has no @) on something."""
+    """Tell whether a message is what is asked for; without @ a part of an address will do."""
     s = item.summary
-
-    def among(wanted: str, people: Iterable[Person]) -> bool:
-        addresses, wanted = [p["Address"].lower() for p in people], wanted.lower()
-        return wanted in addresses if "@" in wanted else not wanted or any(wanted in a for a in addresses)
-
-    return (among(to, (*s["To"], *s["Cc"], *s["Bcc"])) and among(sender, [s["From"]])
-            and subject.lower() in s["Subject"].lower())
-
-
-def holds_part(inbox: Inbox, part: str, item: Item) -> bool:
-    """Tell whether a message has a code, or a link."""
-    try:
-        mail = inbox.mail(item.id)
-    except (KeyError, OSError, SpoolError):  # removed meanwhile
-        return False
-    return bool(codes(mail.text, mail.html, mail.subject) if part == "code" else links(mail.text, mail.html))
+    to_people = [*s["To"], *s["Cc"], *s["Bcc"]]
+    for wanted, people in (to.lower(), to_people), (sender.lower(), [s["From"]]):
+        found = [p["Address"].lower() for p in people]
+        if wanted and not (wanted in found if "@" in wanted else any(wanted in a for a in found)):
+            return False
+    return subject.lower() in s["Subject"].lower()
 
 
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
@@ -9743,14 +9764,15 @@ def show_events(request: Request) -> Answer:
         raise HttpError(503, str(e)) from None
 
     def stream() -> Generator[bytes, None, None]:
-        """Yield events as the browser reads them, and a comment now and then to find out who has gone."""
+        """Yield events as they come, and a comment now and then to find out who has gone."""
         said = b": hello\n\n"
         try:
             while said:
                 yield said
                 try:
                     event = events.get(timeout=HEARTBEAT)
-                    said = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() if event else b""
+                    text = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" if event else ""
+                    said = text.encode()
                 except queue.Empty:
                     said = b": still here\n\n"
         finally:
@@ -9760,16 +9782,13 @@ def show_events(request: Request) -> Answer:
     return Answer(next(begun), "text/event-stream", stream=begun)
 
 
-@route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")
-@route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id may be `all`, or "
-       "`held`", takes="")
-@route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")
-def queue_verbs(request: Request) -> Any:
-    verbs, id = request.relay.postmaster, request.names.get("id", "")
-    if request.method == "DELETE":
-        verbs.remove([verbs.load(id).id])
-        return b"ok"
-    return {"retried": verbs.retry(id)} if id else verbs.queue(int(request.number("limit", 200)))
+route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(
+    lambda request: (verbs := request.relay.postmaster).remove([verbs.load(request.names["id"]).id]))
+route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id "
+      "may be `all`, or `held`", takes="")(
+    lambda request: {"retried": request.relay.postmaster.retry(request.names["id"])})
+route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")(
+    lambda request: request.relay.postmaster.queue(int(request.number("limit", 200))))
 
 
 @route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
@@ -9782,29 +9801,32 @@ def show_faults(request: Request) -> Any:
     try:
         if request.method == "PUT" and chaos:
             given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
-            usual = {"errorcode": "ErrorCode", "probability": "Probability"}
-            faults.change(with_chaos(faults.text, {stage: {usual.get(k.lower(), k): v for k, v in trigger.items()}
-                                                   for stage, trigger in given.items()}))
+            faults.change(with_chaos(faults.text, given))
         elif request.method == "PUT":
             if "rules" not in fields:
                 raise ValueError("rules: expected a list of rules")
             faults.change("\n".join(request.strings("rules")))
     except ValueError as e:
         raise HttpError(400, str(e)) from None
-    return to_chaos(faults.text) if chaos else {"rules": [rule for rule in faults.text.split("\n") if rule]}
+    return to_chaos(faults.text) if chaos else {"rules": [fault.rule for fault in faults.rules]}
 
 
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
 def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
-    names = {"received": "received", "forwarded": "sent", "failed": "failed"}
-    kinds = {"received": "received", "forwarded": "forwarded", "deferred": "retrying", "failed": "failed"}
+    kinds = {"received": "received", "forwarded": "forwarded", "deferred": "retrying",
+             "failed": "failed"}
     totals = {"received": "received", "forwarded": "delivered", "failed": "failed"}
+
+    def used(figures: Mapping[str, int]) -> dict[str, int]:
+        names = {"received": "received", "forwarded": "sent", "failed": "failed"}
+        return {k: figures.get(v, 0) for k, v in names.items()}
+
     return {
         "hours": [{"at": iso_time(h * 3600), **{k: d.hours[h, v] for k, v in kinds.items()}}
                   for h in range(now - 23, now + 1)],
-        "days": [{"at": day, **{k: n.get(v, 0) for k, v in names.items()}} for day, n in quotas.days().items()],
-        "accounts": [{"name": a.name, **{k: quotas.today(a.name).get(v, 0) for k, v in names.items()}}
+        "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
+        "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()],
         "totals": {k: int(d.metrics.get(f"smtp_messages_{v}_total")) for k, v in totals.items()}}
 
@@ -9827,41 +9849,42 @@ def change_user(request: Request) -> Any:
     if not s.users_file:
         raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
     if new == (name in [a.name for a in request.relay.reception.accounts.listed()]):
-        raise HttpError(409 if new else 404, f"account {name!r} {'is there already' if new else 'not found'}")
+        status, trouble = (409, "is there already") if new else (404, "not found")
+        raise HttpError(status, f"account {name!r} {trouble}")
     changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
     password = changed.pop("password", None)
     if isinstance(password, str) and password:
         changed["password"] = hash_password(password)
     if new:
         changed.setdefault("api_key", new_api_key())
+    gone = request.method == "DELETE"
     try:
-        change_users(s.users_file, {name: None if request.method == "DELETE" else changed}, Sealer(s.spool_key))
+        change_users(s.users_file, {name: None if gone else changed}, Sealer(s.spool_key))
     except AccountsError as e:
         raise HttpError(400, str(e)) from None
-    if request.method == "DELETE":
-        return b"ok"
-    return {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
+    return None if gone else {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
 
 
 @route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
 @route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
 def show_account(request: Request) -> Any:
-    a, quotas, inbox = request.account, request.relay.reception.quotas, request.relay.inbox
+    a, quotas, inbox = request.account, request.relay.reception.quotas, request.inbox
     if request.path.endswith("/stats"):
-        left = max(0, a.quota_daily - quotas.today(a.name).get("received", 0)) if a.quota_daily else None
-        return {"account": a.name, "today": quotas.today(a.name), "days": quotas.days(a.name),
-                "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute, "left_today": left}
+        today = quotas.today(a.name)
+        left = max(0, a.quota_daily - today.get("received", 0)) if a.quota_daily else None
+        return {"account": a.name, "today": today, "days": quotas.days(a.name), "left_today": left,
+                "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute}
     mine = Query(((lambda item: item.summary["Username"] == a.name, True),))
     page = inbox.search(mine, 0, int(request.number("limit", 50)))
     return {"total": page.total, "emails": [
-        {"id": i.id, "subject": i.summary["Subject"], "to": [p["Address"] for p in i.summary["To"]],
-         "size": i.summary["Size"], "created": i.summary["Created"], "status": status_of(inbox, i.id)}
-        for i in page.items]}
+        {"id": i.id, "subject": i.summary["Subject"], "size": i.summary["Size"],
+         "to": [p["Address"] for p in i.summary["To"]], "created": i.summary["Created"],
+         "status": status_of(inbox, i.id)} for i in page.items]}
 
 
-@route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", Access.PAGE)
+@route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
 def show_page(request: Request) -> Answer:
-    """The page: one document that loads nothing from elsewhere; with 401 it is the form that asks for the token."""
+    """The page: one document that loads nothing from elsewhere; with 401 it asks for the token."""
     return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if request.known else 401,
                   {"Content-Security-Policy": PAGE_CSP})
 
@@ -9877,11 +9900,11 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
-        self.file = self.rfile
-        self.rfile = types.SimpleNamespace(readline=self.read_line, close=self.file.close)  # type: ignore[assignment]
+        self.file: io.BufferedIOBase = self.rfile
+        self.rfile: Any = types.SimpleNamespace(readline=self.read_line, close=self.file.close)
 
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
-        """Read a line; http.server takes the end of the connection for the end of a header section."""
+        """Read a line; http.server would take a connection's end for that of the header section."""
         line = self.file.readline(limit)
         if len(line) < limit and not line.endswith(b"\n"):
             raise PeerGone
@@ -9907,26 +9930,28 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
 
     def tried(self) -> Answer:
-        """Find the route, let the caller through, read the body, act; return the answer, whatever comes of it."""
-        found, text, kept = None, "", self.connection in self.server.kept
-        unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        """Find the route, let the caller through, read the body, act; return what comes of it."""
+        found, text, headers = None, "", self.headers
+        relay, kept = self.server.relay, self.connection in self.server.kept
+        unread = headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
         try:
             try:
                 url = urllib.parse.urlsplit(self.path)
             except ValueError:
                 raise HttpError(400, "the address does not parse") from None
-            request = Request(self.server.relay, "GET" if self.command == "HEAD" else self.command, url.path,
-                              dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), self.headers,
-                              self.client, self.gone)
+            method = "GET" if self.command == "HEAD" else self.command
+            query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+            request = Request(relay, method, url.path, query, headers, self.client, self.gone)
             found = find_route(request)
             admit(request, found)
-            if kept and found.access is not OPEN:
+            if kept and found.access != OPEN:
                 raise HttpError(503, "too many connections: all but health and metrics must wait")
             request.body, unread = self.read_body(), False
             self.server.note(self.connection, math.inf)
-            if found.access is not OPEN:
-                self.server.relay.catch_up()
+            if found.access != OPEN:
+                relay.catch_up()
             value = found.action(request)
+            value = b"ok" if value is None else value
             if isinstance(value, Answer):
                 return value
             return Answer(value) if isinstance(value, bytes) else json_answer(value)
@@ -9937,7 +9962,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
             raise PeerGone from None
         except Exception as e:
-            self.server.relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
+            relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
             status, text = 500, "internal error"
         finally:
             self.close_connection |= unread or kept
@@ -9957,10 +9982,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
-        lengths, coded = {*self.headers.get_all("Content-Length", [])}, self.headers.get("Transfer-Encoding")
+        lengths = {*self.headers.get_all("Content-Length", [])}
+        coded = self.headers.get("Transfer-Encoding")
         if len(lengths) > 1 or lengths and coded is not None:
             raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
-        if coded is not None and (coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+        if coded is not None and (
+                coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
             raise HttpError(501, "Transfer-Encoding: expected chunked")
         length = lengths.pop() if lengths else "0"
         if not re.fullmatch("[0-9]{1,12}", length):
@@ -9990,8 +10017,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
-        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                  "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store",
+                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                  "Cross-Origin-Resource-Policy": "same-origin",
                   "Content-Security-Policy": CALM, **answer.headers}
         self.close_connection |= bool(answer.stream)
         if not answer.stream:
@@ -10004,12 +10032,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
             scripted = self.headers.get("Sec-Fetch-Dest") == "empty" or (
                 self.command == "GET" and self.headers.get("Content-Type") == "application/json")
-            if not scripted and not answer.kind.startswith("text/html"):  # our page asks for the token itself
+            if not scripted and not answer.kind.startswith("text/html"):  # our page asks by itself
                 self.send_header("WWW-Authenticate", 'Basic realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
+        blocks = itertools.chain([answer.body], answer.stream or ())
         try:
-            for block in itertools.chain([answer.body], answer.stream or ()) if self.command != "HEAD" else ():
+            for block in blocks if self.command != "HEAD" else ():
                 self.wfile.write(block)
         finally:
             if answer.stream:
@@ -10021,7 +10050,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a socket that is bound already, to so many connections at once, and to so many of one client.
+    """Serves HTTP on a bound socket, to so many connections at once, and to so many of one client.
 
     Where there are more, one that has asked nothing for a while loses its place. Some places
     are kept for health and metrics: a relay that is busy is not to look dead.
@@ -10033,7 +10062,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(("", 0), HttpHandler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.relay, self.lock = sock, relay, threading.Lock()
-        self.callers: dict[Any, tuple[str, float]] = {}  # connection: client, idle since when (inf: never)
+        self.callers: dict[Any, tuple[str, float]] = {}  # client, idle since when (inf: it is not)
         self.kept: set[Any] = set()  # connections in the places that are kept
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -10070,8 +10099,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Cut off who takes too long to ask: a time for each read would be anew with each octet."""
+        end = time.monotonic() - HTTP_TIME
         with self.lock:
-            late = [caller for caller, (_, since) in self.callers.items() if since < time.monotonic() - HTTP_TIME]
+            late = [caller for caller, (_, since) in self.callers.items() if since < end]
         for caller in late:
             with contextlib.suppress(OSError):
                 caller.shutdown(socket.SHUT_RD)
@@ -10090,7 +10120,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that no thread was to be had, or what the handler did not expect; that a client went away is no news."""
+        """Log that no thread was to be had, or a bug; that a client went away is no news."""
         error = sys.exc_info()[1]
         if isinstance(error, RuntimeError):
             self.relay.log.warn("no_thread_for_http", error=error)
@@ -10101,18 +10131,20 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # -- the webhook --
 
 def run_webhook(d: Delivering, events: queue.Queue[Any]) -> None:
-    """POST events to SMTP_WEBHOOK_URL until the relay stops; when more wait than fit, start anew with those to come."""
+    """POST events to SMTP_WEBHOOK_URL until the relay stops; when too many wait, start anew."""
     import urllib.request as web
 
-    url = urllib.parse.urlsplit(d.settings.webhook_url)
+    url, shown = urllib.parse.urlsplit(d.settings.webhook_url), shown_url(d.settings.webhook_url)
     login, _, place = url.netloc.rpartition("@")
-    target, shown = url._replace(netloc=place, fragment="").geturl(), shown_url(d.settings.webhook_url)
+    target = url._replace(netloc=place, fragment="").geturl()
     headers = {"Content-Type": "application/json"}
     if login:
-        headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        secret = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        headers["Authorization"] = f"Basic {secret}"
     opener = web.OpenerDirector()  # one that follows no redirect
-    for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None), web.HTTPHandler(),
-                    web.HTTPSHandler(), web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
+    proxies: dict[str, str] | None = {} if is_loopback(url.hostname or "") else None
+    for handler in (web.ProxyHandler(proxies), web.HTTPHandler(), web.HTTPSHandler(),
+                    web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
     while not d.stopping.is_set():
         event, trouble = events.get(), None
@@ -10121,11 +10153,13 @@ def run_webhook(d: Delivering, events: queue.Queue[Any]) -> None:
             if not d.stopping.is_set():
                 d.log.warn("webhook_behind", url=shown)
             continue
-        for pause in (0.0, *WEBHOOK_PAUSES) if event["type"] in ("received", "forwarded", "failed") else ():
+        wanted = event["type"] in ("received", "forwarded", "failed")
+        for pause in (0.0, *WEBHOOK_PAUSES) if wanted else ():
             if d.stopping.wait(pause):
                 return
             try:  # RFC 9110 calls 2xx success
-                opener.open(web.Request(target, json.dumps(event).encode(), headers), timeout=WEBHOOK_TIME).close()
+                request = web.Request(target, json.dumps(event).encode(), headers)
+                opener.open(request, timeout=WEBHOOK_TIME).close()
                 trouble = None
                 break
             except (OSError, ValueError, http.client.HTTPException) as e:
@@ -13055,7 +13089,7 @@ def replies_table() -> Iterator[Row]:
 
 def http_table() -> Iterator[Row]:
     yield "path", "methods", "for", "does"
-    who = {Access.OPEN: "anyone", Access.ACCOUNT: "API key", Access.PAGE: "anyone; shows nothing without the token"}
+    who = {OPEN: "anyone", ACCOUNT: "API key", SHELL: "anyone; shows nothing without the token"}
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for route in ROUTES:
         same = rows.setdefault((who.get(route.access, "token"), route.does), {})
@@ -13097,7 +13131,7 @@ TOPICS = {"settings": settings_table, "replies": replies_table, "http": http_tab
           "spool": spool_table, "exit": exit_table}
 
 
-@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", Access.PAGE)
+@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", SHELL)
 def show_help(request: Request) -> Answer:
     """The tables of `smtprelay.py help TOPIC`, as a page."""
     style = ("body { font: 15px/1.5 sans-serif; max-width: 80em; margin: 2em auto; color-scheme: light dark } "
