@@ -11971,7 +11971,7 @@ def test_root_leaves_the_spool_to_its_owner(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give files away")
     tmp_path.chmod(0o755)
-    for above in tmp_path.parents[:2]:
+    for above in [*tmp_path.parents][:2]:
         above.chmod(0o755)
     spool = spool_of(tmp_path)
     queue_id = spooled_in_review(spool, "bob@hop.test", flags=("HOLD",))[11:27]
@@ -11995,7 +11995,8 @@ def test_ctrl_c_ends_a_verb_without_a_traceback() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a relay in this process may have blocked it
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = clean_env(SMTP_HEALTH_ADDR=f"127.0.0.1:{silent.getsockname()[1]}")
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "queue"], env=env, stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, str(PROGRAM), "queue"], env=env, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
         with silent.accept()[0]:
             process.send_signal(signal.SIGINT)
             assert (process.communicate(timeout=10)[1], process.returncode) == (b"", 130)
