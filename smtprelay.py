@@ -10206,6 +10206,8 @@ words = {"mailq": ["-bp"], "newaliases": ["-bi"]}.get(os.path.basename(sys.argv[
 given, answer, letter = b"".join(os.fsencode(word) + b"\\0" for word in words), b"", -1
 stdin = iter(lambda: os.read(0, 65536), b"")
 try:
+    if not sys.stdin:  # closed; the socket would be descriptor 0
+        raise OSError("the program says what is wrong")
     relay = _socket.socket(_socket.AF_UNIX)
     relay.settimeout(60)
     relay.connect(SOCKET)
@@ -13045,10 +13047,11 @@ def sendmail(words: Sequence[str]) -> int:
     settings = read_environment(say=False)  # cron would mail it
     try:
         errand = read_errand(words)
+        if errand.mode in ("deliver", "smtp") and not hasattr(sys.stdin, "buffer"):
+            raise Complaint("sendmail: standard input is closed: there is nothing to send", EX_TEMPFAIL)
         if errand.mode == "deliver":
-            me = user_name(os.getuid())
-            raw = getattr(sys.stdin, "buffer", io.BytesIO()).read()  # closed at the start, it is nothing
-            return send(*write_letter(raw, errand, me, settings.hostname), settings)
+            letter = write_letter(sys.stdin.buffer.read(), errand, user_name(os.getuid()), settings.hostname)
+            return send(*letter, settings)
     except ValueError as e:
         complain(f"sendmail: {e}")
         return EX_USAGE
@@ -13325,7 +13328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     called = os.path.basename(sys.argv[0]) if arguments is None else ""
     if called in SENDMAIL_NAMES:
         words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
-    sys.stdin = sys.stdin or io.StringIO()  # where it was closed
+    sys.stdin = sys.stdin or io.StringIO()  # where it was closed; its number may be another file's by now
     for name in ("stdout", "stderr"):
         if not getattr(sys, name):
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

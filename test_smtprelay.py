@@ -10165,15 +10165,22 @@ def test_where_no_relay_answers_the_launcher_runs_the_program(launch: Callable[.
     dies.close()
 
 
-def test_standard_streams_may_be_closed(launch: Callable[..., Submit], env: dict[str, str]) -> None:
+def test_standard_streams_may_be_closed(launch: Callable[..., Submit], relay: smtprelay.Relay, env: dict[str, str]) -> None:
     s = launch()
+    launcher, program = f"{sys.executable} -I -S {s.launcher}", f"{sys.executable} {PROGRAM} sendmail"
     for command, status in [
-        ([sys.executable, "-I", "-S", str(s.launcher), "a", "<&0", ">&-", "2>&-"], 0),
-        ([sys.executable, "-I", "-S", str(s.launcher), "-f", "x@-", "a", "2>&-"], 69),
-        ([sys.executable, str(PROGRAM), "sendmail", "a", "<&-"], 0),
+        (f"{launcher} a >&- 2>&-", 0),
+        (f"{launcher} -f x@- a 2>&-", 69),
+        (f"{launcher} a <&-", 75),  # a mistake of the caller's, who meant to say something
+        (f"{program} a <&- 2>&1", 75),
+        (f"{program} -bs <&- 2>&1", 75),
+        (f"{program} -bi <&-", 0),
+        (f"{program} b </dev/null", 0),
     ]:
-        run_command("sh", "-c", " ".join(command), env=env, stdin=b"x\n", status=status)
-    assert len(mails(s.relay)) == 1
+        said = run_command("sh", "-c", command, env=env, stdin=b"x\n", status=status)
+        if status == 75:
+            assert said in ("sendmail a\n", "smtprelay: sendmail: standard input is closed: there is nothing to send\n")
+    assert [[r.address for r in m.recipients] for at in (s.relay, relay) for m, _ in mails(at)] == [["a@box.example"], ["b@box.example"]]
 
 
 def test_half_a_message_is_none(launch: Callable[..., Submit]) -> None:
