@@ -518,6 +518,7 @@ def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Calla
 
 
 printable = like("[ -~]{0,200}", "up to 200 printable ASCII characters")
+host_name = like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name such as mail.example.com")
 mailbox = like(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
 
 
@@ -686,7 +687,7 @@ class Settings:
         "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
         "unix:/path, or a list; 0 is any free port")
     smtps_port: tuple[Address, ...] = setting("", listen, "the same, for listeners with TLS from the first byte")
-    hostname: str = setting("", printable, "the name in greetings, HELO and Received", shown="this machine's name")
+    hostname: str = setting("", host_name, "the name in greetings, HELO and Received", shown="this machine's name")
     banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
     allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
         "loopback", networks, "clients that may connect: a list of networks")
@@ -9900,7 +9901,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
-        self.file: io.BufferedIOBase = self.rfile
+        self.file: Any = self.rfile
         self.rfile: Any = types.SimpleNamespace(readline=self.read_line, close=self.file.close)
 
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
@@ -9980,6 +9981,14 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(HTTP_TIME)
 
+    def unframed(self) -> bool:
+        """Tell whether a body follows that no field tells of: Node sends DELETE's so, and no body means all."""
+        self.connection.setblocking(False)
+        try:
+            return not re.match(b"[A-Z]+ |$", self.file.peek(8))
+        finally:
+            self.connection.settimeout(HTTP_TIME)
+
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
         lengths = {*self.headers.get_all("Content-Length", [])}
@@ -9992,6 +10001,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         length = lengths.pop() if lengths else "0"
         if not re.fullmatch("[0-9]{1,12}", length):
             raise HttpError(411, "Content-Length: expected a number of octets")
+        if not lengths and coded is None and self.command == "DELETE" and self.unframed():
+            self.close_connection = True
+            raise HttpError(400, "a body needs Content-Length, or Transfer-Encoding: chunked")
         size, body = int(length), bytearray()
         if size <= HTTP_BODY and self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)

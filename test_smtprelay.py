@@ -769,6 +769,7 @@ WRONG = {
     "SMTP_RETRY_MULTIPLIER": "many", "SMTP_RETRY_JITTER": "1.5", "SMTP_FSYNC": "maybe", "SMTP_WORKERS": "0",
     "SMTP_ALLOW_NETWORKS": "10.0.0.0/99", "SMTP_HEALTH_ADDR": "host:port:more", "SMTP_LOG_LEVEL": "loud",
     "SMTP_LOG_FORMAT": "xml", "SMTP_RELAY_CA_FILE": "/nonexistent/ca.pem", "SMTP_KEEP": "-7d",
+    "SMTP_HOSTNAME": "two words",
 }  # fmt: skip
 
 
@@ -9124,6 +9125,8 @@ def watch_events(relay: Any, *sent: bytes, patience: float = 5.0) -> bytes:
                 (b"Transfer-Encoding: chunked", b"2000001\r\n", b" 413 "),
                 (b"Transfer-Encoding: chunked", b"2\r\n{", b""),
                 (b"Transfer-Encoding: gzip, chunked", b"0\r\n\r\n", b" 501 "),
+                (b"X: no length, as Node sends it", b'{"ids": ["0"]}', b" 400 "),
+                (b"X: no length, as Node sends it", b"ids=0", b" 400 "),
             ]
         ],
         (b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", b" 411 "),
