@@ -165,6 +165,14 @@ class Reply(NamedTuple):
         return " ".join(part for part in (str(self.code), self.enhanced, self.text) if part)
 
 
+class Refused(Exception):
+    """A rule was broken; `reply` says which."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
 @functools.lru_cache(maxsize=128)
 def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
@@ -2861,11 +2869,10 @@ def file_stamp(path: str) -> Stamp:
 # -- the store --
 
 class Login(NamedTuple):
-    """How one AUTH ended; user is for the log, and never an api_key."""
+    """How one AUTH ended; user is for the log, and never an api_key. No account: the password was wrong."""
 
     user: str
     account: Account | None
-    reply: Reply
 
 
 class Known(NamedTuple):
@@ -2971,14 +2978,14 @@ class Accounts:
         return mechanism in MECHANISMS and mechanism.lower() in self.settings.auth_methods
 
     def login(self, user: str, password: str) -> Login:
-        """Check a user name with a password. Raises SaslEnd when no turn comes, or no memory is left."""
+        """Check a user name with a password. Refused when no turn comes, or no memory is left."""
         known = self._fresh()
         account = known.logins.get(user)
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         if self.settings.auth_any or ticket in known.proved:
             return self._end(user, account, True)
         if not self._turns.acquire(timeout=TURN_PATIENCE):
-            raise SaslEnd(ACCOUNTS_NOT_NOW)
+            raise Refused(ACCOUNTS_NOT_NOW)
         try:
             stored, key = (account.password, account.api_key) if account else ("", "")
             good = same_secret(key, password)
@@ -2988,7 +2995,7 @@ class Accounts:
                 good = same_secret(stored, password) or check_password(password, known.decoy)
         except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
             self.log.error("login_not_checked", error=error)
-            raise SaslEnd(ACCOUNTS_NOT_NOW) from None
+            raise Refused(ACCOUNTS_NOT_NOW) from None
         finally:
             self._turns.release()
         if good:
@@ -3010,7 +3017,7 @@ class Accounts:
         if not account and shown.startswith(API_KEY):
             shown = API_KEY + "***"  # mistyped, or of yesterday
         shown = shown if shown.isprintable() else ascii(shown)
-        return Login(shown, (account or Account(shown)) if good else None, AUTH_OK if good else AUTH_WRONG)
+        return Login(shown, (account or Account(shown)) if good else None)
 
 
 # -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
@@ -3018,33 +3025,19 @@ class Accounts:
 MECHANISMS = {"PLAIN": True, "LOGIN": True, "CRAM-MD5": False}  # does who listens learn the password?
 
 
-class SaslEnd(Exception):
-    """Ends an exchange in which no password was tried."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(reply.text)
-        self.reply = reply
-
-
-def decode_base64(line: bytes) -> bytes | None:
-    """Decode strict base64 (RFC 4648 section 4); None for anything else."""
-    try:
-        return None if len(line) % 4 else base64.b64decode(line, validate=True)
-    except binascii.Error:
-        return None
-
-
 def response(line: bytes) -> str:
-    """Decode what a client answered. Raises SaslEnd for "*" or bad base64."""
-    decoded = decode_base64(line)
-    if decoded is None:
-        raise SaslEnd(AUTH_CANCELLED if line == b"*" else AUTH_BASE64)
-    return decoded.decode("utf-8", "surrogateescape")
+    """Decode what a client answered, in strict base64 (RFC 4648 section 4); Refused for "*" and all else."""
+    try:
+        if len(line) % 4:
+            raise ValueError("cut short")
+        return base64.b64decode(line, validate=True).decode("utf-8", "surrogateescape")
+    except ValueError:
+        raise Refused(AUTH_CANCELLED if line == b"*" else AUTH_BASE64) from None
 
 
 def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
                  ask: Callable[[str], bytes]) -> Login:
-    """Run one AUTH exchange (RFC 4954 section 4) to its end.
+    """Run one AUTH exchange (RFC 4954 section 4) to its end; Refused when no password was tried.
 
     initial is AUTH's second argument as it came, if there was one; ask sends a 334 with
     its argument and returns the client's line, without CRLF, of 12288 octets at most.
@@ -3052,25 +3045,22 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
     def hear(challenge: str) -> str:
         return response(ask(base64.b64encode(challenge.encode()).decode()))
 
-    try:
-        # "=" is how an initial response of no octets is written
-        first = None if initial is None else response(b"" if initial == b"=" else initial)
-        if mechanism == "CRAM-MD5":  # RFC 2195: the server speaks first, an initial response is an error
-            challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
-            user, space, digest = ("" if first is not None else hear(challenge)).rpartition(" ")
-            if not space:
-                raise SaslEnd(AUTH_MALFORMED)
-            return accounts.login_cram(user, challenge, digest)
-        if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
-            user = hear("Username:") if first is None else first
-            return accounts.login(user, hear("Password:"))
-        parts = (hear("") if first is None else first).split("\0")  # PLAIN, RFC 4616
-        if len(parts) != 3:
-            raise SaslEnd(AUTH_MALFORMED)
-        authzid, user, password = parts
-        return accounts.login(user, password if authzid in ("", user) else "")  # nobody acts for another
-    except SaslEnd as end:
-        return Login("", None, end.reply)
+    # "=" is how an initial response of no octets is written
+    first = None if initial is None else response(b"" if initial == b"=" else initial)
+    if mechanism == "CRAM-MD5":  # RFC 2195: the server speaks first, an initial response is an error
+        challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
+        user, space, digest = ("" if first is not None else hear(challenge)).rpartition(" ")
+        if not space:
+            raise Refused(AUTH_MALFORMED)
+        return accounts.login_cram(user, challenge, digest)
+    if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
+        user = hear("Username:") if first is None else first
+        return accounts.login(user, hear("Password:"))
+    parts = (hear("") if first is None else first).split("\0")  # PLAIN, RFC 4616
+    if len(parts) != 3:
+        raise Refused(AUTH_MALFORMED)
+    authzid, user, password = parts
+    return accounts.login(user, password if authzid in ("", user) else "")  # nobody acts for another
 
 
 # -- who may send as whom --
@@ -5691,14 +5681,6 @@ class Turns:
                 self.free += 1
 
 
-class Refused(Exception):
-    """A rule was broken; `reply` says which."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(str(reply))
-        self.reply = reply
-
-
 class Reception:
     """The only way into the spool, for sessions and for every other entrance: accounts, limits, counts.
 
@@ -6129,10 +6111,8 @@ class Session:
         try:
             login = authenticate(accounts, mechanism, initial or None, self.ask)
         finally:
-            if not login or login.reply is not AUTH_WRONG:
+            if not login or login.account:
                 reception.logins.give(client_key(self.client), rate)
-        if login.reply not in (AUTH_OK, AUTH_WRONG):  # no password was tried
-            return login.reply
         self.account, result = login.account, "success" if login.account else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
@@ -6141,7 +6121,7 @@ class Session:
         if not login.account:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
-        return login.reply
+        return AUTH_OK if login.account else AUTH_WRONG
 
     def ask(self, challenge: str) -> bytes:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""

@@ -3111,7 +3111,6 @@ def test_logins_and_the_work_that_each_costs(tmp_path: Path, hashed: list[str]) 
         hashed.clear()
         login = accounts.login(user, password)
         assert (login.account.name if login.account else None) == name, user
-        assert login.reply == (smtprelay.AUTH_OK if name else smtprelay.AUTH_WRONG)
         assert not {API_KEY, "mp_live_99999"} & {login.user} and login.user.isprintable()
         assert len(hashed) == 1 if name is None else len(hashed) <= 1
         assert all(making.startswith("scrypt:1024:8:1:") for making in hashed)
@@ -3131,12 +3130,12 @@ def test_logins_that_cannot_be_checked_now(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(smtprelay, "TURN_PATIENCE", 0.02)
     for _ in range(smtprelay.LOGINS_AT_ONCE):
         accounts._turns.acquire()
-    assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1].reply == smtprelay.ACCOUNTS_NOT_NOW
+    assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1] == smtprelay.ACCOUNTS_NOT_NOW
     for _ in range(smtprelay.LOGINS_AT_ONCE):
         accounts._turns.release()
     monkeypatch.setattr(smtprelay, "derive", lambda password, making: (_ for _ in ()).throw(MemoryError()))
     for _ in range(3):
-        assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1].reply == smtprelay.ACCOUNTS_NOT_NOW
+        assert sasl_talk(accounts, "PLAIN", b64("\0app\0grün"))[1] == smtprelay.ACCOUNTS_NOT_NOW
 
 
 def test_by_key(tmp_path: Path) -> None:
@@ -3166,7 +3165,7 @@ def test_offers(tmp_path: Path, users: Any, settings: Any, secure: bool, expecte
 
 
 def sasl_talk(accounts: Any, mechanism: str, *lines: bytes | None) -> Any:
-    """Run an exchange: the first line is the initial response or None; returns 334s and Login."""
+    """Run an exchange: the first line is the initial response or None; returns 334s, and the account or the refusal."""
     challenges: list[str] = []
     answers = iter(lines[1:])
 
@@ -3176,16 +3175,24 @@ def sasl_talk(accounts: Any, mechanism: str, *lines: bytes | None) -> Any:
         assert line is not None
         return line
 
-    return challenges, smtprelay.authenticate(accounts, mechanism, lines[0], ask)
+    try:
+        return challenges, smtprelay.authenticate(accounts, mechanism, lines[0], ask).account
+    except smtprelay.Refused as e:
+        return challenges, e.reply
 
 
-BASE64 = [(b"", b""), (b"YQ==", b"a"), (b"YWJj", b"abc"), *((line, None) for line in (
+BASE64 = [(b"", ""), (b"YQ==", "a"), (b"YWJj", "abc"), *((line, None) for line in (
     b"=", b"==", b"====", b"YQ", b"YQ=", b"Y Q==", b"YQ==YQ==", b"YQ==\n", b"\xff\xff\xff\xff", b"*"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("line, expected", BASE64)
-def test_decode_base64(line: bytes, expected: bytes | None) -> None:
-    assert smtprelay.decode_base64(line) == expected
+def test_responses_are_strict_base64(line: bytes, expected: str | None) -> None:
+    if expected is not None:
+        assert smtprelay.response(line) == expected
+        return
+    with pytest.raises(smtprelay.Refused) as error:
+        smtprelay.response(line)
+    assert error.value.reply == (smtprelay.AUTH_CANCELLED if line == b"*" else smtprelay.AUTH_BASE64)
 
 
 def test_cram_md5_is_that_of_rfc_2195() -> None:
@@ -3195,7 +3202,7 @@ def test_cram_md5_is_that_of_rfc_2195() -> None:
     accounts = smtprelay.Accounts(settings, LOG, random=lambda _: "1896.697170952")
     asked, login = sasl_talk(accounts, "CRAM-MD5", None, b"dGltIGI5MTNhNjAyYzdlZGE3YTQ5NWI0ZTZlNzMzNGQzODkw")
     assert base64.b64decode(asked[0]) == b"<1896.697170952@postoffice.reston.mci.net>"
-    assert login.account
+    assert login == smtprelay.Account("tim", "tanstaaftanstaaf")
 
 
 CRAMS = [
@@ -3215,7 +3222,8 @@ def test_cram_md5(tmp_path: Path, user: str, secret: str, good: bool) -> None:
     accounts.random = lambda _: "42"
     accounts.settings = dataclasses.replace(accounts.settings, hostname="relay.example")
     digest = hmac.new(secret.encode(), b"<42@relay.example>", "md5").hexdigest()
-    assert (sasl_talk(accounts, "CRAM-MD5", None, b64(f"{user} {digest}"))[1].account is not None) is good
+    said = sasl_talk(accounts, "CRAM-MD5", None, b64(f"{user} {digest}"))[1]
+    assert isinstance(said, smtprelay.Account) if good else said is None
 
 
 def test_cram_md5_challenges_differ(tmp_path: Path) -> None:
@@ -3229,7 +3237,7 @@ def test_responses_of_random_octets_never_raise(tmp_path: Path, hashed: list[str
         line = bytes(source.choice(b"AZ+/=*\0 \r\n\xff") for _ in range(source.randrange(12)))
         for mechanism in smtprelay.MECHANISMS:
             for lines in ((line, line, line), (None, line, line)):
-                assert sasl_talk(accounts, mechanism, *lines)[1].account is None
+                assert not isinstance(sasl_talk(accounts, mechanism, *lines)[1], smtprelay.Account)
 
 
 # -- who may send as whom --
