@@ -9881,7 +9881,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.client = client_name(self.connection.family, self.client_address)
-        self.file: Any = self.rfile
+        self.file = cast(io.BufferedReader, self.rfile)
         self.rfile: Any = types.SimpleNamespace(readline=self.read_line, close=self.file.close)
 
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
