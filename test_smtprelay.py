@@ -12281,6 +12281,7 @@ class BookHop(FakeHop):
         self.flaky, self.rng, self.down = flaky, random.Random(seed), False
         self.taken: collections.Counter[str] = collections.Counter()
         self.cut: collections.Counter[str] = collections.Counter()
+        self.open: set[Any] = set()  # connections that are still read
         super().__init__(offers="")
 
     def __enter__(self) -> BookHop:
@@ -12293,6 +12294,11 @@ class BookHop(FakeHop):
         if stage in ("mail", "rcpt", "data", "end") and self.rng.random() < self.flaky:
             return "drop" if stage == "end" or self.rng.random() < 0.3 else "451 4.3.0 later"
         return usual
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self.open.add(request)
+        super().process_request_thread(request, client_address)
+        self.open.discard(request)
 
     def note(self, got: Got, taken: bool) -> None:
         super().note(got, taken)
@@ -12443,7 +12449,7 @@ def kill_campaign(folder: Path, rounds: int, alone: bool, **settings: str) -> No
                 else:
                     program.kill()
                     known = set(clients.acknowledged)
-                    wait_until(lambda: not in_use(program.spool))
+                    wait_until(lambda: not in_use(program.spool) and not hop.open)  # it has heard all that was said
                 owed = program.owed()
                 excused.update(key for key in list(hop.taken) if key in owed)  # said 250, not written down
                 if not alone:
