@@ -4172,7 +4172,6 @@ REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
 REPLY_KEPT = 1000  # characters of a reply that go into a record
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
-ALIASES_MOST = 100  # names looked up for one recipient
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
 OPENING = ("connect", "greeting", "hello", "starttls", "login")
@@ -4517,6 +4516,9 @@ class NextHop:
 
     def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
         """Send command lines in one segment; whatever went into one, it cannot become two."""
+        if self.wire.start != self.wire.end:  # else it would be taken for the answer to this
+            self.spent = True
+            raise Trouble(stage, 0, "an answer that nobody asked for")
         data = b"\r\n".join((*lines, b""))
         if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
@@ -4525,8 +4527,8 @@ class NextHop:
 
     def send(self, stage: str, data: bytes, latest: float = math.inf) -> None:
         self.wire.deadline = min(time.monotonic() + self.settings.relay_reply_timeout, latest)
-        self.wire.write(data)
         try:
+            self.wire.write(data)
             self.wire.flush()
         except (PeerGone, OSError) as e:
             self.spent = True
@@ -4606,8 +4608,9 @@ class NextHop:
             last = next(iter(found.values()), last)
             if self.clean and len(portion) > 1:
                 waiting = [r for r in portion if found[r.address].code in (452, 552)] + [*waiting]
-        if waiting and last and not self.full:  # it broke off: nothing was said of these
-            rest = self.outcome(LATER, Scope.MESSAGE, last.code if last.status is LATER else 0, "connection lost")
+        if waiting and not self.full:  # it broke off: nothing was said of these
+            code = last.code if last and last.status is LATER else 0
+            rest = self.outcome(LATER, Scope.MESSAGE, code, "connection lost")
             outcomes.update({r.address: rest for r in waiting})
         return outcomes
 
@@ -4661,7 +4664,13 @@ class NextHop:
             lines[0] += " SMTPUTF8"
         if "dsn" in offered:
             lines[0] += asked(RET=message.ret, ENVID=message.envid)
-        return "\n".join([*lines, "DATA"]).encode("utf-8", "surrogateescape").split(b"\n")
+        return [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
+
+    def has_spoken(self) -> bool:
+        """Tell whether there is an answer to nothing, which would be taken for that to the next command."""
+        poll = select.poll()
+        poll.register(self.wire.sock, select.POLLIN)
+        return self.wire.start != self.wire.end or bool(poll.poll(0))
 
     def transaction(self, message: Message, recipients: Sequence[Recipient],
                     content: Outgoing) -> dict[str, Outcome]:
@@ -4671,10 +4680,12 @@ class NextHop:
         lines, pipelined = self.commands(message, recipients, content), "pipelining" in self.features
         try:
             self.sent += 1
-            if not self.clean:
-                self.say("mail", b"RSET")
-                self.expect("mail")
-            self.clean = False
+            clean, self.clean = self.clean, False
+            if self.sent > 1 and self.has_spoken():
+                raise Trouble("mail", 0, "it said what nobody asked for, or hung up")
+            if not clean:
+                self.say("rset", b"RSET")
+                self.expect("rset")
             self.say("mail", *(lines if pipelined else lines[:1]))
             code, text = self.reply("mail")
             if code >= 300:
@@ -4694,22 +4705,27 @@ class NextHop:
                 if not pipelined:
                     self.say("data", lines[-1])
                 code, text = self.reply("data")
+                wire = self.wire
+                more = wire.buffer.startswith((b"2", b"3"), wire.start, wire.end)
+                if code < 300 or code >= 400 and more:  # which answer was whose nobody knows
+                    self.spent = True
+                    outcomes.clear()
+                    raise Trouble("data", 0, f"answers out of step: {code} {text}")
             if not taken:  # an end of content now might send an empty message: such a connection is dropped
                 self.spent = self.spent or pipelined and code < 400
                 return {r.address: self.judge(refused) for r in recipients} if refused else outcomes
-            if code // 100 != 3:
-                self.spent = self.spent or code < 300
-                raise Trouble("data", code if code >= 400 else 0, text)
+            if code >= 400:
+                raise Trouble("data", code, text)
             self.send_content(content)
             code, text = self.reply("content", CONTENT_PATIENCE * self.settings.relay_reply_timeout)
             if code >= 300:
-                self.spent = self.spent or code < 400  # whatever that means
-                raise Trouble("content", code, text)
+                self.spent = self.spent or code < 400  # whatever that means: it may have been taken
+                raise Trouble("content", code if code >= 400 else 0, text)
             self.clean = self.carried = True
             final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
         except Trouble as trouble:
             stage, code = trouble.stage, trouble.code
-            closed = (stage, code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
+            closed = stage == "rset" or (stage, code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
             self.full = self.sent > 1 and closed or self.carried and stage == "mail" and code < 500
             self.spent = self.spent or self.full
             if self.full:
@@ -4725,6 +4741,8 @@ class NextHop:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
         latest, last, held = time.monotonic() + CONTENT_TIME, b"\r\n", b""
         try:
+            if self.wire.start != self.wire.end:
+                raise Trouble("data", 0, "an answer before the content")
             for block in content.blocks():
                 if held:
                     self.send("data", held, latest)
@@ -4732,11 +4750,14 @@ class NextHop:
                 last = (last + block)[-2:]
             self.send("content", held + (b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"), latest)
         except Trouble as trouble:
-            said = trouble
+            self.spent, said = True, trouble
             with contextlib.suppress(Trouble):  # it may have said why before it hung up
                 code, text = self.reply("content", 1.0)
                 said = Trouble("content", code, text) if code >= 400 else trouble
             raise said from None
+        except (OSError, SealError) as e:  # no end then: it would be the end of half a message
+            self.spent = True
+            raise Trouble("data", 0, f"cannot read the content: {e}") from None
 
     def close(self) -> None:
         """Say QUIT, unless it is of no more use, and go; what it answers changes nothing."""
@@ -4845,23 +4866,25 @@ class Delivery:
         s = self.settings
         if s.relay_redirect_to or not self.rewrites:
             return [s.relay_redirect_to or address]
-        aliases, names, found, seen = self.read_aliases(), [address], [], set()
-        for name in names:  # grows meanwhile
+        aliases, names, found, seen = self.read_aliases(), [(address, "")], [], set()
+        for name, origin in names:  # grows meanwhile, by each alias once
             local, _, domain = name.rpartition("@") if "@" in name else (name, "", "localhost")
             known = local.strip('"').lower()
+            targets = aliases.get(known)
             if domain.lower().rstrip(".") not in self.local:
                 found.append(name)
-            elif aliases.get(known) and known not in seen and len(names) < ALIASES_MOST:
-                names += aliases[known]
-            elif s.local_to or not aliases.get(known):
+            elif targets and known not in seen:
+                seen.add(known)
+                names += [(target, known) for target in targets]
+            elif not targets or s.local_to and known == origin:  # it names itself: a copy stays here
                 found.append(s.local_to or f"{local}@{s.hostname}")
-            seen.add(known)
-        return list(dict.fromkeys(found)) or [address]
+        return list(dict.fromkeys(found)) or [s.local_to or address]
 
     def finals_owed(self, recipient: Recipient) -> list[str]:
         """Return those that have not got it yet; one at least, should the aliases have changed meanwhile."""
-        finals = self.finals(recipient.address)
-        return [a for a in finals if a not in recipient.passed] or finals[:1]
+        finals, passed = self.finals(recipient.address), recipient.passed
+        left = [a for a in finals if a not in passed] if passed else finals
+        return [a for a in left if "!" + a not in passed] or left or finals[:1]
 
     def read_aliases(self) -> dict[str, list[str]]:
         """Return what SMTP_ALIASES says; while it cannot be read, what it has said before."""
@@ -4891,10 +4914,10 @@ class Delivery:
         """Return the hosts that take mail for a domain and are nearer to it than we are."""
         return preferred_to(self.settings.hostname, self.resolver.mx_hosts(domain))
 
-    def mx_targets(self, hosts: Sequence[MxHost]) -> Iterator[Target]:
-        """Yield each address of each host, up to our own (RFC 5321 5.1)."""
+    def mx_targets(self, domain: str) -> Iterator[Target]:
+        """Yield each address of each host of a domain, up to our own (RFC 5321 5.1)."""
         port, found = self.settings.mx_port, False
-        for host, ip in self.resolver.targets(hosts):
+        for host, ip in self.resolver.targets(self.mail_hosts(domain)):
             if port in self.own and is_own_address(ip):
                 if not found:
                     raise ResolveError(LOOPS_BACK, host.name)
@@ -4908,66 +4931,75 @@ class Delivery:
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
         s, routes = self.settings, self.routes(message)
-        recipients, lanes = routes[lane], {lane}
-        by_mx = s.delivery == "mx" and not lane.endswith(")")
+        lanes, by_mx = [lane], s.delivery == "mx" and not lane.endswith(")")
+        with contextlib.suppress(ResolveError):
+            hosts, latest = set(self.mail_hosts(lane) if by_mx else ()), time.monotonic() + GROUPING_TIME
+            for other in routes if by_mx else ():  # with the very same hosts: it shares a transaction
+                with contextlib.suppress(ResolveError):
+                    if (other != lane and time.monotonic() < latest
+                            and set(self.mail_hosts(other)) == hosts):
+                        lanes.append(other)
+        recipients = [*{id(r): r for name in lanes for r in routes[name]}.values()]
+        whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
+        elsewhere = set()  # those whose other addresses are in other lanes
+        for r in recipients if self.rewrites else ():
+            for address in self.finals_owed(r):
+                if by_mx and domain_of(address) not in lanes:
+                    elsewhere.add(r.address)
+                else:
+                    whose.setdefault(address, []).append(r)
+        parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
+        for address, people in whose.items():
+            changed = tuple(r.address for r in people if r.address != address)
+            same = next((r for r in people if r.address == address), None)
+            parcels.setdefault(changed, []).append(same or Recipient(address))
+        return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
+        sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
+        start, contents = file.tell(), []
+        for changed, people in parcels.items():
+            file.seek(start)
+            contents.append((people, self.content(message, file, changed)))
         try:
-            if by_mx:
-                hosts, latest = self.mail_hosts(lane), time.monotonic() + GROUPING_TIME
-                for other in routes:  # domains with the very same hosts share a transaction
-                    with contextlib.suppress(ResolveError):
-                        if (other != lane and time.monotonic() < latest
-                                and set(self.mail_hosts(other)) == set(hosts)):
-                            lanes.add(other)
-                every = {id(r): r for name in (lane, *(lanes - {lane})) for r in routes[name]}
-                recipients = [*every.values()]
-            targets = self.mx_targets(hosts) if by_mx else self.smart_hosts(message)
-            whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
-            elsewhere = set()  # those whose other addresses are in other lanes
-            for r in recipients if self.rewrites else ():
-                for address in self.finals_owed(r):
-                    if by_mx and domain_of(address) not in lanes:
-                        elsewhere.add(r.address)
-                    else:
-                        whose.setdefault(address, []).append(r)
-            parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
-            for address, people in whose.items():
-                changed = tuple(r.address for r in people if r.address != address)
-                same = next((r for r in people if r.address == address), None)
-                parcels.setdefault(changed, []).append(same or Recipient(address))
-            return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
-            sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
-            start, contents = file.tell(), []
-            for changed, people in parcels.items():
-                file.seek(start)
-                contents.append((people, self.content(message, file, changed)))
+            targets = self.mx_targets(lane) if by_mx else self.smart_hosts(message)
             attempt = self.try_each(targets, sent, contents, reached)
         except ResolveError as e:
             said = f"{e.reply.enhanced} {e.reply.text}"
-            if e.permanent:
-                outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
-                return Attempt({r.address: outcome for r in recipients}, None, [])
-            return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
+            if not e.permanent:
+                return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
+            outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
+            attempt = Attempt({r.address: outcome for people, _ in contents for r in people}, None, [])
         if attempt.outcomes and self.rewrites:
             return attempt._replace(outcomes=self.settled(message, whose, elsewhere, attempt.outcomes))
         return attempt
 
-    def settled(self, message: Message, whose: Mapping[str, list[Recipient]], elsewhere: Container[str],
-                outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    def settled(self, message: Message, whose: Mapping[str, list[Recipient]],
+                elsewhere: Container[str], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
         """Return the outcomes of recipients from those of the addresses that stand for them.
 
-        One with several has it when all were tried and one has it; `passed` need it no more.
+        One with several has it when all were tried and one has it. In `passed` are those that need it
+        no more, with "!" before them if they have refused it.
         """
+        theirs: dict[str, dict[str, Outcome]] = {}
+        for address, people in whose.items():
+            for r in people:
+                theirs.setdefault(r.address, {})[address] = outcomes[address]
         found = {}
         for r in message.pending():
-            mine = {a: outcomes[a] for a, people in whose.items() if r in people}
-            if len(mine) > 1 or r.address in elsewhere:
-                r.passed += [a for a, o in mine.items() if o.status is not LATER]
+            mine, out = theirs.get(r.address, {}), r.address in elsewhere
+            if len(mine) > 1 or out or r.passed:
                 for address, o in mine.items():
                     if o.status is NEVER:
                         self.log.warn("alias_refused", id=message.id, alias=address, reason=o)
+                    if o.status is not LATER:
+                        r.passed.append("!" + address if o.status is NEVER else address)
             owed = [o for o in mine.values() if o.status is LATER]
-            if owed or mine and r.address not in elsewhere:
-                found[r.address] = min(owed or mine.values(), key=lambda o: o.status is NEVER)
+            if owed or mine and not out:
+                said = min(owed or mine.values(), key=lambda o: o.status is NEVER)
+                has = [address for address in r.passed if address[0] != "!"]
+                if has and said.status is NEVER:
+                    text = f"{has[0]} has it, refused by {said}"
+                    said = said._replace(status=Status.FORWARDED, code=250, reply=text)
+                found[r.address] = said
         return found
 
     def content(self, message: Message, file: BinaryIO, originals: Sequence[str]) -> Outgoing:
@@ -4988,9 +5020,9 @@ class Delivery:
             fields, names, added = first[top:end], b"\n" + first[top:end].lower(), b""
             signed = b"\ndkim-signature:" in names
             if s.relay_repair and whole and not signed:
-                if b"\nmessage-id:" not in names:
+                if not re.search(rb"\nmessage-id[ \t]*:", names):
                     added = f"Message-ID: <{message.id}@{s.hostname}>\r\n".encode()
-                if b"\ndate:" not in names:
+                if not re.search(rb"\ndate[ \t]*:", names):
                     added += f"Date: {mail_date(id_micros(message.id) // 1000000)}\r\n".encode()
             if s.relay_from and whole:
                 fields = with_author(fields, s.relay_from)

@@ -29,6 +29,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -55,7 +56,7 @@ import tracemalloc
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from email.message import EmailMessage, Message
 from ipaddress import IPv6Address
@@ -5091,6 +5092,7 @@ SECOND = [  # what the first host does, who gets it there, who at the second hos
     ({"data": "drop"}, "", "ab", DONE, DONE),
     ({"end": "451 later"}, "", "ab", DONE, DONE),
     ({"end": "drop"}, "", "", LATER, LATER),  # it may have been taken
+    ({"end": "354 go on"}, "", "", LATER, LATER),  # and so may this
     ({"end": "554 spam"}, "", "", NEVER, NEVER),
     ({"mail": "550 no"}, "", "", NEVER, NEVER),
     ({"ehlo": "raw 250-hop\r\n250 SIZE 40\r\n"}, "", "ab", DONE, DONE),
@@ -5156,6 +5158,46 @@ def test_a_connection_that_has_had_its_fill_is_replaced_at_once(how: str) -> Non
         wait_until(lambda: len(hop.messages) == 45)
         assert hop.connections == 5 and set(hop.delivered().values()) == {1}
         wait_until(lambda: {record_of(relay, stem).attempts for stem, _ in relay.parts.spool.names()} == {1})
+
+
+@pytest.mark.parametrize("offers", ["PIPELINING", ""], ids=["pipelined", "plain"])
+def test_a_stray_answer_is_never_taken_for_that_to_the_next_command(offers: str) -> None:
+    script = {"end": ["raw 250 one\\r\\n250 two\\r\\n"], "rcpt no@x.test": "550 5.1.1 who?"}
+    with FakeHop(script, offers) as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        finished(relay, send_to(relay, "a@x.test"))
+        stem = send_to(relay, "yes@x.test", "no@x.test")
+        assert (finished(relay, stem).attempts, statuses(relay, stem)) == (1, {"yes": DONE, "no": NEVER})
+        assert hop.connections == 2
+    script = {"rcpt a@x.test": ["raw 550 5.1.1 who?\\r\\n550 5.1.1 who?\\r\\n"]}
+    with FakeHop(script, offers) as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        stem = send_to(relay, "a@x.test", "b@x.test")
+        finished(relay, stem)
+        assert statuses(relay, stem)["b"] == DONE and hop.delivered()["b@x.test"] == 1
+
+
+def test_a_reset_that_is_refused_is_no_verdict_on_the_next_message() -> None:
+    script = {"rcpt no@x.test": "550 5.1.1 who?", "rset": "502 5.5.1 what?"}
+    with FakeHop(script, "") as hop, relaying(hop, SMTP_BOUNCE="0") as relay:
+        finished(relay, send_to(relay, "no@x.test"))
+        assert finished(relay, send_to(relay, "yes@x.test")).attempts == 1
+        assert hop.delivered() == {"yes@x.test": 1} and hop.connections == 2
+
+
+def test_content_that_breaks_off_is_an_outcome(log: Caught, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeHop({"data": ["drop 354 go on"]}) as hop, relaying(hop) as relay:
+        assert finished(relay, send_to(relay, "a@x.test", content=b"\r\n" + b".\r\n" * 300_000)).attempts == 2
+    whole, calls = smtprelay.Outgoing.blocks, itertools.count()
+
+    def blocks(content: smtprelay.Outgoing) -> Iterable[bytes]:
+        if next(calls) == 1:
+            raise smtprelay.SealError("was altered")
+        return whole(content)
+
+    monkeypatch.setattr(smtprelay.Outgoing, "blocks", blocks)
+    with FakeHop(offers="LIMITS=RCPTMAX=1") as hop, relaying(hop, SMTP_RELAY_REPAIR="0") as relay:
+        finished(relay, send_to(relay, "a@x.test", "b@x.test"))
+        assert hop.delivered() == {"a@x.test": 1, "b@x.test": 1}
+    assert not [line for line in log.lines if "attempt_bug" in line]
 
 
 @pytest.mark.parametrize("reply", ["454 4.7.0 not now", "502 5.5.1 what?"])
@@ -5424,7 +5466,7 @@ def test_relay_from_replaces_the_author(came: bytes, leaves: bytes, reply_to: by
     assert through(content, sender="", SMTP_RELAY_FROM="me@g.test").mail.startswith("MAIL FROM:<>")
 
 
-ALIASES = """
+ALIASES = f"""
 # a comment
 root: me@g.test
 postmaster: root
@@ -5434,6 +5476,11 @@ loop: pool
 pool: loop
 keep: keep, copy@x.test
 program: |/bin/false
+both: ann@elsewhere.test, ann
+ann: ann@x.test
+twice: ann, team
+team: ann, bill
+many: {", ".join(f"u{i}@x.test" for i in range(120))}, ann
 """
 LOCALS = [  # recipient, SMTP_LOCAL_TO, where it goes
     ("root@relay.test", "", ["me@g.test"]),
@@ -5447,6 +5494,10 @@ LOCALS = [  # recipient, SMTP_LOCAL_TO, where it goes
     ("program@relay.test", "all@g.test", ["all@g.test"]),
     ("root@elsewhere.test", "all@g.test", ["root@elsewhere.test"]),
     ("root", "", ["me@g.test"]),
+    ("both", "", ["ann@elsewhere.test", "ann@x.test"]),
+    ("twice", "all@g.test", ["ann@x.test", "all@g.test"]),
+    ("team@relay.test", "", ["ann@x.test", "bill@relay.test"]),
+    ("many", "", [*(f"u{i}@x.test" for i in range(120)), "ann@x.test"]),
 ]
 
 
@@ -5472,6 +5523,35 @@ def test_local_mail_arrives_with_its_original_address_and_aliases_are_reread(tmp
         aliases.write_text("root: three@x.test\n")
         finished(relay, send_to(relay, "root@relay.test"))
         assert hop.delivered()["three@x.test"] == 1
+
+
+def test_an_alias_is_done_when_all_were_tried_and_one_has_it(tmp_path: Path) -> None:
+    aliases = tmp_path / "aliases"
+    aliases.write_text("a: a@x.test\nb: b@x.test\nc: c@x.test\nall: a, b\n")
+    more = {"SMTP_ALIASES": str(aliases), "SMTP_BOUNCE": "0"}
+    with FakeHop({"rcpt b@x.test": ["drop"]}, "") as hop, relaying(hop, **more) as relay:
+        finished(relay, send_to(relay, *(f"{name}@relay.test" for name in "abc")))
+        assert hop.delivered() == {"a@x.test": 1, "b@x.test": 1, "c@x.test": 1}
+    for first in ("450 later", "550 who?"):
+        with FakeHop({"rcpt b@x.test": [first] + ["550 who?"] * 9}) as hop, relaying(hop, **more) as relay:
+            assert finished(relay, send_to(relay, "all@relay.test")).status.value == DONE
+            assert hop.delivered() == {"a@x.test": 1}
+    with FakeHop({"rcpt": "550 who?"}) as hop, relaying(hop, **more) as relay:
+        stem = send_to(relay, "all@relay.test")
+        assert finished(relay, stem).status.value == NEVER
+        assert relay.delivering.delivery.finals_owed(record_of(relay, stem).recipients[0]) == ["a@x.test", "b@x.test"]
+
+
+@pytest.mark.parametrize("targets", ["a@none.test, b@x.test", "b@x.test, a@none.test", "b@x.test, c@y.test"])
+def test_an_alias_with_targets_in_several_lanes(tmp_path: Path, targets: str) -> None:
+    (tmp_path / "aliases").write_text(f"all: {targets}\n")
+    script = zone(mx_x_test="10 mx.test", a_mx_test="127.0.0.2", a_y_test="127.0.0.2")
+    with (
+        FakeHop({"rcpt b@x.test": ["450 later"], "rcpt c@y.test": "550 who?"}, host="127.0.0.2") as hop,
+        by_mx(hop.port, script, SMTP_ALIASES=str(tmp_path / "aliases"), SMTP_BOUNCE="0") as relay,
+    ):
+        message = finished(relay, send_to(relay, "all@relay.test"))
+        assert (message.status.value, hop.delivered()) == (DONE, {"b@x.test": 1})
 
 
 # -- one dead next hop --
