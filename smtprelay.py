@@ -1293,10 +1293,6 @@ class PeerGone(Exception):
     """The peer closed the connection, or broke it."""
 
 
-class LineTooLong(Exception):
-    """A line passed the limit; it has been read to its end and thrown away."""
-
-
 def time_left(deadline: float) -> float:
     """Return the seconds until a deadline; TimeoutError when there are none."""
     left = deadline - time.monotonic()
@@ -1361,17 +1357,16 @@ class Wire:
         self.start, self.end = 0, len(unread)
 
     def line(self, limit: int = LINE_LIMIT) -> bytes:
-        """Return the next line with its end; LineTooLong once a longer one has passed by."""
+        """Return the next line with its end; Refused once one that is too long has passed by."""
         scanned, too_long = 0, False
         while True:
             at = self.buffer.find(b"\n", self.start + scanned, self.end) + 1
             too_long = too_long or (at or self.end) - self.start > limit - (not at)
             if at:
-                line = b"" if too_long else bytes(self.buffer[self.start:at])
-                self.start = at
+                start, self.start = self.start, at
                 if too_long:
-                    raise LineTooLong
-                return line
+                    raise Refused(LINE_TOO_LONG)
+                return bytes(self.buffer[start:at])
             if too_long:
                 self.start = self.end
             scanned = self.end - self.start
@@ -5610,28 +5605,30 @@ LOOK = "="  # a mark: look through the spool
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
-# Commits at once; who came first is first there. At 50 clients that took a session's p99 from 237 to 127 ms, with no
-# message a second less; 8 and 16 at once changed nothing, 1 halved the rate. A disk that takes 10 ms to sync still
-# gets 400 a second from each process.
+# Commits at once; who came first is first there. At 50 clients that took a session's p99 from 237
+# to 127 ms, with no message a second less; 8 and 16 at once changed nothing, 1 halved the rate. A
+# disk that takes 10 ms to sync still gets 400 a second from each process.
 COMMITS = 4
 DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
 def keep_together(crowded: bool, pick: int) -> None:
-    """Bind the calling thread to one processor when there is a crowd, and let it finish what it does there.
+    """Bind the calling thread to one processor when there is a crowd, and let it finish there.
 
-    Threads that pass the interpreter's lock between processors do half the work; and one that is woken
-    in another's place only finds that the other has the lock. Each process of the program picks another
+    Threads that pass the interpreter's lock between processors do half the work; and one that is
+    woken in another's place only finds that the other has the lock. Each process picks another
     processor (-1 is the last); where this is not to be had, only speed is lost.
     """
     if hasattr(os, "sched_setaffinity"):
+        places = (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS
+        policy = os.SCHED_BATCH if crowded else os.SCHED_OTHER
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS)
-            os.sched_setscheduler(0, os.SCHED_BATCH if crowded else os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setaffinity(0, places)
+            os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def descriptors(wanted: int = 0) -> int:
-    """Return how many descriptors this process may have, after asking for more where fewer are allowed."""
+    """Return how many descriptors this process may have, after asking for those wanted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -5643,8 +5640,8 @@ def descriptors(wanted: int = 0) -> int:
 class Link:
     """A pipe that carries stems from the receiving half to the delivering half.
 
-    Writes are atomic and never block. A stem that finds no room lies in the spool, and whoever reads the pipe is
-    told to look there (LOOK) when it was as good as full.
+    Writes are atomic and never block. A stem that finds no room lies in the spool, and whoever
+    reads the pipe is told to look there (LOOK) when it was as good as full.
     """
 
     def __init__(self) -> None:
@@ -5661,22 +5658,22 @@ class Link:
     mark = announce  # comes out when all that was announced before has
 
     def lines(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
-        """Yield stems and marks as they come, until the writing end is closed; none, while it is quiet and
-        the reader has something else to do."""
+        """Yield stems and marks until the other end closes; none while it is quiet and has_else."""
         rest, quiet, came = "", select.poll(), 0.0
         quiet.register(self.reader, select.POLLIN)
         while True:
             if has_else() and not quiet.poll(1000 * LINK_QUIET):
                 yield []
                 continue
-            waiting = int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+            octets = fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4))
+            waiting = int.from_bytes(octets, sys.byteorder)
             block = os.read(self.reader, 1000 * LINK_LINE)
             if not block:
                 break
             *lines, rest = (rest + block.decode()).split("\n")
             yield [*lines, LOOK] if waiting >= LINK_FULL else lines
             last, came = came, time.monotonic()
-            if came - last < 2 * LINK_QUIET:  # they come fast: to be woken for each would cost both sides
+            if came - last < 2 * LINK_QUIET:  # fast: to be woken for each would cost both sides
                 time.sleep(LINK_QUIET)
         reader, self.reader = self.reader, -1
         os.close(reader)
@@ -5714,16 +5711,18 @@ class Turns:
 
 
 class Reception:
-    """The only way into the spool, for sessions and for every other entrance: accounts, limits, counts.
+    """The only way into the spool, for sessions and every other entrance: accounts, limits, counts.
 
-    `announce` makes a new message known by its stem, and whether it is owed, to who delivers; False: it could not.
+    `announce` makes a new message known by its stem, and whether it is owed, to who delivers;
+    False: it could not.
     """
 
     def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log,
-                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: ServerTls | None, quotas: Quotas,
-                 faults: Faults) -> None:
-        self.settings, self.spool, self.metrics, self.log, self.announce = settings, spool, metrics, log, announce
+                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: ServerTls | None,
+                 quotas: Quotas, faults: Faults) -> None:
+        self.settings, self.spool, self.metrics, self.log = settings, spool, metrics, log
         self.accounts, self.tls, self.quotas, self.faults = accounts, tls, quotas, faults
+        self.announce = announce
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
         self.audit = Audit(settings.audit_log, log)
@@ -5734,14 +5733,16 @@ class Reception:
         self.free_checked, self.has_free_space = -math.inf, True
         self.unheard_until = 0.0  # who delivers is behind: how much is owed is not known
         self.pick = 0  # the processor that a crowd of sessions keeps to
-        self.most_sessions = min(settings.max_connections, max((descriptors() - DESCRIPTORS_KEPT) // 2, 1))
+        room = max((descriptors() - DESCRIPTORS_KEPT) // 2, 1)
+        self.most_sessions = min(settings.max_connections, room)
 
     def trouble(self) -> str:
         """Return what is wrong with the users file or the certificate as they are now."""
         self.accounts.listed()
         if self.tls:
             self.tls.current()
-        return "; ".join(t for t in (self.accounts.trouble, self.tls.trouble if self.tls else "") if t)
+        troubles = self.accounts.trouble, self.tls.trouble if self.tls else ""
+        return "; ".join(filter(None, troubles))
 
     def reload(self) -> None:
         """Reread accounts and certificate (SIGHUP)."""
@@ -5758,7 +5759,7 @@ class Reception:
 
     def enter(self, session: Session) -> bool:
         """Count a session in; False when there are too many."""
-        self.metrics.inc("smtp_sessions_active")  # first: two processes must not both take the last place
+        self.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
         fits = self.count_in(session, session.client) or self.is_balancer(session.client)
         if fits and self.metrics.get("smtp_sessions_active") <= self.most_sessions:
             return True
@@ -5767,10 +5768,10 @@ class Reception:
         return False
 
     def count_in(self, session: Session, client: str) -> bool:
-        """Count a session for a client; False when that one has SMTP_MAX_CONNECTIONS_PER_CLIENT already."""
+        """Count a session for a client; False past its SMTP_MAX_CONNECTIONS_PER_CLIENT."""
         limit = self.settings.max_connections_per_client
         with self.lock:
-            others = [other.client for other in self.sessions if other is not session] if limit else []
+            others = [other.client for other in self.sessions - {session}] if limit else []
             session.client = client
             self.sessions.add(session)
         return not 0 < limit <= sum(client_key(other) == client_key(client) for other in others)
@@ -5795,11 +5796,12 @@ class Reception:
     # -- the way into the spool --
 
     def has_room(self, size: int) -> bool:
-        """Tell whether the spool can take a message of so many octets; its file system is asked ten times a second."""
+        """Tell whether so many octets fit; the file system is asked ten times a second at most."""
         s, now = self.settings, time.monotonic()
         if s.queue_size or s.spool_max_messages or s.spool_max_size:
             owed = self.metrics.get("smtp_queue_depth")
-            if (0 < s.queue_size <= owed or 0 < s.spool_max_messages <= owed or now < self.unheard_until
+            if (now < self.unheard_until or 0 < s.queue_size <= owed
+                    or 0 < s.spool_max_messages <= owed
                     or 0 < s.spool_max_size < self.metrics.get("owed_bytes") + size):
                 return False
         if now - self.free_checked > 0.1:
@@ -5807,9 +5809,9 @@ class Reception:
         return self.has_free_space
 
     def admit(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
-        """Take in a whole message that no session has brought, by the same rules; return its queue id.
+        """Take in a whole message that no session brought, by the same rules; return its queue id.
 
-        Raises Refused with the reply that a session would give, OSError when the disk does not take it.
+        Raises Refused with the reply that a session would give, OSError when it is not kept.
         """
         draft = None
         try:
@@ -5832,12 +5834,12 @@ class Reception:
 
     def begin(self, envelope: Envelope) -> Draft:
         """Begin a message; in hold mode only a copy that somebody released is owed to anybody."""
-        if self.settings.delivery == "hold" and "HOLD" not in envelope.flags and "RELEASED" not in envelope.flags:
+        if self.settings.delivery == "hold" and not {"HOLD", "RELEASED"} & {*envelope.flags}:
             envelope.flags += ("HOLD",)
         return self.spool.draft(envelope)
 
     def keep(self, draft: Draft, envelope: Envelope, content: Content) -> str:
-        """Judge a message whose content is over, make it safe, and only then let it be known to who delivers.
+        """Judge a message whose content is over, make it safe, and only then let it be known.
 
         Returns its queue id; raises Refused, or OSError when it is not kept.
         """
@@ -5856,17 +5858,20 @@ class Reception:
             self.metrics.inc("smtp_messages_queued_total")
         if not self.announce(stem, owed):
             self.unheard_until = time.monotonic() + 1.0
-        self.audit.write("accepted", id=draft.id, client=envelope.client, user=envelope.user, size=size,
-                         sender=envelope.reverse_path, recipients=envelope.recipients)
-        self.log.info("received", id=draft.id, sender=envelope.reverse_path, recipients=",".join(envelope.recipients),
-                      size=size, client=envelope.client, helo=envelope.helo, protocol=envelope.protocol)
-        return draft.id
+        id, client = draft.id, envelope.client
+        sender, to = envelope.reverse_path, envelope.recipients
+        self.audit.write("accepted", id=id, client=client, user=envelope.user, size=size,
+                         sender=sender, recipients=to)
+        self.log.info("received", id=id, sender=sender, recipients=",".join(to), size=size,
+                      client=client, helo=envelope.helo, protocol=envelope.protocol)
+        return id
 
 
 class Session:
     """A connection from a client, from its greeting to its end (RFC 5321 3)."""
 
-    def __init__(self, reception: Reception, sock: socket.socket, client: str, implicit_tls: bool = False) -> None:
+    def __init__(self, reception: Reception, sock: socket.socket, client: str,
+                 implicit_tls: bool = False) -> None:
         self.reception, self.settings = reception, reception.settings
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
@@ -5909,20 +5914,21 @@ class Session:
             self.last_words(TIMED_OUT)
         finally:
             self.forget()
-            reception.audit.write("session_end", client=self.client, user=self.user, tls=self.tls_version)
+            reception.audit.write("session_end", client=self.client, user=self.user,
+                                  tls=self.tls_version)
 
     def meet_balancer(self) -> None:
-        """Learn from a balancer whose session this is; a header that is none ends it without a word."""
+        """Learn from a balancer whose session this is; a bad header ends it without a word."""
         try:
             named = proxied_client(self.wire.sock, self.wire.deadline)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
         self.crowded = not self.reception.count_in(self, plain_address(named or self.client))
-        self.is_local = bool(named) and is_loopback(self.client)  # whom a balancer does not name may be anybody
+        self.is_local = bool(named) and is_loopback(self.client)  # one not named may be anybody
 
     def refusal(self) -> Reply | None:
-        """Return why this client gets no greeting, if so; where any login is good, none from afar may come."""
+        """Return why a client is not greeted, if so; where any login is good none is from afar."""
         settings = self.settings
         reply = TOO_MANY_SESSIONS if self.crowded else None
         if not reply and self.client != "local" and (
@@ -5932,33 +5938,31 @@ class Session:
         if reply:
             self.reception.turned_away(self.client, reply)
         elif settings.lenient:
-            named = tuple(net for net in settings.allow_networks if net.prefixlen and not net.is_loopback)
-            self.lenient = settings.hostname if self.is_local or in_networks(self.client, named) else ""
-        return reply or (TALKED_EARLY if not self.implicit_tls and spoke_early(self.wire.sock) else None)
+            named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
+            if self.is_local or in_networks(self.client, named):
+                self.lenient = settings.hostname
+        early = not reply and not self.implicit_tls and spoke_early(self.wire.sock)
+        return TALKED_EARLY if early else reply
 
     def converse(self) -> None:
-        """Greet, then answer commands to the end; what is unexpected is 451, logged, and ends nothing."""
+        """Greet, then answer commands to the end; what is unexpected is 451, and ends nothing."""
         fault = self.fault("connect")
         self.over = fault is not None
         self.wire.write(reply_octets(fault or self.reception.greeting))
         while not self.over:
-            reply: Reply | None = STOPPING
             if self.reception.stopping:
-                self.over = True
-            else:
-                self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
-                try:
-                    reply = self.obey(self.wire.line(AUTH_LINE_LIMIT))
-                except LineTooLong:
-                    reply = LINE_TOO_LONG
-                except Refused as e:
-                    reply = e.reply
-                except (PeerGone, TimeoutError):
-                    raise
-                except Exception as e:
-                    self.reception.log.bug("session_bug", e, client=self.client)
-                    self.forget()
-                    reply = INTERNAL
+                return self.answer(STOPPING)
+            self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
+            try:
+                reply = self.obey(self.wire.line(AUTH_LINE_LIMIT))
+            except Refused as e:
+                reply = e.reply
+            except (PeerGone, TimeoutError):
+                raise
+            except Exception as e:
+                self.reception.log.bug("session_bug", e, client=self.client)
+                self.forget()
+                reply = INTERNAL
             if reply:
                 self.answer(reply)
 
@@ -5981,8 +5985,8 @@ class Session:
             return BAD_LINE
         if self.settings.tls_required and not verb.before_tls and not self.is_tls:
             return TLS_FIRST
-        nameless = self.lenient and name in ("HELO", "EHLO")
-        if verb.needs_argument and not argument and not nameless or verb.needs_argument is False and argument:
+        nameless = not argument and self.lenient and name in ("HELO", "EHLO")
+        if verb.needs_argument not in (None, bool(argument)) and not nameless:
             return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
         if verb.after == "hello" and not self.helo:
             return SEQUENCE._replace(text="Say EHLO first")
@@ -6005,13 +6009,14 @@ class Session:
         self.wire.write(reply_octets(reply))
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
-        """Do as SMTP_FAULTS says at a stage; return the reply that takes the place of the true one."""
+        """Do as SMTP_FAULTS says at a stage; return the reply in place of the true one."""
         faults = self.reception.faults
         if stage in ("connect", "mail"):
             faults.reread()
         if not faults.rules:
             return None
-        answer = faults.answer(stage, self.envelope.reverse_path if self.envelope else "", *recipients)
+        sender = self.envelope.reverse_path if self.envelope else ""
+        answer = faults.answer(stage, sender, *recipients)
         return answer and answer.play(lambda: self.reception.stopping)
 
     def last_words(self, reply: Reply) -> None:
@@ -6022,7 +6027,7 @@ class Session:
             self.wire.flush()
 
     def linger(self) -> None:
-        """Read what is still coming for a moment: closing on unread data would destroy our last reply."""
+        """Read what comes for a moment: closing on unread data would destroy our last reply."""
         self.wire.deadline = time.monotonic() + 1.0
         with contextlib.suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
@@ -6031,7 +6036,7 @@ class Session:
                 self.wire.fill()
 
     def forget(self, accepted: bool = False) -> None:
-        """Drop the transaction (RFC 5321 4.1.1.5); a message that was accepted is counted for its account."""
+        """Drop the transaction (RFC 5321 4.1.1.5); one accepted is counted for its account."""
         if self.reserved:
             self.reception.quotas.settle(self.reserved, accepted)
         elif accepted:
@@ -6052,7 +6057,7 @@ class Session:
     # -- hello, and commands that change nothing --
 
     def hello(self, argument: bytes, extended: bool) -> Reply:
-        """HELO, or EHLO, which lists what there is for this client as it is now (RFC 5321 4.1.1.1)."""
+        """HELO, or EHLO, which lists what there is for this client now (RFC 5321 4.1.1.1)."""
         settings, accounts, good = self.settings, self.reception.accounts, r"A-Za-z0-9._:%\[\]~+-"
         name = argument.decode("latin-1")
         if self.lenient:  # an old device has no name, or one with blanks
@@ -6063,8 +6068,8 @@ class Session:
         self.helo, self.extended = name, extended
         if not extended:
             return Reply(250, "", settings.hostname)
-        lines = [f"{settings.hostname} greets {name}", f"SIZE {settings.max_size}", "8BITMIME", "SMTPUTF8",
-                 "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", "HELP",
+        lines = [f"{settings.hostname} greets {name}", f"SIZE {settings.max_size}", "8BITMIME",
+                 "SMTPUTF8", "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", "HELP",
                  f"LIMITS RCPTMAX={settings.max_recipients}"]
         if self.reception.tls and not self.is_tls:
             lines.append("STARTTLS")
@@ -6082,7 +6087,8 @@ class Session:
         return BYE
 
     def help(self, argument: bytes) -> Reply:
-        return Reply(214, "2.0.0", "\n".join(["Commands:", *(verb.syntax for verb in VERBS.values())]))
+        lines = ["Commands:", *(verb.syntax for verb in VERBS.values())]
+        return Reply(214, "2.0.0", "\n".join(lines))
 
     # -- closed doors --
 
@@ -6119,7 +6125,8 @@ class Session:
 
     def auth(self, argument: bytes) -> Reply:
         """AUTH (RFC 4954); failures are answered ever more slowly."""
-        reception, accounts, rate = self.reception, self.reception.accounts, self.settings.auth_failures
+        reception, accounts = self.reception, self.reception.accounts
+        who, rate = client_key(self.client), self.settings.auth_failures
         first, _, initial = argument.partition(b" ")
         mechanism = first.decode("latin-1").upper()
         if self.account or self.envelope or not self.extended:
@@ -6128,28 +6135,29 @@ class Session:
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
         if not accounts.allows(mechanism):
             return UNKNOWN_MECHANISM
-        if MECHANISMS[mechanism] and not (self.is_local or self.is_tls or self.settings.auth_insecure):
+        safe = self.is_local or self.is_tls or self.settings.auth_insecure
+        if MECHANISMS[mechanism] and not safe:
             return MECHANISM_NEEDS_TLS
         fault = self.fault("auth")
         if fault:
             return fault
-        if not reception.logins.take(client_key(self.client), rate, rate):
+        if not reception.logins.take(who, rate, rate):
             reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
             self.over = True
             return TOO_MANY_LOGINS
-        if self.lenient:  # "=" is no response to begin with for those who send it, but a wish to be asked
+        if self.lenient:  # with "=" old devices wish to be asked
             initial = b"" if initial == b"=" else padded(initial)
         login = None
         try:
             login = authenticate(accounts, mechanism, initial or None, self.ask)
         finally:
             if not login or login.account:
-                reception.logins.give(client_key(self.client), rate)
+                reception.logins.give(who, rate)
         self.account, result = login.account, "success" if login.account else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
-        reception.log.info("login", client=self.client, user=login.user, mechanism=mechanism, result=result)
-        reception.audit.write("login", client=self.client, user=login.user, mechanism=mechanism, result=result,
-                              tls=self.tls_version)
+        told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
+        reception.log.info("login", **told)
+        reception.audit.write("login", **told, tls=self.tls_version)
         if not login.account:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
@@ -6159,10 +6167,7 @@ class Session:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""
         self.wire.write(b"334 " + challenge.encode() + b"\r\n")
         self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
-        try:
-            line = self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
-        except LineTooLong:
-            raise Refused(LINE_TOO_LONG) from None
+        line = self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
         return padded(line) if self.lenient else line
 
     # -- the transaction --
@@ -6172,7 +6177,7 @@ class Session:
         settings, reception = self.settings, self.reception
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
-        if self.account:  # one that is gone from the file counts for nothing, and its limits may have changed
+        if self.account:  # it may be gone from the file, or its limits may have changed
             self.account = reception.accounts.get(self.account.name)
         needed = settings.auth_required
         if needed is None:
@@ -6197,7 +6202,8 @@ class Session:
         flags = ("8BITMIME",) if given.get("BODY", "").upper() == "8BITMIME" else ()
         protocol = "SMTP"  # RFC 3848, 6531
         if self.extended:
-            protocol = f"{'UTF8SMTP' if utf8 else 'ESMTP'}{'S' * self.is_tls}{'A' if self.account else ''}"
+            protocol = "UTF8SMTP" if utf8 else "ESMTP"
+            protocol += "S" * self.is_tls + "A" * bool(self.account)
         self.envelope = Envelope(address, self.client, self.helo, protocol, self.user,
                                  (*flags, "SMTPUTF8") if utf8 else flags,
                                  ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
@@ -6208,21 +6214,20 @@ class Session:
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        reception, account, settings = self.reception, self.account, self.settings
-        limit, reply = "", QUOTA_SPENT
-        if settings.rate_limit:
-            who = f"account {account.name}" if account else client_key(self.client)
-            if not reception.rates.take(who, settings.rate_limit, settings.rate_burst):
-                limit, reply = "rate", RATE_SPENT
-        if not limit and account:
+        reception, account, s = self.reception, self.account, self.settings
+        name, who, minute, day = "", client_key(self.client), 0, 0
+        if account:
+            name, who = account.name, f"account {account.name}"
             minute, day = account.quota_per_minute, account.quota_daily
-            if not reception.quotas.minutes.take(account.name, minute, minute):
-                limit = "quota_per_minute"
-            elif day and not reception.quotas.reserve(account.name, day):
-                limit = "quota_daily"
-            elif day:
-                self.reserved = account.name
-        if not limit:
+        limit, reply = "", QUOTA_SPENT
+        if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst):
+            limit, reply = "rate", RATE_SPENT
+        elif minute and not reception.quotas.minutes.take(name, minute, minute):
+            limit = "quota_per_minute"
+        elif day and not reception.quotas.reserve(name, day):
+            limit = "quota_daily"
+        else:
+            self.reserved = name if day else ""
             return None
         reception.metrics.inc("smtp_rate_limited_total")
         reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
@@ -6247,7 +6252,8 @@ class Session:
             return fault
         if address not in envelope.recipients:
             envelope.recipients.append(address)
-            envelope.notify[address], envelope.orcpt[address] = given.get("NOTIFY", "").upper(), orcpt
+            envelope.notify[address] = given.get("NOTIFY", "").upper()
+            envelope.orcpt[address] = orcpt
         return RECIPIENT_OK
 
     def data(self, argument: bytes) -> Reply:
@@ -6270,15 +6276,15 @@ class Session:
         if not match:
             return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
         fault = None
-        if envelope is None:
+        if self.settings.tls_required and not self.is_tls:
+            fault = TLS_FIRST
+        elif envelope is None:
             fault = SEQUENCE._replace(text="Say MAIL first")
-            if self.settings.tls_required and not self.is_tls:
-                fault = TLS_FIRST
         elif not envelope.recipients:
             fault = NO_RECIPIENTS
         elif self.content is None and self.reception.faults.rules:
             fault = self.fault("data", *envelope.recipients)
-        unwanted = Content(discard, 0) if fault or envelope is None else None
+        unwanted = Content(lambda block: None, 0) if fault or envelope is None else None
         content = unwanted or self.content or self.begin(cast(Envelope, envelope))
         self.read(read_chunk, content, int(match[1]))
         fault = fault or self.verdict(content)
@@ -6322,8 +6328,8 @@ class Session:
             reply = None if scripted is LOST else scripted
         if not reply:
             try:
-                reply = Reply(250, "2.0.0", f"Ok: queued as {self.reception.keep(draft, envelope, content)}")
-                self.draft, accepted = None, True
+                id = self.reception.keep(draft, envelope, content)
+                reply, self.draft, accepted = Reply(250, "2.0.0", f"Ok: queued as {id}"), None, True
             except Refused as e:
                 reply = e.reply
             except OSError as e:
@@ -6336,14 +6342,13 @@ class Session:
 
 
 class Verb(NamedTuple):
-    """A command: its method or its only reply, what must come first, whether it needs an argument (None: as you like),
-    its syntax, whether it is taken before TLS where that is required."""
+    """A command, by what it does or its only reply."""
 
     act: Reply | Callable[[Session, bytes], Reply | None]
-    after: str
-    needs_argument: bool | None
+    after: str  # what must come first
+    needs_argument: bool | None  # None: as you like
     syntax: str
-    before_tls: bool = False
+    before_tls: bool = False  # taken where TLS is required
 
 
 VERBS: dict[str, Verb] = {
@@ -6362,7 +6367,8 @@ VERBS: dict[str, Verb] = {
     "EXPN": Verb(NOT_IMPLEMENTED._replace(text="There are no lists here"), "", True, "EXPN text"),
     "HELP": Verb(Session.help, "", None, "HELP [text]"),
 }
-# A parameter: whose it is, what its value must pass, what is said of another (RFC 1870, 3461, 4954, 6152, 6531).
+# A parameter: whose it is, what its value must pass, what is said of another (RFC 1870, 3461, 4954,
+# 6152, 6531).
 PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "SIZE": ("MAIL", lambda value: re.fullmatch("[0-9]{1,20}", value), "SIZE takes a number of octets"),
     "BODY": ("MAIL", lambda value: value.upper() in ("7BIT", "8BITMIME"), "BODY is 7BIT or 8BITMIME"),
@@ -6377,10 +6383,11 @@ PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
 
 
 @functools.lru_cache(maxsize=256)
-def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str]]:
+def read_path(verb: str, argument: bytes, extended: bool,
+              lenient: str) -> tuple[str, Mapping[str, str]]:
     """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
 
-    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any for who said HELO and was offered none.
+    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none.
     """
     prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
     if argument[:len(prefix)].upper() != prefix:
@@ -6408,7 +6415,7 @@ def padded(line: bytes) -> bytes:
 
 
 def shown_command(line: bytes) -> str:
-    """Return a command line for the log. A client that goes on after AUTH failed sends its password as a command."""
+    """Return a command for the log; who goes on after AUTH failed sends a password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
     name, *more = text.upper().split(" ")
     if name not in VERBS:
@@ -6416,11 +6423,12 @@ def shown_command(line: bytes) -> str:
     if name != "AUTH":
         return text
     more = [word for word in more if word]
-    return f"AUTH {more[0] if more[:1] and more[0] in MECHANISMS else '***'}{' ***' if more[1:] else ''}"
+    mechanism = more[0] if more[:1] and more[0] in MECHANISMS else "***"
+    return f"AUTH {mechanism}{' ***' if more[1:] else ''}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
-    """Shut one direction of a connection; SSLSocket's own method would drop the TLS state, and go on in clear."""
+    """Shut one direction of a connection; SSLSocket's own way drops TLS, and goes on in clear."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, how)
 
@@ -6443,15 +6451,11 @@ def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
 
 
 def spoke_early(sock: socket.socket) -> bool:
-    """Tell whether the client has sent something before it was greeted; its socket blocks (`limit_calls`)."""
+    """Tell whether a client has spoken before it was greeted; its socket blocks (`limit_calls`)."""
     try:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
         return False
-
-
-def discard(block: bytes) -> None:
-    """Take a block of content that nobody wants."""
 
 
 # === 17 LISTENER =============================================================
