@@ -9922,7 +9922,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
         """Read a line; http.server would take a connection's end for that of the header section."""
-        line = self.file.readline(limit)
+        line: bytes = self.file.readline(limit)
         if len(line) < limit and not line.endswith(b"\n"):
             raise PeerGone
         return line
