@@ -7407,11 +7407,6 @@ def summarise(record: Message, mail: Mail) -> Summary:
     return dict(zip(SUMMARY_FIELDS, values))
 
 
-def unpack(packed: bytes) -> Summary:
-    """Read a packed summary."""
-    return dict(zip(SUMMARY_FIELDS, json.loads(packed)))
-
-
 def stands_in_octets(body: Part) -> bool:
     """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
     if body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw):
@@ -7436,11 +7431,6 @@ def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
     page = strip_html(mail.html[:SEARCH_LIMIT])
     found = [mail.plain, page, *links("", mail.html), *(p.filename for p in mail.parts)]
     return holds("\n".join(found).lower(), word)
-
-
-def holds(text: str, word: str) -> bool:
-    """Whether a text holds a search word; where that is all signs, as it stands."""
-    return word in (clean(text) if clean(word) else text)
 
 
 def read_safely(raw: bytes) -> Mail:
@@ -7475,26 +7465,19 @@ class Item(NamedTuple):
 
 def clean(text: str) -> str:
     """Bring text and search words into one form: lower case, single spaces, no brackets."""
-    for mark in '\ufeff<>",;()':
-        text = text.replace(mark, " ")
-    return " ".join(text.lower().split())
+    return " ".join(re.sub('[\ufeff<>",;()]', " ", text).lower().split())
 
 
-def people_text(*groups: list[Person]) -> str:
-    return clean(" ".join(f"{p['Name']} {p['Address']}" for p in itertools.chain(*groups)))
+def holds(text: str, word: str) -> bool:
+    """Whether a text holds a search word; where that is all signs, as it stands."""
+    return word in (clean(text) if clean(word) else text)
 
 
 Test = Callable[[Item], bool]
-SEARCH_FIELDS: dict[str, Callable[[Summary], str]] = {
-    "to": lambda s: people_text(s["To"]),
-    "from": lambda s: people_text([s["From"]]),
-    "cc": lambda s: people_text(s["Cc"]),
-    "bcc": lambda s: people_text(s["Bcc"]),
-    "reply-to": lambda s: people_text(s["ReplyTo"]),
-    "addressed": lambda s: people_text([s["From"]], s["To"], s["Cc"], s["Bcc"], s["ReplyTo"]),
-    "recipient": lambda s: people_text(s["To"], s["Cc"], s["Bcc"]),  # ours, not Mailpit's
-    "subject": lambda s: clean(s["Subject"]),
-    "message-id": lambda s: clean(s["MessageID"]),
+SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
+    "to": "To", "from": "From", "cc": "Cc", "bcc": "Bcc", "reply-to": "ReplyTo",
+    "addressed": "From To Cc Bcc ReplyTo", "recipient": "To Cc Bcc",
+    "subject": "Subject", "message-id": "MessageID",
 }
 SEARCH_STATES: dict[str, Test] = {
     "is:read": lambda item: item.read,
@@ -7503,9 +7486,14 @@ SEARCH_STATES: dict[str, Test] = {
     "has:attachment": lambda item: bool(item.summary["Attachments"]),
     "has:inline": lambda item: bool(item.summary["inline"]),
 }
-
-
 TYPED_FIELDS = {*SEARCH_FIELDS, "is", "has", "tag", "larger", "smaller", "before", "after"}
+
+
+def fields_text(summary: Summary, fields: str) -> str:
+    """Join what some fields say, each of which is a text, a person, or a list of people."""
+    values = [summary[name] for name in fields.split()]
+    flat = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
+    return " ".join(v if isinstance(v, str) else f"{v['Name']} {v['Address']}" for v in flat)
 
 
 class Query(NamedTuple):
@@ -7518,11 +7506,12 @@ class Query(NamedTuple):
         """Try the cheap tests first; read the message only where the summary cannot tell."""
         if not all(test(item) == wanted for test, wanted in self.tests):
             return False
-        s, place = item.summary, item.summary["place"]
-        people = (f"{p['Name']} {p['Address']}" for p in (s["From"], *s["To"], *s["Cc"], *s["Bcc"], *s["ReplyTo"]))
-        known = " ".join([*people, s["Subject"], s["Snippet"]]).lower() if self.words else ""
+        place, known = item.summary["place"], ""
+        if self.words:
+            fields = "From To Cc Bcc ReplyTo Subject Snippet"
+            known = fields_text(item.summary, fields).lower()
         return all(
-            (holds(known, word) or (place != "snippet" and text_holds(read, place, word))) == wanted
+            (holds(known, word) or place != "snippet" and text_holds(read, place, word)) == wanted
             for word, wanted in self.words
         )
 
@@ -7538,20 +7527,20 @@ def compile_query(text: str, zone: str = "") -> Query:
     """
     tests: list[tuple[Test, bool]] = []
     words: list[tuple[str, bool]] = []
-    for term in split_terms(text[:10000]):
+    for term in split_terms(text):
         wanted = len(term) == 1 or term[0] not in "-!"
         term = term if wanted else term[1:]
         test, (name, colon, value) = compile_term(term, zone), term.lower().partition(":")
         if test:
             tests.append((test, wanted))
-        elif value.strip() or not colon or name not in TYPED_FIELDS:  # "from:" is still being typed
+        elif value.strip() or not colon or name not in TYPED_FIELDS:  # "from:" is yet being typed
             words.append((clean(term) or term.lower(), wanted))
     return Query(tuple(tests), tuple(words))
 
 
 def split_terms(text: str) -> list[str]:
     """Split at spaces outside double quotes."""
-    parts = enumerate(text.replace("\0", "").split('"'))
+    parts = enumerate(text[:10000].replace("\0", "").split('"'))
     joined = "".join(part if n % 2 else part.replace(" ", "\0") for n, part in parts)
     return [term.strip() for term in joined.split("\0") if term.strip()]
 
@@ -7560,13 +7549,13 @@ def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term, None where it is no search word or its value is none."""
     name, _, value = term.lower().partition(":")
     value = clean(value)
-    state, get = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"), SEARCH_FIELDS.get(name)
+    state, fields = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"), SEARCH_FIELDS.get(name)
     if state or not value:
         return state
-    if get:
-        return lambda item: value in get(item.summary)
+    if fields:
+        return lambda item: value in clean(fields_text(item.summary, fields))
     if name == "tag":
-        return lambda item: value in (tag.lower() for tag in item.tags)
+        return lambda item: value in map(str.lower, item.tags)
     if name in ("larger", "smaller"):
         size = search_size(value)
         sign = 1 if name == "larger" else -1
@@ -7578,9 +7567,10 @@ def compile_term(term: str, zone: str) -> Test | None:
 
 
 def misread_terms(text: str, zone: str = "") -> list[str]:
-    """Return the terms of a search whose date or size cannot be read; they are looked for as words."""
-    terms = [term.lstrip("-!") for term in split_terms(text[:10000])]
-    return [t for t in terms if re.match("(?i)(before|after|larger|smaller):.", t) and not compile_term(t, zone)]
+    """Return the terms whose date or size cannot be read; they are looked for as words."""
+    terms = [term.lstrip("-!") for term in split_terms(text)]
+    kinds = "(?i)(?:before|after|larger|smaller):."
+    return [term for term in terms if re.match(kinds, term) and not compile_term(term, zone)]
 
 
 def search_size(value: str) -> int:
@@ -7590,30 +7580,36 @@ def search_size(value: str) -> int:
 
 
 DATE_FORMS = (  # as in ISO 8601, in America, in Germany, and with a month's name
-    r"(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})(?:[-/.](?P<d>\d{1,2}))?)?", r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})",
-    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})", r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})",
-    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})")
+    r"(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})(?:[-/.](?P<d>\d{1,2}))?)?",
+    r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})",
+    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})",
+    r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})",
+    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
+)
+CLOCK = (r"(?:^|[ t])(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:\.\d+)? ?([ap]m)?"
+         r"(z|[+-]\d\d:?\d\d)?$")
 MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
 
 
 def search_moment(value: str, zone: str = "", now: datetime.datetime | None = None) -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
+    utc = datetime.timezone.utc
     try:
         if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
-            when = datetime.datetime.fromtimestamp(int(value[:10]), datetime.timezone.utc)
-            return when.isoformat()[:19]
+            return datetime.datetime.fromtimestamp(int(value[:10]), utc).isoformat()[:19]
         here: datetime.tzinfo | None = None
         with contextlib.suppress(ValueError, LookupError, OSError):
             import zoneinfo
 
             here = zoneinfo.ZoneInfo(zone) if zone else None
-        now = (now or datetime.datetime.now(datetime.timezone.utc)).astimezone(here)
-        clock = re.search(r"(?:^|[ t])(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:\.\d+)? ?([ap]m)?(z|[+-]\d\d:?\d\d)?$", value)
+        now = (now or datetime.datetime.now(utc)).astimezone(here)
+        clock = re.search(CLOCK, value)
         clock = clock if clock and (clock[2] or clock[4]) else None
         day = (value[:clock.start()] if clock else value).strip()
         year, month, date = str(now.year), str(now.month), str(now.day)
         if day or not clock:
-            written = next(filter(None, (re.fullmatch(form, day) for form in DATE_FORMS))).groupdict("1")
+            matches = (re.fullmatch(form, day) for form in DATE_FORMS)
+            written = next(filter(None, matches)).groupdict("1")
             year, month, date = written["y"], written.get("m", "1"), written.get("d", "1")
         hour, minute, second = (int(clock[n] or 0) if clock else 0 for n in (1, 2, 3))
         if clock and clock[4]:
@@ -7624,7 +7620,7 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
             offset = 0 if clock[5] == "z" else int(clock[5][1:3]) * 60 + int(clock[5][-2:])
             shift = datetime.timedelta(minutes=-offset if clock[5][0] == "-" else offset)
             when = when.replace(tzinfo=datetime.timezone(shift))
-        return when.astimezone(datetime.timezone.utc).isoformat()[:19]
+        return when.astimezone(utc).isoformat()[:19]
     except (ValueError, LookupError, OverflowError, OSError, StopIteration):
         return ""
 
@@ -7642,6 +7638,12 @@ class Entry:
     def id(self) -> str:
         return self.stem[11:27]
 
+    def known_tags(self) -> list[str]:
+        """The tags as far as known; most packed summaries end in no tags at all."""
+        if self.tags is None and self.packed and not self.packed.endswith(b"[]]"):
+            return list(json.loads(self.packed)[-1])
+        return self.tags or []
+
 
 class Listing(NamedTuple):
     """Some messages of a list, newest first, with how many it has in all."""
@@ -7658,18 +7660,21 @@ class Inbox:
     of the earlier run.
     """
 
-    def __init__(self, spool: Spool, log: Log, first: int = 1, rules: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(self, spool: Spool, log: Log, first: int = 1,
+                 rules: Iterable[tuple[str, str]] = ()) -> None:
         self.spool, self.log = spool, log
         self.changed = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}  # oldest first
         self.newest, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
-        self.kept: dict[str, list[Any]] = {}  # what a person did to messages, till they are found in the spool
+        # What a person did to messages, till they are found in the spool: whether read, and tags.
+        self.kept: dict[str, list[Any]] = {}
         self.touched, self.saving = False, threading.Lock()
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SealError):  # torn: as if new
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SealError):  # torn
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
-                self.kept = {id: [bool(read), tags and clean_tags(tags)] for id, (read, tags) in kept.items()}
+                self.kept = {id: [bool(read), tags and clean_tags(tags)]
+                             for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
@@ -7683,7 +7688,7 @@ class Inbox:
             return entry.sequence
 
     def stem(self, id: str) -> str:
-        """Give the name under which the spool has a message, or the `latest`; KeyError when it is gone."""
+        """Give the spool's name of a message, or of the `latest`; KeyError when it is gone."""
         with self.changed:
             return self.entries[next(reversed(self.entries), "") if id == "latest" else id].stem
 
@@ -7694,11 +7699,10 @@ class Inbox:
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
         with self.changed:
-            chosen = [entry.id for entry in self.chosen(ids)]
-            self.touched |= any(e.read or e.tags is not None for e in self.chosen(chosen))
-            gone = [id for id in chosen if self.entries.pop(id, None)]
+            gone = [entry for entry in self.chosen(ids) if self.entries.pop(entry.id, None)]
+            self.touched |= any(entry.read or entry.tags is not None for entry in gone)
             self.deleted += len(gone)
-            return gone
+            return [entry.id for entry in gone]
 
     def ids(self) -> list[str]:
         """Give the ids of all messages, oldest first."""
@@ -7727,17 +7731,14 @@ class Inbox:
         """
         deadline = time.monotonic() + timeout
         found, seen = self.look(query, since or 0, newest=since is None)
-        while not found and not self.closed and time.monotonic() < deadline and not gone():
-            if self.grown(seen, min(deadline, time.monotonic() + 1.0)):
-                found, seen = self.look(query, seen)
+        while not found and (left := deadline - time.monotonic()) > 0 and not gone():
+            with self.changed:
+                if self.newest <= seen and not self.closed:
+                    self.changed.wait(min(left, 1.0))
+                if self.closed:
+                    break
+            found, seen = self.look(query, seen)
         return found
-
-    def grown(self, seen: int, deadline: float) -> bool:
-        """Sleep until there are messages numbered above `seen`, False at the deadline."""
-        with self.changed:
-            left = deadline - time.monotonic()
-            self.changed.wait_for(lambda: self.newest > seen or self.closed, max(0.0, left))
-            return self.newest > seen and not self.closed
 
     def look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
         """Try the messages numbered above `since`; give the match with the last number tried."""
@@ -7767,7 +7768,8 @@ class Inbox:
         try:
             if not entry.packed:
                 summary = summarise(self.load(entry.id), self.mail(entry.id))
-                item, read = Item(entry.id, 0, False, [], summary), functools.partial(self.raw, entry.id, SEARCH_LIMIT)
+                item = Item(entry.id, 0, False, [], summary)
+                read = functools.partial(self.raw, entry.id, SEARCH_LIMIT)
                 ruled = [tag for tag, query in self.rules if query.matches(item, read)]
                 summary["tags"] = clean_tags([*summary["tags"], *ruled])
                 text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
@@ -7778,7 +7780,7 @@ class Inbox:
         except OSError as error:
             self.log.warn("unreadable", id=entry.id, error=error)
             return None
-        summary = unpack(entry.packed)
+        summary = dict(zip(SUMMARY_FIELDS, json.loads(entry.packed)))
         tags = summary["tags"] if entry.tags is None else entry.tags
         return Item(entry.id, entry.sequence, entry.read, tags, summary)
 
@@ -7809,17 +7811,17 @@ class Inbox:
             entries = self.after()
         page = slice(start, start + limit if limit else None)
         if query == ALL:  # only the page itself needs summaries
-            items = list(self.matching(entries[page], ALL))
-            return Listing(items, len(entries), sum(not e.read for e in entries))
-        items = list(self.matching(entries, query))
-        return Listing(items[page], len(items), sum(not item.read for item in items))
+            shown = list(self.matching(entries[page], ALL))
+            return Listing(shown, len(entries), sum(not e.read for e in entries))
+        found = list(self.matching(entries, query))
+        return Listing(found[page], len(found), sum(not item.read for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
-        """Give how many messages there are, how many unread, and how many with each tag, as far as known."""
+        """Count all messages, those unread, and those with each tag, as far as known."""
         self.summarise_rest(within=0.2)
         with self.changed:
             entries = self.after()
-        tags = collections.Counter(tag for entry in entries for tag in tags_of(entry))
+        tags = collections.Counter(tag for entry in entries for tag in entry.known_tags())
         return len(entries), sum(not e.read for e in entries), dict(sorted(tags.items()))
 
     def mark(self, ids: Iterable[str] | None, read: bool) -> None:
@@ -7842,41 +7844,37 @@ class Inbox:
         self.summarise_rest()
         with self.changed:
             for entry in self.chosen(None):
-                tags = tags_of(entry)
+                tags = entry.known_tags()
                 if old.lower() in map(str.lower, tags):
-                    entry.tags = clean_tags(new if tag.lower() == old.lower() else tag for tag in tags)
+                    entry.tags = clean_tags(new if t.lower() == old.lower() else t for t in tags)
             self.touched = True
 
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
         deadline = time.monotonic() + within
         with self.changed:
-            rest = [entry for entry in itertools.islice(reversed(self.entries.values()), most) if not entry.packed]
+            newest = itertools.islice(reversed(self.entries.values()), most)
+            rest = [entry for entry in newest if not entry.packed]
         for entry in rest:
             if self.closed or time.monotonic() > deadline:
                 break
             self.shown(entry)
 
     def save(self) -> None:
-        """Write what a person did, if anything since the last time, beside the messages: read state and tags."""
+        """Write what a person did since the last time beside the messages: read state and tags."""
         if not self.touched or not self.spool.on_disk:
             return
         with self.changed:
             self.touched = False
-            kept = {**self.kept, **{e.id: (e.read, e.tags) for e in self.after() if e.read or e.tags is not None}}
+            done = {e.id: (e.read, e.tags) for e in self.after() if e.read or e.tags is not None}
+            kept = {**self.kept, **done}
         with self.saving:
             try:
-                replace_file(self.spool.path(SEEN), self.spool.sealer.seal(json.dumps(kept).encode(), SEEN))
+                sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
+                replace_file(self.spool.path(SEEN), sealed)
             except OSError as error:  # of no weight beside the mail: tried again
                 self.log.warn("inbox_not_saved", error=error)
                 self.touched = True
-
-
-def tags_of(entry: Entry) -> list[str]:
-    """The tags of an entry as far as known; most packed summaries end in no tags at all."""
-    if entry.tags is None and entry.packed and not entry.packed.endswith(b"[]]"):
-        return list(unpack(entry.packed)["tags"])
-    return entry.tags or []
 
 
 class Email:
