@@ -6688,7 +6688,7 @@ def socket_text(sock: socket.socket) -> str:
 # of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
 # Relay.wait() call here; nothing here writes to the spool.
 #
-#   content -> read_mail -> Mail, Parts -> message_json, Email, view_html
+#   content -> read_mail -> Mail, Parts -> waited_json, Email, view_html
 #                        -> Summary (packed) -> Inbox -> messages_json
 #
 # Threads: any. `Inbox` has one Condition; under it only its own dict is touched,
@@ -6709,11 +6709,6 @@ PART_LIMIT = 1000
 DEPTH_LIMIT = 16
 SNIPPET = 200
 EMBEDDED_LIMIT = 16 * MIB  # octets of images, encoded, put into one page
-
-EMAIL_RAISES = (
-    email.errors.MessageError, ValueError, LookupError, TypeError, AttributeError,
-    ArithmeticError, AssertionError, RecursionError,
-)
 
 FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
 NEEDED_FIELD = re.compile(rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+|mime-version"
@@ -6850,15 +6845,11 @@ def addresses(value: str) -> list[Person]:
     """Read an address list, its names decoded."""
     common = COMMON_ADDRESS.fullmatch(value)
     if common:  # ten times as fast
-        return [person_json((common[1] or "").strip(), common[2] or common[3])]
+        return [{"Name": (common[1] or "").strip(), "Address": common[2] or common[3]}]
     pairs = read_addresses(value)
     if not any("@" in address for _, address in pairs) and "=?" in value:  # encoded whole
         pairs = read_addresses(decode_words(value))
-    return [person_json(decode_words(name), decode_words(address)) for name, address in pairs]
-
-
-def person_json(name: str, address: str) -> Person:
-    return {"Name": name, "Address": address}
+    return [{"Name": decode_words(name), "Address": decode_words(address)} for name, address in pairs]
 
 
 def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> tuple[Headers, int]:
@@ -6889,15 +6880,11 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> t
     for first, last in fields:
         needed = NEEDED_FIELD.match(raw, first, last)
         if last - first <= (room if needed else min(room, limit // 4)) and (needed or len(kept) < 2000):
-            kept.append(header_field(raw[first:last]))
+            name, _, value = decode_text(raw[first:last]).replace("\r\n", "").partition(":")
+            value = value if value.isprintable() else value.translate(NO_BREAKS)
+            kept.append((name.rstrip(), value.strip()))
             room -= last - first
     return kept, begin
-
-
-def header_field(octets: bytes) -> tuple[str, str]:
-    name, _, value = decode_text(octets).replace("\r\n", "").partition(":")
-    value = value.strip()
-    return name.rstrip(), value if value.isprintable() else value.translate(NO_BREAKS).strip()
 
 
 class Part(NamedTuple):
@@ -7100,7 +7087,9 @@ class Mail:
         """The addresses in all fields of a name; From has one, if only in name."""
         values = [value for key, value in self.headers if key.lower() == name]
         found = [person for value in values for person in addresses(value)]
-        return found or ([person_json(decode_words("".join(values))[:1000], "")] if name == "from" else [])
+        if name == "from" and not found:
+            found = [{"Name": decode_words("".join(values))[:1000], "Address": ""}]
+        return found
 
     @functools.cached_property
     def subject(self) -> str:
@@ -7116,7 +7105,7 @@ class Mail:
         try:
             when = email.utils.parsedate_to_datetime(header(self.headers, "date")[:100])
             return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).isoformat()
-        except EMAIL_RAISES:
+        except Exception:  # of which the package raises many kinds
             return ""
 
     @functools.cached_property
@@ -7141,10 +7130,10 @@ class Mail:
         return [p for p in self.parts if p.role == role]
 
 
-HIDDEN_ELEMENTS = ("style", "script", "title", "template")
 BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
-URL = re.compile(r"""(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
+URL = re.compile(r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
+                 r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
 NO_LINK = re.compile(r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):")
 
 
@@ -7174,7 +7163,8 @@ def html_elements(page: str) -> Iterator[tuple[str, str, str]]:
         comment = piece.startswith("!--")
         tag, end, text = piece.partition("-->" if comment else ">")
         name = (tag.split(None, 1) or [""])[0].rstrip("/").lower()
-        until = "/" + name if name in HIDDEN_ELEMENTS else "-->" if comment and not end else ""
+        hidden = name in ("style", "script", "title", "template")
+        until = "/" + name if hidden else "-->" if comment and not end else ""
         if not until:
             yield name, tag, text
 
@@ -7183,28 +7173,29 @@ def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
     chunks = []
     for name, _, text in html_elements(page) if page else ():
-        chunks += ["\n" if BLOCK_ELEMENT.fullmatch(name) else " " if name in ("td", "th") else ""]
-        chunks += [text.replace("\n", " ")]
-    lines = unescape("".join(chunks)).split("\n")
-    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
+        space = "\n" if BLOCK_ELEMENT.fullmatch(name) else " " if name in ("td", "th") else ""
+        chunks += [space, text.replace("\n", " ")]
+    lines = (" ".join(line.split()) for line in unescape("".join(chunks)).split("\n"))
+    return "\n".join(filter(None, lines))
 
 
 def links(text: str, page: str) -> list[str]:
-    """Collect the links of a message, of any scheme that opens a page or an app: the HTML's, then the text's."""
-    tags = (attributes(tag) for name, tag, _ in html_elements(page[:TEXT_LIMIT]) if name in ("a", "area"))
-    found = (re.sub(r"[\t\r\n]", "", tag.get("href", "")).strip().replace(" ", "%20") for tag in tags)
-    anchors = (url for url in found if re.match(r"[A-Za-z][\w+.-]*:.", url) and not NO_LINK.match(url))
-    text = text[:TEXT_LIMIT]
-    written = (trim_url(m[0], text[m.start() - 1 : m.start()]) for m in URL.finditer(text) if not NO_LINK.match(m[0]))
-    return list(dict.fromkeys([*anchors, *written]))
-
-
-def trim_url(url: str, before: str) -> str:
-    """Take off what ends the sentence, not the link, such as a mark that stands before it too."""
-    while url and (url[-1] in ".,;:!?'|\\" or (url[-1] in "*_~" and url[-1] == before)
-                   or (url[-1] in ")]}" and url.count(url[-1]) > url.count({")": "(", "]": "[", "}": "{"}[url[-1]]))):
-        url = url[:-1]
-    return url
+    """Collect links of any scheme that opens a page or an app: the HTML's, then the text's."""
+    found, text = [], text[:TEXT_LIMIT]
+    for name, tag, _ in html_elements(page[:TEXT_LIMIT]):
+        if name in ("a", "area"):
+            url = re.sub(r"[\t\r\n]", "", attributes(tag).get("href", "")).strip()
+            found += [url.replace(" ", "%20")] if re.match(r"[A-Za-z][\w+.-]*:.", url) else []
+    pairs = {")": "(", "]": "[", "}": "{"}
+    for match in URL.finditer(text):
+        # What ends the sentence is not the link's, nor is a mark that stands before it, too.
+        url, ends = match[0], ".,;:!?'|\\"
+        before = text[match.start() - 1 : match.start()]
+        ends += before if before in tuple("*_~") else ""
+        while url[-1] in ends or url.count(url[-1]) > url.count(pairs.get(url[-1], url[-1])):
+            url = url[:-1]
+        found.append(url)
+    return [url for url in dict.fromkeys(found) if not NO_LINK.match(url)]
 
 
 # Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
@@ -7281,15 +7272,6 @@ def weigh_code(token: str, before: str, after: str) -> int:
     return 2 if re.search(SAID_NEAR, before) else int(bool(re.search(SAID_NEAR, after)))
 
 
-SHOWN_INLINE = frozenset(
-    f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "avif")
-) | {"text/plain"}
-CAN_RUN = re.compile("html|xml|script|svg|xsl|flash|java|wasm|replace")
-# What names a picture goes as far as its quotes, where they are entities, too, its bracket, or a space.
-CID_REFERENCE = re.compile(
-    r"""(?i)("|'|\(|&quot;|&apos;|&#0?3[49];|&#x2[27];|)(\s{0,9})cid(?::|%3a|&#58;|&#x3a;|&colon;)""")
-
-
 def safe_filename(name: str) -> str:
     """Turn a sender's file name into one of 100 characters that is safe to save under."""
     name = name.replace("\\", "/").rpartition("/")[2]
@@ -7301,8 +7283,10 @@ def safe_filename(name: str) -> str:
 def part_headers(part: Part) -> dict[str, str]:
     """Give the header fields a part is served with; only what cannot run is shown inline."""
     kind = true_type(part)
-    kind = "application/octet-stream" if CAN_RUN.search(kind) else kind
-    disposition = "inline" if kind in SHOWN_INLINE else "attachment"
+    if re.search("html|xml|script|svg|xsl|flash|java|wasm|replace", kind):
+        kind = "application/octet-stream"
+    harmless = re.fullmatch("text/plain|image/(?:png|jpeg|gif|webp|bmp|avif)", kind)
+    disposition = "inline" if harmless else "attachment"
     if kind.startswith("text/"):
         known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", part.charset) and find_codec(part.charset)
         kind += f"; charset={part.charset if known else 'utf-8'}"
@@ -7310,7 +7294,8 @@ def part_headers(part: Part) -> dict[str, str]:
     plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
     return {
         "Content-Type": kind,
-        "Content-Disposition": f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quoted}",
+        "Content-Disposition":
+            f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quoted}",
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "X-Content-Type-Options": "nosniff",
     }
@@ -7343,17 +7328,23 @@ def view_html(mail: Mail) -> str:
 
 
 def embed_images(mail: Mail) -> str:
-    """Give the HTML body with its cid: addresses (RFC 2392) turned into data, as far as there is room."""
+    """Give the HTML body with its cid: addresses (RFC 2392) turned into data, while there is room."""
+    def unquoted(text: str) -> str:
+        return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
+
     parts = {p.filename.lower(): p for p in mail.parts if p.filename and p.role != "body"}
-    parts.update({unquote_cid(p.content_id): p for p in mail.parts if p.content_id})
+    parts.update({unquoted(p.content_id): p for p in mail.parts if p.content_id})
     chunks, at, room, page = [], 0, EMBEDDED_LIMIT, mail.html
-    for cid in CID_REFERENCE.finditer(page) if parts else ():
+    # A cid goes as far as its quotes, which may be entities, its bracket, or a space.
+    begin = (r"""(?i)("|'|\(|&quot;|&apos;|&#0?3[49];|&#x2[27];|)(\s{0,9})"""
+             "cid(?::|%3a|&#58;|&#x3a;|&colon;)")
+    for cid in re.finditer(begin, page) if parts else ():
         mark = {"(": ")"}.get(cid[1], cid[1])
         end = page.find(mark, cid.end(), cid.end() + 600) if mark else -1
         if end < 0:
-            match = re.compile(r"[^\s\"'<>)\\]{1,300}").match(page, cid.end())
+            match = re.compile(r"[^\s\"'<>)\\]{0,300}").match(page, cid.end())
             end = match.end() if match else cid.end()
-        part = parts.get(unquote_cid(page[cid.end():end]))
+        part = parts.get(unquoted(page[cid.end():end]))
         kind = image_type(part) if part else ""
         if part and kind and len(part.raw) < room:
             data = base64.b64encode(part.content).decode()
@@ -7362,15 +7353,12 @@ def embed_images(mail: Mail) -> str:
     return "".join([*chunks, page[at:]])
 
 
-def unquote_cid(text: str) -> str:
-    return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
-
-
 def image_type(part: Part) -> str:
     """Tell which image a part is: by its octets, its type, or its name; "" where it is none."""
-    kind, ending = true_type(part), "." + part.filename.rpartition(".")[2].lower()
+    kind = true_type(part)
     if not kind.startswith("image/"):
-        return next((k for k, e in ENDINGS.items() if e == ending.replace("jpeg", "jpg") and k[:6] == "image/"), "")
+        ending = "." + part.filename.rpartition(".")[2].lower().replace("jpeg", "jpg")
+        return next((k for k, e in ENDINGS.items() if e == ending and k[:6] == "image/"), "")
     return kind if re.fullmatch(r"(?a)image/[\w.+-]+", kind) else ""
 
 
@@ -7390,21 +7378,23 @@ def summarise(record: Message, mail: Mail) -> Summary:
     """Sum up a message for lists and searches; Bcc is every recipient that no field names."""
     to, cc, bcc, reply_to = (mail.people(name) for name in ("to", "cc", "bcc", "reply-to"))
     named = {person["Address"].lower() for person in (*to, *cc, *bcc)}
-    unnamed = [r.address for r in record.recipients if r.address.lower() not in named]
+    bcc += [{"Name": "", "Address": r.address} for r in record.recipients
+            if r.address.lower() not in named]
     start = strip_html(mail.html[:32000]) if mail.html.strip() else mail.plain[:32000]
     text = " ".join(start.split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
-    stands = not mail.html and not files and not inline and all(map(stands_in_octets, mail.having("body")))
+    plain = not mail.html and not files and not inline
+    place = "parts"
+    if plain and all(map(stands_in_octets, mail.having("body"))):
+        place = "snippet" if len(text) <= SNIPPET else "raw"
     plus = [tag for r in record.recipients for tag in r.address.rpartition("@")[0].split("+")[1:]]
-    values = (
-        record.id, mail.message_id[:1000] or f"{record.id}@smtprelay", mail.people("from")[0], to, cc,
-        bcc + [person_json("", address) for address in unnamed], reply_to, mail.subject[:1000],
-        record.received_at, record.user, mail.size, files,
-        text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline,
-        ("snippet" if len(text) <= SNIPPET else "raw") if stands else "parts",
-        clean_tags([*decode_words(header(mail.headers, "x-tags")).split(","), *plus]),
-    )
-    return dict(zip(SUMMARY_FIELDS, values))
+    tags = decode_words(header(mail.headers, "x-tags")).split(",")
+    return dict(zip(SUMMARY_FIELDS, (
+        record.id, mail.message_id[:1000] or f"{record.id}@smtprelay", mail.people("from")[0],
+        to, cc, bcc, reply_to, mail.subject[:1000], record.received_at, record.user, mail.size,
+        files, text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, place,
+        clean_tags([*tags, *plus]),
+    )))
 
 
 def stands_in_octets(body: Part) -> bool:
@@ -7881,13 +7871,13 @@ class Email:
     """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
 
     def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
-        self.id, self.raw, self.sequence, self.mail = record.id, raw, sequence, read_safely(raw)
+        self.id, self.raw, self.sequence = record.id, raw, sequence
         self.reverse_path = record.reverse_path
         self.recipients = [r.address for r in record.recipients]
-        self.subject, self.text, self.html = self.mail.subject, self.mail.text, self.mail.html.replace("\r\n", "\n")
-        self.from_ = self.mail.people("from")[0]["Address"]
-        self.to = [p["Address"] for p in self.mail.people("to")]
-        self.cc = [p["Address"] for p in self.mail.people("cc")]
+        self.mail = mail = read_safely(raw)
+        self.subject, self.text, self.html = mail.subject, mail.text, mail.html.replace("\r\n", "\n")
+        self.from_ = mail.people("from")[0]["Address"]
+        self.to, self.cc = ([p["Address"] for p in mail.people(name)] for name in ("to", "cc"))
 
     @functools.cached_property
     def links(self) -> list[str]:
@@ -7951,34 +7941,32 @@ def attachment_json(part: Part) -> dict[str, Any]:
     }
 
 
-LISTED_ONLY = ("Read", "Created", "Attachments", "Snippet")  # in a list only
-
-
-def message_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
-    """Mailpit's Message: one whole. Mailpit marks it read when it is asked for."""
-    listed, post = (header(mail.headers, name) for name in ("list-unsubscribe", "list-unsubscribe-post"))
+def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
+    """Mailpit's Message: one whole, with sequence number, links and codes, which are ours."""
+    listed, post = (header(mail.headers, f"list-unsubscribe{end}") for end in ("", "-post"))
     found = [re.sub(r"\s", "", link) for link in re.findall(r"<([^<>]{1,4000})>", listed)]
     good = [link for link in found if re.match("(?i)(?:https?://|mailto:).", link)]
-    wrong = ["it names no link" * (not good), "it names a link that is not of http, https or mailto" * (good != found)]
-    if post:
-        wrong += ["List-Unsubscribe-Post is not List-Unsubscribe=One-Click" * (post != "List-Unsubscribe=One-Click")]
-        wrong += ["one click needs an https link" * (not any(u.lower().startswith("https:") for u in good))]
-    unsubscribe = {"Header": listed, "Links": good, "HeaderPost": post,
-                   "Errors": ", ".join(filter(None, wrong)) if listed or post else ""}
-    shown = {name: value for name, value in summary_json(item).items() if name not in LISTED_ONLY}
+    one_click = any(link.lower().startswith("https:") for link in good)
+    errors = {
+        "it names no link": not good,
+        "it names a link that is not of http, https or mailto": good != found,
+        "List-Unsubscribe-Post is not List-Unsubscribe=One-Click":
+            post and post != "List-Unsubscribe=One-Click",
+        "one click needs an https link": post and not one_click,
+    }
+    wrong = ", ".join(text for text, holds in errors.items() if holds and (listed or post))
+    shown = summary_json(item)
     return {
-        **shown, "Subject": mail.subject, "Date": mail.date or item.summary["Created"],
-        "ReturnPath": record.reverse_path, "ListUnsubscribe": unsubscribe, "HTML": mail.html,
+        **{name: value for name, value in shown.items() if name not in ("Read", "Created", "Snippet")},
+        "Subject": mail.subject, "Date": mail.date or shown["Created"],
+        "ReturnPath": record.reverse_path, "HTML": mail.html,
         "Text": mail.plain if mail.plain.strip() else mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
+        "ListUnsubscribe": {"Header": listed, "Links": good, "HeaderPost": post, "Errors": wrong},
+        "Sequence": item.sequence, "Links": links(mail.text, mail.html),
+        "Codes": codes(mail.text, mail.html, mail.subject),
     }
-
-
-def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
-    """The Message that /api/v1/wait answers, with sequence number, links and codes."""
-    return {**message_json(item, mail, record), "Sequence": item.sequence, "Links": links(mail.text, mail.html),
-            "Codes": codes(mail.text, mail.html, mail.subject)}
 
 
 def headers_json(mail: Mail, record: Message | None = None) -> dict[str, list[str]]:
@@ -8007,36 +7995,31 @@ def grouped(headers: Headers) -> dict[str, list[str]]:
 def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[str, Any]:
     """Mailpit's AppInformation; `stats` are DatabaseSize and what is known of RuntimeStats."""
     total, unread, tags = inbox.counts()
-    runtime = dict.fromkeys(
-        ("Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"), 0
-    )
+    names = "Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"
     size = stats.pop("DatabaseSize", 0)
     return {
         "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": size,
         "Messages": total, "Unread": unread, "Tags": tags,
-        "RuntimeStats": {**runtime, "MessagesDeleted": inbox.deleted, **stats},
+        "RuntimeStats": {**dict.fromkeys(names, 0), "MessagesDeleted": inbox.deleted, **stats},
     }
 
 
 def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
     """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
-    page = inbox.search(query, start, limit)
-    items = [mailhog_item(inbox.load(item.id), inbox.raw(item.id)) for item in page.items]
+    page, items = inbox.search(query, start, limit), []
+    for item in page.items:
+        record, raw = inbox.load(item.id), inbox.raw(item.id)
+        mail, body = read_mail(raw), read_headers(raw, 0, len(raw))[1]
+        parts = [mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+        sender, to = record.reverse_path, [r.address for r in record.recipients]
+        items.append({
+            "ID": record.id, "Created": record.received_at,
+            "Raw": {"From": sender, "To": to, "Helo": record.helo, "Data": decode_text(raw)},
+            "From": mailhog_path(sender), "To": [mailhog_path(path) for path in to],
+            "Content": mailhog_content(mail.headers, raw[body:]),
+            "MIME": {"Parts": parts} if parts else None,
+        })
     return {"total": page.total, "count": len(items), "start": start, "items": items}
-
-
-def mailhog_item(record: Message, raw: bytes) -> dict[str, Any]:
-    mail, body = read_mail(raw), read_headers(raw, 0, len(raw))[1]
-    parts = [mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
-    to = [r.address for r in record.recipients]
-    envelope = {"From": record.reverse_path, "To": to, "Helo": record.helo}
-    return {
-        "ID": record.id, "Created": record.received_at,
-        "Raw": {**envelope, "Data": decode_text(raw)},
-        "From": mailhog_path(record.reverse_path), "To": [mailhog_path(path) for path in to],
-        "Content": mailhog_content(mail.headers, raw[body:]),
-        "MIME": {"Parts": parts} if parts else None,
-    }
 
 
 def mailhog_path(address: str) -> dict[str, Any]:
@@ -8155,11 +8138,12 @@ def folded(name: str, value: str) -> str:
 def written_body(body: Any) -> bytes:
     """Write the MIME fields and the body: text, HTML and attachments."""
     text, page = (take_field(body, name, "") for name in ("Text", "HTML"))
-    attached = read_each(body, "Attachments", read_attachment)
-    shown = [part for cid, part in attached if cid and page]
+    shown: list[bytes] = []
+    others: list[bytes] = []
+    for cid, part in read_each(body, "Attachments", read_attachment):
+        (shown if cid and page else others).append(part)
     bodies = [written_text("plain", text)] if text or not page else []
     bodies += [multipart("related", [written_text("html", page), *shown])] if page else []
-    others = [part for cid, part in attached if not (cid and page)]
     return multipart("mixed", [multipart("alternative", bodies), *others])
 
 
@@ -8176,17 +8160,19 @@ def written_text(kind: str, text: str) -> bytes:
     """Write a text part; its line ends are CRLF, whatever they were."""
     octets = (re.sub(r"\r\n?|\n", "\r\n", text).rstrip("\r\n") + "\r\n").encode()
     plain = octets.isascii() and b"\0" not in octets and max(map(len, octets.split(b"\n"))) < 990
-    encoding, octets = ("7bit", octets) if plain else ("quoted-printable", binascii.b2a_qp(octets, istext=True))
-    head = f"Content-Type: text/{kind}; charset=utf-8\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    octets = octets if plain else binascii.b2a_qp(octets, istext=True)
+    head = (f"Content-Type: text/{kind}; charset=utf-8\r\n"
+            f"Content-Transfer-Encoding: {'7bit' if plain else 'quoted-printable'}\r\n\r\n")
     return head.encode() + octets
 
 
 def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
-    """Read an attachment; return its content id and the part, whose octets are in base64 whatever they are."""
+    """Read an attachment; return its content id and the part, in base64 whatever it is."""
     name, cid, kind, coded = (take_field(value, f"{path}.{key}", "")
                               for key in ("Filename", "ContentID", "ContentType", "Content"))
     try:
-        content = base64.b64decode(coded.rpartition(",")[2], validate=True)  # browsers put data:...; before it
+        # Browsers put data:...; before it.
+        content = base64.b64decode(coded.rpartition(",")[2], validate=True)
     except ValueError:
         raise BadRequest(f"{path}.Content: not base64") from None
     kind, name = kind or type_of(content, name), safe_filename(name)
@@ -8194,7 +8180,8 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
         raise BadRequest(f"body: {path}.ContentType cannot be {kind[:100]!r}")
     if not re.fullmatch(r"[!-;=?-~]{0,200}", cid):
         raise BadRequest(f"{path}.ContentID: cannot be {cid[:100]!r}")
-    shown = f'filename="{name}"' if name.isascii() else f"filename*=utf-8''{urllib.parse.quote(name, safe='')}"
+    quoted = urllib.parse.quote(name, safe="")
+    shown = f'filename="{name}"' if name.isascii() else f"filename*=utf-8''{quoted}"
     head = (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: base64\r\n"
             f"Content-Disposition: {'inline' if cid else 'attachment'}; {shown}\r\n"
             + f"Content-ID: <{cid}>\r\n" * bool(cid))
@@ -8204,11 +8191,9 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
 def type_of(content: bytes, name: str) -> str:
     """Tell a file's type by its octets, and by its name where they say nothing."""
     kind = first_octets_type(content[:600])
-    try:
-        if not kind and content.decode() and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
-            kind = "text/plain; charset=utf-8"
-    except UnicodeDecodeError:
-        pass
+    if not kind and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
+        with contextlib.suppress(UnicodeDecodeError):
+            kind = "text/plain; charset=utf-8" if content.decode() else ""
     return kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
