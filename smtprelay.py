@@ -10305,21 +10305,25 @@ def read_errand(words: Sequence[str]) -> Errand:
 
 
 def split_header(raw: bytes, dot_ends: bool) -> tuple[list[tuple[str, bytes]], list[bytes]]:
-    """Split what a program wrote into header fields, each with its name in lower case, and the body's lines."""
-    lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    """Split what a program wrote into header fields, each with its name in lower case, and the body's lines.
+
+    A CR alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there.
+    """
+    lines = [line.rstrip(b"\r") for line in raw.split(b"\n")]
     if dot_ends and b"." in lines:
         lines = lines[:lines.index(b".")]
     elif not lines[-1]:
         del lines[-1]
     fields: list[tuple[str, bytes]] = []
     for i, line in enumerate(lines):
+        line = line.replace(b"\r", b" ")
         name = re.match(rb"([!-9;-~]+)[ \t]*:", line)
         if line[:1] in (b" ", b"\t") and fields and line.strip():
             fields[-1] = (fields[-1][0], fields[-1][1] + b"\r\n" + line)
         elif name:
             fields.append((name[1].decode().lower(), line))
         elif i or not re.match(b">?From ", line):  # an mbox line at the top is no field, and no body
-            return fields, lines[i + (not line):]
+            return fields, [part for each in lines[i + (not line):] for part in each.split(b"\r")]
     return fields, []
 
 

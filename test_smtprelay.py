@@ -10008,6 +10008,8 @@ SENDMAIL_LETTERS = [  # what is written, flags: sender, who gets it, what must b
      [b"From: =?utf-8?b?SsO2cmc=?= <j@box>\r\nTo: undisclosed-recipients:;\r\n"], []),
     (b"Subject: folded\n words\n\n\nx\n", "a,b", "me@box a@box b@box",
      [b"Subject: folded\r\n words\r\n", b"\r\n\r\n\r\nx\r\n"], []),
+    (b"To: a@b.example\nSubject: s\rBcc: eve@x.example\r\r\nX: y\n\n1%\r2%\n", "-t", "me@box a@b.example",
+     [b"Subject: s Bcc: eve@x.example\r\nX: y\r\n", b"\r\n\r\n1%\r\n2%\r\n"], []),
     (b"", "a", "me@box a@box", [b"From: "], []),
     (b"x: y\n\nx\n", "-f Web\u00a0App\u00a0<app@x.example> a", "app@x.example a@box", [b"From: Web App <app@x.example>\r\n"], []),
     (b"x: y\n\nx\n", "-f <app@x.example> a", "app@x.example a@box", [b"From: app@x.example\r\n"], []),
