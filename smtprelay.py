@@ -9997,7 +9997,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if coded is not None and (
                 coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
             raise HttpError(501, "Transfer-Encoding: expected chunked")
-        length = lengths.pop() if lengths else "0"
+        length = next(iter(lengths), "0")
         if not re.fullmatch("[0-9]{1,12}", length):
             raise HttpError(411, "Content-Length: expected a number of octets")
         if not lengths and coded is None and self.command == "DELETE" and self.unframed():
