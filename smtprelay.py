@@ -3878,7 +3878,8 @@ def ascii_domain(domain: str) -> str:
         if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
             name = lower.encode("idna").decode("ascii")
             # IDNA 2003 takes faß.example to fass.example, which is someone else: refuse.
-            name = name if name.encode().decode("idna") == unicodedata.normalize("NFC", lower) else ""
+            if name.encode().decode("idna") != unicodedata.normalize("NFC", lower):
+                name = ""
     except UnicodeError:
         name = ""
     if not is_host_name(name):
@@ -3908,13 +3909,6 @@ def system_dns_servers(path: str = "/etc/resolv.conf") -> list[tuple[str, int]]:
     return servers[:3] or [("127.0.0.1", 53)]
 
 
-def build_query(ident: int, name: str, kind: int) -> bytes:
-    """Build the message that asks a recursive server one question."""
-    labels = [label.encode("ascii") for label in name.split(".")]
-    octets = b"".join(bytes([len(label)]) + label for label in labels)
-    return struct.pack("!HHHxxxxxx", ident, 0x0100, 1) + octets + struct.pack("!xHH", kind, 1)
-
-
 def is_answer(message: bytes, query: bytes) -> bool:
     """Tell whether a message is the response to this query: same id, same single question."""
     # Of a question, lower() can change only the letters of its name.
@@ -3924,7 +3918,7 @@ def is_answer(message: bytes, query: bytes) -> bool:
 
 
 def parse_answer(message: bytes) -> DnsAnswer:
-    """Read what a message says about its question (RFC 1035 4.1). Raises ValueError if that is nothing."""
+    """Read what a message says about its question (RFC 1035 4.1); ValueError if that is nothing."""
     records: list[tuple[str, int, int, str]] = []  # owner, kind, preference, value
     ttls = []
     try:
@@ -3949,7 +3943,8 @@ def parse_answer(message: bytes) -> DnsAnswer:
                 value, end = read_name(data, start)
             if kind == SOA:
                 _, end = read_name(data, end)
-                ttl, end = min(ttl, struct.unpack_from("!16xI", data, end)[0]), end + 20  # RFC 2308 5
+                ttl = min(ttl, struct.unpack_from("!16xI", data, end)[0])  # RFC 2308 5
+                end += 20
             if end != at:
                 raise ValueError("record of the wrong length")
             records.append((owner, kind, preference, value))
@@ -4017,7 +4012,8 @@ class Resolver:
     """
 
     def __init__(self, servers: Sequence[tuple[str, int]] = (), timeout: float = 10.0,
-                 clock: Callable[[], float] = time.monotonic, rng: random.Random | None = None) -> None:
+                 clock: Callable[[], float] = time.monotonic,
+                 rng: random.Random | None = None) -> None:
         self._servers, self._timeout, self._clock = list(servers), timeout, clock
         self._rng = rng or random.SystemRandom()
         self._lock = threading.Lock()
@@ -4090,16 +4086,18 @@ class Resolver:
         raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
 
     def _answer(self, name: str, kind: int, deadline: float) -> DnsAnswer:
-        """Answer one question from the cache, or else from one server after the other until one answers."""
+        """Answer one question from the cache, or else from the first server that answers."""
         with self._lock:
             expires, answer = self._cache.get((name, kind), (0.0, None))
         began = self._clock()
         if answer and began < expires:
             return answer
         answer, tries = None, (self._servers or system_dns_servers()) * DNS_ROUNDS
+        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
         for number, server in enumerate(tries, 1):
             until = began + number * (deadline - began) / len(tries)
-            query = build_query(self._rng.getrandbits(16), name, kind)
+            ident = self._rng.getrandbits(16)
+            query = struct.pack("!HHHxxxxxx", ident, 0x0100, 1) + labels + struct.pack("!xHH", kind, 1)
             try:
                 message = self._exchange(server, socket.SOCK_DGRAM, query, until)
                 if message[2] & 0x02:
@@ -4117,7 +4115,7 @@ class Resolver:
         return answer
 
     def _exchange(self, server: tuple[str, int], kind: int, query: bytes, until: float) -> bytes:
-        """Return the message with which the server answers a query; OSError when there is none in time."""
+        """Return the server's answer to a query; OSError when there is none in time."""
         found = socket.getaddrinfo(*server, type=kind, flags=socket.AI_NUMERICHOST)[0]
         stream, octets = kind == socket.SOCK_STREAM, b""
         with socket.socket(*found[:3]) as sock:
@@ -4133,11 +4131,11 @@ class Resolver:
                 if not block:
                     raise ConnectionError("connection closed")
                 octets = octets + block if stream else struct.pack("!H", len(block)) + block
-                size = int.from_bytes(octets[:2], "big")  # stands before a message on TCP (RFC 7766 8)
-                if len(octets) >= max(size, DNS_HEADER_SIZE) + 2 and is_answer(octets[2:size + 2], query):
-                    return octets[2:size + 2]
-                if len(octets) >= size + 2 > 2:
-                    octets = octets[size + 2:]
+                end = 2 + int.from_bytes(octets[:2], "big")  # before each message on TCP (RFC 7766 8)
+                if len(octets) >= max(end, DNS_HEADER_SIZE + 2) and is_answer(octets[2:end], query):
+                    return octets[2:end]
+                if len(octets) >= end > 2:
+                    octets = octets[end:]
 
 
 # === 13 DELIVERY =============================================================
@@ -4175,7 +4173,7 @@ AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
 class Trouble(Exception):
-    """The next hop did not do what was asked: at which stage, and what it said (code 0: no answer)."""
+    """The next hop did not do what was asked: at which stage, what it said (code 0: no answer)."""
 
     def __init__(self, stage: str, code: int, reply: str) -> None:
         super().__init__(reply)
@@ -4190,13 +4188,8 @@ def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status,
     if stage in OPENING or code in LOGIN_CODES or ours:  # against us, no verdict on a recipient
         return LATER, Scope.HOST
     scope = Scope.RECIPIENT if stage == "rcpt" and code else Scope.MESSAGE
-    never = code >= 500 and (stage, code) != ("rcpt", 552)  # RFC 5321 4.5.3.1.10: an old way to say 452
+    never = code >= 500 and (stage, code) != ("rcpt", 552)  # an old 452 (RFC 5321 4.5.3.1.10)
     return NEVER if never else LATER, scope
-
-
-def is_owed(outcome: Outcome) -> bool:
-    """Tell whether another host is to be asked: this one has surely not taken it, and may not."""
-    return not outcome.lost and (outcome.status is LATER or outcome.scope is Scope.HOST)
 
 
 def number(text: str) -> int:
@@ -4226,7 +4219,7 @@ class Target(NamedTuple):
 # -- what leaves --
 
 class Outgoing:
-    """Content as it leaves: octets of ours, then a file from where it stands; `size` is that of both."""
+    """Content as it leaves: octets of ours, then a file from where it stands; `size` is of both."""
 
     def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self.file, self.head, self.start = file, head, file.tell()
@@ -4251,7 +4244,7 @@ class Outgoing:
             line = text[at:] if not self.long else b""
 
     def mended(self, seven: bool) -> Outgoing:
-        """Return it with short lines and, where asked for, in seven bits, as far as that can be done."""
+        """Return it with short lines and, where asked for, in seven bits, as far as can be."""
         if self.signed:
             return self
         mended = Outgoing(cast(BinaryIO, io.BytesIO(mend(b"".join(self.blocks()), seven))))
@@ -4278,6 +4271,7 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         line.partition(b":") for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"))}
     kind = fields.get(b"content-type", b"text/plain").lower()
     encoding = before = fields.get(b"content-transfer-encoding", b"7bit").lower()
+    outer = b"7bit" if encoding == b"8bit" else encoding  # of what has parts
     fine = (body.isascii() or not seven) and max(map(len, body.split(b"\r\n"))) <= LINE_MOST
     if depth > 20 or b"dkim-signature" in fields or kind.startswith(
             (b"multipart/signed", b"multipart/encrypted", b"multipart/digest")):
@@ -4291,9 +4285,9 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         for i in range(2, len(pieces), 2):  # what follows the last delimiter is no part
             if pieces[i - 1].strip() == mark:
                 pieces[i] = b"\r\n" + mend(pieces[i][2:], seven, False, depth + 1)
-        body, encoding = b"".join(pieces), b"7bit" if encoding == b"8bit" else encoding
+        body, encoding = b"".join(pieces), outer
     elif kind.startswith(b"message/rfc822"):
-        body, encoding = mend(body, seven, True, depth + 1), b"7bit" if encoding == b"8bit" else encoding
+        body, encoding = mend(body, seven, True, depth + 1), outer
     elif encoding == b"base64":
         text = b"".join(body.split())
         body = b"\r\n".join(text[i:i + 76] for i in range(0, len(text), 76)) + b"\r\n"
@@ -4330,7 +4324,7 @@ def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
 
 
 def with_author(head: bytes, address: str) -> bytes:
-    """Put an address into a header's From, and who was named there into Reply-To, where there is none."""
+    """Put an address into a header's From, and who was there into Reply-To, if there is none."""
     fields = re.findall(rb"[^\n]+\n?(?:[ \t][^\n]*\n?)*", head)
     names = [field.partition(b":")[0].strip().lower() for field in fields]
     at = names.index(b"from") if b"from" in names else len(fields)
@@ -4363,7 +4357,7 @@ class NextHop:
         self.features: dict[str, str] = {}
         self.transcript: list[str] = []
         self.sent, self.idle_since = 0, 0.0
-        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients (0: any number), transactions
+        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients (0: all), transactions
         self.clean = True
         self.ready = self.carried = self.spent = self.full = False
         self.ip = self.tls = ""
@@ -4380,7 +4374,7 @@ class NextHop:
             raise Trouble("connect", 0, f"cannot connect: {e}") from None
         if is_nameless(self.settings):
             self.name = f"[IPv6:{ours}]" if ":" in ours else f"[{ours}]"
-        self.attach(sock)
+        self.wire = Wire(sock, 0.0)  # each command and reply has a deadline of its own
         if target.tls == "tls":
             self.secure("connect")
         self.expect("greeting")
@@ -4395,17 +4389,15 @@ class NextHop:
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
         deadline, trouble = time.monotonic() + self.settings.relay_timeout, OSError("no address")
-        port = self.target.port
-        places = socket.getaddrinfo(self.target.ip or self.target.host, port, type=socket.SOCK_STREAM)
+        name, port = self.target.ip or self.target.host, self.target.port
+        places = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
         for i, place in enumerate(places):
             try:
-                return socket.create_connection((str(place[4][0]), port), time_left(deadline) / (len(places) - i))
+                share = time_left(deadline) / (len(places) - i)
+                return socket.create_connection((str(place[4][0]), port), share)
             except OSError as e:
                 trouble = e
         raise trouble
-
-    def attach(self, sock: socket.socket) -> None:
-        self.wire = Wire(sock, time.monotonic() + self.settings.relay_reply_timeout)
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""
@@ -4413,8 +4405,7 @@ class NextHop:
         try:
             self.wire.sock.settimeout(self.settings.relay_timeout)
             sock = self.context().wrap_socket(self.wire.sock, server_hostname=name)
-            self.tls = sock.version() or ""
-            self.attach(sock)
+            self.tls, self.wire = sock.version() or "", Wire(sock, 0.0)
         except (OSError, ValueError, TlsError) as e:
             raise Trouble(stage, 0, f"TLS failed: {e}") from None
 
@@ -4424,7 +4415,8 @@ class NextHop:
         code, text = self.reply("hello")
         first, *lines = text.split("\n")
         if self.target.ip and first.partition(" ")[0].lower() == self.settings.hostname.lower():
-            raise Trouble("loop", LOOPS_BACK.code, f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}")
+            reply = f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}"
+            raise Trouble("loop", LOOPS_BACK.code, reply)
         self.features = {}
         if 300 <= code <= 499:
             raise Trouble("hello", code, text)
@@ -4444,7 +4436,8 @@ class NextHop:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
         if "starttls" not in self.features:
             if self.target.tls == "starttls":
-                raise Trouble("starttls", 0, "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it")
+                reply = "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it"
+                raise Trouble("starttls", 0, reply)
             return
         self.say("starttls", b"STARTTLS")
         code, text = self.reply("starttls")
@@ -4460,9 +4453,10 @@ class NextHop:
     def login(self) -> None:
         """AUTH with the mechanism that is set, or those offered until one is taken (RFC 4954)."""
         offered = self.features.get("auth", "").upper().split()
-        wanted = AUTO_AUTH if self.settings.relay_auth == "auto" else (self.settings.relay_auth.upper(),)
-        refused = Trouble("login", 0, f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}")
-        for mechanism in (m for m in wanted if m in offered):
+        wanted = (self.settings.relay_auth.upper(),)
+        reply = f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}"
+        refused = Trouble("login", 0, reply)
+        for mechanism in (m for m in (AUTO_AUTH if wanted == ("AUTO",) else wanted) if m in offered):
             try:
                 code, text = self.authenticate(mechanism)
             except Trouble as trouble:  # when it hung up after a refusal, that is the reason
@@ -4573,26 +4567,29 @@ class NextHop:
         if code >= 300:
             raise Trouble(stage, code, text)
 
-    def outcome(self, status: Status, scope: Scope, code: int, reply: str, lost: bool = False) -> Outcome:
+    def outcome(self, status: Status, scope: Scope, code: int, reply: str,
+                lost: bool = False) -> Outcome:
         """Return an outcome that says how it was come by."""
         verified = bool(self.tls) and self.settings.relay_tls_verify
-        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls, verified,
-                       "dsn" in self.features, lost)
+        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
+                       verified, "dsn" in self.features, lost)
 
     def judge(self, trouble: Trouble) -> Outcome:
-        return self.outcome(*classify(trouble.stage, trouble.code, trouble.reply, self.name), trouble.code,
-                            trouble.reply, lost=trouble.stage == "content" and not trouble.code)
+        stage, code, reply = trouble.stage, trouble.code, trouble.reply
+        means = classify(stage, code, reply, self.name)
+        return self.outcome(*means, code, reply, lost=stage == "content" and not code)
 
     def deliver(self, message: Message, recipients: Sequence[Recipient],
                 content: Outgoing) -> dict[str, Outcome]:
         """Send one message; return an outcome for each recipient, but those left when it is full.
 
-        In portions where the next hop has a limit, known beforehand or from its 452 (RFC 5321 4.5.3.1.10).
+        In portions where it has a limit, known beforehand or from its 452 (RFC 5321 4.5.3.1.10).
         """
         if content.eight and "8bitmime" not in self.features:
             content = content.seven
             if content.eight:
-                self.log.warn("sent_as_it_came", id=message.id, host=self.target, reason="8-bit content, no 8BITMIME")
+                self.log.warn("sent_as_it_came", id=message.id, host=self.target,
+                              reason="8-bit content, no 8BITMIME")
         outcomes = self.unable(message, recipients, content)
         waiting = [r for r in recipients if r.address not in outcomes] if outcomes else recipients
         most, last = self.most or len(waiting), None
@@ -4611,7 +4608,7 @@ class NextHop:
 
     def unable(self, message: Message, recipients: Sequence[Recipient],
                content: Outgoing) -> dict[str, Outcome]:
-        """Return for whom this next hop cannot take the message, by what it offers: another one may."""
+        """Return for whom this next hop cannot take the message, by what it offers: others may."""
         limit = number(self.features.get("size", ""))
         if 0 < limit < content.size:
             reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
@@ -4629,17 +4626,19 @@ class NextHop:
         return dict.fromkeys(found, self.outcome(NEVER, Scope.HOST, 553, reply)) if found else {}
 
     def spelled(self, address: str) -> str | None:
-        """Return an address as this next hop takes it, with A-labels at need; None when it cannot."""
+        """Return an address as this next hop takes it, with A-labels at need, or None."""
         if address.isascii() and address.isprintable():
             return address
         if "smtputf8" in self.features and not re.search("[\0-\x1f\x7f]", address):
             return address
         local, _, domain = address.rpartition("@")
         with contextlib.suppress(ResolveError):
-            return f"{local}@{ascii_domain(domain)}" if local.isascii() and local.isprintable() else None
+            if local.isascii() and local.isprintable():
+                return f"{local}@{ascii_domain(domain)}"
         return None
 
-    def commands(self, message: Message, recipients: Sequence[Recipient], content: Outgoing) -> list[bytes]:
+    def commands(self, message: Message, recipients: Sequence[Recipient],
+                 content: Outgoing) -> list[bytes]:
         """Return the lines of a transaction, with the parameters that are offered."""
         offered = self.features
         sender, utf8 = self.spelled(message.reverse_path) or "", "SMTPUTF8" in message.flags
@@ -4649,8 +4648,9 @@ class NextHop:
             utf8 = utf8 or not lines[-1].isascii()
             if "dsn" in offered:  # RFC 3461 5.2.1
                 orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
-                # An address that grows past the limit in ASCII is left out: better than a 501.
-                lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt if len(orcpt.encode()) <= ORCPT_MAX else "")
+                if len(orcpt.encode()) > ORCPT_MAX:  # it grew in ASCII: better none than a 501
+                    orcpt = ""
+                lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt)
         if "size" in offered:
             lines[0] += f" SIZE={content.size}"
         if "8bitmime" in offered and (content.eight or "8BITMIME" in message.flags):
@@ -4662,7 +4662,7 @@ class NextHop:
         return [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
 
     def has_spoken(self) -> bool:
-        """Tell whether there is an answer to nothing, which would be taken for that to the next command."""
+        """Tell whether there is an answer to nothing; it would be taken for that to a command."""
         poll = select.poll()
         poll.register(self.wire.sock, select.POLLIN)
         return self.wire.start != self.wire.end or bool(poll.poll(0))
@@ -4706,7 +4706,7 @@ class NextHop:
                     self.spent = True
                     outcomes.clear()
                     raise Trouble("data", 0, f"answers out of step: {code} {text}")
-            if not taken:  # an end of content now might send an empty message: such a connection is dropped
+            if not taken:  # an end of content now might send an empty message: it is dropped
                 self.spent = self.spent or pipelined and code < 400
                 return {r.address: self.judge(refused) for r in recipients} if refused else outcomes
             if code >= 400:
@@ -4720,7 +4720,8 @@ class NextHop:
             final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
         except Trouble as trouble:
             stage, code = trouble.stage, trouble.code
-            closed = stage == "rset" or (stage, code) in (("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
+            closed = stage == "rset" or (stage, code) in (
+                ("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
             self.full = self.sent > 1 and closed or self.carried and stage == "mail" and code < 500
             self.spent = self.spent or self.full
             if self.full:
@@ -4729,7 +4730,8 @@ class NextHop:
             if refused:
                 outcomes.clear()
             if final.lost:
-                self.log.warn("possible_duplicate", id=message.id, host=self.target, reason="no answer to the content")
+                self.log.warn("possible_duplicate", id=message.id, host=self.target,
+                              reason="no answer to the content")
         return {r.address: outcomes.get(r.address, final) for r in recipients}
 
     def send_content(self, content: Outgoing) -> None:
@@ -4795,8 +4797,9 @@ def read_aliases(text: str) -> dict[str, list[str]]:
 class Attempt(NamedTuple):
     """What an attempt came to: outcomes by address, the host's trouble if any, what was said.
 
-    `trouble` is for what happened up to the login; later, 421 or no answer is an outcome of the message. A crowded
-    host refused one more connection while others of ours were open: the message is tried again, uncharged.
+    `trouble` is for what happened up to the login; later, 421 or no answer is an outcome of the
+    message. A crowded host refused one more connection while others of ours were open: the message
+    is tried again, uncharged.
     """
 
     outcomes: dict[str, Outcome]
@@ -4876,7 +4879,7 @@ class Delivery:
         return list(dict.fromkeys(found)) or [s.local_to or address]
 
     def finals_owed(self, recipient: Recipient) -> list[str]:
-        """Return those that have not got it yet; one at least, should the aliases have changed meanwhile."""
+        """Return those that have not got it yet; one at least, should the aliases have changed."""
         finals, passed = self.finals(recipient.address), recipient.passed
         left = [a for a in finals if a not in passed] if passed else finals
         return [a for a in left if "!" + a not in passed] or left or finals[:1]
@@ -4928,11 +4931,10 @@ class Delivery:
         s, routes = self.settings, self.routes(message)
         lanes, by_mx = [lane], s.delivery == "mx" and not lane.endswith(")")
         with contextlib.suppress(ResolveError):
-            hosts, latest = set(self.mail_hosts(lane) if by_mx else ()), time.monotonic() + GROUPING_TIME
-            for other in routes if by_mx else ():  # with the very same hosts: it shares a transaction
+            latest, hosts = time.monotonic() + GROUPING_TIME, self.mail_hosts(lane) if by_mx else []
+            for other in [o for o in routes if by_mx and o != lane]:  # same hosts: sent together
                 with contextlib.suppress(ResolveError):
-                    if (other != lane and time.monotonic() < latest
-                            and set(self.mail_hosts(other)) == hosts):
+                    if time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
                         lanes.append(other)
         recipients = [*{id(r): r for name in lanes for r in routes[name]}.values()]
         whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
@@ -5038,11 +5040,12 @@ class Delivery:
 
     def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
                  reached: Callable[[], None]) -> Attempt:
-        """Try one target after the other for whom none has taken or refused for good (RFC 5321 5.1)."""
+        """Try target after target for whom none has taken or refused for good (RFC 5321 5.1)."""
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
         troubles: list[tuple[Target, Outcome]] = []
-        for target in itertools.islice(self.by_health(targets) if self.avoided else targets, TARGETS_MOST):
+        targets = self.by_health(targets) if self.avoided else targets
+        for target in itertools.islice(targets, TARGETS_MOST):
             started = time.monotonic()
             attempt = self.attempt_at(target, message, parcels, reached)
             lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
@@ -5059,8 +5062,10 @@ class Delivery:
                     self.avoided[target] = now + max(AVOID_TIME, took)
             outcomes.update({a: o for a, o in attempt.outcomes.items()
                              if a not in outcomes or (o.status, o.scope) != (NEVER, Scope.HOST)})
-            parcels = [([r for r in people if r.address not in outcomes or is_owed(outcomes[r.address])],
-                        content) for people, content in parcels]
+            # Another is asked for whom this one has surely not taken it, and may not.
+            done = {a for a, o in outcomes.items()
+                    if o.lost or o.status is not LATER and o.scope is not Scope.HOST}
+            parcels = [([r for r in people if r.address not in done], c) for people, c in parcels]
             if not any(people for people, _ in parcels):
                 break
         for target, trouble in troubles if outcomes else troubles[:-1]:  # the last one throttles
@@ -5091,7 +5096,7 @@ class Delivery:
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None]) -> Attempt:
-        """Try one target; a connection that has had its fill, or has gone stale, is replaced without blame."""
+        """Try one target; a connection that has had its fill, or is stale, is replaced, no blame."""
         outcomes: dict[str, Outcome] = {}
         transcript: list[str] = []
         full = True
