@@ -2510,21 +2510,19 @@ class Spool:
 
     def load(self, stem: str) -> Message:
         """Return the record of a message; KeyError when it is gone, SpoolError when it is damaged."""
-        message, file = self.fetch(stem, SIDECARS)
+        message, file = self.fetch(stem, done=True)
         file.close()
         return message
 
-    def fetch(
-        self, stem: str, sidecars: Sequence[tuple[str, Status | None]] = SIDECARS[-1:]
-    ) -> tuple[Message, BinaryIO]:
-        """Return the record and the content, as `load` and `content` do, of a message that is not finished.
+    def fetch(self, stem: str, done: bool = False) -> tuple[Message, BinaryIO]:
+        """Return the record and the content, as `load` and `content` do; `done`: the message may be finished.
 
         The record is the first sidecar that there is, rebuilt from the .eml where that cannot be read.
         """
         file = self.open_file(stem, ".eml")
         try:
             message = first_record(file)
-            for end, status in sidecars:
+            for end, status in SIDECARS if done else SIDECARS[-1:]:
                 try:
                     with self.open_file(stem, end) as sidecar:
                         message = Message.from_json(sidecar.read(RECORD_LIMIT))
@@ -2607,13 +2605,9 @@ class Draft:
         if self.fd < 0:
             size = b"%012d" % self.size if last else b"%-12s" % (TO_THE_END.encode() if self.seal else b"")
             self.parts.insert(0, b"X-Envelope-Size: %s\r\n" % size)
-            if self.spool.on_disk:
-                self.fd = self.make_part()
+            self.fd = self.make_part()
         data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        if self.fd < 0:
-            self.spool.store.write(self.stem + ".eml", data)
-        else:
-            write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def make_part(self) -> int:
         """Make the .part, in the date's directory, whose own name is synced when it is new."""
@@ -2632,10 +2626,12 @@ class Draft:
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
+        if not self.spool.on_disk:
+            size = b"X-Envelope-Size: %012d\r\n" % self.size
+            self.spool.store.write(self.stem + ".eml", b"".join((size, *self.parts)))
+            return self.stem
         begun = self.fd >= 0
         self.flush(last=True)
-        if not self.spool.on_disk:
-            return self.stem
         if begun and not self.seal:
             os.pwrite(self.fd, b"%012d" % self.size, len("X-Envelope-Size: "))
         final = f"{self.spool.root}/{self.stem}.eml"
