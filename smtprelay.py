@@ -10410,19 +10410,19 @@ def own_reception(settings: Settings) -> Reception:
         os.seteuid(owner.st_uid)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
-    check_spool(path)
-    open_door = dataclasses.replace(settings, storage="file", delivery="relay", auth_user="", users_file="",
-                                    auth_any=False, auth_required=False, tls_required=False, rate_limit=0, audit_log="",
-                                    debug=False, faults="")
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
-    log, arrived = Log(os.devnull, level="error"), os.path.join(path, ARRIVED)
+    open_door = dataclasses.replace(
+        settings, storage="file", delivery="relay", auth_user="", users_file="", auth_any=False,
+        auth_required=False, tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
+    log = Log(os.devnull, level="error")
+    spool = Spool(open_door, log)
 
     def announce(stem: str, owed: bool) -> bool:
         with contextlib.suppress(OSError):
-            write_file(arrived, b"")
+            write_file(spool.path(ARRIVED), b"")
         return True
 
-    return Reception(open_door, Spool(open_door, log), Metrics(), log, announce, Accounts(open_door, log), None,
+    return Reception(open_door, spool, Metrics(), log, announce, Accounts(open_door, log), None,
                      Quotas("", log), Faults(""))
 
 
@@ -10459,8 +10459,8 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
     smtp.ehlo()
     if settings.auth_user and smtp.has_extn("auth"):
         smtp.login(settings.auth_user, settings.auth_password)
-    parameters = f" SIZE={len(content)}" + f" RET={envelope.ret}" * bool(envelope.ret)
-    parameters += " BODY=8BITMIME" * ("8BITMIME" in envelope.flags) + " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
+    eight, utf8 = "8BITMIME" * ("8BITMIME" in envelope.flags), " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
+    parameters = asked(SIZE=str(len(content)), RET=envelope.ret, BODY=eight) + utf8
     replies: dict[str, tuple[int, bytes]] = {}
     todo = envelope.recipients
     while todo:  # again where it took a portion (RFC 5321 4.5.3.1.10)
@@ -10468,8 +10468,8 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
         if reply[0] in (421, 530, 538):
             raise smtplib.SMTPSenderRefused(*reply, envelope.reverse_path)
         for address in todo:
-            notify = f" NOTIFY={envelope.notify[address]}" * bool(envelope.notify[address])
-            replies[address] = smtp.docmd(f"RCPT TO:<{address}>{notify}") if reply[0] < 300 else reply
+            rcpt = f"RCPT TO:<{address}>{asked(NOTIFY=envelope.notify[address])}"
+            replies[address] = smtp.docmd(rcpt) if reply[0] < 300 else reply
         taken = [address for address in todo if replies[address][0] < 300]
         if taken:
             try:
