@@ -490,9 +490,8 @@ def numeric(kind: Callable[[float], Any], expected: str, least: float = 0, most:
     def parse(text: str) -> Any:
         match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z]*)", text)
         each = (units or {"": 1}).get(match[2].lower()) if match else None
-        if not match or not each or (kind is int and not units and "." in text):
-            raise ValueError(expected)
-        value = float(match[1]) * each
+        whole = kind is int and not units
+        value = float(match[1]) * each if match and each and not (whole and "." in text) else math.nan
         if not least <= value <= most:
             raise ValueError(expected)
         return kind(value)
@@ -821,7 +820,6 @@ class Settings:
     audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
     debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
 
-
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Settings:
         """Read all settings from environment variables; SettingsError lists every mistake."""
@@ -864,7 +862,6 @@ class Settings:
 
 
 def machine_name() -> str:
-    """Return this machine's name, fit for a greeting."""
     return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
 
@@ -2728,7 +2725,6 @@ def hash_password(password: str) -> str:
 
 
 def check_password(password: str, stored: str) -> bool:
-    """Compare a password with a hash."""
     making, _, key = stored.rpartition(":")
     return hmac.compare_digest(derive(password, making), key)
 
@@ -2739,7 +2735,6 @@ def same_secret(known: str, given: str) -> bool:
 
 
 def new_api_key() -> str:
-    """Make an api_key of 160 random bits."""
     return API_KEY + secrets.token_hex(20)
 
 
@@ -2760,7 +2755,6 @@ ACCOUNT_KEYS: dict[str, tuple[object, str]] = {
 
 
 def fits(kind: object, value: object) -> bool:
-    """Tell whether a value from the users file is of a kind in ACCOUNT_KEYS."""
     if kind is int:
         return type(value) is int and value >= 0  # True is an int, too
     if kind is list:
@@ -2845,15 +2839,12 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
         os.close(lock)
 
 
-Stamp = Optional[tuple[int, int, int]]
-
-
-def file_stamp(path: str) -> Stamp:
-    """Read what changes when a file does; None for a file that is not there."""
+def file_stamp(path: str) -> tuple[int, ...]:
+    """Read what changes when a file does; () for a file that is not there."""
     try:
         now = os.stat(path)
     except OSError:
-        return None
+        return ()
     return now.st_mtime_ns, now.st_size, now.st_ino
 
 
@@ -2869,7 +2860,7 @@ class Login(NamedTuple):
 class Known(NamedTuple):
     """What was read at one time, and the logins it proved."""
 
-    stamp: Stamp
+    stamp: tuple[int, ...]
     logins: dict[str, Account]
     hashed: bool  # whether there is an account that CRAM-MD5 cannot check
     decoy: str  # a hash no password fits, as costly as the first account's own
@@ -2890,14 +2881,13 @@ class Accounts:
         self._path = settings.users_file
         self._key = secrets.token_bytes(32)
         self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
-        self._known = self._read()
+        self._known = self._read(file_stamp(self._path))
 
     def configured(self) -> bool:
         """Tell whether there may be logins, even if the file names nobody yet."""
         return bool(self.settings.auth_user or self._path or self.settings.auth_any)
 
-    def _read(self) -> Known:
-        stamp = file_stamp(self._path)  # first: a change while reading is seen the next time
+    def _read(self, stamp: tuple[int, ...]) -> Known:
         users = read_users(self._path) if self._path else {}
         if self._path and os.stat(self._path).st_mode & 0o077:
             self.log.warn("users_file", file=self._path, warning="not only its owner may read it (chmod 600)")
@@ -2923,9 +2913,9 @@ class Accounts:
 
     def reload(self) -> None:
         """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
-        stamp = file_stamp(self._path)
+        stamp = file_stamp(self._path)  # first: a change while reading is seen the next time
         try:
-            self._known = self._read()
+            self._known = self._read(stamp)
             self.trouble = ""
         except (AccountsError, OSError) as error:
             self._known = self._known._replace(stamp=stamp)
@@ -3138,7 +3128,6 @@ class Buckets:
             return {key: at - now for key, at in self._full_at.items() if at > now}
 
     def restore(self, waits: Mapping[str, float]) -> None:
-        """Take over what `waits` returned, at the start."""
         now = self._clock()
         self._full_at.update((key, now + wait) for key, wait in waits.items())
 
@@ -3165,9 +3154,8 @@ class Quotas:
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._read(since="")
-            kept = self._read_file(f"minutes.{part}.json", lambda it: {
-                name: min(float(wait) - now() + it["at"], 60.0) for name, wait in it["waits"].items()})
-            self.minutes.restore({name: wait for name, wait in kept.items() if wait > 0})
+            self.minutes.restore(self._read_file(f"minutes.{part}.json", lambda it: {
+                name: min(float(wait) - now() + it["at"], 60.0) for name, wait in it["waits"].items()}))
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
@@ -3332,8 +3320,8 @@ class ServerTls:
         self._files = (cert, key)
         self._loaded = (self._stamps(), server_context(cert, key))
 
-    def _stamps(self) -> tuple[Stamp, ...]:
-        return tuple(file_stamp(path) for path in self._files)
+    def _stamps(self) -> list[tuple[int, ...]]:
+        return [file_stamp(path) for path in self._files]
 
     def current(self) -> ssl.SSLContext:
         """Give the context of the files as they are now, or were when last good."""
@@ -3362,14 +3350,13 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     pem = os.path.join(directory, "self-signed.pem")
-    today, names = time.strftime("%Y-%m-%d", time.gmtime(now())), subject_names(hostname)
+    today, names = iso_second(int(now()))[:10], subject_names(hostname)
     made_for, _, renew_at = "", "", ""
     with contextlib.suppress(FileNotFoundError):
         made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
     if made_for != f"# {names}" or today >= renew_at:
-        renewal = time.gmtime(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * 86400)
-        title = f"# {names} renew {time.strftime('%Y-%m-%d', renewal)}\n"
-        replace_file(pem, title.encode() + make_pair(directory, names), sync=True)
+        renewal = iso_second(int(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * DAY))[:10]
+        replace_file(pem, f"# {names} renew {renewal}\n".encode() + make_pair(directory, names), sync=True)
     return pem, pem
 
 
