@@ -11998,7 +11998,6 @@ if pytest:
 DOCTOR_TIMEOUT = 10.0
 PORTS_TRIED = (25, 465, 587)
 DOMAIN_HOSTS = 3  # hosts of a domain that are examined
-KNOWN_DOMAIN = "gmail.com"  # stands for all recipients where mail goes straight to their hosts
 
 
 def size_shown(octets: float) -> str:
@@ -12085,7 +12084,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     reached = [a for a in addresses if (a, target.port) in opens]
     for label, six in (("IPv4", False), ("IPv6", True)):
         family = [a for a in addresses if (":" in a) == six]
-        if family and set(family) & set(reached):
+        if set(family) & set(reached):
             yield Finding("ok", label, f"port {target.port} opens")
         elif family:
             yield Finding("warn" if reached else "fail", label, f"port {target.port} does not open over {label}",
@@ -12177,10 +12176,8 @@ def examine_clock(greeting: str, now: float) -> Finding:
     """Compare the clock with the date in a greeting, where there is one."""
     written = re.search(r"\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
     try:
-        off = now - email.utils.parsedate_to_datetime(written[0]).timestamp() if written else None
-    except (ValueError, OverflowError):  # no date that there is
-        off = None
-    if off is None:
+        off = now - email.utils.parsedate_to_datetime(written[0] if written else "").timestamp()
+    except (TypeError, ValueError, OverflowError):  # no date that there is; TypeError is Python 3.9's
         return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
     far = abs(off) > 300
     found = f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's"
@@ -12210,7 +12207,7 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
     """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
     yield from examine_spool(settings)
     if settings.delivery == "mx" and not domain:
-        domain = KNOWN_DOMAIN
+        domain = "gmail.com"
         yield Finding("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all",
                       "name another domain to examine: doctor example.com")
     if domain:
@@ -12434,15 +12431,17 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
     """Return every file of an installation: its mode and its text."""
     python = interpreter()
     with open(__file__, encoding="utf-8") as file:
-        files = {INSTALLED: (0o644, file.read())}
-    settings = "".join(f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n"
-                       for name, value in COMMON_SETTINGS.items())
-    settings = f"# Settings of the service smtprelay; `smtprelay help settings` shows all.\n{settings}"
+        program = file.read()
+    settings = "# Settings of the service smtprelay; `smtprelay help settings` shows all.\n" + "".join(
+        f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
     with contextlib.suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
         settings = file.read()
-    files[PROGRAM] = (0o755, RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED)))
-    files[UNIT], files[SOCKET_UNIT] = (0o644, SERVICE), (0o644, SOCKET)
-    files[ENVIRONMENT_FILE] = (0o600, assigned(settings, changes))
+    files = {
+        INSTALLED: (0o644, program),
+        PROGRAM: (0o755, RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED))),
+        UNIT: (0o644, SERVICE), SOCKET_UNIT: (0o644, SOCKET),
+        ENVIRONMENT_FILE: (0o600, assigned(settings, changes)),
+    }
     if password:
         files[PASSWORD_FILE] = (0o600, f"{password}\n")
     if password or os.path.exists(root + PASSWORD_FILE):
@@ -12454,23 +12453,20 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
 
 def install(arguments: argparse.Namespace) -> int:
     """Make this program a service of this machine, or upgrade it; settings and mail stay."""
-    root, changes, password = arguments.root.rstrip("/"), {}, ""
+    root, password = arguments.root.rstrip("/"), ""
     if not (root or arguments.dry_run) and os.geteuid():
         raise Complaint("this writes to /usr/local and /etc: run it with sudo (--dry-run shows what)")
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
-    for name, value in (("SMTP_RELAY_HOST", arguments.relay), ("SMTP_RELAY_USERNAME", arguments.user),
-                        ("SMTP_PORT", arguments.port)):
-        if value:
-            changes[name] = value
+    given = {"SMTP_RELAY_HOST": arguments.relay, "SMTP_RELAY_USERNAME": arguments.user, "SMTP_PORT": arguments.port}
+    changes = {name: value for name, value in given.items() if value}
     if arguments.user:
         password = "..." if arguments.dry_run else ask_password(f"Password of {arguments.user} at {arguments.relay}: ")
-    before: dict[str, str] = {}
-    with contextlib.suppress(FileNotFoundError):
-        before = read_assignments(root + ENVIRONMENT_FILE)
     if changes:  # else what is there may be as it is: an upgrade must not fail on it
+        there = os.path.exists(root + ENVIRONMENT_FILE)
         kept = "as it was" if os.path.exists(root + PASSWORD_FILE) else ""
-        Settings.read({"SMTP_RELAY_PASSWORD": password or kept, **before, **changes})
+        Settings.read({"SMTP_RELAY_PASSWORD": password or kept,
+                       **(read_assignments(root + ENVIRONMENT_FILE) if there else {}), **changes})
     os.umask(0o022)
     files = installation(root, changes, password, arguments.sendmail)
     for path, (mode, text) in files.items():
@@ -12497,17 +12493,15 @@ def link_sendmail(root: str) -> list[str]:
     for path in SENDMAIL_LINKS:
         at = root + path
         now = os.readlink(at) if os.path.islink(at) else ""
-        if now == LAUNCHED:
-            continue
         if not os.path.lexists(at):
             os.makedirs(os.path.dirname(at), exist_ok=True)
             os.symlink(LAUNCHED, at)
             print(f"{at} -> {LAUNCHED}")
-            continue
-        way = f"dpkg-divert --local --rename --add {path}, then install --sendmail again"
-        if now.startswith("/etc/alternatives/"):
-            way = f"update-alternatives --install {path} {os.path.basename(now)} {LAUNCHED} 100"
-        taken.append(f"{path} is left to {os.path.realpath(at)}; on Debian this makes it smtprelay's: {way}")
+        elif now != LAUNCHED:
+            way = f"dpkg-divert --local --rename --add {path}, then install --sendmail again"
+            if now.startswith("/etc/alternatives/"):
+                way = f"update-alternatives --install {path} {os.path.basename(now)} {LAUNCHED} 100"
+            taken.append(f"{path} is left to {os.path.realpath(at)}; on Debian this makes it smtprelay's: {way}")
     return taken
 
 
@@ -12555,17 +12549,17 @@ def uninstall(arguments: argparse.Namespace) -> int:
     import shutil
 
     root = arguments.root.rstrip("/")
-    if not (root or arguments.dry_run) and os.geteuid():
+    live = not (root or arguments.dry_run)
+    if live and os.geteuid():
         raise Complaint("this removes from /usr/local and /etc: run it with sudo (--dry-run shows what)")
     doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN)]
     doomed += [path for path in SENDMAIL_LINKS
                if os.path.islink(root + path) and os.readlink(root + path) == LAUNCHED]
     doomed += [os.path.dirname(ENVIRONMENT_FILE), STATE] if arguments.purge else []
-    live = not (root or arguments.dry_run)
     if live and os.path.exists(UNIT):
         systemctl("disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
     for path in (root + path for path in doomed if os.path.lexists(root + path)):
-        print(f"removed {path}" if not arguments.dry_run else f"would remove {path}")
+        print(f"would remove {path}" if arguments.dry_run else f"removed {path}")
         if arguments.dry_run:
             continue
         if os.path.isdir(path) and not os.path.islink(path):
@@ -12599,6 +12593,8 @@ Row = tuple[str, ...]
 class NoRelay(Exception):
     """No relay answers over HTTP."""
 
+    status = EX_UNAVAILABLE
+
 
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
@@ -12631,17 +12627,21 @@ def print_json(value: object) -> None:
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
-    """Ask the running relay; return its answer, JSON or octets. NoRelay when none comes, Complaint when it refuses."""
+    """Ask the running relay; return its answer, JSON or octets.
+
+    NoRelay when none comes, Complaint when it refuses.
+    """
     if not settings.health_addr:
         raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
     address = settings.health_addr[0]._replace(host=reachable(settings.health_addr[0].host))
     connection = http.client.HTTPConnection(address.host or "localhost", address.port, timeout=patience)
     words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
-    token = settings.api_token
-    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    headers = {"Accept": "application/json"}
+    if settings.api_token:
+        headers["Authorization"] = f"Bearer {settings.api_token}"
     try:
         connection.sock = dial(address, patience)
-        connection.request(method, f"{path}?{words}" if words else path, headers=headers)
+        connection.request(method, f"{urllib.parse.quote(path)}?{words}", headers=headers)
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as e:
@@ -12738,7 +12738,7 @@ def retry_(settings: Settings, arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
     try:
-        done = ask(settings, "POST", f"/api/v1/queue/{urllib.parse.quote(id, safe='')}/retry")
+        done = ask(settings, "POST", f"/api/v1/queue/{id}/retry")
         print(f"{done['retried']} due now", file=sys.stderr)
     except NoRelay:
         with no_relay_runs(settings) as postmaster:
@@ -12748,9 +12748,8 @@ def retry_(settings: Settings, arguments: Arguments) -> int:
 
 def remove(settings: Settings, arguments: Arguments) -> int:
     """Remove a message for good, whether it is owed, held or finished."""
-    id = urllib.parse.quote(arguments.id, safe="")
     try:
-        ask(settings, "DELETE", f"/api/v1/queue/{id}")
+        ask(settings, "DELETE", f"/api/v1/queue/{arguments.id}")
     except NoRelay:
         with no_relay_runs(settings) as postmaster:
             postmaster.remove([postmaster.load(arguments.id).id])
@@ -12759,10 +12758,9 @@ def remove(settings: Settings, arguments: Arguments) -> int:
 
 def show(settings: Settings, arguments: Arguments) -> int:
     """Print a message: its record, then its content."""
-    path = f"/api/v1/message/{urllib.parse.quote(arguments.id, safe='')}"
+    path = f"/api/v1/message/{arguments.id}"
     try:
-        content = ask(settings, "GET", path + "/raw")
-        message = ask(settings, "GET", path)
+        content, message = ask(settings, "GET", path + "/raw"), ask(settings, "GET", path)
         record = {"id": message["ID"], **message["Delivery"]}
     except NoRelay:
         with no_relay_runs(settings, change=False) as postmaster:
@@ -12783,13 +12781,10 @@ def wait(settings: Settings, arguments: Arguments) -> int:
     """Block until a message arrives; print it, or just the code or link of one that has any."""
     part = "code" if arguments.code else "link" if arguments.link else ""
     given = {"recipient": arguments.to, "subject": arguments.subject}
-    words = [f'{name}:"{value}"' for name, value in given.items() if value]
-    try:
-        with progress(f"waiting up to {arguments.timeout:g} s for mail"):
-            found = ask(settings, "GET", "/api/v1/wait", arguments.timeout + 10, **{
-                "query": " ".join(words), "timeout": arguments.timeout, "with": part, "since": arguments.since})
-    except NoRelay as e:
-        raise Complaint(str(e), EX_UNAVAILABLE) from None
+    words = " ".join(f'{name}:"{value}"' for name, value in given.items() if value)
+    with progress(f"waiting up to {arguments.timeout:g} s for mail"):
+        found = ask(settings, "GET", "/api/v1/wait", arguments.timeout + 10, **{
+            "query": words, "timeout": arguments.timeout, "with": part, "since": arguments.since})
     if part:
         print(found[f"{part.title()}s"][0])
     elif arguments.json:
@@ -12808,7 +12803,8 @@ def user(settings: Settings, arguments: Arguments) -> int:
     try:
         users = read_users(path) if os.path.exists(path) else {}
         if arguments.action == "list":
-            return print_users(users, arguments.json)
+            print_users(users, arguments.json)
+            return 0
         if not name:
             raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
         if (name in users) == (arguments.action == "add"):
@@ -12829,19 +12825,15 @@ def user(settings: Settings, arguments: Arguments) -> int:
     return 0
 
 
-def print_users(users: Mapping[str, Any], as_json: bool) -> int:
+def print_users(users: Mapping[str, Any], as_json: bool) -> None:
     """Print the accounts without their secrets."""
-    shown = [{"name": name, **{k: fields[k] for k in ("allowed_domains", "quota_daily", "quota_per_minute",
-                                                      "relay_host") if fields.get(k)}}
-             for name, fields in users.items()]
+    limits = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+    shown = {name: {k: fields[k] for k in limits if fields.get(k)} for name, fields in users.items()}
     if as_json:
-        print_json(shown)
-        return 0
-    for account in shown:
-        name = account.pop("name")
-        limits = (f"{k}={setting_text(tuple(v) if isinstance(v, list) else v)}" for k, v in account.items())
-        print("  ".join([name, *limits]))
-    return 0
+        print_json([{"name": name, **account} for name, account in shown.items()])
+        return
+    for name, account in shown.items():
+        print("  ".join([name, *(f"{k}={setting_text(v)}" for k, v in account.items())]))
 
 
 def doctor(settings: Settings, arguments: Arguments) -> int:
@@ -12936,22 +12928,21 @@ def first_lines(parts: Parts) -> list[str]:
         value = getattr(s, FIELDS[name].name)
         if value != FIELDS[name].default:
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
-    if s.delivery != "hold" and is_nameless(s):
-        lines.append(f"warning: SMTP_HOSTNAME is not set, and {s.hostname} is no full name: "
-                     "next hops are greeted with an address in its place")
+    nobody = s.allow_networks == networks("loopback")
     beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
-    if beyond and s.auth_required is False:
-        lines.append("warning: SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login")
-    if beyond and s.auth_required is not False and not parts.accounts.configured():
-        lines.append("warning: clients beyond loopback must log in, but there are no accounts "
-                     "(SMTP_AUTH_REQUIRED=0 lets them send)")
-    if (s.api_networks == networks("loopback") and not s.api_token
-            and not all(a.path or is_loopback(a.host) for a in s.health_addr)):
-        lines.append("warning: SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: "
-                     "the page and /api serve this machine alone")
-    if is_open(s) and s.allow_networks == networks("loopback"):
-        lines.append("warning: this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there")
-    return lines
+    web_is_open = not all(a.path or is_loopback(a.host) for a in s.health_addr)
+    return lines + [f"warning: {words}" for holds, words in [
+        (s.delivery != "hold" and is_nameless(s),
+         f"SMTP_HOSTNAME is not set, and {s.hostname} is no full name: "
+         "next hops are greeted with an address in its place"),
+        (beyond and s.auth_required is False,
+         "SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login"),
+        (beyond and s.auth_required is not False and not parts.accounts.configured(),
+         "clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)"),
+        (web_is_open and s.api_networks == networks("loopback") and not s.api_token,
+         "SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone"),
+        (is_open(s) and nobody, "this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there"),
+    ] if holds]
 
 
 def check(settings: Settings, arguments: Arguments) -> int:
@@ -12973,20 +12964,14 @@ def check(settings: Settings, arguments: Arguments) -> int:
 
 def setting_text(value: Any) -> str:
     """Return a setting's value as a user would write it."""
-    if isinstance(value, tuple):
-        return ",".join(str(v) for v in value)
-    if isinstance(value, re.Pattern):
-        return str(value.pattern)
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value.pattern if isinstance(value, re.Pattern) else int(value) if isinstance(value, bool) else value)
 
 
 def status(settings: Settings, arguments: Arguments) -> int:
     """Say whether the relay runs, how it fares, and what it owes; exit 0 when it is ready."""
-    try:
-        parts = ask(settings, "GET", "/readyz", verbose=1)
-        listed = ask(settings, "GET", "/api/v1/queue")
-    except NoRelay as e:
-        raise Complaint(str(e), EX_UNAVAILABLE) from None
+    parts, listed = ask(settings, "GET", "/readyz", verbose=1), ask(settings, "GET", "/api/v1/queue")
     for name, how in parts.items():
         print(f"{name:<10} {how}")
     print(f"queue      {listed['total']} owed, {len(listed['held'])} held")
@@ -13023,11 +13008,10 @@ def spool_lock(settings: Settings) -> tuple[bool, float]:
     try:
         with open(os.path.join(settings.spool, ".lock"), "rb") as file:
             taken = os.fstat(file.fileno()).st_mtime
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True, taken
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False, taken
+    except BlockingIOError:
+        return True, taken
     except OSError:
         return False, 0.0
 
@@ -13110,31 +13094,34 @@ def metrics_table() -> Iterator[Row]:
         yield m.name + (f"{{{m.label}}}" if m.label else ""), m.kind, m.help
 
 
-def spool_table() -> Iterator[Row]:
-    yield "file", "what it is"
-    yield "DATE/ID_HASH.eml", "a message: X-Envelope- fields, our Received, the content; it never changes"
-    yield "DATE/ID_HASH.json", "its record, while it is owed or held; made anew from the .eml if it is lost"
-    yield "DATE/ID_HASH.forwarded.json", "the record of one that was delivered"
-    yield "DATE/ID_HASH.failed.json", "the record of one that was given up"
-    yield "bad/", "what could not be read: moved there, never deleted"
-    yield "tls/ usage/ faults", "the self-signed pair; what accounts have used; rules changed over HTTP"
-    yield "inbox.json", "what was read and tagged in the inbox; begun anew when it cannot be read"
-    yield ".lock", "held by the relay that runs"
+SPOOL_TABLE = """\
+file|what it is
+DATE/ID_HASH.eml|a message: X-Envelope- fields, our Received, the content; it never changes
+DATE/ID_HASH.json|its record, while it is owed or held; made anew from the .eml if it is lost
+DATE/ID_HASH.forwarded.json|the record of one that was delivered
+DATE/ID_HASH.failed.json|the record of one that was given up
+bad/|what could not be read: moved there, never deleted
+tls/ usage/ faults|the self-signed pair; what accounts have used; rules changed over HTTP
+inbox.json|what was read and tagged in the inbox; begun anew when it cannot be read
+.lock|held by the relay that runs"""
+EXIT_TABLE = """\
+status|meaning
+0|done
+1|a no: not ready, not found, nothing came in time
+64|wrong usage
+65|wrong input
+69|nothing to talk to: no relay, no spool, a place to listen that is taken; sendmail: refused for good
+75|not now: the spool is in use, the message was not taken; try again
+78|wrong settings"""
 
 
-def exit_table() -> Iterator[Row]:
-    yield "status", "meaning"
-    yield "0", "done"
-    yield "1", "a no: not ready, not found, nothing came in time"
-    yield "64", "wrong usage"
-    yield "65", "wrong input"
-    yield "69", "nothing to talk to: no relay, no spool, a place to listen that is taken; sendmail: refused for good"
-    yield "75", "not now: the spool is in use, the message was not taken; try again"
-    yield "78", "wrong settings"
+def rows_of(table: str) -> list[Row]:
+    return [tuple(line.split("|")) for line in table.split("\n")]
 
 
-TOPICS = {"settings": settings_table, "replies": replies_table, "http": http_table, "metrics": metrics_table,
-          "spool": spool_table, "exit": exit_table}
+TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
+    "settings": settings_table, "replies": replies_table, "http": http_table, "metrics": metrics_table,
+    "spool": lambda: rows_of(SPOOL_TABLE), "exit": lambda: rows_of(EXIT_TABLE)}
 
 
 @route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", SHELL)
@@ -13292,25 +13279,8 @@ def completion(shell: str) -> str:
     return first + BASH.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
 
 
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """Parse a command line; SystemExit with 0 after --help, EX_USAGE after a mistake."""
-    parser = argparse.ArgumentParser("smtprelay.py")
-    verbs = parser.add_subparsers(dest="verb")
-    for name in COMMANDS if words[0] not in COMMANDS else words[:1]:  # the others cost time, and nobody looks at them
-        verb = verbs.add_parser(name, description=summary_of(COMMANDS[name].run), formatter_class=formatter)
-        for names, how in COMMANDS[name].options:
-            verb.add_argument(*names, **how)
-    try:
-        return parser.parse_args(words)
-    except SystemExit as e:
-        raise SystemExit(EX_USAGE if e.code else 0) from None
-
-
-def formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, width=line_width())
-
-
 def run_command(words: list[str]) -> int:
+    """Run a verb; SystemExit with 0 after --help, EX_USAGE after a mistake in its arguments."""
     name, *rest = words or ["serve"]
     if name == "sendmail":  # whose flags are its own
         return sendmail(rest)
@@ -13321,8 +13291,16 @@ def run_command(words: list[str]) -> int:
     if name not in COMMANDS:
         complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
         return EX_USAGE
-    arguments = parse_arguments([name, *rest])
-    return COMMANDS[name].run(read_environment(), arguments) if COMMANDS[name].reads else COMMANDS[name].run(arguments)
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(command.run), formatter_class=(
+        functools.partial(argparse.HelpFormatter, width=line_width())))
+    for names, how in command.options:
+        parser.add_argument(*names, **how)
+    try:
+        arguments = parser.parse_args(rest)
+    except SystemExit as e:
+        raise SystemExit(EX_USAGE if e.code else 0) from None
+    return command.run(read_environment(), arguments) if command.reads else command.run(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13332,11 +13310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if called in SENDMAIL_NAMES:
         words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
     sys.stdin = sys.stdin or io.StringIO()  # where it was closed; its number may be another file's by now
-    for name in ("stdout", "stderr"):
-        if not getattr(sys, name):
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # an address that the locale cannot show
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an address that the locale cannot show
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -13349,9 +13326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except (Complaint, SpoolBusy, SpoolError, OSError) as e:
+    except (Complaint, NoRelay, SpoolBusy, SpoolError, OSError) as e:
         complain(str(e))
-        return e.status if isinstance(e, Complaint) else EX_TEMPFAIL
+        return getattr(e, "status", EX_TEMPFAIL)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
