@@ -3680,16 +3680,17 @@ class Scheduler:
 
     # -- what is known of a next hop: told by a worker that has a task of its lane --
 
-    def throttle(self, name: str, reason: str) -> float:
-        """Hold all mail for a next hop that cannot be reached; return for how many seconds."""
+    def throttle(self, name: str, reason: str) -> tuple[float, bool]:
+        """Hold all mail for a next hop that cannot be reached; return for how many seconds, and if that is new."""
         with self.lock:
             lane, now = self.lanes[name], self.clock()
-            if not lane.steps or now >= lane.throttled_until:  # else under way when the first one failed
+            first = not lane.steps or now >= lane.throttled_until  # else under way when the first one failed
+            if first:
                 lane.steps += 1
                 lane.reason, lane.proven = reason, False
                 lane.throttled_until = now + backoff(self.settings, lane.steps, self.rng)
                 heapq.heappush(self.heap, (lane.throttled_until, "", name))
-            return lane.throttled_until - now
+            return lane.throttled_until - now, first
 
     def is_throttled(self, name: str) -> bool:
         return self.lanes[name].steps > 0
@@ -10639,6 +10640,7 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 SWEEP_EVERY = 1.0
 CALM_TIME = 10.0  # seconds without a new message after which there is time for the inbox
 LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
+RENEW_EVERY = 3600.0  # look whether the self-signed pair is still good
 WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
@@ -10653,37 +10655,38 @@ Again = Optional[float]  # seconds until a message is tried again in its lane; o
 class Delivering:
     """The delivering half: scheduler, workers, records."""
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log, link: Link,
-                 reception: Reception, pair: tuple[str, str] = ("", ""), http: Sequence[socket.socket] = (),
-                 own: Sequence[int] = (), submit: Sequence[socket.socket] = ()) -> None:
-        self.settings, self.spool, self.metrics, self.log, self.link = settings, spool, metrics, log, link
-        self.reception, self.pair, self.renew_at = reception, pair, time.monotonic() + 3600
-        self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
-        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
+    def __init__(self, parts: Parts, reception: Reception) -> None:
+        self.settings, self.spool, self.log = parts.settings, parts.spool, parts.log
+        self.link, self.pair, self.reception = parts.link, parts.pair, reception
+        self.metrics = reception.metrics
         reception.announce = self.adopt  # what this half makes itself needs no Link
-        self.audit, self.faults, self.port = reception.audit, reception.faults, 0
-        self.scheduler = Scheduler(settings)
-        self.delivery = Delivery(settings, log, reception.accounts, own)
-        rules = (rule.partition("=") for rule in settings.tags.split(";") if "=" in rule)
-        self.inbox = Inbox(spool, log, int(time.time()) * 1000, [(tag, words) for tag, _, words in rules])
+        self.audit, self.faults, self.port = reception.audit, reception.faults, parts.port
+        self.renew_at = time.monotonic() + RENEW_EVERY
+        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
+        self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
+        self.scheduler = Scheduler(self.settings)
+        self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
+        rules = [rule.partition("=") for rule in self.settings.tags.split(";") if "=" in rule]
+        tags = [(tag, words) for tag, _, words in rules]
+        self.inbox = Inbox(self.spool, self.log, int(time.time()) * 1000, tags)
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web: list[HttpServer | SubmitServer] = [HttpServer(sock, self) for sock in http]
-        self.web += [SubmitServer(sock, reception, self.postmaster) for sock in submit]
+        self.web: list[HttpServer | SubmitServer] = [HttpServer(sock, self) for sock in parts.http]
+        self.web += [SubmitServer(sock, reception, self.postmaster) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
-        self.owed: dict[str, tuple[float, int]] = {}  # only where SMTP_SPOOL_MAX_SIZE asks for their octets
+        self.owed: dict[str, tuple[float, int]] = {}  # only where SMTP_SPOOL_MAX_SIZE is set
         self.octets = self.octets_owed = 0
         self.sidecars: collections.deque[str] = collections.deque()
-        self.unwritten: dict[str, Message] = {}  # stem: what an attempt changed and the disk has not taken
-        self.stumbles: dict[str, tuple[int, str, float]] = {}  # stem: how often, over what, until when
+        self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
+        self.stumbles: dict[str, tuple[int, str, float]] = {}  # stem: how often, why, until when
         self.missed: dict[str, set[str]] = {}  # lane: messages in a row that got no answer
-        self.reports: collections.deque[float] = collections.deque()  # when each of the last hour's went out
+        self.reports: collections.deque[float] = collections.deque()  # when, those of the last hour
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
@@ -10693,10 +10696,10 @@ class Delivering:
         self.beside = self.spooled_beside()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", functools.partial(run_webhook, self, self.feed.subscribe(1 << 30))))
+            events = self.feed.subscribe(1 << 30)
+            jobs.append(("webhook", functools.partial(run_webhook, self, events)))
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
-        self.threads = []
         for name, job in jobs:
             thread = threading.Thread(target=job, name=name, daemon=True)
             try:
@@ -10740,8 +10743,15 @@ class Delivering:
         for lines in self.link.lines(lambda: bool(self.sidecars)):
             try:
                 if lines:
-                    self.hear(lines)
-                elif self.sidecars:  # a held message's first record can wait: it says nothing that the .eml does not
+                    known = self.inbox.last
+                    self.take_in([line for line in lines if len(line) == LINK_LINE - 1
+                                  and self.inbox.add(line) > known], self.settings.delivery != "hold")
+                for line in lines:
+                    if line == LOOK:
+                        self.look_at = 0.0
+                    if line.startswith("="):  # a mark: all before it is in
+                        self.marks.pop(line, threading.Event()).set()
+                if not lines and self.sidecars:  # that of a held message can wait: it says what the .eml says
                     message, content = self.spool.fetch(self.sidecars.popleft())
                     content.close()
                     self.spool.save_first(message)
@@ -10758,7 +10768,7 @@ class Delivering:
                 self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None and stem not in self.held:
                 owed.append(stem)
-                if self.settings.spool_max_size and stem not in self.owed:
+                if stem not in self.owed:
                     self.weigh(stem)
             elif done and stem not in self.finished:
                 with contextlib.suppress(OSError, KeyError):
@@ -10767,16 +10777,6 @@ class Delivering:
         self.show_depth(len(self.scheduler))
         if owed:
             self.log.info("queue_found", messages=len(owed))
-
-    def hear(self, lines: Sequence[str]) -> None:
-        """Take in what came through the Link; then tell those who wait for a mark that all before it is in."""
-        known = self.inbox.last
-        new = [line for line in lines if len(line) == LINK_LINE - 1 and self.inbox.add(line) > known]
-        self.take_in(new, self.settings.delivery != "hold")  # not what has been found in the spool before
-        for mark in (line for line in lines if line.startswith("=")):
-            if mark == LOOK:
-                self.look_at = 0.0
-            self.marks.pop(mark, threading.Event()).set()
 
     def adopt(self, stem: str, owed: bool) -> bool:
         """Take in a message that has come in by this half."""
@@ -10800,7 +10800,7 @@ class Delivering:
         self.make_room()
 
     def catch_up(self) -> None:
-        """Wait until everything announced so far has been taken in: who got a 250 may look for it now."""
+        """Wait until all that was announced is taken in: who got a 250 may look for it now."""
         if not self.stopping.is_set():
             mark = f"={secrets.token_hex(8)}"
             seen = self.marks[mark] = threading.Event()
@@ -10808,28 +10808,35 @@ class Delivering:
             if not seen.wait(1.0):
                 self.marks.pop(mark, None)
 
+    def record(self, stem: str) -> Message:
+        """Return a message's record as it is now, whether the disk has taken it or not."""
+        return self.unwritten.get(stem) or self.spool.load(stem)
+
     def tell(self, kind: str, stem: str, detail: str = "", sequence: int = 0) -> None:
         """Publish an event in the life of a message."""
         now = time.time()
         self.hours[int(now // 3600), kind] += 1
         if self.feed.listeners:
-            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now), "detail": detail})
+            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now),
+                               "detail": detail})
 
     # -- what is kept --
 
     def show_depth(self, owed: int) -> None:
-        """Publish how many messages are owed, for sessions to know whether there is room for more."""
+        """Publish how many messages are owed: sessions see whether there is room for more."""
         self.metrics.set("smtp_queue_depth", owed)
         if self.settings.spool_max_size:
             self.metrics.set("owed_bytes", self.octets_owed)
 
     def weigh(self, stem: str) -> None:
-        """Note the octets of a message that is owed: where SMTP_SPOOL_MAX_SIZE is set, their sum matters."""
-        with contextlib.suppress(OSError, KeyError):
-            self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
+        """Note the octets of a message that is owed, where SMTP_SPOOL_MAX_SIZE needs their sum."""
+        if self.settings.spool_max_size:
+            with contextlib.suppress(OSError, KeyError):
+                self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
 
-    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0, size: int = 0) -> bool:
-        """Note where a message lies now (None: nowhere), since when, with how many octets. Tell if it lay anywhere."""
+    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0,
+               size: int = 0) -> bool:
+        """Note where a message lies now (None: nowhere), and since when; tell if it lay anywhere."""
         found = False
         with self.lock:
             for other in (self.owed, self.held, self.finished):
@@ -10844,12 +10851,11 @@ class Delivering:
         return found
 
     def make_room(self) -> None:
-        """Remove messages past SMTP_KEEP and, past the spool's limits, the oldest that nobody is owed."""
+        """Remove what is past SMTP_KEEP and, past the spool's limits, the oldest that is not owed."""
         s, latest, many = self.settings, time.time() - self.settings.keep, 0
-        over: list[str] = []
         if s.spool_max_messages:
-            in_hand = [*self.scheduler.active]  # one that is being held or finished just now counts once
-            many = len(self.scheduler) - sum(stem in self.held or stem in self.finished for stem in in_hand)
+            twice = [stem in self.held or stem in self.finished for stem in [*self.scheduler.active]]
+            many = len(self.scheduler) - sum(twice)  # one that is being held or finished counts once
         for shelf in (self.finished, self.held) if s.delivery == "hold" else (self.finished,):
             while shelf:
                 with self.lock:
@@ -10858,12 +10864,11 @@ class Delivering:
                 if not (shelf is self.finished and max(at, self.clock_set) < latest
                         or 0 < s.spool_max_messages < total or 0 < s.spool_max_size < self.octets):
                     break
-                over += [stem] if self.shelve(stem, None) else []  # else another thread was quicker
-        for stem in over:
-            try:
-                self.remove(stem)
-            except OSError as e:
-                self.log.error("not_removed", stem=stem, error=e)
+                try:
+                    if self.shelve(stem, None):  # else another thread was quicker
+                        self.remove(stem)
+                except OSError as e:
+                    self.log.error("not_removed", stem=stem, error=e)
 
     def remove(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
@@ -10892,7 +10897,7 @@ class Delivering:
                 self.stopping.wait(SWEEP_EVERY)
 
     def work_at(self, task: Task) -> None:
-        """Do one task, come what may: what makes us stumble waits as after any refusal, and says why."""
+        """Do one task, come what may: what makes us stumble waits as after a refusal, and says why."""
         again: Again = None
         try:
             again = self.sort(task) if task.lane in LOCAL_LANES else self.deliver(task)
@@ -10917,13 +10922,15 @@ class Delivering:
     def sort(self, task: Task) -> Again:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
         stem = task.stem
-        message = self.unwritten.get(stem) or self.spool.load(stem)
-        if (message.status is Status.RECEIVED and self.settings.delivery == "hold" and "RELEASED" not in message.flags):
+        message = self.record(stem)
+        in_hold_mode = self.settings.delivery == "hold" and "RELEASED" not in message.flags
+        unsettled = message.status not in SETTLED and not message.pending()
+        if message.status is Status.RECEIVED and in_hold_mode:
             for r in message.pending():
                 r.status = Status.HELD
             message.move(Status.HELD, HELD_BY_MODE)
             self.wrap_up(message)
-        elif message.owed or stem in self.unwritten or message.status not in SETTLED and not message.pending():
+        elif message.owed or stem in self.unwritten or unsettled:
             self.wrap_up(message)
         elif message.status is Status.HELD:
             self.shelve(stem, self.held, time.time(), message.size)
@@ -10931,7 +10938,7 @@ class Delivering:
         elif message.status in FINISHED:
             self.shelve(stem, self.finished, time.time(), message.size)
         if message.pending():
-            wait = unix_time(message.next_attempt_at) - time.time() if message.next_attempt_at else 0.0
+            wait = unix_time(message.next_attempt_at) - time.time()
             delay = min(max(wait, 0.0), self.settings.retry_max_delay)
             for lane in self.delivery.routes(message):
                 if not self.scheduler.waits(stem, lane):
@@ -10939,7 +10946,7 @@ class Delivering:
         return None
 
     def deliver(self, task: Task) -> Again:
-        """Make one attempt; return when to try again in this lane, or None when no more is owed in it."""
+        """Make one attempt; return when to try again in this lane, None when nothing is owed in it."""
         if task.stem in self.finished or task.stem in self.held:
             return None  # told of twice, by the Link and by a look through the spool
         message, content = self.spool.fetch(task.stem)
@@ -10951,26 +10958,30 @@ class Delivering:
             routes = self.delivery.routes(message)
             owed = routes.get(task.lane)
             if not owed:
-                return self.leave(message, task, routes)
-            if self.scheduler.is_throttled(task.lane) and self.is_too_old(message):
-                return self.expire(message, owed)
+                if not message.pending() or task.stem in self.unwritten:
+                    self.wrap_up(message)
+                for lane in routes if message.pending() else ():  # an account's host has changed
+                    self.scheduler.put(task.stem, lane, self.settings.retry_max_delay)
+                return None
+            if self.scheduler.is_throttled(task.lane) and self.expires(message, owed):
+                return None
             if message.status is not Status.FORWARDING:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
                 self.tell("forwarding", task.stem)
-            started = time.monotonic()
+            started, reached = time.monotonic(), functools.partial(self.scheduler.reached, task.lane)
             try:
-                attempt = self.delivery.attempt(message, task.lane, content,
-                                                functools.partial(self.scheduler.reached, task.lane))
-            except Exception as e:  # whatever it is, the message waits for itself, and not for longer than any
+                attempt = self.delivery.attempt(message, task.lane, content, reached)
+            except Exception as e:  # whatever it is, the message waits for itself, no longer than any
                 self.log.bug("attempt_bug", e, id=message.id)
                 trouble = Outcome(Status.RETRYING, Scope.MESSAGE, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
-            room, alone = self.scheduler.crowd(task.lane), len(self.scheduler.lanes[task.lane].running) == 1
+            room = self.scheduler.crowd(task.lane)
             if room:
                 self.log.warn("next_hop_crowded", next_hop=task.lane, connections=room)
-            return CROWDED_PAUSE if alone else 0.0  # alone: another lane's connections are in its way
+            others = len(self.scheduler.lanes[task.lane].running) > 1
+            return 0.0 if others else CROWDED_PAUSE  # another lane's connections are in its way
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
@@ -10978,28 +10989,23 @@ class Delivering:
             return self.host_trouble(message, task, attempt.trouble)
         return self.settle(message, task, attempt)
 
-    def leave(self, message: Message, task: Task, routes: Mapping[str, Sequence[Recipient]]) -> Again:
-        """Leave a lane in which nothing is owed; where an account's own host has changed, go there in time."""
-        if not message.pending() or task.stem in self.unwritten:
-            self.wrap_up(message)
-        for lane in routes if message.pending() else ():
-            self.scheduler.put(message.stem, lane, self.settings.retry_max_delay)
-        return None
+    def expires(self, message: Message, recipients: Iterable[Recipient]) -> bool:
+        """Give up on recipients of a message that has waited for too long; tell whether it has.
 
-    def is_too_old(self, message: Message) -> bool:
-        """Tell whether a message has waited for too long; times from before the clock was set prove nothing."""
+        Times from before the clock was set prove nothing.
+        """
         self.watch_clock()
         now = time.time()
-        begun = max((i for i, entry in enumerate(message.history) if entry["detail"] in BY_HAND), default=0)
-        times = (unix_time(entry["at"]) for entry in message.history[begun:])
+        history = message.history
+        begun = max((i for i, entry in enumerate(history) if entry["detail"] in BY_HAND), default=0)
+        times = (unix_time(entry["at"]) for entry in history[begun:])
         age = now - next((at for at in times if self.clock_set <= at <= now), now)
-        return age * self.settings.time_scale > self.settings.retry_max_age
-
-    def expire(self, message: Message, recipients: Iterable[Recipient]) -> Again:
-        """Give up on recipients of a message that is too old; one not tried since it became so is tried first."""
+        if age * self.settings.time_scale <= self.settings.retry_max_age:
+            return False
         self.metrics.inc("smtp_messages_expired_total")
         too_late = f"not delivered within {self.settings.retry_max_age:g} seconds"
-        return self.fail(message, recipients, f"{too_late}; {message.last_error}")
+        self.fail(message, recipients, f"{too_late}; {message.last_error}")
+        return True
 
     def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> Again:
         """Give up on recipients."""
@@ -11017,22 +11023,22 @@ class Delivering:
             r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
         if not self.settings.retry:
             return self.fail(message, owed, message.last_error)
-        if self.is_too_old(message):
-            return self.expire(message, owed)
+        if self.expires(message, owed):
+            return None
         delay = self.throttle(task.lane, message.last_error)
         self.postpone(message, delay)
         age = (time.time() - id_micros(message.id) / 1e6) * self.settings.time_scale
-        return delay if age > self.settings.retry_max_age else 0.0  # released late: its lane would let it out
+        return delay if age > self.settings.retry_max_age else 0.0  # else its lane would let it out
 
     def throttle(self, lane: str, reason: str) -> float:
-        steps = self.scheduler.lanes[lane].steps
-        delay = self.scheduler.throttle(lane, reason)
-        if self.scheduler.lanes[lane].steps != steps:  # else others, under way at the same time, have said so
-            self.log.warn("next_hop_throttled", next_hop=lane, seconds=round(delay, 1), reason=reason)
+        delay, first = self.scheduler.throttle(lane, reason)
+        if first:
+            seconds = round(delay, 1)
+            self.log.warn("next_hop_throttled", next_hop=lane, seconds=seconds, reason=reason)
         return delay
 
     def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
-        """Enter an attempt's outcomes into the record; who was refused for now waits in each of their lanes."""
+        """Enter an attempt's outcomes into the record; who was refused for now waits in their lanes."""
         owed: list[Recipient] = []
         tried, why, unanswered = 0, "", True
         for r in message.recipients:
@@ -11056,10 +11062,11 @@ class Delivering:
             return self.wrap_up(message)
         if not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts:
             return self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
-        if self.is_too_old(message):
-            return self.expire(message, owed)
-        portions = len(owed) < tried and any(r.code in (452, 552) for r in owed)  # RFC 5321 4.5.3.1.10
-        delay = 0.0 if portions else backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
+        if self.expires(message, owed):
+            return None
+        delay = backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
+        if len(owed) < tried and any(r.code in (452, 552) for r in owed):
+            delay = 0.0  # it takes them in portions, RFC 5321 4.5.3.1.10
         self.postpone(message, delay)
         again: Again = None
         for lane, recipients in self.delivery.routes(message).items():
@@ -11071,7 +11078,7 @@ class Delivering:
         return again
 
     def judge(self, task: Task, unanswered: bool, reason: str) -> None:
-        """Tell a message's trouble from its next hop's: one that leaves several in a row unanswered is throttled."""
+        """Throttle a next hop that leaves several messages in a row unanswered; else let all go."""
         if not unanswered:
             self.missed.pop(task.lane, None)
             self.scheduler.release(task.lane)
@@ -11090,13 +11097,14 @@ class Delivering:
         message.move(Status.RETRYING, reason)
         self.metrics.inc("smtp_messages_deferred_total")
         self.tell("retrying", message.stem, reason)
-        self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=reason)
+        self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts,
+                      reason=reason)
         self.wrap_up(message)
 
     # -- what is owed here: reports, ends, records --
 
     def wrap_up(self, message: Message) -> Again:
-        """Finish a message that nobody is owed, report on it, write its record. What cannot be done now is owed."""
+        """Finish a message that nobody is owed, report on it, write its record; what cannot be, is owed."""
         stem, delay = message.stem, 0.0
         if message.status not in SETTLED and not message.pending():
             if stem in self.scheduler.waiting:
@@ -11112,7 +11120,8 @@ class Delivering:
             self.spool.save(message)
             self.unwritten.pop(stem, None)
         except OSError as e:  # kept, so that nothing is sent twice
-            self.unwritten[stem], message.owed, delay = message, f"the record is not written: {e}", WRITE_AGAIN
+            self.unwritten[stem], delay = message, WRITE_AGAIN
+            message.owed = f"the record is not written: {e}"
             self.log.error("record_not_written", id=message.id, error=e)
         if delay:
             self.scheduler.postpone(stem, UNREAD, delay)
@@ -11128,19 +11137,20 @@ class Delivering:
             self.log.info("held", id=message.id, reason=HELD_BY_RULE)
             return message.move(Status.HELD, HELD_BY_RULE)
         failed = Status.FAILED in statuses
-        word, detail = ("failed", message.last_error) if failed else ("forwarded", "")
-        message.move(Status.FAILED if failed else Status.FORWARDED, detail)
-        self.metrics.inc("smtp_messages_failed_total" if failed else "smtp_messages_delivered_total")
+        word, event = ("failed", "failed") if failed else ("forwarded", "delivered")
+        detail = message.last_error if failed else ""
+        message.move(Status(word), detail)
+        self.metrics.inc(f"smtp_messages_{event}_total")
         self.tell(word, message.stem, detail)
         self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply,
                       attempts=message.attempts)
         if self.audit.path:
-            self.audit.write("failed" if failed else "delivered", id=message.id, user=message.user,
+            self.audit.write(event, id=message.id, user=message.user,
                              recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, "failed" if failed else "sent")
 
     def report(self, message: Message, told: Sequence[Recipient]) -> tuple[str, float]:
-        """Tell a message's sender whom it did not reach (RFC 3464), once; or return why not yet, and for how long.
+        """Tell a message's sender whom it did not reach, once; or return why not yet, and for how long.
 
         Past the cap, what failed of one sender's messages goes into one report later.
         """
@@ -11155,20 +11165,28 @@ class Delivering:
                 self.reports.append(now)
                 late = self.late.pop(message.reverse_path, set()) - {message.stem}
         if wait:
-            self.log.warn("report_put_off", id=message.id, seconds=round(wait), reason=REPORTS_PUT_OFF)
-            return REPORTS_PUT_OFF, wait
-        tasks = [task for task in map(self.scheduler.seize, sorted(late)[:REPORTED_AT_ONCE]) if task]
+            why = REPORTS_PUT_OFF
+            self.log.warn("report_put_off", id=message.id, seconds=round(wait), reason=why)
+            return why, wait
+        tasks = list(filter(None, map(self.scheduler.seize, sorted(late)[:REPORTED_AT_ONCE])))
         try:
             for task in tasks:
-                with contextlib.suppress(KeyError, OSError, SpoolError):  # what cannot be read now reports for itself
-                    other = self.unwritten.get(task.stem) or self.spool.load(task.stem)
+                with contextlib.suppress(KeyError, OSError, SpoolError):  # that reports for itself
+                    other = self.record(task.stem)
                     others += [other] if wants_report(other) else []
-            self.show_depth(len(self.scheduler) - 1 - len(others))  # a report takes the place of what it is about
-            id = self.send_report(message, others)
+            self.show_depth(len(self.scheduler) - 1 - len(others))  # it takes the place of these
+            with self.spool.content(message.stem) as file:
+                original = file.read(REPORT_FULL_MAX + 1)
+            to, host = message.reverse_path, self.settings.hostname
+            written = datetime.datetime.now(datetime.timezone.utc)
+            data = build_report(message, original, host, written, others, self.settings.max_size)
+            flags = ("SMTPUTF8",) * (not to.isascii()) + ("8BITMIME",) * (not data.isascii())
+            id = self.reception.admit(Envelope("", "local", host, "ESMTP", "", flags, [to]), [data])
             for each in (message, *others):
                 for r in wants_report(each):
                     r.reported = True
-                each.history.append({"at": iso_time(time.time()), "status": each.status.value, "detail": REPORTED})
+                at = iso_time(time.time())
+                each.history.append({"at": at, "status": each.status.value, "detail": REPORTED})
                 self.log.info("reported", id=each.id, report=id)
             self.unwritten.update((each.stem, each) for each in others)
             return "", 0.0
@@ -11179,8 +11197,8 @@ class Delivering:
                 raise
             if isinstance(e, (OSError, Refused)):
                 self.log.error("report_failed", id=message.id, error=e)
-                if isinstance(e, Refused) and e.reply.code >= 500 and not others:  # too large, and all by itself
-                    return "", 0.0
+                if isinstance(e, Refused) and e.reply.code >= 500 and not others:
+                    return "", 0.0  # it is too large, as short as it can be
                 return f"the report is not written: {e}", WRITE_AGAIN
             self.log.bug("report_bug", e, id=message.id)
             return f"the report is not written: {e!r}", self.settings.retry_max_delay
@@ -11188,31 +11206,21 @@ class Delivering:
             for task in tasks:
                 self.scheduler.done(task, 0.0)
 
-    def send_report(self, message: Message, others: Sequence[Message]) -> str:
-        """Put a report into the spool; return its id."""
-        with self.spool.content(message.stem) as file:
-            original = file.read(REPORT_FULL_MAX + 1)
-        now = datetime.datetime.now(datetime.timezone.utc)
-        data = build_report(message, original, self.settings.hostname, now, others, self.settings.max_size)
-        flags = {"SMTPUTF8": not message.reverse_path.isascii(), "8BITMIME": not data.isascii()}
-        return self.reception.admit(Envelope("", "local", self.settings.hostname, "ESMTP", "", tuple(
-            flag for flag, fits in flags.items() if fits), [message.reverse_path]), [data])
-
     # -- what goes on beside --
 
     def sweep(self) -> None:
-        """Close idle connections, make room, look through the spool when something may be in it unheard."""
+        """Do what is done every second."""
+        drop_idle = functools.partial(self.delivery.drop_idle, REUSE_IDLE)
         while not self.stopping.wait(SWEEP_EVERY):
-            for job in (functools.partial(self.delivery.drop_idle, older_than=REUSE_IDLE), self.make_room,
-                        self.look_again, self.watch_clock, self.renew, self.reception.quotas.save, self.inbox.save,
-                        self.sum_up):
+            for job in (drop_idle, self.make_room, self.look_again, self.watch_clock, self.renew,
+                        self.reception.quotas.save, self.inbox.save, self.sum_up):
                 try:
                     job()
                 except Exception as e:  # the others are done all the same
                     self.log.bug("sweep_bug", e)
 
     def sum_up(self) -> None:
-        """Read some of what nobody has looked at once nothing has come for a while: the first search is quick."""
+        """Read what nobody has looked at once nothing has come for a while: a search is quick then."""
         arrived, now = self.inbox.last, time.monotonic()
         if arrived != self.calm[0]:
             self.calm = (arrived, now)
@@ -11228,7 +11236,7 @@ class Delivering:
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find what no Link has told of: it was full, sendmail has spooled beside us, a receiving half has died."""
+        """Find what no Link told of: it was full, sendmail has spooled beside us, a half has died."""
         beside = self.spooled_beside()
         if beside != self.beside or time.monotonic() > self.look_at:
             self.look_at, self.beside = time.monotonic() + LOOK_EVERY, beside
@@ -11242,24 +11250,15 @@ class Delivering:
     def spooled_beside(self) -> float:
         """Return when sendmail has last put a message into the spool itself."""
         with contextlib.suppress(OSError):
-            if self.spool.on_disk:
-                return os.stat(self.spool.path(ARRIVED)).st_mtime
+            return os.stat(self.spool.path(ARRIVED)).st_mtime if self.spool.on_disk else 0.0
         return 0.0
 
     def renew(self) -> None:
         """Renew the self-signed pair in time; sessions reread it."""
-        if self.settings.tls_self_signed and not self.settings.tls_cert and time.monotonic() > self.renew_at:
-            self.renew_at = time.monotonic() + 3600
-            self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
-
-
-def queue_entry(m: Message) -> dict[str, Any]:
-    """Return what is shown of a message in the queue; `reason` says why it is still there."""
-    held = m.history[-1]["detail"] if m.status is Status.HELD and m.history else ""
-    return {"id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-            "recipients": [r.address for r in m.recipients if r.status not in FINISHED], "attempts": m.attempts,
-            "next_attempt_at": m.next_attempt_at, "last_error": m.last_error,
-            "reason": m.owed or held or m.last_error, "received_at": m.received_at}
+        s = self.settings
+        if s.tls_self_signed and not s.tls_cert and time.monotonic() > self.renew_at:
+            self.renew_at = time.monotonic() + RENEW_EVERY
+            self_signed(os.path.dirname(self.pair[0]), s.hostname)
 
 
 class Postmaster:
@@ -11275,8 +11274,7 @@ class Postmaster:
     def load(self, id: str) -> Message:
         """Return the record of a message."""
         try:
-            stem = self.half.inbox.stem(id)
-            return self.half.unwritten.get(stem) or self.half.spool.load(stem)
+            return self.half.record(self.half.inbox.stem(id))
         except (KeyError, FileNotFoundError):
             raise HttpError(404, f"message {id} not found") from None
 
@@ -11284,26 +11282,32 @@ class Postmaster:
         """Yield the records of those messages that can be read."""
         for stem in stems:
             try:
-                yield self.half.unwritten.get(stem) or self.half.spool.load(stem)
+                yield self.half.record(stem)
             except (KeyError, OSError, SpoolError) as e:
                 self.half.log.debug("not_shown", stem=stem, error=e)
 
     def queue(self, limit: int = 200) -> dict[str, Any]:
-        """Return what is owed and what is held, oldest first, and the state of each next hop."""
-        stems, hops = self.half.scheduler.snapshot(limit)
-        held = itertools.islice(self.half.held.copy(), limit)
-        entries = []
-        for message in self.records(dict.fromkeys([*stems, *held])):
-            entries.append(queue_entry(message))
-            _, reason, due = self.half.stumbles.get(message.stem, (0, "", 0.0))
-            if reason:
-                entries[-1].update(reason=reason, next_attempt_at=iso_time(due))
-            for hop in hops if not entries[-1]["reason"] else ():
-                if hop["reason"] and self.half.scheduler.waits(message.stem, hop["name"]):
-                    entries[-1].update(reason=hop["reason"], next_attempt_at=hop["until"])
-        return {"messages": [e for e in entries if e["status"] is not Status.HELD],
-                "held": [e for e in entries if e["status"] is Status.HELD],
-                "total": len(self.half.scheduler), "next_hops": hops}
+        """Return what is owed and what is held, oldest first, with reasons; and the next hops' states."""
+        d = self.half
+        stems, hops = d.scheduler.snapshot(limit)
+        held = itertools.islice(d.held.copy(), limit)
+        lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether they are held
+        for m in self.records(dict.fromkeys([*stems, *held])):
+            is_held = m.status is Status.HELD
+            kept = m.history[-1]["detail"] if is_held and m.history else ""
+            reason, due = m.owed or kept or m.last_error, m.next_attempt_at
+            if m.stem in d.stumbles:
+                _, reason, until = d.stumbles[m.stem]
+                due = iso_time(until)
+            for hop in hops if not reason else ():
+                if hop["reason"] and d.scheduler.waits(m.stem, hop["name"]):
+                    reason, due = hop["reason"], hop["until"]
+            lists[is_held].append({
+                "id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
+                "recipients": [r.address for r in m.recipients if r.status not in FINISHED],
+                "attempts": m.attempts, "next_attempt_at": due, "last_error": m.last_error,
+                "reason": reason, "received_at": m.received_at})
+        return {"messages": lists[False], "held": lists[True], "total": len(d.scheduler), "next_hops": hops}
 
     def retry(self, id: str) -> int:
         """Try a message now, or "all" that are owed, or release all "held"; return how many.
@@ -11331,9 +11335,9 @@ class Postmaster:
         if message.status is Status.HELD:
             self.release(message.id, [])
         elif message.status is Status.FAILED:
-            self.owe_again(message.stem, Status.FAILED, "retried by hand")  # in hand: then it is owed already
+            self.owe_again(message.stem, Status.FAILED, "retried by hand")  # if in hand, it is owed
         else:
-            d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record says what to do
+            d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record is read
             d.scheduler.hurry(message.stem)
             self.note_due(message)
         return 1
@@ -11349,9 +11353,9 @@ class Postmaster:
         return bool(self.half.settings.relay_host or self.half.settings.delivery == "mx")
 
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
-        """Let a held message go; with other recipients, or when it went already, a copy goes to them.
+        """Let a held message go; to other recipients, or when it went already, a copy goes.
 
-        Other recipients must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
+        Those must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
         """
         if not self.can_release:
             raise HttpError(400, NOWHERE_TO)
@@ -11366,23 +11370,22 @@ class Postmaster:
             raise HttpError(400, f"not among SMTP_RELAY_ALLOWED_RECIPIENTS: {', '.join(barred)}; "
                             'with "Beyond": true it goes there all the same')
         flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
-        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol, message.user,
-                            flags, to or own)
+        envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol,
+                            message.user, flags, to or own)
         with self.half.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
 
     def owe_again(self, stem: str, status: Status, detail: str) -> bool:
-        """Make a message that is held, or has failed, owed to those who did not get it; False when it is in hand."""
+        """Make a message that is held, or has failed, owed again; False when it is in hand."""
         d = self.half
         task = d.scheduler.seize(stem)
         if not task:
             return False
         try:
-            message = d.unwritten.get(stem) or d.spool.load(stem)
+            message = d.record(stem)
             if message.status is status:
                 d.shelve(stem, None)
-                if d.settings.spool_max_size:
-                    d.weigh(stem)
+                d.weigh(stem)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is status else r.status
                 message.move(Status.RETRYING, detail)
@@ -11390,7 +11393,7 @@ class Postmaster:
                 d.spool.reopen(message)
                 d.unwritten.pop(stem, None)
         finally:
-            d.show_depth(d.scheduler.done(task, 0.0))  # the worker that reads it next knows what to do
+            d.show_depth(d.scheduler.done(task, 0.0))  # whoever reads it next knows what to do
         return True
 
     def remove(self, ids: list[str] | None) -> None:
@@ -11418,7 +11421,7 @@ class Postmaster:
             raise HttpError(503 if e.reply.code < 500 else 400, str(e.reply)) from None
 
 
-DELIVERING_ROW, RECEIVING_ROW = 0, 1  # who writes which row of the counters; a row for each of SMTP_PROCESSES
+DELIVERING_ROW, RECEIVING_ROW = 0, 1  # of the counters; one more for each of SMTP_PROCESSES
 
 
 class Parts:
@@ -11440,7 +11443,7 @@ class Parts:
         self.own: list[int] = []
 
     def open(self, inherit: bool = True) -> None:
-        """Take the spool, then the places to listen, or inherit these; SpoolBusy or OSError says what is taken."""
+        """Take the spool, then make or inherit the sockets; SpoolBusy or OSError says what is taken."""
         try:
             self.spool.open()
         except OSError as e:
@@ -11448,35 +11451,36 @@ class Parts:
             raise OSError(e.errno, f"SMTP_SPOOL: cannot open {place}: {e.strerror}") from None
         try:
             s, log = self.settings, self.log
-            self.smtp = inherit and inherited_sockets("smtp") or bind_all("SMTP_PORT", s.port, log)
-            self.smtps = inherit and inherited_sockets("smtps") or bind_all("SMTP_SMTPS_PORT", s.smtps_port, log)
-            self.http = inherit and inherited_sockets("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
-            self.submit = inherited_sockets("submit") if inherit else []
-            self.own = [s.getsockname()[1] for s in (*self.smtp, *self.smtps) if s.family != socket.AF_UNIX]
-            self.port = next((s.getsockname()[1] for s in self.smtp if s.family != socket.AF_UNIX), 0)
+            given = inherited_sockets() if inherit else {}
+            self.submit = given.get("submit", [])
+            self.smtp = given.get("smtp") or bind_all("SMTP_PORT", s.port, log)
+            self.smtps = given.get("smtps") or bind_all("SMTP_SMTPS_PORT", s.smtps_port, log)
+            self.http = given.get("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
+            ports, more = ([sock.getsockname()[1] for sock in socks if sock.family != socket.AF_UNIX]
+                           for socks in (self.smtp, self.smtps))
+            self.own, self.port = ports + more, (*ports, 0)[0]
             if s.tls_self_signed and not s.tls_cert:
-                place = self.spool.path("tls") if self.spool.on_disk else ""
-                if not place:
+                place = self.spool.path("tls")
+                if not self.spool.on_disk:
                     self.temporary = tempfile.TemporaryDirectory(prefix="smtprelay-")
                     place = self.temporary.name
                 self.pair = self_signed(place, s.hostname)
             self.open_doors()
-        except TlsError as e:
+        except BaseException as e:
             self.close()
-            raise SettingsError([str(e)]) from None
-        except BaseException:
-            self.close()
+            if isinstance(e, TlsError):
+                raise SettingsError([str(e)]) from None
             raise
         self.link = Link()
 
     def open_doors(self) -> None:
         """Read faults, accounts and certificate; SettingsError says what is wrong with them.
 
-        Once, before anything is forked: a half that is made anew has them whatever became of the files.
+        Once, before anything is forked: a half made anew has them whatever became of the files.
         """
         problems: list[str] = []
         path = self.spool.path("faults") if self.spool.on_disk else ""
-        for old in (path, path + ".counts") if path else ():  # what was changed over HTTP before this start
+        for old in (path, path + ".counts") if path else ():  # changed over HTTP before this start
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(old)
         try:
@@ -11508,20 +11512,20 @@ class Parts:
 
     def postmaster(self) -> Postmaster:
         """Return the verbs over a spool whose relay does not run; to change it, its lock must be ours."""
-        self.accounts, self.tls, self.faults = Accounts(self.settings, self.log), None, Faults(self.settings.faults)
-        self.link = Link()
+        self.accounts, self.tls = Accounts(self.settings, self.log), None
+        self.faults, self.link = Faults(self.settings.faults), Link()
         half = self.delivering()
         half.find()
         return half.postmaster
 
     def reception(self, part: str, metrics: Metrics) -> Reception:
-        """Make the way in for one half, which writes counts of its own; in memory both share them."""
+        """Make the way in for one half, with quotas of its own; in memory both share them."""
         if self.spool.on_disk:
             quotas = Quotas(self.spool.path("usage"), self.log, part)
         else:
             quotas = self.shared_quotas = self.shared_quotas or Quotas("", self.log)
-        return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts, self.tls,
-                         quotas, self.faults)
+        return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts,
+                         self.tls, quotas, self.faults)
 
     def receiving(self, number: int = 0) -> Receiving:
         """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
@@ -11530,23 +11534,17 @@ class Parts:
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        metrics = self.metrics.row(DELIVERING_ROW)
-        delivering = Delivering(self.settings, self.spool, metrics, self.log, self.link, self.reception("d", metrics),
-                                self.pair, self.http, self.own, self.submit)
-        delivering.port = self.port
-        return delivering
+        return Delivering(self, self.reception("d", self.metrics.row(DELIVERING_ROW)))
 
 
-def inherited_sockets(name: str, first: int = 3) -> list[socket.socket]:
-    """Return the sockets that systemd passed under a FileDescriptorName (sd_listen_fds(3)); one without is smtp's."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    found = []
-    for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
-        given = names[i] if i < len(names) and names[i] in ("http", "smtps", "submit") else "smtp"
-        if given == name:
-            found.append(socket.socket(fileno=first + i))
+def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
+    """Return the sockets from systemd, by FileDescriptorName, else smtp's (sd_listen_fds(3))."""
+    found: dict[str, list[socket.socket]] = {"smtp": [], "smtps": [], "http": [], "submit": []}
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
+            name = names[i] if i < len(names) and names[i] in found else "smtp"
+            found[name].append(socket.socket(fileno=first + i))
     return found
 
 
@@ -11558,21 +11556,16 @@ def notify_systemd(state: str) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS_HANDLED = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
 STACKS = {"receive": 256 * KIB, "deliver": 4 * MIB}  # not the usual 8 MiB; deep JSON takes 2
 
 
 def stop_signals() -> tuple[int, ...]:
-    """Return what stops the relay: SIGHUP, too, where a terminal has started it, since that is how one ends."""
+    """Return what stops the relay: SIGHUP, too, on a terminal, since that is how one ends."""
     return (*STOP_SIGNALS, signal.SIGHUP) if os.isatty(0) or os.isatty(2) else STOP_SIGNALS
-
-
-def block_signals() -> None:
-    """Keep signals for sigwait: set before the first thread, and kept by all threads and children."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)
 
 
 class Supervisor:
@@ -11604,13 +11597,13 @@ class Supervisor:
         return 0
 
     def stop(self) -> None:
-        """Tell the halves to stop; they are killed if they do not, STOP_AFTER seconds from the first time."""
+        """Tell the halves to stop; STOP_AFTER seconds from the first time they are killed."""
         if self.stopping:
             return
         self.stopping = True
         notify_systemd("STOPPING=1")
         self.signal_children(signal.SIGTERM)
-        signal.setitimer(signal.ITIMER_REAL, STOP_AFTER)  # in place of one that would make a half anew
+        signal.setitimer(signal.ITIMER_REAL, STOP_AFTER)  # and not to make a half anew
         while signal.SIGALRM in signal.sigpending():
             signal.sigwait([signal.SIGALRM])
 
@@ -11633,34 +11626,36 @@ class Supervisor:
                     signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:
-        """Make the halves that are not there; where no process can be had, try again later."""
-        for role in self.roles:
-            if role not in self.children.values():
-                try:
-                    self.spawn(role)
-                except OSError as e:
-                    self.parts.log.error("half_not_started", role=role, error=e)
-                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+        """Fork the halves that are not there: without threads here, what they inherit is whole."""
+        for role in set(self.roles).difference(self.children.values()):
+            try:
+                child = os.fork()
+            except OSError as e:  # no process to be had: try again later
+                self.parts.log.error("half_not_started", role=role, error=e)
+                signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+                continue
+            if child:
+                self.children[child] = role
+                continue
+            status = EX_TEMPFAIL
+            try:
+                self.be(role)
+                status = 0
+            except BaseException as e:
+                self.parts.log.bug("half_failed", e, role=role)
+            finally:
+                os._exit(status)
 
-    def spawn(self, role: str) -> None:
-        """Fork a half: there are no threads here, so what it inherits is whole."""
-        child = os.fork()
-        if child:
-            self.children[child] = role
-            return
-        status = EX_TEMPFAIL
-        try:
-            status = self.be(role)
-        except BaseException as e:
-            self.parts.log.bug("half_failed", e, role=role)
-        finally:
-            os._exit(status)
+    def be(self, role: str) -> None:
+        """Be a half of the program until told to stop, or end at once when the supervisor is gone."""
 
-    def be(self, role: str) -> int:
-        """Be a half of the program until told to stop, or until the supervisor is gone."""
+        def outlive_nobody() -> None:
+            os.read(self.alive_pipe[0], 1)
+            os._exit(EX_TEMPFAIL)
+
         os.close(self.alive_pipe[1])
-        threading.Thread(target=self.outlive_nobody, name="supervisor-watch", daemon=True).start()
-        self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two halves may make the same id
+        threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
+        self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two make the same id
         if role != "deliver":
             number = int(role.split()[1])
             self.parts.metrics.clear_row(RECEIVING_ROW + number)
@@ -11673,16 +11668,10 @@ class Supervisor:
         half.start()
         heed_signals(half)
         half.stop()
-        return 0
-
-    def outlive_nobody(self) -> None:
-        """End this half at once when the supervisor is no more: all that matters is on disk."""
-        os.read(self.alive_pipe[0], 1)
-        os._exit(EX_TEMPFAIL)
 
 
 def heed_signals(*halves: Receiving | Delivering) -> None:
-    """Act on signals until one says stop; a half alone leaves those of a terminal to the supervisor."""
+    """Act on signals until one says stop; a half alone leaves a terminal's to the supervisor."""
     stops = stop_signals() if len(halves) > 1 else (signal.SIGTERM,)
     while True:
         number = signal.sigwait(SIGNALS_HANDLED)
@@ -12853,7 +12842,7 @@ def serve(arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
     warnings = [f"warning: {text}" for text in (*unknown_settings(os.environ)[1], *foreign_settings(os.environ))]
     settings = Settings.read(os.environ)
-    block_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)  # kept so by all threads and children
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
     log, status = open_log(settings), 0
     try:

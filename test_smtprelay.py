@@ -3777,7 +3777,7 @@ def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
     clock.now += 0.1
     quick = s.take(0)
     assert slow and quick
-    delay = s.throttle("smarthost", "dead")
+    delay, _ = s.throttle("smarthost", "dead")
     s.done(quick)  # which was removed meanwhile; the other one still waits for its answer
     assert s.take(0) is None
     clock.now += delay + 1
@@ -3851,7 +3851,7 @@ def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: 
     """End an attempt in one of the ways it can end."""
     end = rng.random()
     if end < 0.6:
-        delay = s.throttle(task.lane, "dead")
+        delay, _ = s.throttle(task.lane, "dead")
         s.done(task, rng.choice([0.0, delay]))
     elif end < 0.7:
         s.release(task.lane)
@@ -5565,7 +5565,7 @@ def test_a_dead_host_costs_one_connection_a_step(monkeypatch: pytest.MonkeyPatch
         at_each_step: list[int] = []
         throttle = relay.delivering.scheduler.throttle
 
-        def noted(name: str, reason: str) -> float:
+        def noted(name: str, reason: str) -> tuple[float, bool]:
             at_each_step.append(hop.connections)
             return throttle(name, reason)
 
@@ -10899,7 +10899,7 @@ def test_a_bug_in_a_report_does_not_repeat_the_delivery(start: Any, hop: Any, mo
     def stumble(*given: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(relay.delivering, "send_report", stumble)
+    monkeypatch.setattr(smtprelay, "build_report", stumble)
     with hello(relay) as client:
         client.mail(MAIL, "ann@client.test", "bob@hop.test", "no@hop.test")
     wait_until(lambda: [status(relay, s) for s, _ in relay.delivering.spool.names()] == [smtprelay.Status.FAILED])
