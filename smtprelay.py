@@ -329,7 +329,7 @@ class Recipient:
     notify: str = ""  # as the sender asked, RFC 3461
     orcpt: str = ""
     reported: bool = False  # the sender has been told what became of it
-    passed: list[str] = field(default_factory=list)  # of several addresses by SMTP_ALIASES, those that are done
+    passed: list[str] = field(default_factory=list)  # of its addresses by SMTP_ALIASES
 
 
 @dataclass
@@ -341,7 +341,7 @@ class Envelope:
     helo: str = ""
     protocol: str = "SMTP"
     user: str = ""
-    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD, RELEASED (a copy of one that was held)
+    flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD, RELEASED (a copy of a held one)
     recipients: list[str] = field(default_factory=list)
     ret: str = ""  # RFC 3461, for the message and each address
     envid: str = ""
@@ -378,13 +378,14 @@ class Message:
     def move(self, status: Status, detail: str = "") -> None:
         """Change the status, noting it in the history; ValueError for a move that MOVES lacks."""
         if status not in MOVES[self.status]:
-            raise ValueError(f"message {self.id} cannot go from {self.status.value} to {status.value}")
+            raise ValueError(f"{self.id} cannot go from {self.status.value} to {status.value}")
         self.status = status
-        self.history.append({"at": iso_time(time.time()), "status": status._value_, "detail": detail})
+        at = iso_time(time.time())
+        self.history.append({"at": at, "status": status._value_, "detail": detail})
         if len(self.history) > HISTORY_KEPT:  # keep how it began, lose the middle
             del self.history[HISTORY_KEPT // 2]
         if status in FINISHED:
-            self.finished_at, self.next_attempt_at = self.history[-1]["at"], ""
+            self.finished_at, self.next_attempt_at = at, ""
 
     @property
     def stem(self) -> str:
@@ -392,7 +393,7 @@ class Message:
         return stem_of(self.id, self.recipients[0].address)
 
     def pending(self) -> list[Recipient]:
-        """Return the recipients that are still owed this message; those held back are not, for now."""
+        """Return the recipients that are still owed this message; those held back are not."""
         return [r for r in self.recipients if r.status not in SETTLED]
 
     def to_json(self) -> bytes:
@@ -424,7 +425,7 @@ class Scope(enum.Enum):
 
 
 class Outcome(NamedTuple):
-    """What an attempt meant for one recipient; `reply` is what the next hop, or the network, said."""
+    """What an attempt meant for one recipient; `reply` is the next hop's, or the network's."""
 
     status: Status
     scope: Scope
@@ -3429,7 +3430,7 @@ def openssl(*arguments: str) -> bytes:
 # a rank: all workers are for quick ones, three in four for those not known yet or
 # worse, half for those that are slow or fail. One leaf lock; workers and HTTP call in.
 
-UNREAD = "(unread)"  # the lane of messages whose record says what is owed: found at start, or not written
+UNREAD = "(unread)"  # the lane of messages whose record says what is owed: found, or not written
 UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
 LOCAL_LANES = (UNREAD, UNSORTED)
 AT_ONCE, SLOW = 0.01, 1.0  # seconds
@@ -3442,9 +3443,10 @@ NOWHERE: Mapping[str, float] = {}
 
 def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     """Return the seconds to wait after so many attempts: exponential, capped, with jitter."""
+    first, most = settings.retry_initial_delay, settings.retry_max_delay
     steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
-    longest = math.log(max(settings.retry_max_delay, 1e-9) / max(settings.retry_initial_delay, 1e-9))
-    delay = settings.retry_max_delay if steps >= longest else settings.retry_initial_delay * math.exp(steps)
+    longest = math.log(max(most, 1e-9) / max(first, 1e-9))
+    delay = most if steps >= longest else first * math.exp(steps)
     return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
 
@@ -3460,14 +3462,15 @@ class Lane:
         self.proven = self.is_local  # has answered
         self.took = 0.0  # seconds, its last task
         self.throttled_until, self.steps, self.reason = 0.0, 0, ""
-        self.here = {name: 0.0}  # where a message waits that waits here alone; shared, never changed
+        self.here = {name: 0.0}  # where one waits that waits here alone; never changed
 
     def oldest(self) -> str:
         return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
 
     def rank(self, now: float) -> int:
         """Return how much it can be trusted to give its workers back soon."""
-        if self.steps or max(self.took, now - next(iter(self.running.values()), now)) >= SLOW and not self.is_local:
+        longest = max(self.took, now - next(iter(self.running.values()), now))
+        if self.steps or longest >= SLOW and not self.is_local:
             return BAD
         return QUICK if self.proven else UNKNOWN
 
@@ -3486,15 +3489,16 @@ class Scheduler:
                  rng: random.Random | None = None) -> None:
         self.settings, self.clock = settings, clock
         self.rng = rng or random.Random(settings.seed or None)
-        self.shares = [max(1, settings.workers * part // 4) for part in (4, 3, 2)]  # workers at most, by rank
+        self.shares = [max(1, settings.workers * part // 4) for part in (4, 3, 2)]  # workers, by rank
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.lanes: dict[str, Lane] = {}
-        self.ready: dict[str, Lane] = {}  # those that may have mail for now, in the order of their turns
+        self.ready: dict[str, Lane] = {}  # those that may have mail for now, in order
         self.heap: list[tuple[float, str, str]] = []  # due, stem ("": the lane itself), lane
-        self.waiting: dict[str, Mapping[str, float]] = {}  # stem -> lane -> due; 0.0 once it is in it, or IN_HAND
+        # stem -> lane -> due; 0.0 once it is in it, or IN_HAND
+        self.waiting: dict[str, Mapping[str, float]] = {}
         self.active: dict[str, str] = {}  # stem -> lane
-        self.crowded: dict[str, tuple[float, int]] = {}  # lane -> until when it has room for so many
+        self.crowded: dict[str, tuple[float, int]] = {}  # lane -> until when, room
         self.clock_set = 0.0  # Unix time; stems from before prove no age
         self.alarm = math.inf  # when the first of the workers that wait will look again
         self.stopped = False
@@ -3502,7 +3506,7 @@ class Scheduler:
     # -- what comes in --
 
     def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
-        """Queue a message for a next hop: if it waits there, or a worker has it, it can only gain."""
+        """Queue a message for a next hop: if it waits there, or is in hand, it can only gain."""
         with self.lock:
             known = stem in self.active or stem in self.waiting
             if self.active.get(stem) != lane and not (known and lane == UNREAD):
@@ -3522,7 +3526,7 @@ class Scheduler:
             self._put_off(stem, lane, self.clock() + max(delay, 0.001))
 
     def done(self, task: Task, delay: float | None = None) -> int:
-        """Give a task back; with a delay, its message is queued there again. Return how many are owed."""
+        """Give a task back; with a delay, it is queued there again. Return how many are owed."""
         with self.lock:
             stem, now = task.stem, self.clock()
             del self.active[stem]
@@ -3540,7 +3544,7 @@ class Scheduler:
             return self._count()
 
     def seize(self, stem: str) -> Task | None:
-        """Take a message out of turn, wherever it waits; None when it is in other hands. Give it back by done()."""
+        """Take a message out of turn; None when it is in other hands. Give it back by done()."""
         with self.lock:
             if stem in self.active:
                 return None
@@ -3596,7 +3600,7 @@ class Scheduler:
                     due, stem, name = heapq.heappop(self.heap)
                     if stem and self.waiting.get(stem, NOWHERE).get(name) == due:
                         self._enter(stem, name, False)
-                    elif not stem and name in self.lanes:  # an empty one, too: its mail may be in hand
+                    elif not stem and name in self.lanes:  # its mail may be in hand
                         self.ready[name] = self.lanes[name]
                 lane, look_at = self._first(now)
                 if lane:
@@ -3615,7 +3619,7 @@ class Scheduler:
         return None
 
     def _first(self, now: float, only: str = "") -> tuple[Lane | None, float]:
-        """Return the first lane, going round, that may have one more worker, or else when to look again."""
+        """Return the first lane that may have one more worker, or else when to look again."""
         worst, look_at = BAD, self.heap[0][0] if self.heap else math.inf
         if len(self.lanes) > 1 and self.ready:  # else there is nobody to keep workers for
             busy = [self.lanes[name].rank(now) for name in self.active.values()]
@@ -3623,13 +3627,16 @@ class Scheduler:
             worst = QUICK if len(busy) - busy.count(QUICK) >= self.shares[UNKNOWN] else worst
         for name in [only] if only in self.ready else [*self.ready]:
             lane = self.ready[name]
-            throttled, has_mail = lane.steps > 0 and now < lane.throttled_until, lane.fresh or lane.due
+            throttled = lane.steps > 0 and now < lane.throttled_until
+            has_mail = lane.fresh or lane.due
             if not has_mail or throttled and not self._is_overdue(lane):
                 del self.ready[name]  # the heap has it until its probe is due
                 if not has_mail and not lane.running:
                     del self.lanes[name]
                 continue
-            room = self.settings.workers if lane.is_local else self.settings.relay_connections if lane.proven else 1
+            room = self.settings.relay_connections if lane.proven else 1
+            if lane.is_local:
+                room = self.settings.workers
             if name in self.crowded:
                 until, most = self.crowded[name]
                 room = min(room, most) if now < until else room
@@ -3642,12 +3649,13 @@ class Scheduler:
         return None, look_at
 
     def _pop(self, lane: Lane, now: float) -> Task | None:
-        """Take the next message from a lane, which goes behind the others; None when all of them have gone."""
+        """Take the next message from a lane, which goes behind the others; None when all are gone."""
         del self.ready[lane.name]
         overdue, found = lane.steps > 0 and self._is_overdue(lane), None
         while not found and (lane.fresh or lane.due):
             lane.turn = lane.oldest() in itertools.islice(lane.fresh, 1) if overdue else not lane.turn
-            stem = lane.fresh.popleft() if lane.fresh and (lane.turn or not lane.due) else heapq.heappop(lane.due)
+            is_fresh = lane.fresh and (lane.turn or not lane.due)
+            stem = lane.fresh.popleft() if is_fresh else heapq.heappop(lane.due)
             places = self.waiting.get(stem, NOWHERE)
             if places.get(lane.name) != 0.0:
                 continue  # it was removed
@@ -3655,7 +3663,7 @@ class Scheduler:
                 self.waiting[stem] = {**places, lane.name: IN_HAND}
                 continue
             if len(places) > 1:
-                self.waiting[stem] = {name: due for name, due in places.items() if name != lane.name}
+                self.waiting[stem] = {k: due for k, due in places.items() if k != lane.name}
             else:
                 del self.waiting[stem]
             self.active[stem], lane.running[stem] = lane.name, now
@@ -3667,7 +3675,7 @@ class Scheduler:
         return found
 
     def _stir(self, only: str = "") -> None:
-        """Wake one worker, if there is something for it to do (in a lane) now, or before any that waits will look."""
+        """Wake one worker, if it has something to do (in a lane) before any that waits will look."""
         lane, look_at = self._first(self.clock(), only)
         if lane or look_at < self.alarm:
             self.changed.notify()
@@ -3681,10 +3689,10 @@ class Scheduler:
     # -- what is known of a next hop: told by a worker that has a task of its lane --
 
     def throttle(self, name: str, reason: str) -> tuple[float, bool]:
-        """Hold all mail for a next hop that cannot be reached; return for how many seconds, and if that is new."""
+        """Hold all mail for a next hop that cannot be reached; return the seconds, and if that is new."""
         with self.lock:
             lane, now = self.lanes[name], self.clock()
-            first = not lane.steps or now >= lane.throttled_until  # else under way when the first one failed
+            first = not lane.steps or now >= lane.throttled_until  # else it was under way by then
             if first:
                 lane.steps += 1
                 lane.reason, lane.proven = reason, False
@@ -3712,14 +3720,14 @@ class Scheduler:
                 self._probe(lane)
 
     def crowd(self, name: str) -> int:
-        """Note that a next hop takes no more connections than it has: return how many, 0 if that is known."""
+        """Note that a next hop takes no more connections than it has: return how many, 0 if known."""
         with self.lock:
             now, room = self.clock(), max(1, len(self.lanes[name].running) - 1)
-            self.crowded = {n: (until, most) for n, (until, most) in self.crowded.items() if now < until}
-            known = name in self.crowded and self.crowded[name][1] <= room
-            if not known:
-                self.crowded[name] = now + CROWDED_TIME, room
-            return 0 if known else room
+            self.crowded = {k: v for k, v in self.crowded.items() if now < v[0]}
+            if name in self.crowded and self.crowded[name][1] <= room:
+                return 0
+            self.crowded[name] = now + CROWDED_TIME, room
+            return room
 
     def flush(self) -> None:
         """Make everything due now, and try throttled next hops at once."""
@@ -3732,7 +3740,7 @@ class Scheduler:
                 self._probe(entry)
 
     def hurry(self, stem: str) -> None:
-        """Make one message that waits for itself due now, and a throttled next hop that it waits for."""
+        """Make a message that waits for itself due now, and a throttled next hop that it waits for."""
         with self.lock:
             for name in self.waiting.get(stem, NOWHERE):
                 self._queue(stem, name, 0.0, False)
@@ -3751,9 +3759,9 @@ class Scheduler:
         with self.lock:
             stems = heapq.nsmallest(limit, {*self.waiting, *self.active})
             now, wall = self.clock(), time.time()
-            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok", "active": len(lane.running),
-                     "waiting": len(lane.fresh) + len(lane.due), "reason": lane.reason,
-                     "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
+            hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok",
+                     "active": len(lane.running), "waiting": len(lane.fresh) + len(lane.due),
+                     "reason": lane.reason, "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
                     for lane in self.lanes.values() if not lane.is_local]
         return stems, hops
 
@@ -5225,7 +5233,8 @@ def wants_report(message: Message) -> list[Recipient]:
     told = []
     for r in message.recipients if message.reverse_path else ():
         event = {Status.FAILED: "FAILURE", Status.FORWARDED: "SUCCESS"}.get(r.status)
-        if not r.reported and event in (r.notify or "FAILURE").split(",") and not (event == "SUCCESS" and r.dsn):
+        by_them = event == "SUCCESS" and r.dsn
+        if not r.reported and event in (r.notify or "FAILURE").split(",") and not by_them:
             told.append(r)
     return told
 
@@ -5266,13 +5275,15 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     return header_lines(head, utf8) + b"".join(opening + part for part in parts) + closing
 
 
-def report_text(message: Message, told: Sequence[Recipient], hostname: str, others: Sequence[Message]) -> bytes:
+def report_text(message: Message, told: Sequence[Recipient], hostname: str,
+                others: Sequence[Message]) -> bytes:
     """Tell a person who did not get the message, why, what to do."""
     lines = [f"This is the mail server {hostname}.", "",
              f"It is about your message of {mail_time(message.received_at)} ({message.size} octets)."]
     if others:
         ids = ", ".join(m.id for m in others)
-        lines += [*wrapped(f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."), ""]
+        more = f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."
+        lines += [*wrapped(more), ""]
     lost, passed = ([r for r in told if r.status is s] for s in (Status.FAILED, Status.FORWARDED))
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
@@ -5373,11 +5384,9 @@ def advice_on(recipient: Recipient) -> str:
 
 def mail_time(received_at: str) -> str:
     """Write a record's time as headers have it (RFC 5322 3.3); empty if it is none."""
-    try:
-        at = datetime.datetime.fromisoformat(received_at.replace("Z", "+00:00"))
-        return email.utils.format_datetime(at)
-    except ValueError:
-        return ""
+    at = unix_time(received_at)
+    utc = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
+    return email.utils.format_datetime(utc) if at else ""
 
 
 # === 15 FAULTS ===============================================================
@@ -11701,10 +11710,10 @@ class Taken(NamedTuple):
 
 
 class Upstream(socketserver.ThreadingTCPServer):
-    """A smart host that answers by script: `relay.upstream.script("451 busy", "drop", "rcpt 550 who?")`.
+    """A smart host that answers by script: `relay.upstream.script("451 busy", "rcpt 550 who?")`.
 
-    A step is "accept", "drop" (hang up without an answer), or a reply, after a delay if it has one. It
-    holds for the end of a message's content, unless a stage stands before it: connect, mail, rcpt, data.
+    A step is "accept", "drop" (hang up without an answer), or a reply, after a delay if it has one.
+    It holds for the end of a message's content, unless a stage is before it: connect, mail, rcpt, data.
     Steps are taken in order, each when its stage comes; after the last one all is accepted.
     """
 
@@ -11718,7 +11727,7 @@ class Upstream(socketserver.ThreadingTCPServer):
         self.attempts = 0  # MAIL commands seen
         self.stopping = False
         self.open: dict[socket.socket, threading.Thread] = {}
-        self.thread = threading.Thread(target=self.serve_forever, name="upstream", daemon=True)
+        threading.Thread(target=self.serve_forever, name="upstream", daemon=True).start()
 
     def script(self, *steps: str) -> None:
         """Add steps; ValueError for one that is none."""
@@ -11726,10 +11735,11 @@ class Upstream(socketserver.ThreadingTCPServer):
             try:
                 self.faults.steps.append(parse_fault(step, step=True))
             except ValueError:
-                raise ValueError(f"{step!r} is not [{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply") from None
+                form = f"[{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply"
+                raise ValueError(f"{step!r} is not {form}") from None
 
     def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
-        """Block until so many messages have been taken, and return them; TimeoutError after `timeout` seconds."""
+        """Block until so many messages are taken, and return them; TimeoutError after so many seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
                 came = f"{len(self.received)} of {count} messages came within {timeout:g} s"
@@ -11790,7 +11800,7 @@ class UpstreamHandler(socketserver.StreamRequestHandler):
         self.wfile.write(reply.encode() + b"\r\n")
 
     def act(self, stage: str, usual: str, message: Taken | None = None) -> int:
-        """Say the usual, or what the script wants in its place; keep a message that is accepted. Returns the code."""
+        """Say the usual, or what the script wants; keep a message that is accepted. Returns the code."""
         server = self.server
         step = server.faults.answer(stage)
         scripted = step.play(lambda: server.stopping) if step else None
@@ -11809,16 +11819,12 @@ class Relay:
     """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
 
     def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
-        self.settings = settings
+        self.settings, self._upstream = settings, upstream
         self.parts = Parts(settings, log)
-        self._upstream = upstream
-
-    def start(self) -> Relay:
         self.parts.open(inherit=False)
         self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
         self.delivering.start()
         self.receiving.start()
-        return self
 
     def stop(self) -> None:
         self.receiving.stop()
@@ -11874,7 +11880,8 @@ class Relay:
             asked = {"to": to, "subject": subject, "from_": from_}
             wanted = " ".join(f"{k}={v!r}" for k, v in asked.items() if v) or "any"
             came = "; ".join(map(repr, self.messages)) or "none"
-            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
+            missed = f"no message ({wanted}) within {timeout:g} seconds"
+            raise TimeoutError(f"{missed}; what came: {came}")
         return self.delivering.inbox.email(item)
 
     @property
@@ -11902,7 +11909,7 @@ class Relay:
 
 
 def start(**settings: object) -> Relay:
-    """Start a relay in this process, with any setting by its name; free ports and memory unless told otherwise.
+    """Start a relay in this process, any setting by its name; free ports and memory if not told.
 
     A value is text as in the environment, a number, a flag or a list; no environment variables are read.
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
@@ -11911,25 +11918,24 @@ def start(**settings: object) -> Relay:
     """
     import logging
 
-    given = {name: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else
-             str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    given = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else
+             str(int(v)) if isinstance(v, bool) else str(v) for k, v in settings.items()}
     unknown = sum(unknown_settings(given), [])
     if unknown:
         raise SettingsError(unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
-    upstream = None if given.get("SMTP_RELAY_HOST") or given.get("SMTP_DELIVERY") == "mx" else Upstream()
+    real = given.get("SMTP_RELAY_HOST") or given.get("SMTP_DELIVERY") == "mx"
+    upstream = None if real else Upstream()
     if upstream:
-        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=socket_text(upstream.socket), SMTP_RELAY_TLS="none")
+        place = socket_text(upstream.socket)
+        defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=place, SMTP_RELAY_TLS="none")
     try:
         log = Log(logging.getLogger("smtprelay.library"))
-        relay = Relay(Settings.read({**defaults, **given}), log, upstream).start()
+        return Relay(Settings.read({**defaults, **given}), log, upstream)
     except BaseException:
         if upstream:
-            upstream.server_close()
+            upstream.stop()
         raise
-    if upstream:
-        upstream.thread.start()
-    return relay
 
 
 # -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
