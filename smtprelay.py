@@ -11636,7 +11636,7 @@ class Supervisor:
 
     def spawn_missing(self) -> None:
         """Fork the halves that are not there: without threads here, what they inherit is whole."""
-        for role in set(self.roles).difference(self.children.values()):
+        for role in [role for role in self.roles if role not in self.children.values()]:
             try:
                 child = os.fork()
             except OSError as e:  # no process to be had: try again later

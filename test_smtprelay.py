@@ -11143,7 +11143,7 @@ def test_a_file_that_cannot_be_opened_for_now_puts_its_message_off_for_a_moment(
     h = hop()
     relay = relaying_in_review(start, h, SMTP_RETRY_MAX_DELAY="1h", SMTP_RETRY_INITIAL_DELAY="0.3s")
     fetch, few = relay.delivering.spool.fetch, [OSError(errno.EMFILE, "Too many open files")] * 2
-    shown = []
+    shown: list[Any] = []
 
     def stumbling(stem: str, *only: Any) -> Any:  # `only`: for the record alone
         if few and not only:
