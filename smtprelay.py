@@ -3554,7 +3554,6 @@ class Scheduler:
             return Task(stem, UNREAD)
 
     def drop(self, stem: str) -> None:
-        """Forget where a message waits."""
         with self.lock:
             self.waiting.pop(stem, None)
 
@@ -3771,7 +3770,6 @@ class Scheduler:
             return min(itertools.chain(self.waiting, self.active), default=None)
 
     def waits(self, stem: str, lane: str) -> bool:
-        """Tell whether a message waits for a next hop."""
         return lane in self.waiting.get(stem, NOWHERE)
 
     def __len__(self) -> int:
@@ -10671,7 +10669,7 @@ class Delivering:
         reception.announce = self.adopt  # what this half makes itself needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, parts.port
         self.renew_at = time.monotonic() + RENEW_EVERY
-        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, 0.0
+        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, self.spooled_beside()
         self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
         self.scheduler = Scheduler(self.settings)
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
@@ -10702,7 +10700,6 @@ class Delivering:
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
-        self.beside = self.spooled_beside()
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
             events = self.feed.subscribe(1 << 30)
@@ -10760,7 +10757,7 @@ class Delivering:
                         self.look_at = 0.0
                     if line.startswith("="):  # a mark: all before it is in
                         self.marks.pop(line, threading.Event()).set()
-                if not lines and self.sidecars:  # that of a held message can wait: it says what the .eml says
+                if not lines and self.sidecars:  # these can wait: they say what the .eml says
                     message, content = self.spool.fetch(self.sidecars.popleft())
                     content.close()
                     self.spool.save_first(message)
@@ -10838,7 +10835,7 @@ class Delivering:
             self.metrics.set("owed_bytes", self.octets_owed)
 
     def weigh(self, stem: str) -> None:
-        """Note the octets of a message that is owed, where SMTP_SPOOL_MAX_SIZE needs their sum."""
+        """Note a message's octets as owed, where SMTP_SPOOL_MAX_SIZE needs their sum."""
         if self.settings.spool_max_size:
             with contextlib.suppress(OSError, KeyError):
                 self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
@@ -11017,7 +11014,6 @@ class Delivering:
         return True
 
     def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> Again:
-        """Give up on recipients."""
         for r in recipients:
             r.status, r.reply = Status.FAILED, r.reply or reason
         message.last_error = reason
