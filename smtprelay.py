@@ -6831,7 +6831,8 @@ def decode_words(value: str) -> str:
             chunks += [decode_text(octets, charset), between if not at or between.strip() else ""]
             octets, charset = b"", label
         text = match[3].encode("utf-8", "replace")
-        octets += unbase64(text) if match[2] in "bB" else binascii.a2b_qp(text.replace(b" ", b"_"), header=True)
+        octets += (unbase64(text) if match[2] in "bB"
+                   else binascii.a2b_qp(text.replace(b" ", b"_"), header=True))
         at = match.end()
     chunks += [decode_text(octets, charset), value[at:]]
     return "".join(chunks).translate(NO_BREAKS) if at else value
@@ -6845,7 +6846,8 @@ def addresses(value: str) -> list[Person]:
     pairs = read_addresses(value)
     if not any("@" in address for _, address in pairs) and "=?" in value:  # encoded whole
         pairs = read_addresses(decode_words(value))
-    return [{"Name": decode_words(name), "Address": decode_words(address)} for name, address in pairs]
+    return [{"Name": decode_words(name), "Address": decode_words(address)}
+            for name, address in pairs]
 
 
 def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> tuple[Headers, int]:
@@ -6866,16 +6868,18 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> t
         elif not line.strip():
             begin = stop
             break
-        elif not FIELD_NAME.match(raw, stop, min(end, stop + 200)) or not (fields or line[:5] in (b"From ", b">From")):
+        elif (not FIELD_NAME.match(raw, stop, min(end, stop + 200))
+              or not fields and line[:5] not in (b"From ", b">From")):
             break  # the body, without an empty line before it
     else:  # what is left of it is not looked at
-        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, max(start, stop - 1), end) if stop < end else None
-        begin = empty.end() if empty else end
+        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, max(start, stop - 1), end)
+        begin = empty.end() if empty and stop < end else end
     kept: Headers = []
     room = limit
     for first, last in fields:
         needed = NEEDED_FIELD.match(raw, first, last)
-        if last - first <= (room if needed else min(room, limit // 4)) and (needed or len(kept) < 2000):
+        fits = last - first <= (room if needed else min(room, limit // 4))
+        if fits and (needed or len(kept) < 2000):
             name, _, value = decode_text(raw[first:last]).replace("\r\n", "").partition(":")
             value = value if value.isprintable() else value.translate(NO_BREAKS)
             kept.append((name.rstrip(), value.strip()))
@@ -6898,7 +6902,8 @@ class Part(NamedTuple):
     @property
     def encoding(self) -> str:
         """The transfer encoding, of which senders write "base64;" and "base64 (with a comment)"."""
-        return re.split(r"[\s;(]", header(self.headers, "content-transfer-encoding").strip("\"' ").lower())[0]
+        field = header(self.headers, "content-transfer-encoding").strip("\"' ").lower()
+        return re.split(r"[\s;(]", field, maxsplit=1)[0]
 
     @property
     def content(self) -> bytes:
@@ -6913,28 +6918,23 @@ class Part(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The body as text, its line ends as sent; what was wrapped for the way is whole again (RFC 3676)."""
+        """The body as text, its line ends as sent, format=flowed unwrapped (RFC 3676)."""
         text = decode_text(self.content, self.charset)
-        if self.content_type == "text/plain" and self.parameters.get("format", "").lower() == "flowed":
-            text = unwrap(text, self.parameters.get("delsp", "").lower() == "yes")
-        return text
-
-
-def unwrap(text: str, delsp: bool) -> str:
-    """Join the lines of format=flowed that end in a space with the next of the same quote depth."""
-    lines: list[str] = []
-    depth, flowing = -1, False
-    for line in text.replace("\r\n", "\n").split("\n"):
-        quoted = len(line) - len(line.lstrip(">"))
-        line = line[quoted:]
-        line = line[1:] if line[:1] == " " else line
-        if flowing and quoted == depth and line != "-- ":
-            lines.append(line)
-        else:
-            lines.append(("\n" if depth >= 0 else "") + ">" * quoted + (" " * bool(quoted)) + line)
-        flowing, depth = line.endswith(" ") and line != "-- ", quoted
-        lines[-1] = lines[-1][:-1] if flowing and delsp else lines[-1]
-    return "".join(lines)
+        if self.content_type != "text/plain" or self.parameters.get("format", "").lower() != "flowed":
+            return text
+        chunks: list[str] = []
+        before, flowing = -1, False
+        delsp = self.parameters.get("delsp", "").lower() == "yes"
+        for line in text.replace("\r\n", "\n").split("\n"):
+            quoted = len(line) - len(line.lstrip(">"))
+            line = line[quoted:]
+            line = line[1:] if line[:1] == " " else line
+            signature = line == "-- "
+            if not flowing or quoted != before or signature:
+                chunks.append("\n" * (before >= 0) + ">" * quoted + " " * bool(quoted))
+            flowing, before = line.endswith(" ") and not signature, quoted
+            chunks.append(line[:-1] if flowing and delsp else line)
+        return "".join(chunks)
 
 
 def unbase64(octets: bytes) -> bytes:
@@ -6949,10 +6949,12 @@ def unbase64(octets: bytes) -> bytes:
 def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header value into its first word and its parameters (RFC 2045, 2231), leniently."""
     value = value[:4096]
-    word = re.split(r"[\s;(]", re.sub(r"^\s*(?:\([^()]*\)\s*)*", "", value), maxsplit=1)[0].strip("\"'").lower()
+    start = re.sub(r"^\s*(?:\([^()]*\)\s*)*", "", value)
+    word = re.split(r"[\s;(]", start, maxsplit=1)[0].strip("\"'").lower()
     found: dict[str, dict[int, tuple[bool, str]]] = {}
     # A value without quotes goes on over spaces, but not over what looks like the next parameter.
-    pattern = r'([^\s;="(),]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;\s"]*(?:[ \t]+(?![^\s;=]+\s*=)[^;\s]+)*))'
+    pattern = (r'(?<![^\s;="(),])([^\s;="(),]+)\s*=\s*'
+               r'(?:"((?:[^"\\]|\\.)*)"?|([^;\s"]*(?:[ \t]+(?![^\s;=]+\s*=)[^;\s]+)*))')
     for name, quoted, plain in re.findall(pattern, value):
         key = re.fullmatch(r"(.+?)(?:\*(\d{1,3}))?(\*?)", name.lower())
         text = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain.strip()
@@ -6967,9 +6969,11 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
         for n, (encoded, text) in sorted(pieces.items()):
             if encoded and n == 0 and text.count("'") >= 2:
                 charset, _, text = text.split("'", 2)
-            octets += urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace")
-        text = decode_text(octets, charset)
-        more[name] = text if name in ("name", "filename") else re.sub(r"\([^()]*\)", "", text).strip()
+            octets += (urllib.parse.unquote_to_bytes(text) if encoded
+                       else text.encode("utf-8", "replace"))
+        more[name] = decode_text(octets, charset)
+        if name not in ("name", "filename"):
+            more[name] = re.sub(r"\([^()]*\)", "", more[name]).strip()
     return word, more
 
 
@@ -6992,7 +6996,7 @@ def first_octets_type(head: bytes) -> str:
 
 
 def true_type(part: Part) -> str:
-    """Tell a part's type: what is sent as nothing in particular, or as some image, by its first octets."""
+    """Tell a part's type: of what is sent as any octets, or as an image, by the first octets."""
     if part.content_type.startswith("image/") or part.content_type.endswith("/octet-stream"):
         head = unbase64(part.raw[:800]) if part.encoding == "base64" else part.content[:600]
         return first_octets_type(head) or part.content_type
@@ -7001,7 +7005,8 @@ def true_type(part: Part) -> str:
 
 def file_name(part: Part) -> str:
     """Name a part as a file."""
-    return part.filename or part.content_id or f"part-{part.number}" + ENDINGS.get(true_type(part), "")
+    name = part.filename or part.content_id
+    return name or f"part-{part.number}" + ENDINGS.get(true_type(part), "")
 
 
 def describe_part(number: str, headers: Headers, among: str = "") -> Part:
@@ -7011,12 +7016,15 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
     cid = decode_words(header(headers, "content-id")).strip("<> ")[:250]
     filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
     if not re.fullmatch(r"(?a)[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", kind):
-        kind = "application/octet-stream" if "/" in kind else "text/html" if kind == "html" else "text/plain"
-    attached = disposition == "attachment"
-    shown = cid or disposition == "inline" or among == "multipart/alternative" or kind.startswith("image/")
-    role = "inline" if shown and not (attached or disposition == "" and kind.startswith("message/")) else "attachment"
-    if kind in ("text/plain", "text/html") and not attached and not (disposition and filename):
-        role = "body"
+        any_text = "text/html" if kind == "html" else "text/plain"
+        kind = "application/octet-stream" if "/" in kind else any_text
+    role = "attachment"
+    if disposition != "attachment":
+        if kind in ("text/plain", "text/html") and not (disposition and filename):
+            role = "body"
+        elif disposition == "inline" or (disposition or not kind.startswith("message/")) and (
+                cid or among == "multipart/alternative" or kind.startswith("image/")):
+            role = "inline"
     return Part(number, headers, kind, more, role, filename, cid)
 
 
@@ -7057,13 +7065,15 @@ def read_mail(raw: bytes) -> Mail:
         room -= body - start if number else 0
         part = describe_part(number.rstrip(".") or "0", headers, among)
         multipart = part.content_type.startswith("multipart/")
-        boundary = part.parameters.get("boundary", "") if multipart and number.count(".") < DEPTH_LIMIT else ""
-        pieces = find_pieces(raw, body, end, boundary) if boundary else []
-        todo += [(f"{number}{n}.", *piece, part.content_type) for n, piece in enumerate(pieces, 1)][::-1]
-        if not pieces:
-            kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)  # shown, not lost
+        boundary, pieces = part.parameters.get("boundary"), []
+        if multipart and boundary and number.count(".") < DEPTH_LIMIT:
+            pieces = find_pieces(raw, body, end, boundary)
+        todo += [(f"{number}{n}.", *pieces[n - 1], part.content_type)
+                 for n in range(len(pieces), 0, -1)]
+        if not pieces:  # a multipart without parts is shown, not lost
+            kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)
             if role == "body" and part.filename and kind in bodies:
-                role = "attachment"  # one more text with a name is a file, the first one is the message
+                role = "attachment"  # the first text is the message, one more with a name a file
             bodies |= {kind} if role == "body" else set()
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
@@ -7106,20 +7116,18 @@ class Mail:
 
     @functools.cached_property
     def html(self) -> str:
-        return self.bodies("text/html")
+        return "\n".join(p.text for p in self.having("body") if p.content_type == "text/html")
 
     @functools.cached_property
     def plain(self) -> str:
-        return self.bodies("text/plain")
-
-    def bodies(self, kind: str) -> str:
-        texts = (p.text for p in self.parts if (p.role, p.content_type) == ("body", kind))
-        return "\n--\n".join(text for text in texts if text.strip()) if kind == "text/plain" else "\n".join(texts)
+        texts = (p.text for p in self.having("body") if p.content_type == "text/plain")
+        return "\n--\n".join(text for text in texts if text.strip())
 
     @functools.cached_property
     def text(self) -> str:
         """The text/plain body, or else the readable text of the HTML one, its lines ending in LF."""
-        return self.plain.replace("\r\n", "\n") if self.plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
+        plain = self.plain.replace("\r\n", "\n")
+        return plain if plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
 
     def having(self, role: str) -> list[Part]:
         """The parts with this role."""
@@ -7397,10 +7405,11 @@ def stands_in_octets(body: Part) -> bool:
     """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
     if body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw):
         return False
-    codec = find_codec(body.charset)
-    flowed = body.parameters.get("format")  # a word may be in two lines
-    return body.encoding in ("", "7bit", "8bit", "quoted-printable") and not flowed and codec[:6] not in (
-        "utf_16", "utf_32", "utf_7", "hz", "iso202")
+    if body.parameters.get("format"):  # flowed: a word may be in two lines
+        return False
+    wide = "utf_16", "utf_32", "utf_7", "hz", "iso202"
+    plain = body.encoding in ("", "7bit", "8bit", "quoted-printable")
+    return plain and find_codec(body.charset)[:6] not in wide
 
 
 def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
@@ -7420,23 +7429,26 @@ def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
 
 
 def read_safely(raw: bytes) -> Mail:
-    """Parse a message and look at all of it: what cannot be read, for a fault of ours, is shown as that.
+    """Parse a message and look at all of it, so that none can stop a list, a search or a wait.
 
-    So no one message stops a list, a search, a wait or a deletion.
+    What cannot be read, for a fault of ours, is shown as that.
     """
     try:
         mail = read_mail(raw)
-        _ = mail.subject, mail.text, mail.date, mail.people("from"), mail.people("to"), links(mail.text, mail.html)
+        _ = mail.subject, mail.date, mail.people("from"), mail.people("to")
+        _ = links(mail.text, mail.html)
         return mail
     except Exception as error:  # whatever it is
-        words = f"This message cannot be read ({type(error).__name__}). Its source is whole.".encode()
-        return Mail([("Subject", "(cannot be read)")], [describe_part("0", [])._replace(raw=words)], len(raw))
+        words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
+        part = describe_part("0", [])._replace(raw=words.encode())
+        return Mail([("Subject", "(cannot be read)")], [part], len(raw))
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
     """Sort tags, the first spelling of each, without the signs that Mailpit takes out of them."""
     cleaned = (" ".join(re.sub(r"[^\w .@-]", "", tag).split())[:100] for tag in tags)
-    return sorted({tag.lower(): tag for tag in reversed(list(cleaned)) if tag}.values(), key=str.lower)
+    tags = {tag.lower(): tag for tag in reversed(list(cleaned)) if tag}
+    return sorted(tags.values(), key=str.lower)
 
 
 class Item(NamedTuple):

@@ -8453,6 +8453,8 @@ def bomb(depth: int) -> bytes:
 
 
 HOSTILE = {
+    "parameters without values": MULTIPART + b"".join(
+        b"--b\r\nContent-Type: text/plain;" + b"%dx" % n * 1500 + b"\r\n\r\n" for n in range(300)),
     "deep": bomb(2000),
     "deep and long": bomb(16) + b"\r\n--b" * (MEGABYTE // 5),
     "messages in messages": b"Content-Type: message/rfc822\r\n\r\n" * 10000,
