@@ -496,6 +496,7 @@ def numeric(kind: Callable[[float], Any], expected: str, least: float = 0, most:
         if not least <= value <= most:
             raise ValueError(expected)
         return kind(value)
+    parse.__name__ = expected.partition(" such")[0].partition(",")[0][2:]  # so argparse calls it
     return parse
 
 

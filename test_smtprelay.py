@@ -819,6 +819,7 @@ def test_version() -> None:
 
 def test_unknown_verb_is_a_usage_error() -> None:
     assert run("frobnicate").returncode in (2, 64)
+    assert "invalid duration value: 'soon'" in run("wait", "--timeout", "soon").stderr
 
 
 PRESETS = [  # SMTP_RELAY_HOST and what else is set: host, port, TLS
