@@ -998,7 +998,7 @@ def nearest(name: str, names: Iterable[str], likeness: float) -> str:
 # A process writes its own row only, under its own lock, a leaf.
 
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "error": 40}  # as in the logging module
-PLAIN = re.compile(r"[!#-<>-\[\]-~]+").fullmatch  # what needs no quotes: no blank, quote, equals sign or backslash
+PLAIN = re.compile(r"[!#-<>-\[\]-~]+").fullmatch  # no blank, quote, equals sign, backslash
 EVENT_ENCODER = json.JSONEncoder(default=str)
 
 
@@ -1010,7 +1010,7 @@ def event_json(first: dict[str, object], fields: Mapping[str, object]) -> str:
 
 
 def append_line(path: str, line: str) -> None:
-    """Append a line to a file that its owner alone may read, in one write, so that lines stay whole."""
+    """Append a line to a file that its owner alone may read, in one write: lines stay whole."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
@@ -1021,11 +1021,12 @@ def append_line(path: str, line: str) -> None:
 class Log:
     """Writes one line for each event, in the form that the settings ask for.
 
-    It goes to a file or, if `sink` is "", to standard error. A library's lines go to a logger of the logging
-    module, which has a level of its own.
+    It goes to a file or, if `sink` is "", to standard error. A library's lines go to a logger of
+    the logging module, which has a level of its own.
     """
 
-    def __init__(self, sink: logging.Logger | str, as_json: bool = False, level: str = "info") -> None:
+    def __init__(self, sink: logging.Logger | str, as_json: bool = False,
+                 level: str = "info") -> None:
         self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
 
     def write(self, level: str, event: str, fields: dict[str, object]) -> None:
@@ -1050,15 +1051,17 @@ class Log:
         line = f"{now} {level} {event}"
         for name, value in fields.items():
             text = str(value)
-            line += f" {name}={text if PLAIN(text) else json.dumps(text, ensure_ascii=not text.isprintable())}"
+            if not PLAIN(text):
+                text = json.dumps(text, ensure_ascii=not text.isprintable())
+            line += f" {name}={text}"
         return line
 
     def tell(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or have been at the start
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
             sys.stderr.write(line + "\n")
 
     def greet(self, lines: Sequence[str]) -> None:
-        """Write what is said at the start to standard error, for people, and into the log, in its form."""
+        """Write what is said at the start to standard error, for people, and in its form to the log."""
         for line in lines:
             event = self.line("info", "start", {"said": line}) if self.as_json else line
             if self.sink and isinstance(self.sink, str):
@@ -1086,11 +1089,12 @@ class Log:
 
 def open_log(settings: Settings) -> Log:
     """Return the program's own log."""
-    return Log(settings.log_file, settings.log_format == "json", "debug" if settings.debug else settings.log_level)
+    level = "debug" if settings.debug else settings.log_level
+    return Log(settings.log_file, settings.log_format == "json", level)
 
 
 class Audit:
-    """Appends a JSON line for each event to SMTP_AUDIT_LOG; json escapes whatever a client sends."""
+    """Appends a JSON line for each event to SMTP_AUDIT_LOG; json escapes what a client sends."""
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
@@ -1098,7 +1102,8 @@ class Audit:
     def write(self, event: str, **fields: object) -> None:
         if self.path:
             try:
-                append_line(self.path, event_json({"time": iso_time(time.time()), "event": event}, fields))
+                first: dict[str, object] = {"time": iso_time(time.time()), "event": event}
+                append_line(self.path, event_json(first, fields))
             except OSError as e:
                 self.log.error("audit_failed", error=e)
 
@@ -1111,7 +1116,7 @@ class Feed:
         self.listeners: set[queue.Queue[Any]] = set()
 
     def subscribe(self, most: int, waiting: int = 1000) -> queue.Queue[Any]:
-        """Return a queue of events to come, None at their end; ValueError when `most` listen already."""
+        """Return a queue of events to come, None at their end; ValueError when `most` listen."""
         events: queue.Queue[Any] = queue.Queue(waiting)
         with self.lock:
             if len(self.listeners) >= most:
@@ -1124,7 +1129,7 @@ class Feed:
             self.listeners.discard(events)
 
     def publish(self, event: dict[str, Any] | None) -> None:
-        with self.lock:  # nothing here waits, and nobody else may take the place that is made for the end
+        with self.lock:  # nothing here waits, and the place made for the end is for the end
             for events in [*self.listeners]:
                 try:
                     events.put_nowait(event)
@@ -1145,8 +1150,8 @@ class Metric(NamedTuple):
     values: tuple[str, ...] = ()
 
 
-CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538", "550", "552", "553",
-         "554", "555", "other")  # of SMTP_FAULTS
+CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538",
+         "550", "552", "553", "554", "555", "other")  # of SMTP_FAULTS
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 METRICS = (
     Metric("smtp_messages_received_total", "counter", "Messages that got their 250."),
@@ -1172,21 +1177,20 @@ METRICS = (
     Metric("smtp_uptime_seconds", "gauge", "Time since start."),
     Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
 )
-# Not shown: what the halves tell each other by the same means.
-SIGNALS = ("owed_bytes", "alive", "started", "fault_changes")
-
-
 PARTS = ("count", "sum", *map(str, BUCKETS))  # of a histogram
 CELLS = {key: i for i, key in enumerate([  # the place in a row of each metric and label value
-    *((m.name, value) for m in METRICS for value in (PARTS if m.kind == "histogram" else m.values or ("",))),
-    *((signal_name, "") for signal_name in SIGNALS)])}
+    *((m.name, value) for m in METRICS
+      for value in (PARTS if m.kind == "histogram" else m.values or ("",))),
+    # not shown: what the halves tell each other by the same means
+    ("owed_bytes", ""), ("alive", ""), ("started", ""), ("fault_changes", "")])}
 
 
 class Metrics:
     """The counters of one relay: a writer's own row, and the sum of all rows for readers."""
 
     def __init__(self, cells: Any = None, row: int = 0, rows: int = 2) -> None:
-        self.cells = memoryview(mmap.mmap(-1, rows * len(CELLS) * 8)).cast("d") if cells is None else cells
+        size = rows * len(CELLS) * 8
+        self.cells = memoryview(mmap.mmap(-1, size)).cast("d") if cells is None else cells
         self.base = row * len(CELLS)
         self.lock = threading.Lock()
 
@@ -1210,7 +1214,7 @@ class Metrics:
             self.inc(name, 1, str(bound))
 
     def histogram(self, name: str) -> dict[str, int | float]:
-        """Return the count and the sum of a histogram, and for each bound how many values it holds."""
+        """Return the count and sum of a histogram, and for each bound how many values it holds."""
         parts = {part: whole(self.get(name, part)) for part in PARTS}
         for lower, upper in zip(BUCKETS, BUCKETS[1:]):
             parts[str(upper)] += parts[str(lower)]
@@ -1233,21 +1237,21 @@ def whole(value: float) -> int | float:
 
 
 def expvar(metrics: Metrics) -> dict[str, Any]:
-    """Return the metrics in the manner of Go's expvar: one flat object, a map where there is a label."""
+    """Return the metrics as Go's expvar does: one flat object, a map where there is a label."""
     shown: dict[str, Any] = {"cmdline": sys.argv, "memstats": memory_figures()}
     for m in METRICS:
         if m.kind == "histogram":
             shown[m.name] = metrics.histogram(m.name)
-        elif m.label:
-            shown[m.name] = {v: whole(metrics.get(m.name, v)) for v in m.values}
         else:
-            shown[m.name] = whole(metrics.get(m.name))
+            values = {v: whole(metrics.get(m.name, v)) for v in m.values or ("",)}
+            shown[m.name] = values if m.label else values[""]
     return shown
 
 
 def memory_figures() -> dict[str, int]:
     """Return this process's memory in the names that expvar readers look for, in octets."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else KIB)
+    unit = 1 if sys.platform == "darwin" else KIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"Sys": peak, "NumGC": sum(s["collections"] for s in gc.get_stats())}
 
 
@@ -1259,12 +1263,12 @@ def prometheus(metrics: Metrics) -> str:
         if m.kind == "histogram":
             parts = metrics.histogram(m.name)
             lines += [f'{m.name}_bucket{{le="{b}"}} {parts[str(b)]}' for b in BUCKETS]
-            lines += [f'{m.name}_bucket{{le="+Inf"}} {parts["count"]}', f'{m.name}_sum {parts["sum"]}',
-                      f'{m.name}_count {parts["count"]}']
+            lines += [f'{m.name}_bucket{{le="+Inf"}} {parts["count"]}',
+                      f'{m.name}_sum {parts["sum"]}', f'{m.name}_count {parts["count"]}']
         else:
-            mark = '{{{}="{}"}}'.format
-            lines += [f"{m.name}{mark(m.label, v) if v else ''} {whole(metrics.get(m.name, v))}"
-                      for v in m.values or ("",)]
+            for v in m.values or ("",):
+                mark = f'{{{m.label}="{v}"}}' if v else ""
+                lines.append(f"{m.name}{mark} {whole(metrics.get(m.name, v))}")
     return "\n".join(lines) + "\n"
 
 
@@ -5394,7 +5398,8 @@ def mail_time(received_at: str) -> str:
 # mails. A session asks at each stage; an answer takes the place of the true
 # one. Rules stand one a line, or between semicolons:
 #
-#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept] [first N] [after N] [share PERCENT]
+#     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept]
+#           [first N] [after N] [share PERCENT]
 #
 #     rcpt to=*@slow.test 450 greylisted first 2    each recipient's first two tries
 #     end from=ci@* drop kept after 3               from the fourth on, the 250 is lost
@@ -5409,7 +5414,8 @@ def mail_time(received_at: str) -> str:
 # one. Rules changed over HTTP reach the receiving process in a file; Mailpit's chaos
 # triggers become rules with a share. Any thread may ask: the lock is a leaf.
 
-FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "data": "from to", "end": "from to"}
+FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "data": "from to",
+                "end": "from to"}
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
 HANG_UP = Reply(0, "", "drop")  # not sent, as LOST
 CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
@@ -5417,7 +5423,7 @@ CHAOS_RULE = r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})"
 
 
 class Fault(NamedTuple):
-    """One rule: after a delay its reply, or none, a share of the times after < n <= after + first."""
+    """One rule: after a delay its reply or none, a share of the times after < n <= after + first."""
 
     rule: str
     stage: str
@@ -5429,7 +5435,7 @@ class Fault(NamedTuple):
     share: int = 100
 
     def play(self, stopping: Callable[[], bool] = bool) -> Reply | None:
-        """Wait, then return what is said in place of the true answer, LOST for nothing; PeerGone: hang up."""
+        """Wait, then return what is said in place of the true answer; PeerGone: hang up."""
         end = time.monotonic() + self.delay
         while time.monotonic() < end and not stopping():
             time.sleep(min(0.05, max(0.0, end - time.monotonic())))
@@ -5438,21 +5444,8 @@ class Fault(NamedTuple):
         return self.reply
 
 
-def parse_faults(text: str) -> list[Fault]:
-    """Read the rules; ValueError names each wrong one, its number, what was expected."""
-    found, wrong = [], []
-    for number, rule in enumerate(filter(None, map(str.strip, re.split(r"[;\n]", text))), 1):
-        try:
-            found.append(parse_fault(rule))
-        except ValueError as e:
-            wrong.append(f"rule {number} ({rule[:80]!r}): expected {e}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return found
-
-
 def parse_fault(rule: str, step: bool = False) -> Fault:
-    """Read one rule, or a step of a script, which may answer well and is for the end if it names no stage."""
+    """Read a rule, or a step of a script, which may answer well and needs no stage for the end."""
     stage, *parts = rule.split() or [""]
     if step and stage not in FAULT_STAGES:
         stage, parts = "end", [stage, *parts]
@@ -5463,7 +5456,8 @@ def parse_fault(rule: str, step: bool = False) -> Fault:
     while parts and parts[0].startswith(("to=", "from=")):
         name, _, glob = parts.pop(0).partition("=")
         if name not in FAULT_STAGES[stage].split():
-            raise ValueError(f"{name}= at {', '.join(s for s in FAULT_STAGES if name in FAULT_STAGES[s])} only")
+            stages = ", ".join(s for s in FAULT_STAGES if name in FAULT_STAGES[s])
+            raise ValueError(f"{name}= at {stages} only")
         globs[name] = glob.lower()
     while len(parts) > 2 and parts[-2] in ("first", "after", "share"):
         number, name = parts.pop(), parts.pop()
@@ -5476,19 +5470,21 @@ def parse_fault(rule: str, step: bool = False) -> Fault:
         return fault
     if answer == "drop" or answer == "drop kept" and stage == "end":
         return fault._replace(reply=HANG_UP if answer == "drop" else LOST)
-    match = re.fullmatch(rf"([{good}])([0-9]{{2}})(?: (\1\.[0-9]{{1,3}}\.[0-9]{{1,3}}))?(?: ([ -~]{{1,400}}))?", answer)
+    match = re.fullmatch(rf"([{good}])([0-9]{{2}})(?: (\1\.[0-9]{{1,3}}\.[0-9]{{1,3}}))?"
+                         r"(?: ([ -~]{1,400}))?", answer)
     if not match:
         raise ValueError('a code from 400 to 599, then printable ASCII, "delay 5s" or "drop"')
-    status, text = match[3] or ("" if step else f"{match[1]}.0.0"), match[4] or "Scripted failure"
-    return fault._replace(reply=Reply(int(match[1] + match[2]), status, text))
+    status = match[3] or ("" if step else f"{match[1]}.0.0")
+    reply = Reply(int(match[1] + match[2]), status, match[4] or "Scripted failure")
+    return fault._replace(reply=reply)
 
 
 def to_chaos(rules: str) -> dict[str, Any]:
     """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
-    made = {m[1]: m for m in (re.fullmatch(CHAOS_RULE, rule) for rule in rules.split("\n")) if m}
-    shown = {name: (made.get(stage), usual) for name, (stage, usual) in CHAOS.items()}
-    return {name: {"ErrorCode": int(m[2]) if m else usual, "Probability": int(m[3]) if m else 0}
-            for name, (m, usual) in shown.items()}
+    made = {stage: (code, share) for stage, code, share in re.findall(f"(?m)^{CHAOS_RULE}$", rules)}
+    shown = {name: made.get(stage, (usual, 0)) for name, (stage, usual) in CHAOS.items()}
+    return {name: {"ErrorCode": int(code), "Probability": int(share)}
+            for name, (code, share) in shown.items()}
 
 
 def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
@@ -5497,17 +5493,19 @@ def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
     for name, (stage, usual) in CHAOS.items():
         trigger = {k.lower(): v for k, v in triggers[name].items()}
         code, share = trigger.get("errorcode", usual), trigger.get("probability", 0)
-        if type(code) is not int or type(share) is not int or not (400 <= code <= 599 and 0 <= share <= 100):
-            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
+        if {type(code), type(share)} != {int} or not (400 <= code <= 599 and 0 <= share <= 100):
+            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, "
+                             "a Probability from 0 to 100")
         kept += [f"{stage} {code} Chaos share {share}"] if share else []
     return "\n".join(kept)
 
 
 class Faults:
-    """Answers by the rules, remembering how often each was reached. SettingsError lists wrong ones."""
+    """Answers by the rules, counting how often each was reached. SettingsError lists wrong ones."""
 
     def __init__(self, text: str, path: str = "", metrics: Metrics | None = None) -> None:
-        self.lock, self.path, self.metrics, self.seen = threading.Lock(), path, metrics or Metrics(), 0.0
+        self.lock, self.path, self.metrics = threading.Lock(), path, metrics or Metrics()
+        self.seen = 0.0  # how many changes
         self.steps: collections.deque[Fault] = collections.deque()
         try:
             self.take(text)
@@ -5520,8 +5518,15 @@ class Faults:
         return "\n".join(fault.rule for fault in self.rules)
 
     def take(self, text: str) -> None:
-        """Go by these rules from now on; ValueError names those that are wrong."""
-        rules = parse_faults(text)
+        """Go by these rules from now on; ValueError names each wrong one, and what was expected."""
+        rules, wrong = [], []
+        for number, rule in enumerate(filter(None, map(str.strip, re.split(r"[;\n]", text))), 1):
+            try:
+                rules.append(parse_fault(rule))
+            except ValueError as e:
+                wrong.append(f"rule {number} ({rule[:80]!r}): expected {e}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         with self.lock:
             self.rules = rules
             self.counts: dict[str, int] = {}
@@ -5543,39 +5548,42 @@ class Faults:
                 self.take(read_whole(self.path).decode())
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault | None:
-        """Return what is to be played at a stage, None for the true answer; data and end give all recipients."""
+        """Return what is to be played at a stage, None for the true answer."""
         with self.lock:
             if self.steps and self.steps[0].stage == stage:
                 return self.steps.popleft()
             if not self.path:
                 return self.search(self.counts, stage, sender, recipients)
-            # Several processes keep the counts in a file, which says for which change of the rules they are.
-            with open(os.open(self.path + ".counts", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+            # Several processes keep the counts in a file, which says for which change they are.
+            flags, seen = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, b"%d" % self.seen
+            with open(os.open(self.path + ".counts", flags, 0o600), "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 change, _, kept = file.read().partition(b"\n")
-                counts: dict[str, int] = json.loads(kept) if change == b"%d" % self.seen and kept.endswith(b"}") else {}
+                is_whole = change == seen and kept.endswith(b"}")
+                counts: dict[str, int] = json.loads(kept) if is_whole else {}
                 found = self.search(counts, stage, sender, recipients)
                 file.seek(0)
                 file.truncate()
-                file.write(b"%d\n%s" % (self.seen, json.dumps(counts).encode()))
+                file.write(seen + b"\n" + json.dumps(counts).encode())
                 return found
 
-    def search(self, counts: dict[str, int], stage: str, sender: str, recipients: Sequence[str]) -> Fault | None:
-        """Count each rule that matches as reached once more; add up delays to the first that answers."""
-        last, delay = None, 0.0
+    def search(self, counts: dict[str, int], stage: str, sender: str,
+               recipients: Sequence[str]) -> Fault | None:
+        """Count each rule that matches as reached; add up delays to the first that answers."""
+        last, delay, fits = None, 0.0, fnmatch.fnmatchcase
         for number, fault in enumerate(self.rules):
-            if fault.stage != stage or not fnmatch.fnmatchcase(sender.lower(), fault.globs.get("from", "*")):
+            if fault.stage != stage or not fits(sender.lower(), fault.globs.get("from", "*")):
                 continue
-            by: str | None = ""
-            if "to" in fault.globs:
-                by = next((r for r in map(str.lower, recipients) if fnmatch.fnmatchcase(r, fault.globs["to"])), None)
-            if by is None:
+            to, share = fault.globs.get("to"), fault.share
+            met = [""] if to is None else [r for r in map(str.lower, recipients) if fits(r, to)]
+            if not met:
                 continue
-            n = counts[f"{number} {by}"] = counts.pop(f"{number} {by}", 0) + 1
+            key = f"{number} {met[0]}"
+            n = counts[key] = counts.pop(key, 0) + 1
             if len(counts) > FAULT_COUNTS_MOST:
                 del counts[next(iter(counts))]
-            if (fault.after < n <= fault.after + fault.first
-                    and n * fault.share // 100 > (n - 1) * fault.share // 100):
+            shared = n * share // 100 > (n - 1) * share // 100
+            if shared and fault.after < n <= fault.after + fault.first:
                 last, delay = fault, delay + fault.delay
                 if fault.reply:
                     break
