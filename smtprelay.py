@@ -2384,7 +2384,7 @@ def check_spool(path: str) -> None:
             and all(map(NAME.fullmatch, os.listdir(f"{path}/{n}")))}
     strange = sorted(names - days - {*KEPT_NAMES, "lost+found"})
     if strange:
-        some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        some = ", ".join(strange[:3] + ["..."] * (len(strange) > 3))
         raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
                              f"this one holds {some}"])
 
@@ -2494,7 +2494,7 @@ class Spool:
             self.log.error("set_aside_failed", file=name, reason=reason, error=e)
 
     def open_file(self, stem: str, end: str) -> BinaryIO:
-        """Open a file of a message, sealed or not; KeyError when it is gone, SpoolError when it cannot be unsealed."""
+        """Open a file of a message, unsealed; KeyError when it is gone, SpoolError when it cannot be."""
         try:
             file = self.store.read(stem + end)
         except FileNotFoundError:
@@ -2518,7 +2518,7 @@ class Spool:
         return message
 
     def fetch(self, stem: str, done: bool = False) -> tuple[Message, BinaryIO]:
-        """Return the record and the content, as `load` and `content` do; `done`: the message may be finished.
+        """Return record and content, as `load` and `content` do; `done`: it may be finished already.
 
         The record is the first sidecar that there is, rebuilt from the .eml where that cannot be read.
         """
@@ -2857,7 +2857,7 @@ def file_stamp(path: str) -> tuple[int, ...]:
 # -- the store --
 
 class Login(NamedTuple):
-    """How one AUTH ended; user is for the log, and never an api_key. No account: the password was wrong."""
+    """How one AUTH ended. No account: a wrong password. user is for the log, never an api_key."""
 
     user: str
     account: Account | None
@@ -3013,7 +3013,7 @@ MECHANISMS = {"PLAIN": True, "LOGIN": True, "CRAM-MD5": False}  # does who liste
 
 
 def response(line: bytes) -> str:
-    """Decode what a client answered, in strict base64 (RFC 4648 section 4); Refused for "*" and all else."""
+    """Decode a client's strict base64 (RFC 4648 section 4); Refused for "*" and all else."""
     try:
         if len(line) % 4:
             raise ValueError("cut short")
@@ -10472,8 +10472,9 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
     smtp.ehlo()
     if settings.auth_user and smtp.has_extn("auth"):
         smtp.login(settings.auth_user, settings.auth_password)
-    eight, utf8 = "8BITMIME" * ("8BITMIME" in envelope.flags), " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
-    parameters = asked(SIZE=str(len(content)), RET=envelope.ret, BODY=eight) + utf8
+    body = "8BITMIME" * ("8BITMIME" in envelope.flags)
+    parameters = asked(SIZE=str(len(content)), RET=envelope.ret, BODY=body)
+    parameters += " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
     replies: dict[str, tuple[int, bytes]] = {}
     todo = envelope.recipients
     while todo:  # again where it took a portion (RFC 5321 4.5.3.1.10)
