@@ -5005,12 +5005,14 @@ class Delivery:
         if s.relay_repair or s.relay_from:
             first = file.read(HEAD_LIMIT)
             top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # our Received ends there
-            begun = re.match(rb"[!-9;-~]+[ \t]*:|\r\n", first[top:])
-            blank = first.find(b"\r\n\r\n", max(top - 2, 0))
-            whole = blank >= 0 or len(first) < HEAD_LIMIT  # else its header is beyond measure
-            end = top if not begun or not whole else blank + 2 if blank >= 0 else len(first)
+            field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
+            found = re.match(rb"(?:%s)*" % field, first[top:])
+            end = top + (found.end() if found else 0)
+            whole = len(first) < HEAD_LIMIT or b"\n" in first[end:]  # else beyond measure
             fields, names, added = first[top:end], b"\n" + first[top:end].lower(), b""
             signed = b"\ndkim-signature:" in names
+            ended = (not whole or signed or top < end == len(first)
+                     or first.startswith(b"\r\n", end))
             if s.relay_repair and whole and not signed:
                 if not re.search(rb"\nmessage-id[ \t]*:", names):
                     added = f"Message-ID: <{message.id}@{s.hostname}>\r\n".encode()
@@ -5018,9 +5020,9 @@ class Delivery:
                     added += f"Date: {mail_date(id_micros(message.id) // 1000000)}\r\n".encode()
             if s.relay_from and whole:
                 fields = with_author(fields, s.relay_from)
-            if not begun:
+            if not ended:  # what follows is no field: it is the body
                 fields += b"\r\n"
-            if added or s.relay_from or not begun:
+            if added or s.relay_from or not ended:
                 head, start = head + first[:top] + added + fields, start + end
             file.seek(start)
         out = Outgoing(file, head)

@@ -5382,6 +5382,14 @@ def test_what_a_submission_lacks_is_added(content: bytes, added: str, line: bool
     assert through(content, SMTP_RELAY_REPAIR="0").content.endswith(b"+0000\r\n" + content)
 
 
+def test_a_body_right_after_the_fields_gets_its_empty_line() -> None:
+    content = b"Subject: x\r\n folded\r\nHello you\r\nbye: now\r\n"
+    head, _, body = beyond_trace(through(content, SMTP_RELAY_FROM="me@g.test").content).partition(b"\r\n\r\n")
+    assert body == b"Hello you\r\nbye: now\r\n" and re.search(rb"(?s)Message-ID:.*folded\r\nFrom: <me@g.test>", head)
+    signed = b"DKIM-Signature: v=1\r\n" + content
+    assert through(signed).content.endswith(signed)
+
+
 WORDY = b"word " * 400
 RECODED = [  # head, body, encoding in the end (of the first part that has one)
     (b"Content-Type: text/html", WORDY, "quoted-printable"),
