@@ -9738,6 +9738,8 @@ def wait_for_message(request: Request) -> Any:
     timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
     if part not in ("", "code", "link"):
         raise HttpError(400, "with: expected code or link")
+    if blank := [name for name in ("to", "from", "subject") if q.get(name) == ""]:
+        raise HttpError(400, f"{blank[0]}: expected something")  # a variable that is not set is not anybody
 
     def fits(item: Item) -> bool:
         meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)

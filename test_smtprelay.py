@@ -9468,6 +9468,7 @@ OURS_BAD = [  # ours, and send, in JSON
     ("GET", "/api/v1/wait?timeout=x", None, 400, "timeout"),
     ("GET", "/api/v1/wait?timeout=0&query=nobody", None, 408, "no message matched"),
     ("GET", "/api/v1/wait?to=nobody@example.com&timeout=0", None, 408, "no message matched"),
+    ("GET", "/api/v1/wait?to=&timeout=0", None, 400, "to: expected something"),
     ("GET", "/api/v1/wait?recipient=bob", None, 400, "recipient: not known here; expected to from subject"),
     ("GET", "/api/v1/queue?limt=3", None, 400, "limt: not known here; expected limit"),
     ("GET", "/api/v1/stats?day=1", None, 400, "day: not known here"),
