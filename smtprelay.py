@@ -272,13 +272,8 @@ def unix_time(text: str) -> float:
 @functools.lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
-    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden(recipient)}"
-
-
-@functools.lru_cache(maxsize=1024)
-def hidden(address: str) -> str:
-    """Return the hash that stands for an address in a name."""
-    return hashlib.sha256(address.lower().encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    hidden = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden[:16]}"
 
 
 def id_micros(id: str) -> int:
@@ -11684,15 +11679,15 @@ class Supervisor:
         os.close(self.alive_pipe[1])
         threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
         self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two make the same id
-        if role != "deliver":
-            number = int(role.split()[1])
-            self.parts.metrics.clear_row(RECEIVING_ROW + number)
+        kind, _, number = role.partition(" ")
+        if number:
+            self.parts.metrics.clear_row(RECEIVING_ROW + int(number))
             close_all([*self.parts.http, *self.parts.submit])
-            half: Receiving | Delivering = self.parts.receiving(number)
+            half: Receiving | Delivering = self.parts.receiving(int(number))
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
-        threading.stack_size(STACKS[role.split()[0]])
+        threading.stack_size(STACKS[kind])
         half.start()
         heed_signals(half)
         half.stop()
