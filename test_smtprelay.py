@@ -11157,11 +11157,11 @@ def test_a_file_that_cannot_be_opened_for_now_puts_its_message_off_for_a_moment(
     fetch, few = relay.delivering.spool.fetch, [OSError(errno.EMFILE, "Too many open files")] * 2
     shown: list[Any] = []
 
-    def stumbling(stem: str, *only: Any) -> Any:  # `only`: for the record alone
+    def stumbling(stem: str, **only: Any) -> Any:  # `only`: for the record alone
         if few and not only:
             raise few.pop()
         shown.extend(in_queue(relay) if not only else ())
-        return fetch(stem, *only)
+        return fetch(stem, **only)
 
     monkeypatch.setattr(relay.delivering.spool, "fetch", stumbling)
     said(relay)
