@@ -10407,6 +10407,13 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def be_owner(spool: os.stat_result) -> None:
+    """Let root go on as the spool's owner: the relay must be able to read what is written there."""
+    if os.geteuid() == 0 and spool.st_uid:
+        os.setegid(spool.st_gid)
+        os.seteuid(spool.st_uid)
+
+
 def own_reception(settings: Settings) -> Reception:
     """Return a way into the spool without a relay; OSError or SettingsError when there is none.
 
@@ -10416,10 +10423,7 @@ def own_reception(settings: Settings) -> Reception:
     if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
         raise FileNotFoundError(errno.ENOENT, "no spool", path)
     os.makedirs(path, 0o700, exist_ok=True)
-    owner = os.stat(path)
-    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read it
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
+    be_owner(os.stat(path))
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write", path)
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
@@ -12608,10 +12612,10 @@ class NoRelay(Exception):
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
     """Say on a terminal what is being waited for, once that has taken a second."""
-    timer = threading.Timer(1.0, print, (f"{text}...",), {"end": "", "file": sys.stderr, "flush": True})
     if not sys.stderr.isatty():
         yield
         return
+    timer = threading.Timer(1.0, print, (f"{text}...",), {"end": "", "file": sys.stderr, "flush": True})
     timer.start()
     try:
         yield
@@ -12697,9 +12701,7 @@ def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaste
         owner = os.stat(os.path.dirname(path))
     except FileNotFoundError:
         raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE) from None
-    if os.geteuid() == 0 and owner.st_uid:  # the relay must be able to read what is written here
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
+    be_owner(owner)
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         who = user_name(owner.st_uid)
         raise Complaint(f"no relay answers, and the spool {path} belongs to {who}: be {who}, or root", EX_UNAVAILABLE)
@@ -13014,25 +13016,22 @@ def healthcheck(settings: Settings, arguments: Arguments) -> int:
 
 def spool_lock(settings: Settings) -> tuple[bool, float]:
     """Tell whether a relay has the spool, as far as can be seen, and when one last took it."""
+    taken = 0.0
     try:
         with open(os.path.join(settings.spool, ".lock"), "rb") as file:
             taken = os.fstat(file.fileno()).st_mtime
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False, taken
-    except BlockingIOError:
-        return True, taken
-    except OSError:
-        return False, 0.0
+    except OSError as e:
+        return isinstance(e, BlockingIOError), taken
+    return False, taken
 
 
 def last_words(path: str) -> str:
     """Return the last line of a log file, "" where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.stat(path).st_size - 4 * KIB))
-            return file.read().decode("utf-8", "replace").rstrip().rpartition("\n")[2]
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.stat(path).st_size - 4 * KIB))
+        return file.read().decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+    return ""
 
 
 def sendmail(words: Sequence[str]) -> int:
