@@ -1282,7 +1282,7 @@ def prometheus(metrics: Metrics) -> str:
 LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
 BLOCK_FIRST, BLOCK_MOST, OUT_MOST = 8 * KIB, 256 * KIB, 64 * KIB
 END = b"\r\n.\r\n"
-UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")  # the end of a block that what follows may change
+UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")  # a block's end that the next may change
 HEAD_LIMIT = 128 * KIB
 MAX_RECEIVED = 100  # RFC 5321 6.3
 
@@ -1320,12 +1320,13 @@ class Wire:
         self.out, self.waiting = [], 0
         if reading and self.start == self.end:
             self.start = self.end = 0
-        if reading and (self.end == len(self.buffer) or len(self.buffer) > BLOCK_FIRST and not self.bulk):
+        size = len(self.buffer)
+        if reading and (self.end == size or size > BLOCK_FIRST and not self.bulk):
             self.make_room()
         while out or reading:
             left = self.deadline - time.monotonic()
             if not min(left / 4, 10.0) <= self.timeout <= left:
-                # The socket gives up somewhat before the deadline; to tell it so at each call would cost system calls.
+                # It gives up somewhat before the deadline: to tell it each time costs system calls.
                 self.timeout = 0.9 * time_left(self.deadline)
                 limit_calls(self.sock, self.timeout)
             try:
@@ -1343,7 +1344,7 @@ class Wire:
             return
 
     def make_room(self) -> None:
-        """Move what is unread to the front of a buffer: larger for content or a long line, small again after."""
+        """Move what is unread to the front of a buffer: larger for content or a long line alone."""
         unread, size = self.buffer[self.start:self.end], len(self.buffer)
         if self.end == size and (self.bulk or len(unread) > size // 2):
             size = min(4 * size, BLOCK_MOST)
@@ -1371,7 +1372,7 @@ class Wire:
             self.fill()
 
     def write(self, data: bytes) -> None:
-        """Send this before the next read that would block, or now when much waits: nobody seems to read it."""
+        """Send this before the next read that would block, or now when much waits."""
         self.out.append(data)
         self.waiting += len(data)
         if self.waiting > OUT_MOST:
@@ -1416,7 +1417,7 @@ class Content:
         self.carry = b""
 
     def take(self, block: bytes, stuffed: bool = False, skip: int = 0) -> None:
-        """Take a block that does not end between CR and LF, after so many octets that are no content.
+        """Take a block that does not end between CR and LF, but for what it opens with (`skip`).
 
         `stuffed`: its transparency is to be undone (RFC 5321 4.5.2).
         """
@@ -1425,10 +1426,9 @@ class Content:
         if not clean and self.lenient:
             block = re.sub(rb"\r\n?|\n", b"\r\n", block)
         if stuffed and b"\r\n." in block:
-            # A dot alone between bare line ends has ended nothing: it is kept, and doubled on its way out. So is
-            # one at the end of a block: what is held back there is the end of its line.
-            stuffed_dot = rb"\r\n\.(?!\r\n|\Z)"
-            block = re.sub(stuffed_dot, b"\r\n", block) if self.lenient else block.replace(b"\r\n.", b"\r\n")
+            # A dot alone between line ends that were bare has ended nothing: it is kept, and doubled
+            # on its way out. So is one at the end of a block: its line end is held back there.
+            block = re.sub(rb"\r\n\.(?!\r\n|\Z)", b"\r\n", block)
         block = block[skip:] if skip else block
         self.size += len(block)
         if not clean and not self.lenient:
@@ -1468,13 +1468,15 @@ class Content:
 
 
 def read_data(wire: Wire, content: Content) -> None:
-    """Read content up to CRLF.CRLF alone; the line that asked for it must have been the last thing read."""
+    """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it."""
     wire.start -= 2  # the CRLF that ended DATA: content may open with its own end
     skip = 2
     while True:
         at = wire.buffer.find(END, wire.start, wire.end)
-        tail = None if at >= 0 else UNDECIDED.search(wire.buffer, max(wire.end - 4, wire.start), wire.end)
-        stop = at + 2 if at >= 0 else tail.start() if tail else wire.end
+        stop = at + 2
+        if at < 0:
+            tail = UNDECIDED.search(wire.buffer, max(wire.end - 4, wire.start), wire.end)
+            stop = tail.start() if tail else wire.end
         if stop > wire.start:
             content.take(bytes(memoryview(wire.buffer)[wire.start:stop]), True, skip)
             wire.start, skip = stop, 0
@@ -1500,7 +1502,7 @@ PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by famil
 
 
 def proxied_client(sock: socket.socket, deadline: float) -> str:
-    """Read a balancer's PROXY header, v1 or v2, and not an octet more: TLS may begin right after it.
+    """Read a balancer's PROXY header, v1 or v2, and not an octet more: TLS may begin after it.
 
     Returns the client's address, "" when the balancer speaks for itself; ValueError for
     anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
@@ -5415,12 +5417,13 @@ FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "d
                 "end": "from to"}
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
 HANG_UP = Reply(0, "", "drop")  # not sent, as LOST
-CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}  # stage, usual code
+# Mailpit's triggers, each with its stage and usual code
+CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}
 CHAOS_RULE = r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})"
 
 
 class Fault(NamedTuple):
-    """One rule: after a delay its reply or none, a share of the times after < n <= after + first."""
+    """A rule: after a delay its reply or none, a share of the times after < n <= after + first."""
 
     rule: str
     stage: str
@@ -6462,11 +6465,11 @@ def spoke_early(sock: socket.socket) -> bool:
 
 # === 17 LISTENER =============================================================
 #
-# Where connections come from and how they end. A Listener is a socketserver over
-# a socket that is bound already. Its threads wait in accept themselves, and the
-# one that gets a connection holds the session: no hand-over, which would cost
-# 15 us, and no start of a thread, 80 us, but while the load grows. Receiving is
-# the whole receiving half of the program. The lock of a listener is a leaf.
+# Where connections come from and how they end. The threads of a Listener wait in
+# accept themselves, and the one that gets a connection holds the session: no
+# hand-over, as in socketserver, which would cost 15 us, and no start of a thread,
+# 80 us, but while the load grows. Receiving is the whole receiving half of the
+# program. The lock of a listener is a leaf.
 
 SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
@@ -6475,16 +6478,13 @@ EXHAUSTED_LOGGED = 10.0  # seconds between two lines that say so
 STOP_PATIENCE = 8.0
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener:
     """Accepts connections on one bound socket; each thread holds the session that it accepted."""
 
     def __init__(self, sock: socket.socket, reception: Reception, tls: bool) -> None:
-        super().__init__(("", 0), socketserver.BaseRequestHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = sock
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
-        self.reception, self.tls = reception, tls
+        self.socket, self.reception, self.tls = sock, reception, tls
         self.lock = threading.Lock()
         self.waiting = 0  # threads that wait for a connection
         self.exhausted_at = -math.inf
@@ -6502,7 +6502,7 @@ class Listener(socketserver.ThreadingTCPServer):
                     return
                 self.waiting += 1
             try:
-                request, client = self.get_request()
+                sock, client = self.accept()
             except OSError:
                 continue
             finally:
@@ -6512,7 +6512,7 @@ class Listener(socketserver.ThreadingTCPServer):
             if crowded != bound:
                 keep_together(crowded, self.reception.pick)
                 bound = crowded
-            self.process_request(request, client)
+            self.hold(sock, client)
 
     def wake(self) -> None:
         """Send the threads that wait away, with a connection of our own for each."""
@@ -6522,10 +6522,10 @@ class Listener(socketserver.ThreadingTCPServer):
                 call.settimeout(0.2)
                 call.connect(self.socket.getsockname())
             time.sleep(0.0005)
-        self.server_close()
+        self.socket.close()
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; with no descriptor left, wait a little instead of spinning, and say so now and then."""
+    def accept(self) -> tuple[socket.socket, str]:
+        """Accept a connection; with no descriptor left, wait a little and say so now and then."""
         try:
             sock, address = self.socket.accept()
         except OSError as e:
@@ -6538,23 +6538,23 @@ class Listener(socketserver.ThreadingTCPServer):
         self.reception.metrics.inc("smtp_connections_total")
         return sock, client_name(sock.family, address)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hold a session on the thread of the caller, or turn it away with 421, without waiting for it."""
+    def hold(self, sock: socket.socket, client: str) -> None:
+        """Hold a session on the caller's thread, or turn it away with 421 without waiting."""
         reception = self.reception
         try:
             if not self.waiting:  # another thread must accept while this one is busy
                 self.start_thread()
-            session = Session(reception, request, client_address, self.tls)
+            session = Session(reception, sock, client, self.tls)
             welcome = not reception.stopping and reception.enter(session)
-        except Exception as e:  # no thread or no memory is to be had; the next connection may find some
+        except Exception as e:  # no thread or no memory; the next connection may find some
             reception.log.error("session_not_started", error=e)
             welcome = False
         if not welcome:
             with contextlib.suppress(OSError):
-                request.settimeout(0)
-                request.send(reply_octets(TOO_MANY_SESSIONS))
-            self.shutdown_request(request)
-            return
+                sock.settimeout(0)
+                sock.send(reply_octets(TOO_MANY_SESSIONS))
+            shut(sock, socket.SHUT_WR)
+            return sock.close()
         try:
             session.run()
         except Exception as e:
@@ -6566,17 +6566,17 @@ class Listener(socketserver.ThreadingTCPServer):
                 with contextlib.suppress(OSError, ValueError):
                     sock.settimeout(0)
                     sock.unwrap()
-            if session.quitting:  # both sides know: one system call is enough
-                sock.close()
-            else:
-                self.shutdown_request(sock)
+            if not session.quitting:  # else both sides know: one system call is enough
+                shut(sock, socket.SHUT_WR)
+            sock.close()
             reception.leave(session)
 
 
 class Receiving:
     """The receiving half: its listeners and the sessions they serve."""
 
-    def __init__(self, reception: Reception, plain: Iterable[socket.socket], tls: Iterable[socket.socket]) -> None:
+    def __init__(self, reception: Reception, plain: Iterable[socket.socket],
+                 tls: Iterable[socket.socket]) -> None:
         self.reception = reception
         self.stopped = threading.Event()
         self.listeners = [Listener(sock, reception, False) for sock in plain]
@@ -6590,21 +6590,21 @@ class Receiving:
             listener.start_thread()
 
     def stop(self, patience: float = STOP_PATIENCE) -> None:
-        """Stop accepting, end idle sessions, and give those in the middle of a message some time."""
+        """Stop accepting, end idle sessions, give those in the middle of a message some time."""
         self.reception.stopping = True
         for listener in self.listeners:
             listener.wake()
         end = time.monotonic() + patience
         while self.reception.sessions and time.monotonic() < end:
             for session in list(self.reception.sessions):
-                if not session.wire.bulk:  # wake it where it waits for a command: its next read finds the end
+                if not session.wire.bulk:  # it waits for a command: its next read finds the end
                     shut(session.wire.sock, socket.SHUT_RD)
             time.sleep(0.002)
         self.stopped.set()
         self.counter.join()
 
     def keep_counts(self) -> None:
-        """Write quotas and figures down each second, and at the end; say that someone waits for connections."""
+        """Write quotas down each second, and at the end; say that someone waits for connections."""
         stopped = False
         while not stopped:
             full = len(self.reception.sessions) >= self.reception.settings.max_connections
@@ -6630,11 +6630,12 @@ def stop_server(server: socketserver.TCPServer) -> None:
 
 def bind(address: Address) -> socket.socket:
     """Return a listening socket; OSError names the address."""
-    family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    family = socket.AF_UNIX if address.path else family
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if address.path:
-            with contextlib.suppress(FileNotFoundError):  # a socket that a relay which is gone has left
+            with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
                 if stat.S_ISSOCK(os.lstat(address.path).st_mode):
                     with socket.socket(socket.AF_UNIX) as probe:
                         if probe.connect_ex(address.path) == 0:
@@ -6655,16 +6656,16 @@ def bind(address: Address) -> socket.socket:
 
 
 def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socket.socket]:
-    """Bind a setting's addresses; port 0 is the same free port on both families, and a machine without IPv6 is fine."""
+    """Bind a setting's addresses, port 0 the same on both families; a machine may lack IPv6."""
     bound: list[socket.socket] = []
-    chosen = 0
+    chosen, lacks_ipv6 = 0, (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     for address in addresses:
         if address.port == 0 and not address.path and address.host in ("::1", "::"):
             address = address._replace(port=chosen)
         try:
             bound.append(bind(address))
         except OSError as e:
-            if not (bound and ":" in address.host and e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
+            if not (bound and ":" in address.host and e.errno in lacks_ipv6):
                 close_all(bound)
                 raise OSError(e.errno, f"{setting}: {e.strerror}") from None
             log.warn("no_ipv6", address=address, error=e)

@@ -2858,7 +2858,7 @@ class Visitor(Dialogue):
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(8)
         self.file = self.sock.makefile("rb")
-        hold = relay.receiving.listeners[0].process_request
+        hold = relay.receiving.listeners[0].hold
         threading.Thread(target=hold, args=(theirs, client), daemon=True).start()
 
 
@@ -7353,7 +7353,7 @@ def test_with_no_descriptor_left_it_waits_and_says_so_once(start: Callable[..., 
     began = time.monotonic()
     for _ in range(3):
         with pytest.raises(OSError, match="too many"):
-            listener.get_request()
+            listener.accept()
     listener.socket = real
     assert time.monotonic() - began >= 0.3 and caplog.text.count("accept_failed") == 1
 
