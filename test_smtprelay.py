@@ -9141,11 +9141,13 @@ def test_help_shows_the_tables(start: Callable[..., Any]) -> None:
 def test_what_is_open_is_said_first(program: Callable[..., Program]) -> None:
     """And a setting of Mailpit's or MailHog's gets a line that names ours."""
     log = program(
-        SMTP_AUTH_ANY="1", SMTP_API_NETWORKS="10.0.0.0/8", MP_MAX_MESSAGES="9", MP_SMTP_TLS_CERT="x", MH_HOSTNAME="x", MP_X="1"
+        SMTP_AUTH_ANY="1", SMTP_API_NETWORKS="10.0.0.0/8", MP_MAX_MESSAGES="9", MP_SMTP_TLS_CERT="x", MH_HOSTNAME="x", MP_X="1",
+        MP_SMTP_AUTH_ACCEPT_ANY="1",
     ).log()
     for words in (
         "SMTP_AUTH_ANY=1: any user and password", "SMTP_API_NETWORKS=10.0.0.0/8", "set SMTP_SPOOL_MAX_MESSAGES",
-        "set SMTP_TLS_CERT", "MH_HOSTNAME is MailHog's: set SMTP_HOSTNAME", "MP_X is Mailpit's: nothing here",
+        "set SMTP_TLS_CERT", "set SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0",
+        "MH_HOSTNAME is MailHog's: set SMTP_HOSTNAME", "MP_X is Mailpit's: nothing here",
     ):
         assert words in log, (words, log)
     assert {name.partition("=")[0] for ours in smtprelay.MAILPITS.values() for name in ours.split(" and ")} <= {
