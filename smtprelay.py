@@ -4090,7 +4090,7 @@ class Resolver:
         for number, server in enumerate(tries, 1):
             until = began + number * (deadline - began) / len(tries)
             ident = self._rng.getrandbits(16)
-            query = struct.pack("!HHHxxxxxx", ident, 0x0100, 1) + labels + struct.pack("!xHH", kind, 1)
+            query = struct.pack(f"!HHHxxxxxx{len(labels)}sxHH", ident, 0x0100, 1, labels, kind, 1)
             try:
                 message = self._exchange(server, socket.SOCK_DGRAM, query, until)
                 if message[2] & 0x02:
@@ -4124,7 +4124,7 @@ class Resolver:
                 if not block:
                     raise ConnectionError("connection closed")
                 octets = octets + block if stream else struct.pack("!H", len(block)) + block
-                end = 2 + int.from_bytes(octets[:2], "big")  # before each message on TCP (RFC 7766 8)
+                end = 2 + int.from_bytes(octets[:2], "big")  # as on TCP (RFC 7766 8)
                 if len(octets) >= max(end, DNS_HEADER_SIZE + 2) and is_answer(octets[2:end], query):
                     return octets[2:end]
                 if len(octets) >= end > 2:
@@ -4158,6 +4158,7 @@ REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
 REPLY_KEPT = 1000  # characters of a reply that go into a record
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
+IDENTITY = (b"7bit", b"8bit", b"binary")  # the encodings that are none (RFC 2045 6.2)
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
 OPENING = ("connect", "greeting", "hello", "starttls", "login")
@@ -4284,17 +4285,17 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
     elif encoding == b"base64":
         text = b"".join(body.split())
         body = b"\r\n".join(text[i:i + 76] for i in range(0, len(text), 76)) + b"\r\n"
-    elif kind.startswith(b"text/") and encoding in (b"7bit", b"8bit", b"binary", b"quoted-printable"):
+    elif kind.startswith(b"text/") and encoding in (*IDENTITY, b"quoted-printable"):
         plain = binascii.a2b_qp(body) if encoding == b"quoted-printable" else body
         body = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
         if whole and b"content-type" not in fields:
-            utf8 = "\ufffd" not in plain.decode("utf-8", "replace")
-            charset = b"us-ascii" if plain.isascii() else b"utf-8" if utf8 else b"unknown-8bit"  # RFC 1428
+            utf8 = "\ufffd" not in plain.decode("utf-8", "replace")  # else see RFC 1428
+            charset = b"us-ascii" if plain.isascii() else b"utf-8" if utf8 else b"unknown-8bit"
             head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
         encoding = b"quoted-printable"
         if len(body) > 2 * len(plain) + KIB:  # hardly a word of it is ASCII
             body, encoding = base64.encodebytes(plain).replace(b"\n", b"\r\n"), b"base64"
-    elif encoding in (b"7bit", b"8bit", b"binary") and not kind.startswith(b"message/"):
+    elif encoding in IDENTITY and not kind.startswith(b"message/"):
         body, encoding = base64.encodebytes(body).replace(b"\n", b"\r\n"), b"base64"
     if encoding != before and (encoding != b"7bit" or body.isascii()):
         head = with_field(head, b"Content-Transfer-Encoding", encoding)
@@ -4693,9 +4694,8 @@ class NextHop:
                 if not pipelined:
                     self.say("data", lines[-1])
                 code, text = self.reply("data")
-                wire = self.wire
-                more = wire.buffer.startswith((b"2", b"3"), wire.start, wire.end)
-                if code < 300 or code >= 400 and more:  # which answer was whose nobody knows
+                more = bytes(self.wire.buffer[self.wire.start:self.wire.end][:1])
+                if code < 300 or code >= 400 and more in (b"2", b"3"):  # whose was which?
                     self.spent = True
                     outcomes.clear()
                     raise Trouble("data", 0, f"answers out of step: {code} {text}")
@@ -4772,7 +4772,7 @@ def is_own_address(ip: str) -> bool:
 
 
 def is_nameless(settings: Settings) -> bool:
-    """Tell whether this machine has no full name, so that EHLO says its address (RFC 5321 4.1.4)."""
+    """Tell whether this machine has no full name: EHLO says its address then (RFC 5321 4.1.4)."""
     return "." not in settings.hostname and settings.hostname == machine_name()
 
 
@@ -4815,7 +4815,7 @@ class Delivery:
         self.idle: dict[Target, list[NextHop]] = {}
         self.live: collections.Counter[Target] = collections.Counter()  # connections that are open
         self.avoided: dict[Target, float] = {}
-        self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # what the file was like, and said
+        self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # of which file, and all
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
         self.rewrites = bool(settings.relay_redirect_to or settings.local_to or settings.aliases)
         self.stopped = False
@@ -4867,7 +4867,7 @@ class Delivery:
             elif targets and known not in seen:
                 seen.add(known)
                 names += [(target, known) for target in targets]
-            elif not targets or s.local_to and known == origin:  # it names itself: a copy stays here
+            elif not targets or s.local_to and known == origin:  # names itself: for here, too
                 found.append(s.local_to or f"{local}@{s.hostname}")
         return list(dict.fromkeys(found)) or [s.local_to or address]
 
@@ -4966,8 +4966,8 @@ class Delivery:
                 elsewhere: Container[str], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
         """Return the outcomes of recipients from those of the addresses that stand for them.
 
-        One with several has it when all were tried and one has it. In `passed` are those that need it
-        no more, with "!" before them if they have refused it.
+        One with several has it when all were tried and one has it. In `passed` are those that need
+        it no more, with "!" before them if they have refused it.
         """
         theirs: dict[str, dict[str, Outcome]] = {}
         for address, people in whose.items():
@@ -4993,16 +4993,17 @@ class Delivery:
         return found
 
     def content(self, message: Message, file: BinaryIO, originals: Sequence[str]) -> Outgoing:
-        """Return a message as it leaves: X-Original-To, SMTP_RELAY_FROM, what it lacks (RFC 6409 8).
+        """Return a message as it leaves: X-Original-To, new author, what it lacks (RFC 6409 8).
 
         What is added stands below our Received. A message with a DKIM signature is not repaired:
         it may cover what is not there, too.
         """
         s, start = self.settings, file.tell()
-        head = "".join([f"X-Original-To: {a}\r\n" for a in originals]).encode("utf-8", "surrogateescape")
+        head = b"".join([b"X-Original-To: %s\r\n" % a.encode("utf-8", "surrogateescape")
+                         for a in originals])
         if s.relay_repair or s.relay_from:
             first = file.read(HEAD_LIMIT)
-            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # our Received ends there
+            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # below our Received
             field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
             found = re.match(rb"(?:%s)*" % field, first[top:])
             end = top + (found.end() if found else 0)
@@ -5030,7 +5031,8 @@ class Delivery:
             if out.long:
                 out = out.mended(seven=False)
             if out.long:
-                self.log.warn("sent_as_it_came", id=message.id, reason="a line of more than 998 octets")
+                self.log.warn("sent_as_it_came", id=message.id,
+                              reason="a line of more than 998 octets")
         return out
 
     def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
@@ -5068,7 +5070,7 @@ class Delivery:
         if not outcomes:
             nobody = Outcome(LATER, Scope.HOST, 0, "no smart host")
             return Attempt({}, troubles[-1][1] if troubles else nobody, lines)
-        for address, outcome in outcomes.items():  # no host can take it: for good, if all were asked
+        for address, outcome in outcomes.items():  # no host can take it: for good if all said so
             if outcome.scope is Scope.HOST:
                 unasked = troubles and outcome.status is NEVER
                 outcomes[address] = (troubles[-1][1] if unasked else outcome)._replace(scope=Scope.MESSAGE)
@@ -5091,7 +5093,7 @@ class Delivery:
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None]) -> Attempt:
-        """Try one target; a connection that has had its fill, or is stale, is replaced, no blame."""
+        """Try one target; a connection that is full or stale is replaced without blame."""
         outcomes: dict[str, Outcome] = {}
         transcript: list[str] = []
         full = True
