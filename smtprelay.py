@@ -9439,7 +9439,14 @@ def admit(request: Request, route: Route) -> None:
         if request.account is None:
             raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
     elif trusted and not has_token:
-        check_host(host, s.hostname)
+        # A rebound name has a dot, and is no address.
+        try:
+            name = (urllib.parse.urlsplit("//" + host).hostname or "").rstrip(".")
+        except ValueError:
+            name = ""
+        ours = is_loopback(name) or name == s.hostname.lower()
+        if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
+            raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
     elif not has_token and not s.api_token:
         raise HttpError(403, "only this machine, and no proxy, is served until "
                         "SMTP_API_TOKEN is set")
@@ -9450,17 +9457,6 @@ def admit(request: Request, route: Route) -> None:
         if route.takes is not None and name not in route.takes.split():
             expected = route.takes or "no parameters"
             raise HttpError(400, f"{name[:100]}: not known here; expected {expected}")
-
-
-def check_host(host: str, hostname: str) -> None:
-    """Refuse a Host header that may be a rebound name's: such a name has a dot, is no address."""
-    try:
-        named = (urllib.parse.urlsplit("//" + host).hostname or "").rstrip(".")
-    except ValueError:
-        named = ""
-    if not (is_loopback(named) or named == hostname.lower()
-            or re.fullmatch(r"[^.]+|[0-9.]+", named)):
-        raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
 
 
 # -- health and metrics --
