@@ -6690,17 +6690,15 @@ def socket_text(sock: socket.socket) -> str:
 
 # === 18 INBOX ================================================================
 #
-# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON
-# of Mailpit's API v1 (and MailHog's v2). HTTP's ROUTES and the library's
-# Relay.wait() call here; nothing here writes to the spool.
+# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON of Mailpit's
+# API v1 and MailHog's v2, for HTTP and the library; nothing here writes to the spool.
 #
 #   content -> read_mail -> Mail, Parts -> waited_json, Email, view_html
 #                        -> Summary (packed) -> Inbox -> messages_json
 #
-# Threads: any. `Inbox` has one Condition; under it only its own dict is touched,
-# never the disk. Receiving costs a dict entry and a notify: a summary is made
-# when somebody first reads. A waiter sleeps on the Condition and tries only the
-# sequence numbers it has not seen; none is ever given twice.
+# Threads: any. `Inbox` has one Condition; under it only its own dict is touched, never the disk.
+# Receiving costs a dict entry and a notify: a summary is made when somebody first reads. A waiter
+# tries only the sequence numbers that it has not seen; none is ever given twice.
 #
 # Mail is hostile. The walk along boundaries is ours: the email package's parser
 # tries every open boundary on every line, so that 1 MiB can take it 17 s, and 10 MiB
@@ -6717,8 +6715,8 @@ SNIPPET = 200
 EMBEDDED_LIMIT = 16 * MIB  # octets of images, encoded, put into one page
 
 FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
-NEEDED_FIELD = re.compile(rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+|mime-version"
-                          rb"|list-unsubscribe(?:-post)?|x-tags|return-path)[ \t]*:")
+NEEDED_FIELD = re.compile(rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+"
+                          rb"|mime-version|list-unsubscribe(?:-post)?|x-tags|return-path)[ \t]*:")
 COMMON_ADDRESS = r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)"
 NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
 
@@ -6731,9 +6729,9 @@ def header(headers: Headers, name: str) -> str:
     return next((value for key, value in headers if key.lower() == name), "")
 
 
-# Labels of charsets by the table of WHATWG's Encoding standard, without signs: "iso-8859-1:1987" is iso885911987.
-# Each stands behind the Python codec that senders mean, a superset where that is usual. The labels in
-# a registry's manner (iso8859N, latinN, cp125N) are read by rule, with others that mail knows.
+# Labels of charsets by the table of WHATWG's Encoding standard, without signs ("iso-8859-1:1987"
+# is iso885911987), behind the Python codec that senders mean, a superset where that is usual.
+# Labels in a registry's manner (iso8859N, latinN, cp125N) are read by rule.
 CHARSETS = """
 utf_8: utf8 unicode11utf8 unicode20utf8
 cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819 isoir100 csisolatin1 ansix341968 iso646us 437us
@@ -6780,9 +6778,8 @@ def find_codec(label: str) -> str:
             codec, _, labels = line.partition(": ")
             if name and (name in labels.split() or name == codec.replace("_", "")):
                 return codec
-        number = re.fullmatch(r"(?:iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])"
-                              r"|(?:windows|cp|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59]))",
-                              name)
+        number = re.fullmatch(r"(?:iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])|(?:windows|cp"
+                              r"|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59]))", name)
         if number:
             return f"cp{number[3]}" if number[3] else f"iso8859_{number[1] or number[2]}"
     return ""
@@ -6794,14 +6791,16 @@ def decode_text(octets: bytes, charset: str = "") -> str:
     No label, one that is unknown, or US-ASCII: it is UTF-8 if it can be, else what HTML's own
     <meta> says, else windows-1252.
     """
-    for mark, codec in ((b"\xef\xbb\xbf", "utf_8"), (b"\xff\xfe", "utf_16_le"), (b"\xfe\xff", "utf_16_be")):
+    marks = {b"\xef\xbb\xbf": "utf_8", b"\xff\xfe": "utf_16_le", b"\xfe\xff": "utf_16_be"}
+    for mark, codec in marks.items():
         if octets.startswith(mark):
             return octets[len(mark):].decode(codec, "replace")
     codec = find_codec(charset) if charset else ""
     if not codec:
         with contextlib.suppress(UnicodeDecodeError):
             return octets.decode()
-        said = re.search(rb"(?i)<meta\b[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", octets[:4096])
+        pattern = rb"(?i)<meta\b[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})"
+        said = re.search(pattern, octets[:4096])
         codec = find_codec(said[1].decode("latin-1")) if said else ""
         codec = "cp1252" if codec[:6] in ("", "utf_16") else codec
     with contextlib.suppress(UnicodeError, OverflowError):
@@ -6990,7 +6989,8 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
 ENDINGS = {
     "text/plain": ".txt", "text/html": ".html", "text/calendar": ".ics", "text/x-amp-html": ".html",
     "message/rfc822": ".eml", "application/pdf": ".pdf", "image/png": ".png", "image/jpeg": ".jpg",
-    "image/gif": ".gif", "image/webp": ".webp", "application/zip": ".zip", "text/csv": ".csv", "text/vcard": ".vcf",
+    "image/gif": ".gif", "image/webp": ".webp", "application/zip": ".zip", "text/csv": ".csv",
+    "text/vcard": ".vcf",
 }
 SIGNATURES = (  # how a file of each type begins
     (rb"\x89PNG", "image/png"), (rb"\xff\xd8\xff", "image/jpeg"), (rb"GIF8", "image/gif"),
@@ -7112,10 +7112,6 @@ class Mail:
         return decode_words(header(self.headers, "subject"))
 
     @property
-    def message_id(self) -> str:
-        return header(self.headers, "message-id").strip("<> ")
-
-    @property
     def date(self) -> str:
         """The Date field as ISO 8601, "" where it makes no sense."""
         try:
@@ -7217,28 +7213,21 @@ CODE_WORDS = (
     r"(?:\b(?:(?:pass)?codes?|otp|pin|password|token|verification|2fa|tan|(?:two|2)[- ]?(?:factor|step)|c[oó]digos?"
     r"|codice|cod(?:ul)?|k[oó]d\w{0,8}|koodi\w{0,3}|mã|sandi|senha|clave|contraseña|mot de passe|passwort|kennwort"
     r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|koodi?|kode|kod)\b"
-    r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)"
-)
+    r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)")
 SAID_NEAR = r"(?i)" + CODE_WORDS
-CODE_TOKEN = (
-    r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}|[A-Z]{1,3}-\d{4,8}"
-    r"|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)"
-)
-SAID_BEFORE = (
-    rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
-    r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$"
-)
+CODE_TOKEN = (r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}"
+              r"|[A-Z]{1,3}-\d{4,8}|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})"
+              r"(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)")
+SAID_BEFORE = (rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
+               r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$")
 SAID_AFTER = rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
 OTHER_BEFORE = (
     r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
     r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
     r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
-    r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$"
-)
-OTHER_AFTER = (
-    r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?|points?|users?"
-    r"|minuten|minutos|minuti|zł|руб)\b"
-)
+    r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$")
+OTHER_AFTER = (r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
+               r"|points?|users?|minuten|minutos|minuti|zł|руб)\b")
 
 
 def codes(text: str, page: str = "", subject: str = "") -> list[str]:
@@ -7341,7 +7330,7 @@ def view_html(mail: Mail) -> str:
 
 
 def embed_images(mail: Mail) -> str:
-    """Give the HTML body with its cid: addresses (RFC 2392) turned into data, while there is room."""
+    """Give the HTML body with its cid: addresses (RFC 2392) made data, while there is room."""
     def unquoted(text: str) -> str:
         return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
 
@@ -7367,12 +7356,11 @@ def embed_images(mail: Mail) -> str:
 
 
 def image_type(part: Part) -> str:
-    """Tell which image a part is: by its octets, its type, or its name; "" where it is none."""
-    kind = true_type(part)
-    if not kind.startswith("image/"):
-        ending = "." + part.filename.rpartition(".")[2].lower().replace("jpeg", "jpg")
-        return next((k for k, e in ENDINGS.items() if e == ending and k[:6] == "image/"), "")
-    return kind if re.fullmatch(r"(?a)image/[\w.+-]+", kind) else ""
+    """Tell which image a part is: by octets, type, or name; "" where it is none."""
+    kind, ending = true_type(part), "." + part.filename.rpartition(".")[2].lower()
+    ending = ending.replace("jpeg", "jpg")
+    named = (k for k, e in ENDINGS.items() if e == ending and k.startswith("image/"))
+    return kind if kind.startswith("image/") else next(named, "")
 
 
 # A summary is what Mailpit's list shows of a message, but for its state, with three fields of
@@ -7402,8 +7390,9 @@ def summarise(record: Message, mail: Mail) -> Summary:
         place = "snippet" if len(text) <= SNIPPET else "raw"
     plus = [tag for r in record.recipients for tag in r.address.rpartition("@")[0].split("+")[1:]]
     tags = decode_words(header(mail.headers, "x-tags")).split(",")
+    message_id = header(mail.headers, "message-id").strip("<> ")[:1000]
     return dict(zip(SUMMARY_FIELDS, (
-        record.id, mail.message_id[:1000] or f"{record.id}@smtprelay", mail.people("from")[0],
+        record.id, message_id or f"{record.id}@smtprelay", mail.people("from")[0],
         to, cc, bcc, reply_to, mail.subject[:1000], record.received_at, record.user, mail.size,
         files, text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, place,
         clean_tags([*tags, *plus]),
@@ -7412,9 +7401,8 @@ def summarise(record: Message, mail: Mail) -> Summary:
 
 def stands_in_octets(body: Part) -> bool:
     """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
-    if body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw):
-        return False
-    if body.parameters.get("format"):  # flowed: a word may be in two lines
+    escaped = body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw)
+    if escaped or body.parameters.get("format"):  # flowed: a word may be in two lines
         return False
     wide = "utf_16", "utf_32", "utf_7", "hz", "iso202"
     plain = body.encoding in ("", "7bit", "8bit", "quoted-printable")
@@ -7635,15 +7623,12 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
 class Entry:
     """The state of one message, its summary packed."""
 
-    __slots__ = ("packed", "read", "sequence", "stem", "tags")
+    __slots__ = ("id", "packed", "read", "sequence", "stem", "tags")
 
     def __init__(self, stem: str, sequence: int) -> None:
-        self.stem, self.sequence, self.read, self.packed = stem, sequence, False, b""
+        self.id, self.stem, self.sequence = stem[11:27], stem, sequence
+        self.read, self.packed = False, b""
         self.tags: list[str] | None = None  # None: those of its X-Tags field
-
-    @property
-    def id(self) -> str:
-        return self.stem[11:27]
 
     def known_tags(self) -> list[str]:
         """The tags as far as known; most packed summaries end in no tags at all."""
@@ -7689,8 +7674,9 @@ class Inbox:
             entry = self.entries.get(stem[11:27])
             if entry is None:
                 self.newest += 1
-                entry = self.entries[stem[11:27]] = Entry(stem, self.newest)
-                entry.read, entry.tags = self.kept.pop(stem[11:27], (False, None))
+                entry = Entry(stem, self.newest)
+                self.entries[entry.id] = entry
+                entry.read, entry.tags = self.kept.pop(entry.id, (False, None))
                 self.changed.notify_all()
             return entry.sequence
 
@@ -7892,7 +7878,8 @@ class Email:
         self.reverse_path = record.reverse_path
         self.recipients = [r.address for r in record.recipients]
         self.mail = mail = read_safely(raw)
-        self.subject, self.text, self.html = mail.subject, mail.text, mail.html.replace("\r\n", "\n")
+        self.subject, self.text = mail.subject, mail.text
+        self.html = mail.html.replace("\r\n", "\n")
         self.from_ = mail.people("from")[0]["Address"]
         self.to, self.cc = ([p["Address"] for p in mail.people(name)] for name in ("to", "cc"))
 
@@ -7974,7 +7961,7 @@ def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     wrong = ", ".join(text for text, holds in errors.items() if holds and (listed or post))
     shown = summary_json(item)
     return {
-        **{name: value for name, value in shown.items() if name not in ("Read", "Created", "Snippet")},
+        **{key: shown[key] for key in shown if key not in ("Read", "Created", "Snippet")},
         "Subject": mail.subject, "Date": mail.date or shown["Created"],
         "ReturnPath": record.reverse_path, "HTML": mail.html,
         "Text": mail.plain if mail.plain.strip() else mail.text,
@@ -8112,8 +8099,10 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
         fields[name] = str(value)
     if "message-id" not in map(str.lower, fields):
         fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
-    lines = [f"{name}: " + ",\r\n ".join(f"{phrase(who)} <{address}>".lstrip() for who, address in people)
-             for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to)) if people]
+    lines = []
+    for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to)):
+        written = (f"{phrase(who)} <{address}>".lstrip() for who, address in people)
+        lines += [f"{name}: " + ",\r\n ".join(written)] if people else []
     lines += [folded(name, value.translate(NO_BREAKS)) for name, value in fields.items()]
     try:
         content = "\r\n".join([*lines, "MIME-Version: 1.0", ""]).encode() + written_body(body)
@@ -8124,19 +8113,20 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
 
 def encoded_words(text: str) -> list[str]:
     """Write text as encoded words of at most 75 characters (RFC 2047 2)."""
-    pieces = [""]
+    pieces = [b""]
     for c in text:
-        if len((pieces[-1] + c).encode("utf-8", "replace")) > 45:
-            pieces.append("")
-        pieces[-1] += c
-    return [f"=?utf-8?b?{base64.b64encode(piece.encode('utf-8', 'replace')).decode()}?=" for piece in pieces]
+        octets = c.encode("utf-8", "replace")
+        pieces += [b""] if len(pieces[-1] + octets) > 45 else []
+        pieces[-1] += octets
+    return [f"=?utf-8?b?{base64.b64encode(piece).decode()}?=" for piece in pieces]
 
 
 def phrase(name: str) -> str:
     """Write a name before an address: as it is, quoted, or encoded."""
     if not name.isascii():
         return "\r\n ".join(encoded_words(name))
-    return name if re.fullmatch(r"[\w !#$%&'*+/=^`{|}~-]*", name) else f'"{email.utils.quote(name)}"'
+    plain = re.fullmatch(r"[\w !#$%&'*+/=^`{|}~-]*", name)
+    return name if plain else f'"{email.utils.quote(name)}"'
 
 
 def folded(name: str, value: str) -> str:
@@ -8167,8 +8157,9 @@ def multipart(kind: str, parts: Sequence[bytes]) -> bytes:
     if len(parts) == 1:
         return parts[0]
     mark = secrets.token_hex(16).encode()
-    head = b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), mark)
-    return head + b"".join(b"--%s\r\n%s\r\n" % (mark, part) for part in parts) + b"--%s--\r\n" % mark
+    chunks = [b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), mark)]
+    chunks += [b"--%s\r\n%s\r\n" % (mark, part) for part in parts]
+    return b"".join([*chunks, b"--%s--\r\n" % mark])
 
 
 def written_text(kind: str, text: str) -> bytes:
