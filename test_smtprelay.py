@@ -11775,8 +11775,9 @@ def test_an_installation_is_upgraded_and_removed(tmp_path: Path) -> None:
     assert stat.S_IMODE(program.stat().st_mode) == 0o755 and len(program.read_text().splitlines()) == 3
     code = program.read_text().replace("/usr/local", f"{tmp_path}/usr/local")
     python, flags = code.split("\n")[0][2:].split()
-    done = subprocess.run([python, flags, "-c", code, "version"], capture_output=True, text=True, env={}, timeout=20)
-    assert (done.stdout, done.stderr) == (f"smtprelay {smtprelay.__version__}\n", "")
+    for verb, status, said in [("version", 0, f"smtprelay {smtprelay.__version__}\n"), ("nonsense", 64, "")]:
+        done = subprocess.run([python, flags, "-c", code, verb], capture_output=True, text=True, env={}, timeout=20)
+        assert (done.returncode, done.stdout, bool(done.stderr)) == (status, said, bool(status))
     assert list(place("usr/local/lib/smtprelay/__pycache__").iterdir())
     for link in smtprelay.SENDMAIL_LINKS:
         assert os.readlink(place(link)) == smtprelay.LAUNCHED
