@@ -12673,12 +12673,14 @@ def read_environment(say: bool = True) -> Settings:
     if not any(name in FIELDS or name.endswith("_FILE") and name[:-5] in FIELDS for name in env):
         try:
             env.update(installed_environment())
-            complain(*[f"settings are those of {ENVIRONMENT_FILE}"] * say)
+            said = f"settings are those of {ENVIRONMENT_FILE}"
         except FileNotFoundError:
-            """Nothing is installed."""
+            say = False  # nothing is installed
         except OSError as e:
             env["SMTP_SPOOL"] = f"{STATE}/spool"
-            complain(*[f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"] * say)
+            said = f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"
+        if say:
+            complain(said)
     complain(*unknown_settings(env)[1], *foreign_settings(env))
     return Settings.read(env)
 
@@ -12731,7 +12733,8 @@ def queue_(settings: Settings, arguments: Arguments) -> int:
         status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
         print(f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {', '.join(row['recipients'])}")
         why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" if due > 0 else "")))
-        print(*[f"    {why}\n"] * bool(why), end="")
+        if why:
+            print(f"    {why}")
     total = size_shown(sum(row["size"] for row in rows))
     print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {total}" if rows else "the queue is empty")
     return 0
@@ -13081,12 +13084,12 @@ def replies_table() -> Iterator[Row]:
 def http_table() -> Iterator[Row]:
     yield "path", "methods", "for", "does"
     who = {OPEN: "anyone", ACCOUNT: "API key", SHELL: "anyone; shows nothing without the token"}
-    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    rows: dict[tuple[str, str], list[Route]] = {}
     for route in ROUTES:
-        same = rows.setdefault((who.get(route.access, "token"), route.does), {})
-        same.setdefault(route.path, []).append(route.method)
-    for (access, does), paths in rows.items():
-        yield " ".join(paths), " ".join(next(iter(paths.values()))), access, does
+        rows.setdefault((who.get(route.access, "token"), route.does), []).append(route)
+    for (access, does), same in rows.items():
+        paths = dict.fromkeys(route.path for route in same)
+        yield " ".join(paths), " ".join(r.method for r in same if r.path == same[0].path), access, does
 
 
 def metrics_table() -> Iterator[Row]:
