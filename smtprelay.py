@@ -6778,10 +6778,12 @@ def find_codec(label: str) -> str:
             codec, _, labels = line.partition(": ")
             if name and (name in labels.split() or name == codec.replace("_", "")):
                 return codec
-        number = re.fullmatch(r"(?:iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])|(?:windows|cp"
-                              r"|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59]))", name)
-        if number:
-            return f"cp{number[3]}" if number[3] else f"iso8859_{number[1] or number[2]}"
+        pattern = r"iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])"
+        if iso := re.fullmatch(pattern, name):
+            return f"iso8859_{iso[1] or iso[2]}"
+        pattern = "(?:windows|cp|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59])"
+        if page := re.fullmatch(pattern, name):
+            return f"cp{page[1]}"
     return ""
 
 
@@ -6928,8 +6930,8 @@ class Part(NamedTuple):
     @property
     def text(self) -> str:
         """The body as text, its line ends as sent, format=flowed unwrapped (RFC 3676)."""
-        text = decode_text(self.content, self.charset)
-        if self.content_type != "text/plain" or self.parameters.get("format", "").lower() != "flowed":
+        text, flowed = decode_text(self.content, self.charset), self.parameters.get("format", "")
+        if self.content_type != "text/plain" or flowed.lower() != "flowed":
             return text
         chunks: list[str] = []
         before, flowing = -1, False
@@ -6994,10 +6996,12 @@ ENDINGS = {
 }
 SIGNATURES = (  # how a file of each type begins
     (rb"\x89PNG", "image/png"), (rb"\xff\xd8\xff", "image/jpeg"), (rb"GIF8", "image/gif"),
-    (rb"BM.{4}\0\0\0\0", "image/bmp"), (rb"RIFF.{4}WEBP", "image/webp"), (rb".{4}ftypavif", "image/avif"),
+    (rb"BM.{4}\0\0\0\0", "image/bmp"), (rb"RIFF.{4}WEBP", "image/webp"),
+    (rb".{4}ftypavif", "image/avif"),
     (rb"%PDF-", "application/pdf"), (rb"PK\x03\x04", "application/zip"),
     (rb"\x1f\x8b\x08", "application/x-gzip"), (rb"\s*(?:<!doctype html|<html)\b", "text/html"),
-    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"), (rb"\s*<\?xml", "text/xml"),
+    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"),
+    (rb"\s*<\?xml", "text/xml"),
 )
 
 
@@ -7131,7 +7135,7 @@ class Mail:
 
     @functools.cached_property
     def text(self) -> str:
-        """The text/plain body, or else the readable text of the HTML one, its lines ending in LF."""
+        """The text/plain body, or else the readable text of the HTML one; lines end in LF."""
         plain = self.plain.replace("\r\n", "\n")
         return plain if plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
 
@@ -7142,7 +7146,8 @@ class Mail:
 
 BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
-URL = r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://" r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}"""
+URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
+       r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
 NO_LINK = r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):"
 
 
@@ -8041,7 +8046,8 @@ class BadRequest(ValueError):
 
 Value = TypeVar("Value")
 MAILBOX = r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}"
-OWN_FIELDS = "(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received|x-envelope-.*"
+OWN_FIELDS = ("(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received"
+              "|x-envelope-.*")
 
 
 def take_field(body: Any, path: str, default: Any) -> Any:
