@@ -4922,14 +4922,16 @@ class Delivery:
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
         s, routes = self.settings, self.routes(message)
-        lanes, by_mx = [lane], s.delivery == "mx" and not lane.endswith(")")
-        with contextlib.suppress(ResolveError):
-            latest, hosts = time.monotonic() + GROUPING_TIME, self.mail_hosts(lane) if by_mx else []
-            for other in [o for o in routes if by_mx and o != lane]:  # same hosts: sent together
-                with contextlib.suppress(ResolveError):
-                    if time.monotonic() < latest and set(self.mail_hosts(other)) == set(hosts):
-                        lanes.append(other)
-        recipients = [*{id(r): r for name in lanes for r in routes[name]}.values()]
+        lanes, recipients = [lane], routes[lane]
+        by_mx = s.delivery == "mx" and not lane.endswith(")")
+        if by_mx:
+            with contextlib.suppress(ResolveError):
+                latest, hosts = time.monotonic() + GROUPING_TIME, set(self.mail_hosts(lane))
+                for other in [o for o in routes if o != lane]:  # same hosts: sent together
+                    with contextlib.suppress(ResolveError):
+                        if time.monotonic() < latest and set(self.mail_hosts(other)) == hosts:
+                            lanes.append(other)
+            recipients = [*{id(r): r for name in lanes for r in routes[name]}.values()]
         whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
         elsewhere = set()  # those whose other addresses are in other lanes
         for r in recipients if self.rewrites else ():
