@@ -6470,11 +6470,11 @@ def spoke_early(sock: socket.socket) -> bool:
 
 # === 17 LISTENER =============================================================
 #
-# Where connections come from and how they end. The threads of a Listener wait in
-# accept themselves, and the one that gets a connection holds the session: no
-# hand-over, as in socketserver, which would cost 15 us, and no start of a thread,
-# 80 us, but while the load grows. Receiving is the whole receiving half of the
-# program. The lock of a listener is a leaf.
+# Where connections come from and how they end. A Listener is a socketserver over a
+# socket that is bound already. Its threads wait in accept themselves, and the one
+# that gets a connection holds the session: no hand-over, which would cost 15 us, and
+# no start of a thread, 80 us, but while the load grows. Receiving is the whole
+# receiving half of the program. The lock of a listener is a leaf.
 
 SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
@@ -6483,13 +6483,23 @@ EXHAUSTED_LOGGED = 10.0  # seconds between two lines that say so
 STOP_PATIENCE = 8.0
 
 
-class Listener:
+class SessionHandler(socketserver.BaseRequestHandler):
+    """Joins socketserver and Session: the listener passes the session as the client's address."""
+
+    def handle(self) -> None:
+        self.client_address.run()
+
+
+class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections on one bound socket; each thread holds the session that it accepted."""
 
     def __init__(self, sock: socket.socket, reception: Reception, tls: bool) -> None:
+        super().__init__(("", 0), SessionHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
-        self.socket, self.reception, self.tls = sock, reception, tls
+        self.reception, self.tls = reception, tls
         self.lock = threading.Lock()
         self.waiting = 0  # threads that wait for a connection
         self.exhausted_at = -math.inf
@@ -6507,7 +6517,7 @@ class Listener:
                     return
                 self.waiting += 1
             try:
-                sock, client = self.accept()
+                request, client = self.get_request()
             except OSError:
                 continue
             finally:
@@ -6517,7 +6527,7 @@ class Listener:
             if crowded != bound:
                 keep_together(crowded, self.reception.pick)
                 bound = crowded
-            self.hold(sock, client)
+            self.process_request(request, client)
 
     def wake(self) -> None:
         """Send the threads that wait away, with a connection of our own for each."""
@@ -6527,9 +6537,9 @@ class Listener:
                 call.settimeout(0.2)
                 call.connect(self.socket.getsockname())
             time.sleep(0.0005)
-        self.socket.close()
+        self.server_close()
 
-    def accept(self) -> tuple[socket.socket, str]:
+    def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; with no descriptor left, wait a little and say so now and then."""
         try:
             sock, address = self.socket.accept()
@@ -6543,25 +6553,25 @@ class Listener:
         self.reception.metrics.inc("smtp_connections_total")
         return sock, client_name(sock.family, address)
 
-    def hold(self, sock: socket.socket, client: str) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Hold a session on the caller's thread, or turn it away with 421 without waiting."""
         reception = self.reception
         try:
             if not self.waiting:  # another thread must accept while this one is busy
                 self.start_thread()
-            session = Session(reception, sock, client, self.tls)
+            session = Session(reception, request, client_address, self.tls)
             welcome = not reception.stopping and reception.enter(session)
         except Exception as e:  # no thread or no memory; the next connection may find some
             reception.log.error("session_not_started", error=e)
             welcome = False
         if not welcome:
             with contextlib.suppress(OSError):
-                sock.settimeout(0)
-                sock.send(reply_octets(TOO_MANY_SESSIONS))
-            shut(sock, socket.SHUT_WR)
-            return sock.close()
+                request.settimeout(0)
+                request.send(reply_octets(TOO_MANY_SESSIONS))
+            self.shutdown_request(request)
+            return
         try:
-            session.run()
+            self.finish_request(session.wire.sock, session)
         except Exception as e:
             reception.log.bug("session_bug", e, client=session.client)
             session.last_words(INTERNAL._replace(code=421))
@@ -6571,9 +6581,10 @@ class Listener:
                 with contextlib.suppress(OSError, ValueError):
                     sock.settimeout(0)
                     sock.unwrap()
-            if not session.quitting:  # else both sides know: one system call is enough
-                shut(sock, socket.SHUT_WR)
-            sock.close()
+            if session.quitting:  # both sides know: one system call is enough
+                sock.close()
+            else:
+                self.shutdown_request(sock)
             reception.leave(session)
 
 

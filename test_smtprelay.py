@@ -2858,7 +2858,7 @@ class Visitor(Dialogue):
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(8)
         self.file = self.sock.makefile("rb")
-        hold = relay.receiving.listeners[0].hold
+        hold = relay.receiving.listeners[0].process_request
         threading.Thread(target=hold, args=(theirs, client), daemon=True).start()
 
 
@@ -7346,6 +7346,13 @@ def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeyp
         assert client.greeting.startswith("220")
 
 
+def test_a_listener_is_a_socketserver(start: Callable[..., Any]) -> None:
+    """What the plan asks for: its handler holds the session."""
+    listener = start().receiving.listeners[0]
+    assert isinstance(listener, socketserver.ThreadingTCPServer)
+    assert issubclass(listener.RequestHandlerClass, socketserver.BaseRequestHandler)
+
+
 def test_with_no_descriptor_left_it_waits_and_says_so_once(start: Callable[..., Any], caplog: Any) -> None:
     relay = start()
     listener, real = relay.receiving.listeners[0], relay.receiving.listeners[0].socket
@@ -7353,7 +7360,7 @@ def test_with_no_descriptor_left_it_waits_and_says_so_once(start: Callable[..., 
     began = time.monotonic()
     for _ in range(3):
         with pytest.raises(OSError, match="too many"):
-            listener.accept()
+            listener.get_request()
     listener.socket = real
     assert time.monotonic() - began >= 0.3 and caplog.text.count("accept_failed") == 1
 
