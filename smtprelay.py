@@ -141,7 +141,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional,
 if TYPE_CHECKING:
     import ctypes
     import logging
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY = 86400.0

@@ -7348,9 +7348,10 @@ def test_a_thread_that_stumbles_still_accepts(start: Callable[..., Any], monkeyp
 
 def test_a_listener_is_a_socketserver(start: Callable[..., Any]) -> None:
     """What the plan asks for: its handler holds the session."""
-    listener = start().receiving.listeners[0]
+    listener: Any = start().receiving.listeners[0]
     assert isinstance(listener, socketserver.ThreadingTCPServer)
-    assert issubclass(listener.RequestHandlerClass, socketserver.BaseRequestHandler)
+    handler: Any = listener.RequestHandlerClass
+    assert issubclass(handler, socketserver.BaseRequestHandler)
 
 
 def test_with_no_descriptor_left_it_waits_and_says_so_once(start: Callable[..., Any], caplog: Any) -> None:
@@ -8672,7 +8673,7 @@ def test_an_image_that_is_shown_often_does_not_swell_the_page(box: Box) -> None:
 
 
 def test_ten_thousand_messages(box: Box) -> None:
-    """The list answers in 50 ms, a search in 500 ms; a message costs less than 1 KiB. Generous here: machines differ."""
+    """A list costs less than reading 200 of 2,000 messages, a search less than reading all; a message less than 1 KiB."""
     samples = [letter(n) for n in range(50)]
     for n in range(2000):
         box.raws[f"{n:016d}"], box.records[f"{n:016d}"] = samples[n % 50], record_for(f"{n:016d}", samples[n % 50])
@@ -8684,16 +8685,20 @@ def test_ten_thousand_messages(box: Box) -> None:
     spent = (tracemalloc.get_traced_memory()[0] - before) / 2000
     tracemalloc.stop()
     assert spent < 1024
-    times = []
-    for query in (
-        smtprelay.ALL,
-        smtprelay.compile_query("subject:visit"),
-        smtprelay.compile_query("insurance -nowhere"),
-    ):
-        begun = time.process_time()
-        smtprelay.messages_json(box.inbox, query)
-        times.append(time.process_time() - begun)
-    assert times[0] < 0.05 and max(times) < 0.5, times
+
+    def cost(work: Callable[[], object]) -> float:
+        """Return the processor time of the quickest of five runs."""
+        times = []
+        for _ in range(5):
+            begun = time.process_time()
+            work()
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    reading = cost(lambda: [smtprelay.read_mail(sample) for sample in samples])
+    assert cost(lambda: smtprelay.messages_json(box.inbox, smtprelay.ALL)) < 4 * reading
+    for words in ("subject:visit", "insurance -nowhere"):
+        assert cost(lambda: smtprelay.messages_json(box.inbox, smtprelay.compile_query(words))) < 40 * reading  # noqa: B023
 
 
 # === PAGE ====================================================================
