@@ -9440,8 +9440,8 @@ def admit(request: Request, route: Route) -> None:
     local, named = request.client == "local", s.api_networks != networks("loopback")
     trusted = ((local or is_loopback(request.client)) and not s.api_token
                or named and not local and in_networks(request.client, s.api_networks))
-    proxied = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
-    trusted &= not any(name in headers for name in proxied)
+    proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
+    trusted &= not any(re.fullmatch(proxied, name) for name in headers)
     has_token = same_secret(s.api_token, secret)
     request.known = has_token or trusted
     if access == ACCOUNT:

@@ -9050,7 +9050,7 @@ def test_other_sites_and_rebound_names_are_kept_out(
     answers = [fetch(relay, "/api/v1/messages", method, **headers)[0] for method in ("GET", "DELETE")]
     assert answers == [get, delete]
     assert fetch(relay, "/livez", **headers)[0] == fetch(relay, "/metrics", **headers)[0] == 200
-    for proxy in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"):  # whoever asked it is not on this machine
+    for proxy in ("Forwarded", "X-Forwarded-For", "x-forwarded-host", "X-Real-IP", "Via"):  # whoever asked it is not on this machine
         assert fetch(relay, "/api/v1/messages", **{**headers, proxy: "127.0.0.1"})[0] == 403
     own = headers.get("Host", relay.http_url[7:])
     assert fetch(relay, "/api/v1/messages", "DELETE", **{**headers, "Origin": f"http://{own}"})[0] == (
