@@ -2722,6 +2722,10 @@ def derive(password: str, making: str) -> str:
                           maxmem=room, dklen=32).hex()
 
 
+def is_hash(stored: str) -> bool:
+    return stored.startswith("scrypt:")
+
+
 def hash_password(password: str) -> str:
     """Hash a password for the users file: scrypt:n:r:p:salt:key."""
     making = f"{NEW_HASH}:{secrets.token_hex(16)}"
@@ -2899,7 +2903,7 @@ class Accounts:
         if user in users and user:
             raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
         logins = parse_users({**users, **({user: {"password": self.settings.auth_password}} if user else {})})
-        clear = [name for name in users if not (logins[name].password or "scrypt:").startswith("scrypt:")]
+        clear = [name for name in users if not is_hash(logins[name].password or "scrypt:")]
         if clear:
             self.log.warn("users_file", file=self._path,
                           warning=f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
@@ -2911,7 +2915,7 @@ class Accounts:
                     logins[login] = dataclasses.replace(a, relay_password=password)
         except SealError as e:
             raise AccountsError(f"relay_password: {e}") from None
-        hashes = [it.password for it in logins.values() if it.password.startswith("scrypt:")]
+        hashes = [it.password for it in logins.values() if is_hash(it.password)]
         making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
         return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
 
@@ -2974,7 +2978,7 @@ class Accounts:
         try:
             stored, key = (account.password, account.api_key) if account else ("", "")
             good = same_secret(key, password)
-            if not good and stored.startswith("scrypt:"):
+            if not good and is_hash(stored):
                 good = check_password(password, stored)
             elif not good:  # a failure costs one hash, whoever it was
                 good = same_secret(stored, password) or check_password(password, known.decoy)
@@ -2992,7 +2996,7 @@ class Accounts:
         account = self._fresh().logins.get(user)
         good = False
         for secret in (account.password, account.api_key) if account else ("", ""):
-            key = secrets.token_hex() if (secret or "scrypt:").startswith("scrypt:") else secret
+            key = secrets.token_hex() if is_hash(secret or "scrypt:") else secret
             wanted = hmac.digest(encoded(key), encoded(challenge), "md5").hex()
             good |= same_secret(wanted, digest)
         return self._end(user, account, good or self.settings.auth_any)
