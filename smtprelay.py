@@ -6487,6 +6487,17 @@ EXHAUSTED_LOGGED = 10.0  # seconds between two lines that say so
 STOP_PATIENCE = 8.0
 
 
+def accept(sock: socket.socket, exhausted: Callable[[OSError], None]) -> tuple[socket.socket, Any]:
+    """Accept a connection; with no descriptor left, say so and wait a little instead of spinning."""
+    try:
+        return sock.accept()
+    except OSError as e:
+        if e.errno in EXHAUSTED:
+            exhausted(e)
+            time.sleep(0.1)
+        raise
+
+
 class SessionHandler(socketserver.BaseRequestHandler):
     """Joins socketserver and Session: the listener passes the session as the client's address."""
 
@@ -6543,17 +6554,14 @@ class Listener(socketserver.ThreadingTCPServer):
             time.sleep(0.0005)
         self.server_close()
 
+    def exhausted(self, error: OSError) -> None:
+        """Say now and then that no descriptor is left."""
+        if time.monotonic() > self.exhausted_at + EXHAUSTED_LOGGED:
+            self.exhausted_at = time.monotonic()
+            self.reception.log.error("accept_failed", error=error)
+
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; with no descriptor left, wait a little and say so now and then."""
-        try:
-            sock, address = self.socket.accept()
-        except OSError as e:
-            if e.errno in EXHAUSTED:
-                if time.monotonic() > self.exhausted_at + EXHAUSTED_LOGGED:
-                    self.exhausted_at = time.monotonic()
-                    self.reception.log.error("accept_failed", error=e)
-                time.sleep(0.1)
-            raise
+        sock, address = accept(self.socket, self.exhausted)
         self.reception.metrics.inc("smtp_connections_total")
         return sock, client_name(sock.family, address)
 
@@ -10104,14 +10112,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.kept: set[Any] = set()  # connections in the places that are kept
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
-        try:
-            return self.socket.accept()
-        except OSError as e:
-            if e.errno in EXHAUSTED:
-                self.relay.log.error("accept_failed", error=e)
-                time.sleep(0.1)
-            raise
+        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Find a place for a connection."""
