@@ -2542,12 +2542,10 @@ class Spool:
         """Write a message's record, under the name that its status calls for."""
         stem, end = message.stem, ".json" if message.owed else DONE_NAMES.get(message.status, ".json")
         data = self.sealer.seal(message.to_json(), stem + ".json")
-        if end != ".json":  # torn or not, its name says all that counts
-            self.store.write(stem + end, data)
-            self.store.remove(stem + ".json")
-            return
         self.store.write(stem + ".tmp", data)
-        self.store.rename(stem + ".tmp", stem + ".json")
+        self.store.rename(stem + ".tmp", stem + end)
+        if end != ".json":  # torn by a power cut or not, its name says all that counts
+            self.store.remove(stem + ".json")
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""

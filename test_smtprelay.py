@@ -2810,6 +2810,21 @@ def test_a_record_is_never_missing_while_it_is_reopened(tmp_path: Path, monkeypa
     spool.close()
 
 
+def test_a_reader_never_finds_half_a_finished_record(tmp_path: Path, monkeypatch: Any) -> None:
+    spool = smtprelay.Spool(settings_at(tmp_path), smtprelay.Log(logging.getLogger("test")))
+    spool.open()
+    message = spool.load(spooled_in_review(spool))
+    message.attempts = 3
+    spool.save(message)
+    message.move(smtprelay.Status.FAILED)
+    full = mock.Mock(side_effect=lambda fd, data: (os.write(fd, data[:40]), 1 / 0))  # as a reader may come upon it
+    monkeypatch.setattr(smtprelay, "write_all", full)
+    with pytest.raises(ZeroDivisionError):
+        spool.save(message)
+    assert full.called and spool.load(message.stem).attempts == 3
+    spool.close()
+
+
 def test_each_half_makes_ids_of_its_own() -> None:
     makers = {smtprelay.IdMaker(f"{half:x}").next()[13:] for half in range(16)}
     assert len(makers) == 16
@@ -4955,11 +4970,11 @@ def statuses(relay: smtprelay.Relay, stem: str) -> dict[str, str]:
 
 
 def finished(relay: smtprelay.Relay, stem: str) -> smtprelay.Message:
-    """Wait until a message is finished, and its last record written: while it is, its name alone says so."""
+    """Wait until a message is finished; its record is whole by then."""
 
     def last() -> smtprelay.Message | None:
         record = record_of(relay, stem)
-        return record if record.status in smtprelay.FINISHED and record.finished_at else None
+        return record if record.status in smtprelay.FINISHED else None
 
     return wait_until(last, shown=lambda: record_of(relay, stem))
 
