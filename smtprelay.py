@@ -998,13 +998,6 @@ PLAIN = re.compile(r"[!#-<>-\[\]-~]+").fullmatch  # no blank, quote, equals sign
 EVENT_ENCODER = json.JSONEncoder(default=str)
 
 
-def event_json(first: dict[str, object], fields: Mapping[str, object]) -> str:
-    """Return an event as JSON; a NamedTuple is what it prints as, not all that is in it."""
-    for name, value in fields.items():
-        first[name] = str(value) if isinstance(value, tuple) else value
-    return EVENT_ENCODER.encode(first)
-
-
 def append_line(path: str, line: str) -> None:
     """Append a line to a file that its owner alone may read, in one write: lines stay whole."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1018,14 +1011,15 @@ class Log:
     """Writes one line for each event, in the form that the settings ask for.
 
     It goes to a file or, if `sink` is "", to standard error. A library's lines go to a logger of
-    the logging module, which has a level of its own.
+    the logging module, which has a level of its own. Each level has a call of its name.
     """
 
     def __init__(self, sink: logging.Logger | str, as_json: bool = False,
                  level: str = "info") -> None:
         self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
+        self.debug, self.info, self.warn, self.error = (functools.partial(self.write, each) for each in LEVELS)
 
-    def write(self, level: str, event: str, fields: dict[str, object]) -> None:
+    def write(self, level: str, event: str, /, **fields: object) -> None:
         number, sink = LEVELS[level], self.sink
         if number < self.level if isinstance(sink, str) else not sink.isEnabledFor(number):
             return
@@ -1042,8 +1036,9 @@ class Log:
 
     def line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = iso_time(time.time())
-        if self.as_json:
-            return event_json({"time": now, "level": level, "event": event}, fields)
+        if self.as_json:  # a NamedTuple is what it prints as, not all that is in it
+            shown = {name: str(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+            return EVENT_ENCODER.encode({"time": now, "level": level, "event": event, **shown})
         line = f"{now} {level} {event}"
         for name, value in fields.items():
             text = str(value)
@@ -1065,22 +1060,9 @@ class Log:
                     append_line(self.sink, event)
             self.tell(line if self.sink else event)
 
-    def debug(self, event: str, **fields: object) -> None:
-        self.write("debug", event, fields)
-
-    def info(self, event: str, **fields: object) -> None:
-        self.write("info", event, fields)
-
-    def warn(self, event: str, **fields: object) -> None:
-        self.write("warn", event, fields)
-
-    def error(self, event: str, **fields: object) -> None:
-        self.write("error", event, fields)
-
     def bug(self, event: str, error: BaseException, **fields: object) -> None:
-        """Log an unexpected exception with its traceback, on one line."""
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.write("error", event, {**fields, "error": repr(error), "traceback": trace})
+        """Log the unexpected exception in hand with its traceback, on one line."""
+        self.error(event, **fields, error=repr(error), traceback=traceback.format_exc())
 
 
 def open_log(settings: Settings) -> Log:
@@ -1089,19 +1071,12 @@ def open_log(settings: Settings) -> Log:
     return Log(settings.log_file, settings.log_format == "json", level)
 
 
-class Audit:
-    """Appends a JSON line for each event to SMTP_AUDIT_LOG; json escapes what a client sends."""
+def open_audit(settings: Settings) -> Log:
+    """Return the log of SMTP_AUDIT_LOG, where each event is an info; without a file it keeps none of them."""
+    return Log(settings.audit_log, as_json=True, level="info" if settings.audit_log else "error")
 
-    def __init__(self, path: str, log: Log) -> None:
-        self.path, self.log = path, log
 
-    def write(self, event: str, **fields: object) -> None:
-        if self.path:
-            try:
-                first: dict[str, object] = {"time": iso_time(time.time()), "event": event}
-                append_line(self.path, event_json(first, fields))
-            except OSError as e:
-                self.log.error("audit_failed", error=e)
+EVENTS_WAITING = 1000
 
 
 class Feed:
@@ -1109,74 +1084,73 @@ class Feed:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.listeners: set[queue.Queue[Any]] = set()
+        self.listeners: set[queue.SimpleQueue[Any]] = set()
 
-    def subscribe(self, most: int, waiting: int = 1000) -> queue.Queue[Any]:
+    def subscribe(self, most: int) -> queue.SimpleQueue[Any]:
         """Return a queue of events to come, None at their end; ValueError when `most` listen."""
-        events: queue.Queue[Any] = queue.Queue(waiting)
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with self.lock:
             if len(self.listeners) >= most:
                 raise ValueError("too many listen to events already")
             self.listeners.add(events)
         return events
 
-    def unsubscribe(self, events: queue.Queue[Any]) -> None:
+    def unsubscribe(self, events: queue.SimpleQueue[Any]) -> None:
         with self.lock:
             self.listeners.discard(events)
 
     def publish(self, event: dict[str, Any] | None) -> None:
-        with self.lock:  # nothing here waits, and the place made for the end is for the end
+        with self.lock:
             for events in [*self.listeners]:
-                try:
-                    events.put_nowait(event)
-                except queue.Full:
+                lags = events.qsize() >= EVENTS_WAITING
+                if lags:
                     self.listeners.discard(events)
-                    with contextlib.suppress(queue.Empty):
-                        events.get_nowait()
-                    events.put_nowait(None)
+                events.put(None if lags else event)
+
+
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538",
+         "550", "552", "553", "554", "555", "other")  # of SMTP_FAULTS
+LABELS: dict[str, Sequence[str]] = {  # every value of each
+    "": ("",), "code": CODES, "result": ("success", "failure"), "version": (__version__,),
+    "le": ("sum", *map(str, BUCKETS), "+Inf", "count")}  # of a histogram: from a value's bucket on all are counted up
 
 
 class Metric(NamedTuple):
-    """A counter, gauge or histogram: its name, kind, help, and its label with every value."""
+    """A counter, gauge or histogram."""
 
     name: str
     kind: str
     help: str
-    label: str = ""
-    values: tuple[str, ...] = ()
+    label: str
 
 
-CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538",
-         "550", "552", "553", "554", "555", "other")  # of SMTP_FAULTS
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-METRICS = (
-    Metric("smtp_messages_received_total", "counter", "Messages that got their 250."),
-    Metric("smtp_messages_queued_total", "counter", "Messages accepted to be delivered."),
-    Metric("smtp_messages_delivered_total", "counter", "Messages forwarded to every recipient."),
-    Metric("smtp_messages_deferred_total", "counter", "Attempts that left a message to be tried again."),
-    Metric("smtp_messages_failed_total", "counter", "Messages that failed for a recipient for good."),
-    Metric("smtp_messages_expired_total", "counter", "Messages that failed because they were too old."),
-    Metric("smtp_messages_rejected_total", "counter", "Refusals, by reply code.", "code", CODES),
-    Metric("smtp_delivery_failures_total", "counter", "Attempts in which a next hop did not take a message."),
-    Metric("smtp_bytes_received_total", "counter", "Octets of content accepted."),
-    Metric("smtp_queue_depth", "gauge", "Messages owed."),
-    Metric("smtp_queue_oldest_age_seconds", "gauge", "Age of the oldest message owed."),
-    Metric("smtp_messages_held", "gauge", "Messages held until someone releases them."),
-    Metric("smtp_sessions_active", "gauge", "Sessions open now."),
-    Metric("smtp_connections_total", "counter", "Connections accepted."),
-    Metric("smtp_connections_refused_total", "counter", "Connections turned away."),
-    Metric("smtp_tls_sessions_total", "counter", "Sessions that came under TLS."),
-    Metric("smtp_auth_attempts_total", "counter", "Logins tried, by result.", "result", ("success", "failure")),
-    Metric("smtp_rate_limited_total", "counter", "Messages put off by a rate or a quota."),
-    Metric("smtp_delivery_duration_seconds", "histogram", "Time that one attempt took."),
-    Metric("smtp_disk_free_bytes", "gauge", "Free space where the spool is."),
-    Metric("smtp_uptime_seconds", "gauge", "Time since start."),
-    Metric("smtp_build_info", "gauge", "1, labelled with the version.", "version", (__version__,)),
-)
-PARTS = ("count", "sum", *map(str, BUCKETS))  # of a histogram
+METRICS = [Metric(*line.split("|")) for line in """\
+smtp_messages_received_total|counter|Messages that got their 250.|
+smtp_messages_queued_total|counter|Messages accepted to be delivered.|
+smtp_messages_delivered_total|counter|Messages forwarded to every recipient.|
+smtp_messages_deferred_total|counter|Attempts that left a message to be tried again.|
+smtp_messages_failed_total|counter|Messages that failed for a recipient for good.|
+smtp_messages_expired_total|counter|Messages that failed because they were too old.|
+smtp_messages_rejected_total|counter|Refusals, by reply code.|code
+smtp_delivery_failures_total|counter|Attempts in which a next hop did not take a message.|
+smtp_bytes_received_total|counter|Octets of content accepted.|
+smtp_queue_depth|gauge|Messages owed.|
+smtp_queue_oldest_age_seconds|gauge|Age of the oldest message owed.|
+smtp_messages_held|gauge|Messages held until someone releases them.|
+smtp_sessions_active|gauge|Sessions open now.|
+smtp_connections_total|counter|Connections accepted.|
+smtp_connections_refused_total|counter|Connections turned away.|
+smtp_tls_sessions_total|counter|Sessions that came under TLS.|
+smtp_auth_attempts_total|counter|Logins tried, by result.|result
+smtp_rate_limited_total|counter|Messages put off by a rate or a quota.|
+smtp_delivery_duration_seconds|histogram|Time that one attempt took.|le
+smtp_disk_free_bytes|gauge|Free space where the spool is.|
+smtp_uptime_seconds|gauge|Time since start.|
+smtp_build_info|gauge|1, labelled with the version.|version
+""".splitlines()]
 CELLS = {key: i for i, key in enumerate([  # the place in a row of each metric and label value
-    *((m.name, value) for m in METRICS
-      for value in (PARTS if m.kind == "histogram" else m.values or ("",))),
+    *((m.name, value) for m in METRICS for value in LABELS[m.label]),
     # not shown: what the halves tell each other by the same means
     ("owed_bytes", ""), ("alive", ""), ("started", ""), ("fault_changes", "")])}
 
@@ -1204,44 +1178,29 @@ class Metrics:
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram."""
-        self.inc(name, 1, "count")
-        self.inc(name, value, "sum")
-        for bound in BUCKETS[bisect.bisect_left(BUCKETS, value):][:1]:
-            self.inc(name, 1, str(bound))
-
-    def histogram(self, name: str) -> dict[str, int | float]:
-        """Return the count and sum of a histogram, and for each bound how many values it holds."""
-        parts = {part: whole(self.get(name, part)) for part in PARTS}
-        for lower, upper in zip(BUCKETS, BUCKETS[1:]):
-            parts[str(upper)] += parts[str(lower)]
-        return parts
+        total = self.base + CELLS[name, "sum"]
+        with self.lock:
+            self.cells[total] += value
+            for cell in range(total + 1 + bisect.bisect_left(BUCKETS, value), total + len(LABELS["le"])):
+                self.cells[cell] += 1
 
     def get(self, name: str, label: str = "") -> float:
-        return sum(self.cells[CELLS[name, label]::len(CELLS)])
+        """Return the sum of all rows, an int where it is whole."""
+        value = sum(self.cells[CELLS[name, label]::len(CELLS)])
+        return int(value) if value == int(value) else value
+
+    def values(self, metric: Metric) -> dict[str, float]:
+        return {value: self.get(metric.name, value) for value in LABELS[metric.label]}
 
     def each(self, name: str) -> list[float]:
         """Return every process's part of a metric."""
         return list(self.cells[CELLS[name, ""]::len(CELLS)])
 
-    def clear_row(self, row: int) -> None:
-        """Forget what a dead process held: its gauges, not its counts."""
-        self.cells[row * len(CELLS) + CELLS["smtp_sessions_active", ""]] = 0
-
-
-def whole(value: float) -> int | float:
-    return int(value) if value == int(value) else value
-
 
 def expvar(metrics: Metrics) -> dict[str, Any]:
     """Return the metrics as Go's expvar does: one flat object, a map where there is a label."""
-    shown: dict[str, Any] = {"cmdline": sys.argv, "memstats": memory_figures()}
-    for m in METRICS:
-        if m.kind == "histogram":
-            shown[m.name] = metrics.histogram(m.name)
-        else:
-            values = {v: whole(metrics.get(m.name, v)) for v in m.values or ("",)}
-            shown[m.name] = values if m.label else values[""]
-    return shown
+    return {"cmdline": sys.argv, "memstats": memory_figures(),
+            **{m.name: metrics.values(m) if m.label else metrics.get(m.name) for m in METRICS}}
 
 
 def memory_figures() -> dict[str, int]:
@@ -1256,15 +1215,11 @@ def prometheus(metrics: Metrics) -> str:
     lines = []
     for m in METRICS:
         lines += [f"# HELP {m.name} {m.help}", f"# TYPE {m.name} {m.kind}"]
-        if m.kind == "histogram":
-            parts = metrics.histogram(m.name)
-            lines += [f'{m.name}_bucket{{le="{b}"}} {parts[str(b)]}' for b in BUCKETS]
-            lines += [f'{m.name}_bucket{{le="+Inf"}} {parts["count"]}',
-                      f'{m.name}_sum {parts["sum"]}', f'{m.name}_count {parts["count"]}']
-        else:
-            for v in m.values or ("",):
-                mark = f'{{{m.label}="{v}"}}' if v else ""
-                lines.append(f"{m.name}{mark} {whole(metrics.get(m.name, v))}")
+        for label, value in metrics.values(m).items():
+            mark = f'{{{m.label}="{label}"}}' if label else ""
+            if m.kind == "histogram":
+                mark = f"_{label}" if label in ("sum", "count") else f"_bucket{mark}"
+            lines.append(f"{m.name}{mark} {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -5737,7 +5692,7 @@ class Reception:
         self.announce = announce
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-        self.audit = Audit(settings.audit_log, log)
+        self.audit = open_audit(settings)
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
@@ -5796,14 +5751,14 @@ class Reception:
     def turned_away(self, client: str, reply: Reply) -> None:
         """Note a connection that gets no service."""
         self.metrics.inc("smtp_connections_refused_total")
-        self.audit.write("blocked", client=client, reason=reply.text)
+        self.audit.info("blocked", client=client, reason=reply.text)
 
     def refused(self, reply: Reply, client: str, user: str) -> None:
         """Count and note a refusal."""
         code = str(reply.code)
         self.metrics.inc("smtp_messages_rejected_total", 1, code if code in CODES else "other")
         self.log.info("refused", client=client, reply=reply)
-        self.audit.write("refused", client=client, user=user, reply=str(reply))
+        self.audit.info("refused", client=client, user=user, reply=str(reply))
 
     # -- the way into the spool --
 
@@ -5872,7 +5827,7 @@ class Reception:
             self.unheard_until = time.monotonic() + 1.0
         id, client = draft.id, envelope.client
         sender, to = envelope.reverse_path, envelope.recipients
-        self.audit.write("accepted", id=id, client=client, user=envelope.user, size=size,
+        self.audit.info("accepted", id=id, client=client, user=envelope.user, size=size,
                          sender=sender, recipients=to)
         self.log.info("received", id=id, sender=sender, recipients=",".join(to), size=size,
                       client=client, helo=envelope.helo, protocol=envelope.protocol)
@@ -5905,7 +5860,7 @@ class Session:
     def run(self) -> None:
         """Hold the whole dialogue."""
         reception = self.reception
-        reception.audit.write("session_start", client=self.client)
+        reception.audit.info("session_start", client=self.client)
         try:
             if reception.is_balancer(self.client):
                 self.meet_balancer()
@@ -5926,7 +5881,7 @@ class Session:
             self.last_words(TIMED_OUT)
         finally:
             self.forget()
-            reception.audit.write("session_end", client=self.client, user=self.user,
+            reception.audit.info("session_end", client=self.client, user=self.user,
                                   tls=self.tls_version)
 
     def meet_balancer(self) -> None:
@@ -6015,7 +5970,7 @@ class Session:
             self.errors += reply.code >= 500
             if self.errors > self.settings.max_errors:
                 reply, self.over = TOO_MANY_ERRORS, True
-                self.reception.audit.write("blocked", client=self.client, reason=reply.text)
+                self.reception.audit.info("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
         self.wire.write(reply_octets(reply))
@@ -6154,7 +6109,7 @@ class Session:
         if fault:
             return fault
         if not reception.logins.take(who, rate, rate):
-            reception.audit.write("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
+            reception.audit.info("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
             self.over = True
             return TOO_MANY_LOGINS
         if self.lenient:  # with "=" old devices wish to be asked
@@ -6169,7 +6124,7 @@ class Session:
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
         reception.log.info("login", **told)
-        reception.audit.write("login", **told, tls=self.tls_version)
+        reception.audit.info("login", **told, tls=self.tls_version)
         if not login.account:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
@@ -6242,7 +6197,7 @@ class Session:
             self.reserved = name if day else ""
             return None
         reception.metrics.inc("smtp_rate_limited_total")
-        reception.audit.write("quota", client=self.client, user=self.user, limit=limit)
+        reception.audit.info("quota", client=self.client, user=self.user, limit=limit)
         return reply
 
     def rcpt(self, argument: bytes) -> Reply:
@@ -9955,7 +9910,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         answer = self.tried()
         if self.command not in ("GET", "HEAD"):
-            self.server.relay.audit.write(
+            self.server.relay.audit.info(
                 "changed" if answer.status < 400 else "change_refused", status=answer.status,
                 client=self.client, method=self.command, path=self.path.partition("?")[0])
         self.send_answer(answer)
@@ -10167,7 +10122,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # -- the webhook --
 
-def run_webhook(d: Delivering, events: queue.Queue[Any]) -> None:
+def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
     """POST events to SMTP_WEBHOOK_URL until the relay stops; when too many wait, start anew."""
     import urllib.request as web
 
@@ -11184,8 +11139,8 @@ class Delivering:
         self.tell(word, message.stem, detail)
         self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply,
                       attempts=message.attempts)
-        if self.audit.path:
-            self.audit.write(event, id=message.id, user=message.user,
+        if self.audit.sink:
+            self.audit.info(event, id=message.id, user=message.user,
                              recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, "failed" if failed else "sent")
 
@@ -11698,7 +11653,7 @@ class Supervisor:
         self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two make the same id
         kind, _, number = role.partition(" ")
         if number:
-            self.parts.metrics.clear_row(RECEIVING_ROW + int(number))
+            self.parts.metrics.row(RECEIVING_ROW + int(number)).set("smtp_sessions_active", 0)
             close_all([*self.parts.http, *self.parts.submit])
             half: Receiving | Delivering = self.parts.receiving(int(number))
         else:
