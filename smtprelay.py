@@ -1152,7 +1152,7 @@ smtp_build_info|gauge|1, labelled with the version.|version
 CELLS = {key: i for i, key in enumerate([  # the place in a row of each metric and label value
     *((m.name, value) for m in METRICS for value in LABELS[m.label]),
     # not shown: what the halves tell each other by the same means
-    ("owed_bytes", ""), ("alive", ""), ("started", ""), ("fault_changes", "")])}
+    ("owed_bytes", ""), ("alive", ""), ("started", "")])}
 
 
 class Metrics:
@@ -5370,13 +5370,18 @@ def mail_time(received_at: str) -> str:
 # message is taken, but its answer is not sent). Rules are tried in order: a delay
 # adds up and goes on to the next, anything else ends the search. first and after
 # count the times a rule was reached, for each recipient if it has to=; a share of
-# them is spread evenly. The same questions always get the same answers. A script of
-# steps, each for once, goes before the rules: the library's simulated smart host has
-# one. Rules changed over HTTP reach the receiving process in a file; Mailpit's chaos
-# triggers become rules with a share. Any thread may ask: the lock is a leaf.
+# them is spread evenly. The same questions always get the same answers. The library's
+# simulated smart host plays a script of steps, rules that are each for once. Rules and
+# counts are in a file that all processes share, so that rules may change over HTTP;
+# Mailpit's chaos triggers become rules with a share. The lock is a leaf.
 
 FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "data": "from to",
                 "end": "from to"}
+FAULT_RULE = (
+    rf"(?: (?P<stage>{'|'.join(FAULT_STAGES)}))?(?P<globs>(?: (?:to|from)=\S+)*)(?: delay (?P<delay>\S+))?"
+    r"(?: (?P<answer>accept|drop|drop kept|(?P<code>(?P<kind>[2-5])[0-9]{2})"
+    r"(?: (?P<status>(?P=kind)\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (?P<text>[ -~]{1,400}?))?))?"
+    r"(?P<when>(?: (?:first|after|share) \S+)*)")
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
 HANG_UP = Reply(0, "", "drop")  # not sent, as LOST
 # Mailpit's triggers, each with its stage and usual code
@@ -5399,8 +5404,8 @@ class Fault(NamedTuple):
     def play(self, stopping: Callable[[], bool] = bool) -> Reply | None:
         """Wait, then return what is said in place of the true answer; PeerGone: hang up."""
         end = time.monotonic() + self.delay
-        while time.monotonic() < end and not stopping():
-            time.sleep(min(0.05, max(0.0, end - time.monotonic())))
+        while (left := end - time.monotonic()) > 0 and not stopping():
+            time.sleep(min(0.05, left))
         if self.reply is HANG_UP:
             raise PeerGone("dropped by SMTP_FAULTS")
         return self.reply
@@ -5408,37 +5413,36 @@ class Fault(NamedTuple):
 
 def parse_fault(rule: str, step: bool = False) -> Fault:
     """Read a rule, or a step of a script, which may answer well and needs no stage for the end."""
-    stage, *parts = rule.split() or [""]
-    if step and stage not in FAULT_STAGES:
-        stage, parts = "end", [stage, *parts]
-    if stage not in FAULT_STAGES:
-        raise ValueError(f"a stage ({', '.join(FAULT_STAGES)})")
-    globs, delay = {}, -1.0
-    when: dict[str, Any] = {}
-    while parts and parts[0].startswith(("to=", "from=")):
-        name, _, glob = parts.pop(0).partition("=")
-        if name not in FAULT_STAGES[stage].split():
-            stages = ", ".join(s for s in FAULT_STAGES if name in FAULT_STAGES[s])
-            raise ValueError(f"{name}= at {stages} only")
-        globs[name] = glob.lower()
-    while len(parts) > 2 and parts[-2] in ("first", "after", "share"):
-        number, name = parts.pop(), parts.pop()
-        when[name] = count(number)
-    if parts[:1] == ["delay"]:
-        delay, parts = duration("".join(parts[1:2])), parts[2:]
-    answer, good = " ".join(parts), "2-5" if step else "45"
-    fault = Fault(rule, stage, globs, max(delay, 0.0))._replace(**when)
-    if not parts and delay >= 0 or step and answer == "accept":
-        return fault
-    if answer == "drop" or answer == "drop kept" and stage == "end":
-        return fault._replace(reply=HANG_UP if answer == "drop" else LOST)
-    match = re.fullmatch(rf"([{good}])([0-9]{{2}})(?: (\1\.[0-9]{{1,3}}\.[0-9]{{1,3}}))?"
-                         r"(?: ([ -~]{1,400}))?", answer)
-    if not match:
-        raise ValueError('a code from 400 to 599, then printable ASCII, "delay 5s" or "drop"')
-    status = match[3] or ("" if step else f"{match[1]}.0.0")
-    reply = Reply(int(match[1] + match[2]), status, match[4] or "Scripted failure")
-    return fault._replace(reply=reply)
+    match = re.fullmatch(FAULT_RULE, " " + " ".join(rule.split()))
+    found = collections.defaultdict(str, match.groupdict("") if match else ())
+    stage, answer, delay = found["stage"] or "end" * step, found["answer"], found["delay"]
+    globs = dict(glob.lower().split("=", 1) for glob in found["globs"].split())
+    if (not stage or not globs.keys() <= {*FAULT_STAGES[stage].split()} or not (answer or delay)
+            or not step and (answer == "accept" or found["kind"] not in "45")
+            or answer == "drop kept" and stage != "end"):
+        raise ValueError(f"a stage ({', '.join(FAULT_STAGES)}), to= and from= (not at the first two), delay TIME, "
+                         "a code from 400 to 599 and printable ASCII or drop, then first, after, share")
+    reply = {"drop": HANG_UP, "drop kept": LOST}.get(answer)
+    if found["code"]:
+        status = found["status"] or ("" if step else f"{found['kind']}.0.0")
+        reply = Reply(int(found["code"]), status, found["text"] or "Scripted failure")
+    when = found["when"].split()
+    return Fault(rule, stage, globs, duration(delay) if delay else 0.0, reply,
+                 **dict(zip(when[::2], map(count, when[1::2]))))
+
+
+@functools.lru_cache(maxsize=8)
+def read_faults(text: str) -> list[Fault]:
+    """Read rules; ValueError names each wrong one, and what was expected."""
+    rules, wrong = [], []
+    for number, rule in enumerate(filter(None, map(str.strip, re.split(r"[;\n]", text))), 1):
+        try:
+            rules.append(parse_fault(rule))
+        except ValueError as e:
+            wrong.append(f"rule {number} ({rule[:80]!r}): expected {e}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return rules
 
 
 def to_chaos(rules: str) -> dict[str, Any]:
@@ -5451,104 +5455,80 @@ def to_chaos(rules: str) -> dict[str, Any]:
 
 def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
     """Return the rules with other chaos triggers; ValueError names one that is wrong."""
-    kept = [rule for rule in rules.split("\n") if not re.fullmatch(CHAOS_RULE, rule)]
+    kept = re.sub(f"(?m)^{CHAOS_RULE}$", "", rules)
     for name, (stage, usual) in CHAOS.items():
         trigger = {k.lower(): v for k, v in triggers[name].items()}
         code, share = trigger.get("errorcode", usual), trigger.get("probability", 0)
         if {type(code), type(share)} != {int} or not (400 <= code <= 599 and 0 <= share <= 100):
             raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, "
                              "a Probability from 0 to 100")
-        kept += [f"{stage} {code} Chaos share {share}"] if share else []
-    return "\n".join(kept)
+        kept += f"\n{stage} {code} Chaos share {share}" if share else ""
+    return kept
 
 
 class Faults:
     """Answers by the rules, counting how often each was reached. SettingsError lists wrong ones."""
 
-    def __init__(self, text: str, path: str = "", metrics: Metrics | None = None) -> None:
-        self.lock, self.path, self.metrics = threading.Lock(), path, metrics or Metrics()
-        self.seen = 0.0  # how many changes
-        self.steps: collections.deque[Fault] = collections.deque()
+    def __init__(self, text: str, path: str = "") -> None:
+        self.lock, self.path = threading.Lock(), path  # "": no other process asks
+        self.on = mmap.mmap(-1, 1)  # in all processes: there are rules
+        self.state: dict[str, Any] = {"rules": "", "counts": {}}
         try:
-            self.take(text)
+            self.change(text)
         except ValueError as e:
             raise SettingsError([f"SMTP_FAULTS: {e}"]) from None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[dict[str, Any]]:
+        """Hold rules and counts, to look at or to change."""
+        with self.lock:
+            if not (self.path and self.on[0]):
+                yield self.state
+                return
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                state = json.loads(file.readline() or json.dumps(self.state))  # someone may have tidied the spool
+                yield state
+                file.seek(0)
+                file.write(json.dumps(state).encode() + b"\n")  # whole, whenever we are killed
+                file.truncate()
+
+    def change(self, text: str) -> None:
+        """Go by these rules from now on, in all processes; ValueError names each wrong one."""
+        rules = "\n".join(fault.rule for fault in read_faults(text))
+        self.on[0] |= bool(rules)
+        with self.shared() as state:
+            state.update(rules=rules, counts={})
+        self.on[0] = bool(rules)
 
     @property
     def text(self) -> str:
         """The rules, one a line."""
-        return "\n".join(fault.rule for fault in self.rules)
-
-    def take(self, text: str) -> None:
-        """Go by these rules from now on; ValueError names each wrong one, and what was expected."""
-        rules, wrong = [], []
-        for number, rule in enumerate(filter(None, map(str.strip, re.split(r"[;\n]", text))), 1):
-            try:
-                rules.append(parse_fault(rule))
-            except ValueError as e:
-                wrong.append(f"rule {number} ({rule[:80]!r}): expected {e}")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        with self.lock:
-            self.rules = rules
-            self.counts: dict[str, int] = {}
-
-    def change(self, text: str) -> None:
-        """Go by these rules, here and, by way of the file, in the other process."""
-        self.take(text)
-        if self.path:
-            replace_file(self.path, self.text.encode())
-            self.metrics.inc("fault_changes")
-            self.seen = self.metrics.get("fault_changes")
-
-    def reread(self) -> None:
-        """Take over rules that were changed in the other process."""
-        changes = self.metrics.get("fault_changes")
-        if changes != self.seen:
-            self.seen = changes
-            with contextlib.suppress(FileNotFoundError):  # someone tidied the spool by hand
-                self.take(read_whole(self.path).decode())
+        with self.shared() as state:
+            return str(state["rules"])
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault | None:
-        """Return what is to be played at a stage, None for the true answer."""
-        with self.lock:
-            if self.steps and self.steps[0].stage == stage:
-                return self.steps.popleft()
-            if not self.path:
-                return self.search(self.counts, stage, sender, recipients)
-            # Several processes keep the counts in a file, which says for which change they are.
-            flags, seen = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, b"%d" % self.seen
-            with open(os.open(self.path + ".counts", flags, 0o600), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                change, _, kept = file.read().partition(b"\n")
-                is_whole = change == seen and kept.endswith(b"}")
-                counts: dict[str, int] = json.loads(kept) if is_whole else {}
-                found = self.search(counts, stage, sender, recipients)
-                file.seek(0)
-                file.truncate()
-                file.write(seen + b"\n" + json.dumps(counts).encode())
-                return found
+        """Return what is to be played at a stage, None for the true answer.
 
-    def search(self, counts: dict[str, int], stage: str, sender: str,
-               recipients: Sequence[str]) -> Fault | None:
-        """Count each rule that matches as reached; add up delays to the first that answers."""
+        Each rule that matches counts as reached; delays add up to the first that answers.
+        """
         last, delay, fits = None, 0.0, fnmatch.fnmatchcase
-        for number, fault in enumerate(self.rules):
-            if fault.stage != stage or not fits(sender.lower(), fault.globs.get("from", "*")):
-                continue
-            to, share = fault.globs.get("to"), fault.share
-            met = [""] if to is None else [r for r in map(str.lower, recipients) if fits(r, to)]
-            if not met:
-                continue
-            key = f"{number} {met[0]}"
-            n = counts[key] = counts.pop(key, 0) + 1
-            if len(counts) > FAULT_COUNTS_MOST:
-                del counts[next(iter(counts))]
-            shared = n * share // 100 > (n - 1) * share // 100
-            if shared and fault.after < n <= fault.after + fault.first:
-                last, delay = fault, delay + fault.delay
-                if fault.reply:
-                    break
+        with self.shared() as state:
+            counts = state["counts"]
+            for number, fault in enumerate(read_faults(state["rules"])):
+                to = fault.globs.get("to")
+                met = [r for r in map(str.lower, recipients) if fits(r, to)] if to else [""]
+                if fault.stage != stage or not met or not fits(sender.lower(), fault.globs.get("from", "*")):
+                    continue
+                key = f"{number} {met[0]}"
+                n = counts[key] = counts.pop(key, 0) + 1
+                if len(counts) > FAULT_COUNTS_MOST:
+                    del counts[next(iter(counts))]
+                shared = n * fault.share // 100 > (n - 1) * fault.share // 100
+                if shared and fault.after < n <= fault.after + fault.first:
+                    last, delay = fault, delay + fault.delay
+                    if fault.reply:
+                        break
         return last._replace(delay=delay) if last else None
 
 
@@ -5978,9 +5958,7 @@ class Session:
     def fault(self, stage: str, *recipients: str) -> Reply | None:
         """Do as SMTP_FAULTS says at a stage; return the reply in place of the true one."""
         faults = self.reception.faults
-        if stage in ("connect", "mail"):
-            faults.reread()
-        if not faults.rules:
+        if not faults.on[0]:
             return None
         sender = self.envelope.reverse_path if self.envelope else ""
         answer = faults.answer(stage, sender, *recipients)
@@ -6214,7 +6192,7 @@ class Session:
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address) if self.reception.faults.rules else None
+        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -6228,7 +6206,7 @@ class Session:
         envelope = self.envelope
         if envelope is None or not envelope.recipients:
             return NO_RECIPIENTS
-        fault = self.fault("data", *envelope.recipients) if self.reception.faults.rules else None
+        fault = self.fault("data", *envelope.recipients) if self.reception.faults.on[0] else None
         if fault:
             self.forget()
             return fault
@@ -6249,7 +6227,7 @@ class Session:
             fault = SEQUENCE._replace(text="Say MAIL first")
         elif not envelope.recipients:
             fault = NO_RECIPIENTS
-        elif self.content is None and self.reception.faults.rules:
+        elif self.content is None and self.reception.faults.on[0]:
             fault = self.fault("data", *envelope.recipients)
         unwanted = Content(lambda block: None, 0) if fault or envelope is None else None
         content = unwanted or self.content or self.begin(cast(Envelope, envelope))
@@ -6290,7 +6268,7 @@ class Session:
         draft, envelope = self.draft, self.envelope
         assert draft and envelope
         reply, scripted, accepted = self.verdict(content), None, False
-        if not reply and self.reception.faults.rules:
+        if not reply and self.reception.faults.on[0]:
             scripted = self.fault("end", *envelope.recipients)
             reply = None if scripted is LOST else scripted
         if not reply:
@@ -9785,7 +9763,6 @@ route("GET /api/v1/queue", "what is owed, what is held, and the next hops", take
 @route("PUT /api/v1/chaos", "set them; one that is not named is off")
 def show_faults(request: Request) -> Any:
     faults, chaos, fields = request.relay.faults, request.path.endswith("/chaos"), request.fields
-    faults.reread()
     try:
         if request.method == "PUT" and chaos:
             given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
@@ -9796,7 +9773,7 @@ def show_faults(request: Request) -> Any:
             faults.change("\n".join(request.strings("rules")))
     except ValueError as e:
         raise HttpError(400, str(e)) from None
-    return to_chaos(faults.text) if chaos else {"rules": [fault.rule for fault in faults.rules]}
+    return to_chaos(faults.text) if chaos else {"rules": [fault.rule for fault in read_faults(faults.text)]}
 
 
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
@@ -11475,11 +11452,8 @@ class Parts:
         """
         problems: list[str] = []
         path = self.spool.path("faults") if self.spool.on_disk else ""
-        for old in (path, path + ".counts") if path else ():  # changed over HTTP before this start
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(old)
         try:
-            self.faults = Faults(self.settings.faults, path, self.metrics.row(DELIVERING_ROW))
+            self.faults = Faults(self.settings.faults, path)
         except SettingsError as e:
             problems += e.problems
         try:
@@ -11708,7 +11682,7 @@ class Upstream(socketserver.ThreadingTCPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), UpstreamHandler)
         self.changed = threading.Condition()
-        self.faults = Faults("")
+        self.steps: collections.deque[Fault] = collections.deque()
         self.received: list[Taken] = []
         self.attempts = 0  # MAIL commands seen
         self.stopping = False
@@ -11719,7 +11693,7 @@ class Upstream(socketserver.ThreadingTCPServer):
         """Add steps; ValueError for one that is none."""
         for step in steps:
             try:
-                self.faults.steps.append(parse_fault(step, step=True))
+                self.steps.append(parse_fault(step, step=True))
             except ValueError:
                 form = f"[{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply"
                 raise ValueError(f"{step!r} is not {form}") from None
@@ -11788,7 +11762,8 @@ class UpstreamHandler(socketserver.StreamRequestHandler):
     def act(self, stage: str, usual: str, message: Taken | None = None) -> int:
         """Say the usual, or what the script wants; keep a message that is accepted. Returns the code."""
         server = self.server
-        step = server.faults.answer(stage)
+        with server.changed:
+            step = server.steps.popleft() if server.steps and server.steps[0].stage == stage else None
         scripted = step.play(lambda: server.stopping) if step else None
         reply = str(scripted or usual)
         if message and (scripted is LOST or reply.startswith("2")):
@@ -11883,7 +11858,7 @@ class Relay:
             self.delivering.postmaster.remove(None)
         if self._upstream:
             self._upstream.received.clear()
-            self._upstream.faults.steps.clear()
+            self._upstream.steps.clear()
 
     def release(self, message: Email | None = None) -> int:
         """Let a held message go, or all of them; return how many."""
