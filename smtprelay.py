@@ -9186,9 +9186,8 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
 # a deadline. HttpServer.lock is a leaf.
 
 HTTP_TIME = 30.0  # for the whole of a request, and for its answer
-HTTP_CONNECTIONS, HTTP_PER_CLIENT = 200, 150
-HTTP_KEPT = 20  # connections more, which may ask for health and metrics alone
-HTTP_IDLE = 1.0  # seconds after which a connection that asks nothing may lose its place
+HTTP_CONNECTIONS = 220
+HTTP_WORKING, HTTP_PER_CLIENT = 200, 150  # of them asking for more than health and metrics
 HTTP_BODY = 32 * MIB
 EVENT_STREAMS = 32
 HEARTBEAT = 15.0
@@ -9225,92 +9224,6 @@ def json_answer(value: object, status: int = 200) -> Answer:
     return Answer(text.encode("utf-8", "replace"), "application/json", status)
 
 
-@dataclass
-class Request:
-    """What a route needs to know of a request."""
-
-    relay: Delivering
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: Any  # http.server's, whose names fit in any case
-    client: str  # the peer's address, "local" over a Unix socket
-    gone: Callable[[], bool]  # whether the caller has hung up
-    names: dict[str, str] = field(default_factory=dict)  # {name} parts of the path
-    body: bytes = b""
-    account: Any = None  # whose key this is
-    known: bool = False  # it has the token, or needs none
-
-    @functools.cached_property
-    def fields(self) -> dict[str, Any]:
-        """The body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
-
-        An empty body has none; what cannot be read is refused: to guess could be to delete all.
-        """
-        body, kind = self.body.strip(), self.headers.get("Content-Type", "")
-        try:
-            if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
-                value = json.loads(body or b"{}")
-            else:
-                form = urllib.parse.parse_qs(body.decode(), True, True)  # blank values, no bad ones
-                value = {name.removesuffix("[]"): v for name, v in form.items()}
-                value = {name: v if name.lower() in ("ids", "tags", "to")
-                         else {"true": True, "false": False}.get(v[-1].lower(), v[-1])
-                         for name, v in value.items()}
-        except (ValueError, RecursionError) as e:
-            raise HttpError(400, f"body: expected JSON: {e}") from None
-        if not isinstance(value, dict):
-            raise HttpError(400, "body: expected an object")
-        return {name.lower(): v for name, v in value.items()}
-
-    def strings(self, name: str) -> list[str]:
-        """Return a list of strings that the body names, none where it is not there."""
-        values = self.fields.get(name.lower())
-        values = [] if values is None else values
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-            raise HttpError(400, f"{name}: expected a list of {name.lower()}")
-        return values
-
-    def number(self, name: str, default: float) -> float:
-        """Return a number of the query; HttpError names one that is none."""
-        text = self.query.get(name) or str(default)
-        if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
-            raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
-        return float(text)
-
-    def page(self) -> tuple[int, int]:
-        """Return where a list begins, and its length; like Mailpit, ignore what is no number."""
-        start, limit = (self.query.get(name, "") for name in ("start", "limit"))
-        is_number = re.compile("[0-9]{1,9}").fullmatch
-        return int(start) if is_number(start) else 0, int(limit) if is_number(limit) else 50
-
-    @property
-    def inbox(self) -> Inbox:
-        return self.relay.inbox
-
-    @property
-    def words(self) -> str:
-        return self.query.get("query", "")
-
-    def search(self, words: str) -> Query:
-        return compile_query(words, self.query.get("tz", ""))
-
-    def item(self) -> Item:
-        """Return the message that the path names; `latest` may come with a query."""
-        item = self.inbox.get(self.names["id"], self.search(self.words))
-        if item is None:
-            raise HttpError(404, "message not found")
-        return item
-
-    def login(self) -> tuple[str, str]:
-        """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
-        scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "basic":
-            user, _, secret = decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")
-            return user, secret
-        return "", rest.strip() if scheme.lower() == "bearer" else ""
-
-
 # -- routes, and who may call them --
 
 # Who may call a route: who has SMTP_API_TOKEN, or needs none for where it asks from; the same, or
@@ -9343,73 +9256,360 @@ def route(where: str, does: str, access: str = ADMIN,
     return declare
 
 
-def find_route(request: Request) -> Route:
-    """Return the route of a request, under SMTP_WEB_ROOT or not, and note the names in it."""
-    root = f"/{request.relay.settings.web_root.strip('/')}/"
-    path = "/" + request.path[len(root):] if (request.path + "/").startswith(root) else request.path
-    error = HttpError(404, "not found")
-    for found in ROUTES:
-        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\."))
-        match = re.fullmatch(pattern, path)
-        if match and found.method == request.method:
-            request.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
-            return found
-        error = HttpError(405, "method not allowed") if match else error
-    raise error
-
-
 def view_key(token: str, id: str) -> str:
     """Return the key that opens one message's HTML: a sandboxed frame cannot send the token."""
     text = f"view {id}".encode("utf-8", "replace")
     return hmac.new(token.encode(), text, "sha256").hexdigest()[:32]
 
 
-def admit(request: Request, route: Route) -> None:
-    """Let a request through, or raise an HttpError; note whether it has the token, or needs none.
+# -- a connection's requests --
 
-    This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none
-    at all. Where a proxy stands between, its address is no proof of who asks.
-    """
-    s, access, headers = request.relay.settings, route.access, request.headers
-    secret, host, key = request.login()[1], headers.get("Host", ""), request.query.get("key", "")
-    if access == OPEN:
-        return
-    if access != SHELL:  # another site may link to our page, but not make a browser ask for more
-        origin = headers.get("Origin")
-        if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            raise HttpError(403, "requests from other sites are not taken")
-        if request.method != "GET" and origin is not None and origin.partition("://")[2] != host:
-            raise HttpError(403, "changes from other origins are not taken")
-    local, named = request.client == "local", s.api_networks != networks("loopback")
-    trusted = ((local or is_loopback(request.client)) and not s.api_token
-               or named and not local and in_networks(request.client, s.api_networks))
-    proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
-    trusted &= not any(re.fullmatch(proxied, name) for name in headers)
-    has_token = same_secret(s.api_token, secret)
-    request.known = has_token or trusted
-    if access == ACCOUNT:
-        request.account = request.relay.reception.accounts.by_key(secret) if secret else None
-        if request.account is None:
-            raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
-    elif trusted and not has_token:
-        # A rebound name has a dot, and is no address.
+class Request(http.server.BaseHTTPRequestHandler):
+    """The requests of a connection, one after another: what a route sees of one, and its answer."""
+
+    protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
+    timeout = HTTP_TIME
+    server: HttpServer
+    rfile: Any
+    account: Any  # whose key this is
+
+    def setup(self) -> None:
+        super().setup()
+        self.relay, self.inbox = self.server.relay, self.server.relay.inbox
+        self.client = client_name(self.connection.family, self.client_address)
+        read = self.rfile.readline
+
+        def read_line(limit: int = LINE_LIMIT) -> Any:
+            """Read a line; http.server would take a connection's end for that of the header section."""
+            line = read(limit)
+            if len(line) < limit and not line.endswith(b"\n"):
+                raise PeerGone
+            return line
+
+        self.rfile.readline = read_line
+        self.server.rest(self)
+
+    def find_route(self) -> Route:
+        """Find the route of a request, under SMTP_WEB_ROOT or not; note its path's names and query."""
         try:
-            name = (urllib.parse.urlsplit("//" + host).hostname or "").rstrip(".")
+            url = urllib.parse.urlsplit(self.path)
         except ValueError:
-            name = ""
-        ours = is_loopback(name) or name == s.hostname.lower()
-        if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
-            raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
-    elif not has_token and not s.api_token:
-        raise HttpError(403, "only this machine, and no proxy, is served until "
-                        "SMTP_API_TOKEN is set")
-    elif not has_token and access != SHELL and (access != VIEW or not key or not same_secret(
-            view_key(s.api_token, request.names["id"]), key)):
-        raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
-    for name in request.query:
-        if route.takes is not None and name not in route.takes.split():
-            expected = route.takes or "no parameters"
-            raise HttpError(400, f"{name[:100]}: not known here; expected {expected}")
+            raise HttpError(400, "the address does not parse") from None
+        root = re.escape(self.relay.settings.web_root.strip("/"))
+        self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        self.words = self.query.get("query", "")
+        self.path = path = re.sub(f"^/{root}(/|$)", "/", url.path)
+        method, error = self.command.replace("HEAD", "GET"), HttpError(404, "not found")
+        for found in ROUTES:
+            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\."))
+            if match := re.fullmatch(pattern, path):
+                if found.method == method:
+                    self.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+                    return found
+                error = HttpError(405, "method not allowed")
+        raise error
+
+    def admit(self) -> None:
+        """Let a request through, or raise an HttpError; note whether it has the token, or needs none.
+
+        This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none
+        at all. Where a proxy stands between, its address is no proof of who asks.
+        """
+        s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
+        secret, host, key = self.login()[1], headers.get("Host", ""), self.query.get("key", "")
+        if access == OPEN:
+            return
+        if access != SHELL:  # another site may link to our page, but not make a browser ask for more
+            if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+                raise HttpError(403, "requests from other sites are not taken")
+            origin = headers.get("Origin", f"://{host}").partition("://")[2]
+            if self.command not in ("GET", "HEAD") and origin != host:
+                raise HttpError(403, "changes from other origins are not taken")
+        local, named = self.client == "local", s.api_networks != networks("loopback")
+        trusted = ((local or is_loopback(self.client)) and not s.api_token
+                   or named and not local and in_networks(self.client, s.api_networks))
+        proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
+        trusted &= not any(re.fullmatch(proxied, name) for name in headers)
+        has_token = same_secret(s.api_token, secret)
+        self.known = has_token or trusted
+        if access == ACCOUNT:
+            self.account = self.relay.reception.accounts.by_key(secret)
+            if self.account is None:
+                raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
+        elif trusted and not has_token:
+            # A rebound name has a dot, and is no address.
+            name = re.sub(r":\d*$", "", host.lower()).strip("[].")
+            ours = is_loopback(name) or name == s.hostname.lower()
+            if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
+                raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
+        elif not has_token and not s.api_token:
+            raise HttpError(403, "only this machine, and no proxy, is served until "
+                            "SMTP_API_TOKEN is set")
+        elif not has_token and access != SHELL and (access != VIEW or not same_secret(
+                view_key(s.api_token, self.names["id"]), key)):
+            raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
+        for name in self.query:
+            if takes is not None and name not in takes.split():
+                expected = takes or "no parameters"
+                raise HttpError(400, f"{name[:100]}: not known here; expected {expected}")
+
+    def read_fields(self) -> dict[str, Any]:
+        """Read the body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
+
+        An empty body has none; what cannot be read is refused: to guess could be to delete all.
+        """
+        body, kind = self.body.strip(), self.headers.get("Content-Type", "")
+        try:
+            if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
+                value = json.loads(body or b"{}")
+            else:
+                value = {}  # blank values are read, bad ones are not
+                for name, given in urllib.parse.parse_qs(body.decode(), True, True).items():
+                    name, last = name.removesuffix("[]"), given[-1]
+                    value[name] = given if name.lower() in ("ids", "tags", "to") else (
+                        {"true": True, "false": False}.get(last.lower(), last))
+        except (ValueError, RecursionError) as e:
+            raise HttpError(400, f"body: expected JSON: {e}") from None
+        if not isinstance(value, dict):
+            raise HttpError(400, "body: expected an object")
+        return {name.lower(): v for name, v in value.items()}
+
+    def strings(self, name: str) -> list[str]:
+        """Return a list of strings that the body names, none where it is not there."""
+        values = self.fields.get(name.lower())
+        values = [] if values is None else values
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise HttpError(400, f"{name}: expected a list of {name.lower()}")
+        return values
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number of the query; what is none is ignored as Mailpit does, or refused."""
+        text = self.query.get(name, "")
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
+            return float(text)
+        if text and self.route.takes is not None:
+            raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
+        return default
+
+    def page(self) -> tuple[int, int]:
+        """Return where a list begins, and its length."""
+        return int(self.number("start", 0)), int(self.number("limit", 50))
+
+    def search(self, words: str) -> Query:
+        return compile_query(words, self.query.get("tz", ""))
+
+    def item(self) -> Item:
+        """Return the message that the path names; `latest` may come with a query."""
+        item = self.inbox.get(self.names["id"], self.search(self.words))
+        if item is None:
+            raise HttpError(404, "message not found")
+        return item
+
+    def login(self) -> tuple[str, str]:
+        """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
+        scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            user, _, secret = decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")
+            return user, secret
+        return "", rest.strip() if scheme.lower() == "bearer" else ""
+
+    def heard(self) -> Any:
+        """Return what has come and was not read yet; None for nothing, b"" for a caller who has hung up."""
+        self.connection.setblocking(False)
+        try:
+            return self.rfile.peek(8) or self.connection.recv(8, socket.MSG_PEEK)
+        except OSError as e:
+            return None if isinstance(e, BlockingIOError) else b""
+        finally:
+            self.connection.settimeout(HTTP_TIME)
+
+    # -- reading and answering --
+
+    def respond(self) -> None:
+        answer = self.tried()
+        if self.command not in ("GET", "HEAD"):
+            self.relay.audit.info(
+                "changed" if answer.status < 400 else "change_refused", status=answer.status,
+                client=self.client, method=self.command, path=self.path.partition("?")[0])
+        self.send_answer(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
+
+    def tried(self) -> Answer:
+        """Find the route, let the caller through, read the body, act; return what comes of it."""
+        found, headers = None, self.headers
+        unread = headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
+        try:
+            self.route = found = self.find_route()
+            self.admit()
+            self.body, unread = self.read_body(), False
+            self.fields = self.read_fields()
+            if found.access != OPEN:
+                if not self.server.enter(self):
+                    raise HttpError(503, "too many requests: all but health and metrics must wait")
+                self.relay.catch_up()
+            value = found.action(self)
+            value = b"ok" if value is None else value
+            if isinstance(value, Answer):
+                return value
+            return Answer(value) if isinstance(value, bytes) else json_answer(value)
+        except (HttpError, BadRequest) as e:
+            status, text = getattr(e, "status", 400), str(e)
+        except (KeyError, FileNotFoundError, SpoolError):
+            status, text = 404, "message not found"
+        except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
+            raise
+        except Exception as e:
+            self.relay.log.bug("http_bug", e, path=self.path)
+            status, text = 500, "internal error"
+        finally:
+            self.close_connection |= unread
+        if found and found.takes is None and found.path != "/api/v1/send":
+            return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
+        return json_answer({"Error": text}, status)
+
+    def read_body(self) -> bytes:
+        """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        framed = [*{*self.headers.get_all("Content-Length", [])}, *codings]
+        if len(framed) > 1:
+            raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
+        if codings and (
+                codings[0].strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+            raise HttpError(501, "Transfer-Encoding: expected chunked")
+        if framed and not codings and not re.fullmatch("[0-9]{1,12}", framed[0]):
+            raise HttpError(411, "Content-Length: expected a number of octets")
+        # Node sends DELETE's body with no field that tells of it; and no body means all.
+        if not framed and self.command == "DELETE" and not re.match(b"[A-Z]+ |$", self.heard() or b""):
+            self.close_connection = True
+            raise HttpError(400, "a body needs Content-Length, or Transfer-Encoding: chunked")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        body = bytearray()
+        for size in self.chunks() if codings else map(int, framed):
+            if len(body) + size > HTTP_BODY:
+                raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
+            block = self.rfile.read(size)
+            if len(block) < size:
+                raise PeerGone
+            body += block
+        return bytes(body)
+
+    def chunks(self) -> Iterator[int]:
+        """Read the lines around chunks, and yield the size of each (RFC 9112 7.1)."""
+        size = -1
+        while size:
+            line = self.rfile.readline().partition(b";")[0].strip()
+            if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
+                raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
+            size = int(line, 16)
+            yield size
+            while self.rfile.readline().strip():
+                if size:  # else it is the trailer, which is skipped
+                    raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
+
+    def send_answer(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store",
+                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                  "Cross-Origin-Resource-Policy": "same-origin",
+                  "Content-Security-Policy": CALM, **answer.headers}
+        self.close_connection |= bool(answer.stream)
+        if not answer.stream:
+            fields["Content-Length"] = str(len(answer.body))
+        if self.close_connection:
+            fields["Connection"] = "close"
+        for name, value in fields.items():
+            self.send_header(name, value)
+        if answer.status == 401:
+            self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
+            scripted = self.headers.get("Sec-Fetch-Dest") == "empty" or (
+                self.command == "GET" and self.headers.get("Content-Type") == "application/json")
+            if not scripted and not answer.kind.startswith("text/html"):  # our page asks by itself
+                self.send_header("WWW-Authenticate", 'Basic realm="smtprelay"')
+        self.end_headers()
+        self.connection.settimeout(HTTP_TIME)
+        blocks = itertools.chain([answer.body], answer.stream or ())
+        try:
+            for block in blocks if self.command != "HEAD" else ():
+                self.wfile.write(block)
+        finally:
+            if answer.stream:
+                answer.stream.close()
+            self.server.rest(self)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses in the form of our own errors."""
+        self.close_connection, self.request_version = True, self.protocol_version
+        self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
+
+    def handle_expect_100(self) -> bool:
+        """Say nothing yet: read_body asks for the body once the caller has been let through."""
+        return True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        self.relay.log.debug("http", client=self.client, request=format % args)
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """Serves HTTP on a bound socket, to so many connections, and to so many at work at once, in all and of one client.
+
+    So there is always a place for health and metrics: a relay that is busy is not to look dead.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
+        super().__init__(("", 0), Request, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.relay, self.lock = sock, relay, threading.Lock()
+        # Each connection's client, and since when it asks nothing (inf: it is at work).
+        self.callers: dict[Any, tuple[float, str]] = {}
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
+
+    def enter(self, request: Request) -> bool:
+        """Let a request begin its work, unless there are too many."""
+        with self.lock:
+            working = [client for since, client in self.callers.values() if since == math.inf]
+            if len(working) >= HTTP_WORKING or working.count(request.client) >= HTTP_PER_CLIENT:
+                return False
+            self.callers[request.connection] = math.inf, request.client
+            return True
+
+    def rest(self, request: Request) -> None:
+        """Note that a connection asks nothing from now on."""
+        with self.lock:
+            self.callers[request.connection] = time.monotonic(), request.client
+
+    def service_actions(self) -> None:
+        """Cut off who takes too long to ask, and, where places run out, who has asked nothing for longest.
+
+        A time for each read would be anew with each octet.
+        """
+        end = time.monotonic() - HTTP_TIME
+        with self.lock:
+            idle = sorted(self.callers, key=self.callers.__getitem__)
+            late = [caller for n, caller in enumerate(idle, HTTP_CONNECTIONS)
+                    if n < len(idle) or self.callers[caller][0] < end]
+        for caller in late:
+            shut(caller, socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection, and give its place away."""
+        with self.lock:
+            self.callers.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log that no thread was to be had, or a bug; that a client went away is no news."""
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError):
+            self.relay.log.warn("no_thread_for_http", error=error)
+        elif error and not isinstance(error, (OSError, PeerGone)):
+            self.relay.log.bug("http_bug", error)
 
 
 # -- health and metrics --
@@ -9417,25 +9617,24 @@ def admit(request: Request, route: Route) -> None:
 @route("GET /healthz /health /readyz", "200 `OK` when the listeners answer, the workers live and the spool takes "
        "writes; else 503 and why. `?verbose` gives the parts", OPEN)
 def show_health(request: Request) -> Answer:
-    d, parts = request.relay, dict.fromkeys(("listeners", "workers", "spool", "accounts"), "ok")
+    d = request.relay
     ages = [time.monotonic() - beat for beat in d.metrics.each("alive") if beat]
-    if not ages or max(ages) >= 5:
-        parts["listeners"] = "no sign of life from the listeners"
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
-    if dead:
-        parts["workers"] = f"dead: {', '.join(dead)}"
+    wrong = {"listeners": "" if ages and max(ages) < 5 else "no sign of life from the listeners",
+             "workers": f"dead: {', '.join(dead)}" if dead else "",
+             "spool": "", "accounts": d.reception.trouble()}
     try:
         d.spool.probe()
         if d.spool.free() < d.settings.spool_min_free:
-            parts["spool"] = "less free space than SMTP_SPOOL_MIN_FREE"
+            wrong["spool"] = "less free space than SMTP_SPOOL_MIN_FREE"
     except OSError as e:
-        parts["spool"] = f"cannot write: {e.strerror}"
-    parts["accounts"] = d.reception.trouble() or "ok"
-    wrong = "; ".join(f"{k}: {v}" for k, v in parts.items() if v != "ok")
-    status = 503 if wrong else 200
+        wrong["spool"] = f"cannot write: {e.strerror}"
+    why = "; ".join(f"{part}: {trouble}" for part, trouble in wrong.items() if trouble)
+    status = 503 if why else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
-        return json_answer({"status": "unavailable" if wrong else "ok", **parts}, status)
-    return Answer((wrong or "OK").encode() + b"\n", status=status)
+        parts = {part: trouble or "ok" for part, trouble in wrong.items()}
+        return json_answer({"status": "unavailable" if why else "ok", **parts}, status)
+    return Answer((why or "OK").encode() + b"\n", status=status)
 
 
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
@@ -9613,23 +9812,22 @@ route("GET /api/v1/tags", "the tags that there are")(
     lambda request: list(request.inbox.counts()[2]))
 
 
-@route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")
+route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")(
+    lambda request: request.inbox.tag(request.strings("IDs"), request.strings("Tags")))
+
+
 @route("PUT /api/v1/tags/{tag}", "rename to `Name`")
 @route("DELETE /api/v1/tags/{tag}", "take it off all messages")
-def change_tags(request: Request) -> None:
-    inbox, name, new = request.inbox, request.names.get("tag", ""), ""
-    known = {tag.lower(): tag for tag in inbox.counts()[2]}
-    if request.method == "PUT":
+def change_tag(request: Request) -> None:
+    known, old = {tag.lower(): tag for tag in request.inbox.counts()[2]}, request.names["tag"]
+    renamed, new = request.command == "PUT", ""
+    if renamed:
         new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
-    if not name:
-        return inbox.tag(request.strings("IDs"), request.strings("Tags"))
-    if name.lower() not in known:
-        raise HttpError(400, f"tag not found: {name[:100]}")
-    if request.method == "PUT" and not new:
-        raise HttpError(400, "Name: expected a tag")
-    if new.lower() != name.lower() and new.lower() in known:
-        raise HttpError(400, f"tag already exists: {new}")
-    inbox.rename_tag(known[name.lower()], new)
+    if old.lower() not in known:
+        raise HttpError(400, f"tag not found: {old[:100]}")
+    if renamed and (not new or new.lower() in known.keys() - {old.lower()}):
+        raise HttpError(400, f"tag already exists: {new}" if new else "Name: expected a tag")
+    request.inbox.rename_tag(known[old.lower()], new)
 
 
 @route("GET /api/v1/info", "version, counts, memory")
@@ -9691,19 +9889,11 @@ def wait_for_message(request: Request) -> Any:
 
     def fits(item: Item) -> bool:
         meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)
-        if not meant or not part:
-            return meant
-        try:
-            mail = inbox.mail(item.id)
-        except (KeyError, OSError, SpoolError):  # removed meanwhile
-            return False
-        if part == "link":
-            return bool(links(mail.text, mail.html))
-        return bool(codes(mail.text, mail.html, mail.subject))
+        return meant and (not part or bool(getattr(inbox.email(item), f"{part}s")))
 
     query = request.search(request.words)
     query = query._replace(tests=(*query.tests, (fits, True)))
-    item = inbox.wait(query, since, timeout, request.gone)
+    item = inbox.wait(query, since, timeout, lambda: request.heard() == b"")
     if item is None:
         what = f"message with a {part}" if part else "message"
         raise HttpError(408, f"no {what} matched within {timeout:g} seconds")
@@ -9713,10 +9903,9 @@ def wait_for_message(request: Request) -> Any:
 def is_meant(to: str, subject: str, sender: str, item: Item) -> bool:
     """Tell whether a message is what is asked for; without @ a part of an address will do."""
     s = item.summary
-    to_people = [*s["To"], *s["Cc"], *s["Bcc"]]
-    for wanted, people in (to.lower(), to_people), (sender.lower(), [s["From"]]):
-        found = [p["Address"].lower() for p in people]
-        if wanted and not (wanted in found if "@" in wanted else any(wanted in a for a in found)):
+    for wanted, people in (to, [*s["To"], *s["Cc"], *s["Bcc"]]), (sender, [s["From"]]):
+        edge, known = " " * ("@" in wanted), " ".join(p["Address"] for p in people)
+        if f"{edge}{wanted}{edge}".lower() not in f" {known} ".lower():
             return False
     return subject.lower() in s["Subject"].lower()
 
@@ -9731,16 +9920,16 @@ def show_events(request: Request) -> Answer:
 
     def stream() -> Generator[bytes, None, None]:
         """Yield events as they come, and a comment now and then to find out who has gone."""
-        said = b": hello\n\n"
+        event: Any = {}
+        said = ": hello"
         try:
-            while said:
-                yield said
+            while event is not None:
+                yield f"{said}\n\n".encode()
                 try:
                     event = events.get(timeout=HEARTBEAT)
-                    text = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" if event else ""
-                    said = text.encode()
+                    said = f"event: {event['type']}\ndata: {json.dumps(event)}" if event else ""
                 except queue.Empty:
-                    said = b": still here\n\n"
+                    said = ": still here"
         finally:
             feed.unsubscribe(events)
 
@@ -9764,10 +9953,10 @@ route("GET /api/v1/queue", "what is owed, what is held, and the next hops", take
 def show_faults(request: Request) -> Any:
     faults, chaos, fields = request.relay.faults, request.path.endswith("/chaos"), request.fields
     try:
-        if request.method == "PUT" and chaos:
+        if request.command == "PUT" and chaos:
             given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
             faults.change(with_chaos(faults.text, given))
-        elif request.method == "PUT":
+        elif request.command == "PUT":
             if "rules" not in fields:
                 raise ValueError("rules: expected a list of rules")
             faults.change("\n".join(request.strings("rules")))
@@ -9781,7 +9970,6 @@ def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
     kinds = {"received": "received", "forwarded": "forwarded", "deferred": "retrying",
              "failed": "failed"}
-    totals = {"received": "received", "forwarded": "delivered", "failed": "failed"}
 
     def used(figures: Mapping[str, int]) -> dict[str, int]:
         names = {"received": "received", "forwarded": "sent", "failed": "failed"}
@@ -9792,8 +9980,7 @@ def show_stats(request: Request) -> Any:
                   for h in range(now - 23, now + 1)],
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
-                     for a in d.reception.accounts.listed()],
-        "totals": {k: int(d.metrics.get(f"smtp_messages_{v}_total")) for k, v in totals.items()}}
+                     for a in d.reception.accounts.listed()]}
 
 
 @route("GET /api/v1/users", "list accounts", takes="")
@@ -9809,7 +9996,7 @@ def list_users(request: Request) -> Any:
 @route("PUT /api/v1/users/{name}", "change it", takes="")
 @route("DELETE /api/v1/users/{name}", "remove it", takes="")
 def change_user(request: Request) -> Any:
-    s, given, new = request.relay.settings, request.fields, request.method == "POST"
+    s, given, new = request.relay.settings, request.fields, request.command == "POST"
     name = take_field(given, "name", "") if new else request.names["name"]
     if not s.users_file:
         raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
@@ -9822,7 +10009,7 @@ def change_user(request: Request) -> Any:
         changed["password"] = hash_password(password)
     if new:
         changed.setdefault("api_key", new_api_key())
-    gone = request.method == "DELETE"
+    gone = request.command == "DELETE"
     try:
         change_users(s.users_file, {name: None if gone else changed}, Sealer(s.spool_key))
     except AccountsError as e:
@@ -9852,250 +10039,6 @@ def show_page(request: Request) -> Answer:
     """The page: one document that loads nothing from elsewhere; with 401 it asks for the token."""
     return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if request.known else 401,
                   {"Content-Security-Policy": PAGE_CSP})
-
-# -- the server --
-
-class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Reads a request, finds its route, sends the answer."""
-
-    protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
-    timeout = HTTP_TIME
-    server: HttpServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.client = client_name(self.connection.family, self.client_address)
-        self.file = cast(io.BufferedReader, self.rfile)
-        self.rfile: Any = types.SimpleNamespace(readline=self.read_line, close=self.file.close)
-
-    def read_line(self, limit: int = LINE_LIMIT) -> bytes:
-        """Read a line; http.server would take a connection's end for that of the header section."""
-        line: bytes = self.file.readline(limit)
-        if len(line) < limit and not line.endswith(b"\n"):
-            raise PeerGone
-        return line
-
-    def handle_expect_100(self) -> bool:
-        """Say nothing yet: read_body asks for the body once the caller has been let through."""
-        return True
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses in the form of our own errors."""
-        self.close_connection, self.request_version = True, self.protocol_version
-        self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
-
-    def respond(self) -> None:
-        answer = self.tried()
-        if self.command not in ("GET", "HEAD"):
-            self.server.relay.audit.info(
-                "changed" if answer.status < 400 else "change_refused", status=answer.status,
-                client=self.client, method=self.command, path=self.path.partition("?")[0])
-        self.send_answer(answer)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
-
-    def tried(self) -> Answer:
-        """Find the route, let the caller through, read the body, act; return what comes of it."""
-        found, text, headers = None, "", self.headers
-        relay, kept = self.server.relay, self.connection in self.server.kept
-        unread = headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
-        try:
-            try:
-                url = urllib.parse.urlsplit(self.path)
-            except ValueError:
-                raise HttpError(400, "the address does not parse") from None
-            method = "GET" if self.command == "HEAD" else self.command
-            query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-            request = Request(relay, method, url.path, query, headers, self.client, self.gone)
-            found = find_route(request)
-            admit(request, found)
-            if kept and found.access != OPEN:
-                raise HttpError(503, "too many connections: all but health and metrics must wait")
-            request.body, unread = self.read_body(), False
-            self.server.note(self.connection, math.inf)
-            if found.access != OPEN:
-                relay.catch_up()
-            value = found.action(request)
-            value = b"ok" if value is None else value
-            if isinstance(value, Answer):
-                return value
-            return Answer(value) if isinstance(value, bytes) else json_answer(value)
-        except (HttpError, BadRequest) as e:
-            status, text = getattr(e, "status", 400), str(e)
-        except (KeyError, FileNotFoundError, SpoolError):
-            status, text = 404, "message not found"
-        except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
-            raise PeerGone from None
-        except Exception as e:
-            relay.log.bug("http_bug", e, path=self.path.partition("?")[0])
-            status, text = 500, "internal error"
-        finally:
-            self.close_connection |= unread or kept
-        if found and found.takes is None and found.path != "/api/v1/send":
-            return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
-        return json_answer({"Error": text}, status)
-
-    def gone(self) -> bool:
-        """Tell whether the caller has hung up."""
-        self.connection.setblocking(False)
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except OSError as e:
-            return not isinstance(e, BlockingIOError)
-        finally:
-            self.connection.settimeout(HTTP_TIME)
-
-    def unframed(self) -> bool:
-        """Tell whether a body follows that no field tells of: Node sends DELETE's so, and no body means all."""
-        self.connection.setblocking(False)
-        try:
-            return not re.match(b"[A-Z]+ |$", self.file.peek(8))
-        finally:
-            self.connection.settimeout(HTTP_TIME)
-
-    def read_body(self) -> bytes:
-        """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
-        lengths = {*self.headers.get_all("Content-Length", [])}
-        coded = self.headers.get("Transfer-Encoding")
-        if len(lengths) > 1 or lengths and coded is not None:
-            raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
-        if coded is not None and (
-                coded.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
-            raise HttpError(501, "Transfer-Encoding: expected chunked")
-        length = next(iter(lengths), "0")
-        if not re.fullmatch("[0-9]{1,12}", length):
-            raise HttpError(411, "Content-Length: expected a number of octets")
-        if not lengths and coded is None and self.command == "DELETE" and self.unframed():
-            self.close_connection = True
-            raise HttpError(400, "a body needs Content-Length, or Transfer-Encoding: chunked")
-        size, body = int(length), bytearray()
-        if size <= HTTP_BODY and self.headers.get("Expect", "").lower() == "100-continue":
-            self.send_response_only(100)
-            self.end_headers()
-        while coded or size:
-            if coded:  # RFC 9112 7.1
-                line = self.read_line().partition(b";")[0].strip()
-                if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
-                    raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
-                size = int(line, 16)
-            if len(body) + size > HTTP_BODY:
-                raise HttpError(413, f"body is larger than {HTTP_BODY} octets")
-            block = self.file.read(size)
-            if len(block) < size:
-                raise PeerGone
-            body += block
-            while coded and (line := self.read_line().strip()):
-                if size:  # else it is the trailer, which is skipped
-                    raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
-            if not (coded and size):
-                break
-        return bytes(body)
-
-    def send_answer(self, answer: Answer) -> None:
-        self.send_response(answer.status)
-        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store",
-                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                  "Cross-Origin-Resource-Policy": "same-origin",
-                  "Content-Security-Policy": CALM, **answer.headers}
-        self.close_connection |= bool(answer.stream)
-        if not answer.stream:
-            fields["Content-Length"] = str(len(answer.body))
-        if self.close_connection:
-            fields["Connection"] = "close"
-        for name, value in fields.items():
-            self.send_header(name, value)
-        if answer.status == 401:
-            self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
-            scripted = self.headers.get("Sec-Fetch-Dest") == "empty" or (
-                self.command == "GET" and self.headers.get("Content-Type") == "application/json")
-            if not scripted and not answer.kind.startswith("text/html"):  # our page asks by itself
-                self.send_header("WWW-Authenticate", 'Basic realm="smtprelay"')
-        self.end_headers()
-        self.connection.settimeout(HTTP_TIME)
-        blocks = itertools.chain([answer.body], answer.stream or ())
-        try:
-            for block in blocks if self.command != "HEAD" else ():
-                self.wfile.write(block)
-        finally:
-            if answer.stream:
-                answer.stream.close()
-            self.server.note(self.connection, time.monotonic())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        self.server.relay.log.debug("http", client=self.client, request=format % args)
-
-
-class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a bound socket, to so many connections at once, and to so many of one client.
-
-    Where there are more, one that has asked nothing for a while loses its place. Some places
-    are kept for health and metrics: a relay that is busy is not to look dead.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
-        super().__init__(("", 0), HttpHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.relay, self.lock = sock, relay, threading.Lock()
-        self.callers: dict[Any, tuple[str, float]] = {}  # client, idle since when (inf: it is not)
-        self.kept: set[Any] = set()  # connections in the places that are kept
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Find a place for a connection."""
-        client, now, idle = client_name(self.socket.family, client_address), time.monotonic(), None
-        with self.lock:
-            crowd = [caller for caller, (name, _) in self.callers.items() if name == client]
-            if len(crowd) < HTTP_PER_CLIENT:
-                crowd = [*self.callers] if len(self.callers) >= HTTP_CONNECTIONS else []
-            if crowd:
-                idle = min(crowd, key=lambda caller: self.callers[caller][1])
-                if self.callers[idle][1] <= now - HTTP_IDLE:
-                    del self.callers[idle]
-                elif len(self.callers) < HTTP_CONNECTIONS + HTTP_KEPT:
-                    self.kept.add(request)
-                    idle = None
-                else:
-                    return False
-            self.callers[request] = client, now
-        if idle:
-            with contextlib.suppress(OSError):
-                idle.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def service_actions(self) -> None:
-        """Cut off who takes too long to ask: a time for each read would be anew with each octet."""
-        end = time.monotonic() - HTTP_TIME
-        with self.lock:
-            late = [caller for caller, (_, since) in self.callers.items() if since < end]
-        for caller in late:
-            with contextlib.suppress(OSError):
-                caller.shutdown(socket.SHUT_RD)
-
-    def note(self, request: Any, idle_since: float) -> None:
-        """Note since when a connection asks nothing."""
-        with self.lock:
-            if request in self.callers:
-                self.callers[request] = self.callers[request][0], idle_since
-
-    def shutdown_request(self, request: Any) -> None:
-        """End a connection, and give its place away."""
-        with self.lock:
-            self.callers.pop(request, None)
-            self.kept.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that no thread was to be had, or a bug; that a client went away is no news."""
-        error = sys.exc_info()[1]
-        if isinstance(error, RuntimeError):
-            self.relay.log.warn("no_thread_for_http", error=error)
-        elif error and not isinstance(error, (OSError, PeerGone)):
-            self.relay.log.bug("http_bug", error)
-
 
 # -- the webhook --
 
@@ -10129,12 +10072,12 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
             try:  # RFC 9110 calls 2xx success
                 request = web.Request(target, json.dumps(event).encode(), headers)
                 opener.open(request, timeout=WEBHOOK_TIME).close()
-                trouble = None
                 break
             except (OSError, ValueError, http.client.HTTPException) as e:
                 trouble = e
-        if trouble:
-            d.log.error("webhook_failed", url=shown, id=event["id"], error=trouble)
+        else:
+            if trouble:
+                d.log.error("webhook_failed", url=shown, id=event["id"], error=trouble)
 
 
 # === 21 SENDMAIL =============================================================
