@@ -1800,12 +1800,6 @@ MAGIC = b"\x8fSEALED\x01"
 HEAD_SIZE, CHUNK_SIZE, TAG_SIZE = 48, 64 * KIB, 16
 SEALED_CHUNK = CHUNK_SIZE + TAG_SIZE
 SEALED_TEXT, KEY_CHECK = "sealed:", "key.check"
-SSL_MAJOR = ssl.OPENSSL_VERSION_NUMBER >> 28
-# libcrypto's prototypes, result first: i int, l unsigned long, p pointer, v void.
-LIBCRYPTO = {
-    "OpenSSL_version_num": "l", "EVP_aes_256_gcm": "p", "EVP_CIPHER_CTX_new": "p",
-    "EVP_CIPHER_CTX_free": "vp", "EVP_CIPHER_CTX_ctrl": "ipiip", "EVP_CipherInit_ex": "ipppppi",
-    "EVP_CipherUpdate": "ippppi", "EVP_CipherFinal_ex": "ippp"}
 GET_TAG, SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_*: macros, which no library exports
 
 
@@ -1823,137 +1817,112 @@ def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
     return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
 
 
-def libcrypto_names() -> list[str | None]:
-    """Return what to open to reach the libcrypto of Python's ssl, the surest first."""
+def open_libcrypto() -> ctypes.PyDLL:
+    """Open the libcrypto of Python's ssl; SealError when there is none."""
+    import ctypes  # for those alone who set a key
+    major = ssl.OPENSSL_VERSION_INFO[0]
+    version = "1.1" if major == 1 else major
     # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl
     # may be built in. Else a library of the same version has the same calls: never one without a
     # version, since macOS ends the process that loads it.
     own = getattr(sys.modules.get("_ssl"), "__file__", None)
-    version = {1: "1.1"}.get(SSL_MAJOR, str(SSL_MAJOR))
-    return [own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"]
-
-
-def open_libcrypto(names: Sequence[str | None]) -> ctypes.PyDLL:
-    """Open the first of `names` that has all we call, and tell it our types; SealError when none has."""
-    import ctypes  # for those alone who set a key
-    kinds = {"i": ctypes.c_int, "l": ctypes.c_ulong, "p": ctypes.c_void_p, "v": None}
-    for name in names:
+    for name in (own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"):
         with contextlib.suppress(OSError, AttributeError):
             # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
             # back, where a chunk takes 0.05 ms.
             library = ctypes.PyDLL(name)
-            for symbol, letters in LIBCRYPTO.items():
-                function = getattr(library, symbol)
-                function.restype, *function.argtypes = [kinds[letter] for letter in letters]
-            if library.OpenSSL_version_num() >> 28 == SSL_MAJOR:
+            library.OpenSSL_version_num.restype = ctypes.c_ulong
+            library.EVP_aes_256_gcm.restype = library.EVP_CIPHER_CTX_new.restype = ctypes.POINTER(ctypes.c_char)
+            if library.OpenSSL_version_num() >> 28 == major:
                 return library
-    raise SealError(
-        f"a Python whose ssl is linked with a shared libcrypto, which this one ({ssl.OPENSSL_VERSION}) is not")
+    raise SealError(f"this Python's ssl ({ssl.OPENSSL_VERSION}) is not linked with a shared libcrypto")
 
 
-def gcm(lib: ctypes.PyDLL, key: bytes, nonce: bytes, aad: bytes, data: bytes, tag: bytes = b"") -> bytes | None:
+def gcm(lib: Any, key: bytes, aad: bytes, nonce: int, data: bytes, tag: bytes = b"") -> bytes | None:
     """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt.
 
     None when anything was altered; OSError when libcrypto fails, as it does without memory.
     """
     import ctypes
     out = ctypes.create_string_buffer(len(data) + TAG_SIZE)
-    end, count, sealing = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int()), not tag
+    end, count = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int())
     context = lib.EVP_CIPHER_CTX_new()
     try:
         if not (context
-                and lib.EVP_CipherInit_ex(context, lib.EVP_aes_256_gcm(), None, key, nonce, sealing)
-                and (sealing or lib.EVP_CIPHER_CTX_ctrl(context, SET_TAG, TAG_SIZE, tag))
+                and lib.EVP_CipherInit_ex(context, lib.EVP_aes_256_gcm(), None, key, nonce.to_bytes(12, "big"), not tag)
                 and lib.EVP_CipherUpdate(context, None, count, aad, len(aad))
-                and lib.EVP_CipherUpdate(context, out, count, data, len(data))):
+                and lib.EVP_CipherUpdate(context, out, count, data, len(data))
+                and (not tag or lib.EVP_CIPHER_CTX_ctrl(context, SET_TAG, TAG_SIZE, tag))
+                # Here the tag is made, or checked: what `out` holds is not to be used before.
+                and ((sound := lib.EVP_CipherFinal_ex(context, end, count)) or tag)
+                and (tag or lib.EVP_CIPHER_CTX_ctrl(context, GET_TAG, TAG_SIZE, end))):
             raise OSError("libcrypto cannot run AES-256-GCM")
-        # Here the tag is made, or checked: what `out` holds is not to be used before.
-        sound = lib.EVP_CipherFinal_ex(context, end, count)
-        if sealing and not (sound and lib.EVP_CIPHER_CTX_ctrl(context, GET_TAG, TAG_SIZE, end)):
-            raise OSError("libcrypto cannot encrypt")
     finally:
         lib.EVP_CIPHER_CTX_free(context)
-    return None if not sound else out.raw if sealing else out.raw[:len(data)]
-
-
-Cipher = Callable[[int, bool, bytes, bytes], Optional[bytes]]
-
-
-def file_cipher(lib: ctypes.PyDLL, secret: bytes, head: bytes, name: str) -> Cipher:
-    """Return what seals a chunk of one file or, with a tag, opens it: None when it is not the chunk of that number."""
-    key, aad = hkdf(secret, head[-32:], b"smtprelay file"), head + name.encode("utf-8", "surrogateescape")
-
-    def run(number: int, last: bool, data: bytes, tag: bytes) -> bytes | None:
-        return gcm(lib, key, number.to_bytes(11, "big") + bytes([last]), aad, data, tag)
-    return run
+    return out.raw[:len(data) if tag else None] if sound else None
 
 
 class SealWriter:
     """Seals a stream as it comes, holding back at most a chunk."""
 
-    def __init__(self, head: bytes, cipher: Cipher) -> None:
-        self.out, self.cipher = head, cipher
-        self.held = b""
-        self.number = 0
+    def __init__(self, sealer: Sealer, name: str) -> None:
+        head = sealer.magic + os.urandom(32)
+        self.cipher = sealer.cipher(head, name)
+        self.out, self.held, self.number = bytearray(head), bytearray(), 0
 
     def update(self, data: bytes, last: bool = False) -> bytes:
         """Take some of the text; return what can be written of it: all, with the last."""
         self.held += data
-        done, parts, self.out, over = 0, [self.out], b"", False
-        while not over and (last or len(self.held) - done > CHUNK_SIZE):  # not >=: the last chunk is marked
-            over = len(self.held) - done <= CHUNK_SIZE
-            parts.append(cast(bytes, self.cipher(self.number, over, self.held[done:done + CHUNK_SIZE], b"")))
-            self.number, done = self.number + 1, done + CHUNK_SIZE
-        self.held = self.held[done:]
-        return b"".join(parts)
+        done = False
+        while not done and (last or len(self.held) > CHUNK_SIZE):  # not >=: the last chunk is marked
+            done = len(self.held) <= CHUNK_SIZE
+            self.out += self.cipher(self.number << 8 | done, bytes(self.held[:CHUNK_SIZE]))
+            del self.held[:CHUNK_SIZE]
+            self.number += 1
+        out, self.out = self.out, bytearray()
+        return bytes(out)
 
 
 class SealReader:
     """The raw half of a sealed file: what io.BufferedReader asks of its `raw`."""
 
-    def __init__(self, file: BinaryIO, name: str, cipher: Cipher) -> None:
+    def __init__(self, file: BinaryIO, name: str, cipher: Callable[..., Any]) -> None:
         self.file, self.name, self.cipher = file, name, cipher
-        self.readable, self.seekable, self.flush, self.close = file.readable, file.seekable, file.flush, file.close
         body = file.seek(0, os.SEEK_END) - HEAD_SIZE
         self.last = max(body - 1, 0) // SEALED_CHUNK
         self.size = body - (self.last + 1) * TAG_SIZE
+        self.number, self.text = -1, b""
+        self.at = self.last * CHUNK_SIZE
+        self.read()  # proves the last chunk
         self.at = 0
-        self.number, self.text = self.last, self.chunk(self.last)
 
-    @property
-    def closed(self) -> bool:
-        return self.file.closed
+    def __getattr__(self, name: str) -> Any:
+        """All else is as with the file: readable, seekable, flush, close, closed."""
+        return getattr(self.file, name)
 
-    def chunk(self, number: int) -> bytes:
-        """Return the text of a chunk; SealError when it is not what was sealed."""
-        self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
-        box = self.file.read(SEALED_CHUNK)
-        text = None
-        if len(box) >= TAG_SIZE:
-            text = self.cipher(number, number == self.last, box[:-TAG_SIZE], box[-TAG_SIZE:])
-        if text is None:
-            raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
-        return text
+    def read(self, most: int = CHUNK_SIZE) -> bytes:
+        """Return some of the text, of one chunk at most, b"" at the end; SealError when it is not what was sealed."""
+        number = min(self.at // CHUNK_SIZE, self.last)
+        if number != self.number:
+            self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
+            box = self.file.read(SEALED_CHUNK)
+            nonce, tag = number << 8 | (number == self.last), box[-TAG_SIZE:].rjust(TAG_SIZE)
+            text = self.cipher(nonce, box[:-TAG_SIZE], tag)
+            if text is None:
+                raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
+            self.number, self.text = number, text
+        skip = self.at - number * CHUNK_SIZE
+        part = self.text[skip:skip + most]
+        self.at += len(part)
+        return part
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill `buffer` from one chunk at most; 0 at the end."""
-        if self.at >= self.size:
-            return 0
-        number, skip = divmod(self.at, CHUNK_SIZE)
-        if number != self.number:
-            self.text, self.number = self.chunk(number), number
-        part = self.text[skip:skip + len(buffer)]
+        part = self.read(len(buffer))
         buffer[:len(part)] = part
-        self.at += len(part)
         return len(part)
 
-    def read(self) -> bytes:
-        """Return some of the text; b"" at the end."""
-        buffer = bytearray(CHUNK_SIZE)
-        return bytes(buffer[:self.readinto(memoryview(buffer))])
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
     def tell(self) -> int:
@@ -1963,20 +1932,17 @@ class SealReader:
 class Sealer:
     """Seals under one key of 32 octets; with an empty key, writes plain and opens only plain.
 
-    `name` is what the sealed thing must be opened as again. A fixed `random` is for tests only.
+    `name` is what the sealed thing must be opened as again.
     """
 
-    def __init__(self, key: bytes = b"", random: Callable[[int], bytes] = os.urandom) -> None:
-        self.key, self.random = key, random
-        self.key_id = hkdf(key, b"", b"smtprelay key id")[:8]
-        self.lib = open_libcrypto(libcrypto_names()) if key else None
+    def __init__(self, key: bytes = b"") -> None:
+        self.key, self.magic = key, MAGIC + hkdf(key, b"", b"smtprelay key id")[:8]
+        self.lib = open_libcrypto() if key else None
 
-    def writer(self, name: str) -> SealWriter | None:
-        """Return what seals a new file; None where there is no key."""
-        if self.lib is None:
-            return None
-        head = MAGIC + self.key_id + self.random(32)
-        return SealWriter(head, file_cipher(self.lib, self.key, head, name))
+    def cipher(self, head: bytes, name: str) -> Callable[..., Any]:
+        """Return what seals a chunk of one file, by its nonce, or opens it, with a tag."""
+        return functools.partial(gcm, self.lib, hkdf(self.key, head[-32:], b"smtprelay file"),
+                                 head + name.encode("utf-8", "surrogateescape"))
 
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
         """Return a reader of the text of `file`, which is itself returned when it is plain.
@@ -1989,15 +1955,14 @@ class Sealer:
             return file
         if self.lib is None:
             raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
-        if len(head) == HEAD_SIZE and head[len(MAGIC):-32] != self.key_id:
+        if len(head) == HEAD_SIZE and not head.startswith(self.magic):
             raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
-        raw = SealReader(file, name, file_cipher(self.lib, self.key, head, name))
+        raw = SealReader(file, name, self.cipher(head, name))
         return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
 
     def seal(self, data: bytes, name: str) -> bytes:
         """Seal a whole record."""
-        writer = self.writer(name) if self.lib else None
-        return writer.update(data, last=True) if writer else data
+        return SealWriter(self, name).update(data, last=True) if self.lib else data
 
     def unseal(self, data: bytes, name: str) -> bytes:
         """Return what seal() was given, or plain data as it is; SealError as reader()."""
@@ -2027,14 +1992,12 @@ def open_sealer(settings: Settings) -> Sealer:
     """
     try:
         sealer = Sealer(settings.spool_key)
-    except SealError as e:
-        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected {e}"]) from None
-    try:
         with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SealError(f"{KEY_CHECK} was altered")
     except SealError as e:
-        raise SettingsError([f"SMTP_SPOOL_KEY: expected the key of {settings.spool}: {e}"]) from None
+        wanted = f"expected a key that works for {settings.spool}"
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): {wanted}: {e}"]) from None
     return sealer
 
 
@@ -2542,7 +2505,7 @@ class Draft:
         self.spool, self.id = spool, id
         self.stem = stem_of(id, envelope.recipients[0])
         self.part = f"{spool.root}/{self.stem}.{spool.run}.part"
-        self.seal = spool.sealer.writer(self.stem + ".eml")
+        self.seal = SealWriter(spool.sealer, self.stem + ".eml") if spool.sealer.lib else None
         self.parts = [envelope_block(envelope, id, spool.settings.hostname)]
         self.size = self.waiting = 0
         self.fd = -1

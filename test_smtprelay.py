@@ -2052,10 +2052,6 @@ CHUNK, FULL_CHUNK = smtprelay.CHUNK_SIZE, smtprelay.SEALED_CHUNK
 ALTERED = "was cut or altered"
 
 
-def fixed_random(size: int) -> bytes:
-    return b"\xaa" * size
-
-
 def sealer(key: bytes = SEAL_KEY) -> smtprelay.Sealer:
     return smtprelay.Sealer(key)
 
@@ -2131,13 +2127,14 @@ GCM_VECTORS = [
 
 @pytest.mark.parametrize(("key", "nonce", "aad", "text", "box"), GCM_VECTORS)
 def test_gcm_is_the_standard_one(key: str, nonce: str, aad: str, text: str, box: str) -> None:
-    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names())
-    k, n, a, t, b = (bytes.fromhex(value) for value in (key, nonce, aad, text, box))
-    assert smtprelay.gcm(lib, k, n, a, t) == b
-    assert smtprelay.gcm(lib, k, n, a, b[:-16], b[-16:]) == t
+    lib = smtprelay.open_libcrypto()
+    k, a, t, b = (bytes.fromhex(value) for value in (key, aad, text, box))
+    n = int(nonce, 16)
+    assert smtprelay.gcm(lib, k, a, n, t) == b
+    assert smtprelay.gcm(lib, k, a, n, b[:-16], b[-16:]) == t
     for bad in (b[:-1] + bytes([b[-1] ^ 1]), bytes([b[0] ^ 1]) + b[1:]):
-        assert smtprelay.gcm(lib, k, n, a, bad[:-16], bad[-16:]) is None
-    assert smtprelay.gcm(lib, k, n, a + b"!", b[:-16], b[-16:]) is None
+        assert smtprelay.gcm(lib, k, a, n, bad[:-16], bad[-16:]) is None
+    assert smtprelay.gcm(lib, k, a + b"!", n, b[:-16], b[-16:]) is None
 
 
 HKDF_VECTORS = [  # RFC 5869 A.1 and A.3, the first 32 octets
@@ -2156,21 +2153,21 @@ def test_hkdf_is_the_standard_one(salt: str, info: str, derived: str) -> None:
     assert secret.hex() == derived
 
 
-def test_the_format_does_not_change() -> None:
-    data = smtprelay.Sealer(SEAL_KEY, fixed_random).seal(b"hello", "a.eml")
+def test_the_format_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "urandom", lambda size: b"\xaa" * size)
+    data = sealer().seal(b"hello", "a.eml")
     assert data[:8] == b"\x8fSEALED\x01"
     assert data[16:48] == b"\xaa" * 32
-    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names())
+    lib = smtprelay.open_libcrypto()
     key = smtprelay.hkdf(SEAL_KEY, data[16:48], b"smtprelay file")
-    assert smtprelay.gcm(lib, key, bytes(11) + b"\1", data[:48] + b"a.eml", data[48:-16], data[-16:]) == b"hello"
+    assert smtprelay.gcm(lib, key, data[:48] + b"a.eml", 1, data[48:-16], data[-16:]) == b"hello"
     assert hashlib.sha256(data).hexdigest()[:16] == "8d4e2aa732d3a583"
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 200_000])
 def test_what_was_sealed_comes_back(size: int) -> None:
     text, cut = noise(size), random.Random(size)
-    writer = sealer().writer("a.eml")
-    assert writer
+    writer = smtprelay.SealWriter(sealer(), "a.eml")
     data, at = b"", 0
     while at < size:
         step = cut.choice([1, 76, 4096, CHUNK, 3 * CHUNK])
@@ -2202,9 +2199,9 @@ def test_the_reader_is_as_good_as_an_open_file(tmp_path: Path) -> None:
 def test_no_nonce_serves_twice_under_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     gcm, used = smtprelay.gcm, []
 
-    def spy(lib: Any, key: bytes, nonce: bytes, *rest: Any) -> bytes | None:
+    def spy(lib: Any, key: bytes, aad: bytes, nonce: int, *rest: Any) -> bytes | None:
         used.append((key, nonce))
-        return gcm(lib, key, nonce, *rest)
+        return gcm(lib, key, aad, nonce, *rest)
 
     monkeypatch.setattr(smtprelay, "gcm", spy)
     for _ in range(3):
@@ -2420,14 +2417,18 @@ def test_a_key_can_come_from_a_file_and_later(tmp_path: Path) -> None:
 def test_ssl_brings_its_own_libcrypto() -> None:
     import ssl
 
-    lib = smtprelay.open_libcrypto(smtprelay.libcrypto_names()[:1])
+    lib = smtprelay.open_libcrypto()
     assert lib.OpenSSL_version_num() == ssl.OPENSSL_VERSION_NUMBER
 
 
 def test_no_libcrypto_is_a_start_up_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smtprelay, "libcrypto_names", lambda: ["/nonexistent/libcrypto.so.3", "libc.so.6"])
+    import ctypes
+
+    tried = mock.Mock(return_value=ctypes.CDLL("libc.so.6"))
+    monkeypatch.setattr(ctypes, "PyDLL", tried)
     with pytest.raises(smtprelay.SettingsError, match="SMTP_SPOOL_KEY.*: expected .*libcrypto"):
         spool_of(tmp_path, SMTP_SPOOL_KEY=SEAL_KEY.hex())
+    assert tried.call_count == 3
 
 
 def test_ctypes_is_loaded_for_a_key_only() -> None:
@@ -2460,8 +2461,7 @@ def test_one_sealer_serves_many_threads() -> None:
 
 def test_10_mib_stream_in_little_memory(tmp_path: Path) -> None:
     path, block, blocks = tmp_path / "a.eml", noise(CHUNK), 160
-    writer = sealer().writer("a.eml")
-    assert writer
+    writer = smtprelay.SealWriter(sealer(), "a.eml")
     tracemalloc.start()
     with path.open("wb") as file:
         for _ in range(blocks):
