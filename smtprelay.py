@@ -4078,7 +4078,7 @@ REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
 REPLY_KEPT = 1000  # characters of a reply that go into a record
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
-IDENTITY = (b"7bit", b"8bit", b"binary")  # the encodings that are none (RFC 2045 6.2)
+ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RFC 2045 6)
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
 OPENING = ("connect", "greeting", "hello", "starttls", "login")
@@ -4138,7 +4138,7 @@ class Outgoing:
     def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self.file, self.head, self.start = file, head, file.tell()
         self.size = len(head) + file.seek(0, os.SEEK_END) - self.start
-        self.long = self.eight = self.signed = False  # as far as survey() has looked
+        self.long = self.eight = False  # as far as survey() has looked
 
     def blocks(self) -> Iterable[bytes]:
         self.file.seek(self.start)
@@ -4146,24 +4146,19 @@ class Outgoing:
             return [self.head + self.file.read()]
         return itertools.chain([self.head], iter(functools.partial(self.file.read, 64 * KIB), b""))
 
-    def survey(self) -> None:
+    def survey(self) -> Outgoing:
         """Find out whether there are lines that are too long, and 8-bit octets."""
         line = b""  # the beginning of one that the next block goes on with
         for block in self.blocks():
+            lines = (line + block).split(b"\n")
             self.eight = self.eight or not block.isascii()
-            text, at = line + block, 0
-            while not self.long and len(text) - at > LINE_MOST + 2:
-                end = text.rfind(b"\n", at, at + LINE_MOST + 2)
-                self.long, at = end < 0, end + 1
-            line = text[at:] if not self.long else b""
+            self.long = self.long or max(map(len, lines)) > LINE_MOST + 1  # with its CR
+            line = lines[-1][:KIB]
+        return self
 
     def mended(self, seven: bool) -> Outgoing:
         """Return it with short lines and, where asked for, in seven bits, as far as can be."""
-        if self.signed:
-            return self
-        mended = Outgoing(cast(BinaryIO, io.BytesIO(mend(b"".join(self.blocks()), seven))))
-        mended.survey()
-        return mended
+        return Outgoing(io.BytesIO(mend(b"".join(self.blocks()), seven))).survey()
 
     @functools.cached_property
     def seven(self) -> Outgoing:
@@ -4179,80 +4174,71 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
 
     What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3).
     """
-    empty = part.startswith(b"\r\n")
-    head, _, body = (b"", b"", part[2:]) if empty else part.partition(b"\r\n\r\n")
-    fields = {name.strip().lower(): value.strip() for name, _, value in (
-        line.partition(b":") for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"))}
-    kind = fields.get(b"content-type", b"text/plain").lower()
-    encoding = before = fields.get(b"content-transfer-encoding", b"7bit").lower()
-    outer = b"7bit" if encoding == b"8bit" else encoding  # of what has parts
-    fine = (body.isascii() or not seven) and max(map(len, body.split(b"\r\n"))) <= LINE_MOST
+    head, _, body = (b"\r\n" + part).partition(b"\r\n\r\n")  # each field has its CRLF before it
+    unfolded = re.sub(rb"\r\n[ \t]+", b" ", head)
+    fields = dict(re.findall(rb"\r\n([^\s:]+)[ \t]*:[ \t]*([^\r\n]*)", unfolded.lower()))
+    kind = fields.get(b"content-type", b"text/plain")
+    encoding = before = fields.get(b"content-transfer-encoding", b"7bit").strip()
     if depth > 20 or b"dkim-signature" in fields or kind.startswith(
             (b"multipart/signed", b"multipart/encrypted", b"multipart/digest")):
         return part
-    if fine:
+    if (body.isascii() or not seven) and max(map(len, body.split(b"\r\n"))) <= LINE_MOST:
         pass  # but for its header, perhaps
-    elif kind.startswith(b"multipart/"):
-        named = re.search(rb"""(?i)\bboundary=(?:"([^"]+)"|([^\s;"]+))""", fields[b"content-type"])
-        mark = b"--" + (named[1] or named[2]) if named else b"\n"
-        pieces = re.split(rb"((?:^|\r\n)%s(?:--)?[ \t]*(?=\r\n|\Z))" % re.escape(mark), body)
-        for i in range(2, len(pieces), 2):  # what follows the last delimiter is no part
-            if pieces[i - 1].strip() == mark:
-                pieces[i] = b"\r\n" + mend(pieces[i][2:], seven, False, depth + 1)
-        body, encoding = b"".join(pieces), outer
-    elif kind.startswith(b"message/rfc822"):
-        body, encoding = mend(body, seven, True, depth + 1), outer
+    elif kind.startswith((b"multipart/", b"message/rfc822")):
+        named = re.search(
+            rb"""(?im)^content-type[ \t]*:.*?\bboundary=("[^"]+"|[^\s;"]+)""", unfolded)
+        if kind.startswith(b"message/"):
+            body = mend(body, seven, True, depth + 1)
+        elif named:
+            mark = b"--" + re.escape(named[1].strip(b'"'))
+            inner = rb"(?s)((?:^|\r\n)%s[ \t]*)(?=\r\n)(.*?)(?=\r\n%s(?:--)?[ \t]*(?:\r\n|\Z)|\Z)"
+            body = re.sub(inner % (mark, mark), lambda found: found[1] + b"\r\n" + mend(
+                found[2][2:], seven, False, depth + 1), body)
+        encoding = b"7bit" if encoding == b"8bit" else encoding
     elif encoding == b"base64":
-        text = b"".join(body.split())
-        body = b"\r\n".join(text[i:i + 76] for i in range(0, len(text), 76)) + b"\r\n"
-    elif kind.startswith(b"text/") and encoding in (*IDENTITY, b"quoted-printable"):
+        body = b"\r\n".join(re.findall(rb".{1,76}", b"".join(body.split()))) + b"\r\n"
+    elif encoding in ENCODINGS and not kind.startswith(b"message/"):
         plain = binascii.a2b_qp(body) if encoding == b"quoted-printable" else body
-        body = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
+        body, encoding = base64.encodebytes(plain).replace(b"\n", b"\r\n"), b"base64"
+        quoted = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
+        if kind.startswith(b"text/") and len(quoted) <= 2 * len(plain) + KIB:  # else hardly ASCII
+            body, encoding = quoted, b"quoted-printable"
         if whole and b"content-type" not in fields:
             utf8 = "\ufffd" not in plain.decode("utf-8", "replace")  # else see RFC 1428
-            charset = b"us-ascii" if plain.isascii() else b"utf-8" if utf8 else b"unknown-8bit"
+            charset = b"utf-8" if utf8 else b"unknown-8bit"
             head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
-        encoding = b"quoted-printable"
-        if len(body) > 2 * len(plain) + KIB:  # hardly a word of it is ASCII
-            body, encoding = base64.encodebytes(plain).replace(b"\n", b"\r\n"), b"base64"
-    elif encoding in IDENTITY and not kind.startswith(b"message/"):
-        body, encoding = base64.encodebytes(body).replace(b"\n", b"\r\n"), b"base64"
     if encoding != before and (encoding != b"7bit" or body.isascii()):
         head = with_field(head, b"Content-Transfer-Encoding", encoding)
         if whole and b"mime-version" not in fields:
             head = with_field(head, b"MIME-Version", b"1.0")
     lines: list[bytes] = []
     for line in head.split(b"\r\n"):
-        while len(line) > LINE_MOST and line[:LINE_MOST].rfind(b" ", 1) > 0:  # RFC 5322 2.2.3
-            at = line.rfind(b" ", 1, LINE_MOST)
-            lines, line = [*lines, line[:at]], line[at:]
-        lines.append(line)
-    head = b"\r\n".join(lines)
-    return (head + b"\r\n\r\n" if head else b"\r\n") + body
+        at = 0
+        while len(line) - at > LINE_MOST and (end := line.rfind(b" ", at + 1, at + LINE_MOST)) > 0:
+            lines.append(line[at:end])  # RFC 5322 2.2.3
+            at = end
+        lines.append(line[at:])
+    return b"\r\n".join([*lines, b"", body])[2:]
 
 
 def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
-    """Return a header, without its last CRLF, in which a field has this value."""
-    rest = re.sub(rb"(?im)^%s[ \t]*:.*\n(?:[ \t].*\n)*" % name, b"", head + b"\r\n" if head else b"")
-    return rest + name + b": " + value
+    """Return a header, with a CRLF before each field, in which one has this value."""
+    field = rb"(?i)\r\n%s[ \t]*:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*" % name
+    return re.sub(field, b"", head) + b"\r\n" + name + b": " + value
 
 
-def with_author(head: bytes, address: str) -> bytes:
+def with_author(fields: bytes, names: Container[bytes], address: str) -> bytes:
     """Put an address into a header's From, and who was there into Reply-To, if there is none."""
-    fields = re.findall(rb"[^\n]+\n?(?:[ \t][^\n]*\n?)*", head)
-    names = [field.partition(b":")[0].strip().lower() for field in fields]
-    at = names.index(b"from") if b"from" in names else len(fields)
-    old = b"".join(fields[at:at + 1]).partition(b":")[2].strip()
-    phrase = b" ".join(old.partition(b"<")[0].split()) if b"<" in old else b""
-    comment = re.search(rb"\(([^()\\\"]*)\)$", old)  # root@here (Cron Daemon)
-    if comment and not phrase:
-        phrase = b'"%s"' % comment[1]
-    if re.search(rb"[@,:;<>]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", phrase)):  # more than one author
-        phrase = b""
-    fields[at:at + 1] = [b"From: %s<%s>\r\n" % (phrase + b" " if phrase else b"", address.encode())]
+    field = rb"(?im)^from[ \t]*:((?:.*\n[ \t])*.*\n?)"
+    found = re.search(field, fields)
+    old = found[1].strip() if found else b""
+    authors = read_addresses(b" ".join(old.split()).decode("utf-8", "replace"))
+    phrase = email.utils.formataddr((authors[0][0] if len(authors) == 1 else "", ""))[:-2]
+    new = f"From: {phrase}<{address}>\r\n".encode()
+    fields = re.sub(field, lambda _: new, fields, count=1) if found else fields + new
     if old and b"reply-to" not in names and address.lower().encode() not in old.lower():
-        fields.append(b"Reply-To: %s\r\n" % old)
-    return b"".join(fields)
+        fields += b"Reply-To: %s\r\n" % old
+    return fields
 
 
 # -- a connection --
@@ -4923,35 +4909,28 @@ class Delivery:
         s, start = self.settings, file.tell()
         head = b"".join([b"X-Original-To: %s\r\n" % a.encode("utf-8", "surrogateescape")
                          for a in originals])
-        if s.relay_repair or s.relay_from:
-            first = file.read(HEAD_LIMIT)
-            top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # below our Received
-            field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
-            found = re.match(rb"(?:%s)*" % field, first[top:])
-            end = top + (found.end() if found else 0)
-            whole = len(first) < HEAD_LIMIT or b"\n" in first[end:]  # else beyond measure
-            fields, names, added = first[top:end], b"\n" + first[top:end].lower(), b""
-            signed = b"\ndkim-signature:" in names
-            ended = (not whole or signed or top < end == len(first)
-                     or first.startswith(b"\r\n", end))
-            if s.relay_repair and whole and not signed:
-                if not re.search(rb"\nmessage-id[ \t]*:", names):
+        first = file.read(HEAD_LIMIT) if s.relay_repair or s.relay_from else b""
+        top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # below our Received
+        field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
+        fields = re.findall(rb"\A(?:%s)*" % field, first[top:])[0]
+        end = top + len(fields)
+        if first and (len(first) < HEAD_LIMIT or b"\n" in first[end:]):  # not beyond measure
+            names = set(re.findall(rb"(?m)^([^\s:]+)[ \t]*:", fields.lower()))
+            signed, added = b"dkim-signature" in names, b""
+            if s.relay_repair and not signed:
+                if b"message-id" not in names:
                     added = f"Message-ID: <{message.id}@{s.hostname}>\r\n".encode()
-                if not re.search(rb"\ndate[ \t]*:", names):
+                if b"date" not in names:
                     added += f"Date: {mail_date(id_micros(message.id) // 1000000)}\r\n".encode()
-            if s.relay_from and whole:
-                fields = with_author(fields, s.relay_from)
-            if not ended:  # what follows is no field: it is the body
-                fields += b"\r\n"
-            if added or s.relay_from or not ended:
-                head, start = head + first[:top] + added + fields, start + end
-            file.seek(start)
+            if s.relay_from:
+                fields = with_author(fields, names, s.relay_from)
+            if not (signed or first.startswith(b"\r\n", end) or top < end == len(first)):
+                fields += b"\r\n"  # what follows is no field: it is the body
+            head, start = head + first[:top] + added + fields, start + end
+        file.seek(start)
         out = Outgoing(file, head)
-        if s.relay_repair:
-            out.signed = signed
-            out.survey()
-            if out.long:
-                out = out.mended(seven=False)
+        if s.relay_repair and out.survey().long:
+            out = out.mended(seven=False)
             if out.long:
                 self.log.warn("sent_as_it_came", id=message.id,
                               reason="a line of more than 998 octets")

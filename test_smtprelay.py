@@ -5461,7 +5461,7 @@ def test_content_that_needs_no_repair_is_not_read_into_memory() -> None:
 
 AUTHORS_SEEN = [  # From as it came, as it leaves, Reply-To
     (b"From: root@pi", b"From: <me@g.test>", b"Reply-To: root@pi"),
-    (b"From: root@pi (Cron Daemon)", b'From: "Cron Daemon" <me@g.test>', b"Reply-To: root@pi (Cron Daemon)"),
+    (b"From: root@pi (Cron Daemon)", b"From: Cron Daemon <me@g.test>", b"Reply-To: root@pi (Cron Daemon)"),
     (b'From: "Acme, Inc."\r\n <a@x.test>', b'From: "Acme, Inc." <me@g.test>', b'Reply-To: "Acme, Inc."\r\n <a@x.test>'),
     (b"From: =?utf-8?q?J=C3=B6rg?= <j@x.test>", b"From: =?utf-8?q?J=C3=B6rg?= <me@g.test>", b"Reply-To: =?utf-8?q?J"),
     (b"From: a@x.test, B <b@x.test>", b"From: <me@g.test>", b"Reply-To: a@x.test, B <b@x.test>"),
