@@ -1483,11 +1483,11 @@ def proxied_client(sock: socket.socket, deadline: float) -> str:
 
 def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
     """Read so many octets; PeerGone when they do not come."""
-    data = b""
+    data = bytearray()
     while len(data) < octets:
         limit_calls(sock, time_left(deadline))
         try:
-            block = sock.recv(octets - len(data))
+            block = sock.recv(min(octets - len(data), 64 * KIB))
         except (TimeoutError, socket.timeout, BlockingIOError):
             raise TimeoutError("deadline passed") from None
         except OSError as e:
@@ -1495,7 +1495,7 @@ def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
         if not block:
             raise PeerGone("closed by the peer")
         data += block
-    return data
+    return bytes(data)
 
 
 # === 06 GRAMMAR ==============================================================
@@ -10037,7 +10037,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
 SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
 # A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
 ALONE, ATTACHED, TAKEN = "cEGIiJkmnstUvxY", "AbdeqQT", "BCDFLMNORVXfhopr"
-SENDMAIL_MODES = {"m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", **dict.fromkeys("ihHv", "nothing")}
+SENDMAIL_MODES = {"m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", **dict.fromkeys("ihHv", "nothing")}  # -b
 SENDMAIL_HELP = """\
 usage: smtprelay.py sendmail [-i] [-t] [-f SENDER] [-F NAME] [RECIPIENT ...] < message
 
@@ -10097,77 +10097,63 @@ os.execv(PROGRAM, [PROGRAM, "sendmail", *words])
 """
 
 
-@dataclass
-class Errand:
+class Complaint(Exception):
+    """Ends a verb: what to say, and the exit status."""
+
+    def __init__(self, text: str, status: int = EX_NO) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Errand(NamedTuple):
     """What sendmail was asked to do."""
 
-    mode: str = "deliver"
-    sender: str | None = None
-    name: str = ""
-    dot_ends: bool = True
-    from_headers: bool = False
-    notify: str = ""  # RFC 3461, as are the next
-    ret: str = ""
-    recipients: list[str] = field(default_factory=list)
+    mode: str
+    sender: str | None
+    name: str
+    dot_ends: bool
+    from_headers: bool
+    notify: str  # RFC 3461, as is the next
+    ret: str
+    recipients: list[str]
 
 
 def read_errand(words: Sequence[str]) -> Errand:
     """Read sendmail's command line; ValueError says what is wrong with it. What means nothing here is taken, too."""
     import getopt
 
-    errand = Errand()
     words = [word + "-" * bool(re.fullmatch(f"-[{ALONE}]*[{ATTACHED}]", word)) for word in words]
     try:
-        flags, errand.recipients = getopt.gnu_getopt(words, ALONE + re.sub("(.)", r"\1:", ATTACHED + TAKEN))
+        flags, recipients = getopt.gnu_getopt(words, ALONE + re.sub("(.)", r"\1:", ATTACHED + TAKEN))
     except getopt.GetoptError as e:
         raise ValueError(str(e)) from None
-    for flag, value in flags:
-        if flag in ("-f", "-r"):
-            errand.sender = value
-        elif flag == "-F":
-            errand.name = value
-        elif flag == "-t":
-            errand.from_headers = True
-        elif flag == "-N" and is_notify(value):
-            errand.notify = value.upper()
-        elif flag == "-R" and is_ret(value):
-            errand.ret = value.upper()
-        elif flag == "-i" or re.match("-oi|-O(?i:ignoredots)", flag + value):
-            errand.dot_ends = False
-        elif flag in ("-I", "-q"):
-            errand.mode = "flush" if flag == "-q" else "nothing"
-        elif flag == "-b":
-            if value not in SENDMAIL_MODES:
-                hint = "; see the command serve" if value in ("d", "D") else ""
-                raise ValueError(f"-b{value.rstrip('-')} is not done here{hint}")
-            errand.mode = SENDMAIL_MODES[value]
-    for given in (errand.sender or "", errand.name, *errand.recipients):
-        if re.search("[\r\n\0]", given):  # it would be a command, or a header field, of the caller's own
-            raise ValueError(f"{given!r} has a line end or a NUL")
-    return errand
+    given = {"-r" if flag == "-f" else flag: value for flag, value in flags}
+    mode, sender, name = given.get("-b", "m"), given.get("-r"), given.get("-F", "")
+    if mode not in SENDMAIL_MODES:
+        hint = "; see the command serve" if mode in ("d", "D") else ""
+        raise ValueError(f"-b{mode.rstrip('-')} is not done here{hint}")
+    for text in (sender or "", name, *recipients):
+        if re.search("[\r\n\0]", text):  # it would be a command, or a header field, of the caller's own
+            raise ValueError(f"{text!r} has a line end or a NUL")
+    dot_ends = not any(re.match("-o?i|-O(?i:ignoredots)", flag + value) for flag, value in flags)
+    notify, ret = given.get("-N", "").upper(), given.get("-R", "").upper()
+    return Errand("flush" if "-q" in given else "nothing" if "-I" in given else SENDMAIL_MODES[mode], sender, name,
+                  dot_ends, "-t" in given, notify * is_notify(notify), ret * is_ret(ret), recipients)
 
 
-def split_header(raw: bytes, dot_ends: bool) -> tuple[list[tuple[str, bytes]], list[bytes]]:
-    """Split what a program wrote into header fields, each with its name in lower case, and the body's lines.
+def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
+    """Split what a program wrote into its header section, with LF at line ends, and its body, with CRLF.
 
     A CR alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there.
     """
-    lines = [line.rstrip(b"\r") for line in raw.split(b"\n")]
-    if dot_ends and b"." in lines:
-        lines = lines[:lines.index(b".")]
-    elif not lines[-1]:
-        del lines[-1]
-    fields: list[tuple[str, bytes]] = []
-    for i, line in enumerate(lines):
-        line = line.replace(b"\r", b" ")
-        name = re.match(rb"([!-9;-~]+)[ \t]*:", line)
-        if line[:1] in (b" ", b"\t") and fields and line.strip():
-            fields[-1] = (fields[-1][0], fields[-1][1] + b"\r\n" + line)
-        elif name:
-            fields.append((name[1].decode().lower(), line))
-        elif i or not re.match(b">?From ", line):  # an mbox line at the top is no field, and no body
-            return fields, [part for each in lines[i + (not line):] for part in each.split(b"\r")]
-    return fields, []
+    text = re.sub(rb"(?<!\r)\r+(?=\n|\Z)", b"", raw).removesuffix(b"\n") + b"\n"
+    if dot_ends:
+        text = re.split(rb"(?m)^\.$", text, maxsplit=1)[0]
+    # an mbox line at the top is no field, and no body
+    header = re.match(rb"(?:>?From .*\n)?((?:[!-9;-~]+[ \t]*:.*\n(?:[ \t].*\S.*\n)*)*)\n?", text)
+    assert header
+    body = text[header.end():].replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    return header[1].replace(b"\r", b" ").decode("utf-8", "surrogateescape"), body
 
 
 def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[Envelope, bytes]:
@@ -10179,30 +10165,30 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
         return [(name, address if "@" in address else f"{address}@{hostname}")
                 for name, address in read_addresses(text)]
 
-    fields, body = split_header(raw, errand.dot_ends)
+    head, body = split_header(raw, errand.dot_ends)
     given = me if errand.sender is None else errand.sender.strip(" <>") and errand.sender
     author, sender = next(iter(people(given)), ("", ""))
     if given and not sender:
         raise ValueError(f"{given!r} is no address")
-    resent = "resent-" * any(name in ("resent-to", "resent-cc", "resent-bcc") for name, _ in fields)
-    wanted, kept = list(errand.recipients), []
-    for name, line in fields:
-        text = line.partition(b":")[2].decode("utf-8", "surrogateescape")
-        if errand.from_headers and name in (resent + "to", resent + "cc", resent + "bcc"):
+    fields = [(name, name.lower(), text) for name, text in
+              re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)]
+    resent = "resent-" * any(kind in ("resent-to", "resent-cc", "resent-bcc") for _, kind, _ in fields)
+    wanted, kept = [*errand.recipients], []
+    for name, kind, text in fields:
+        if errand.from_headers and kind in (resent + "to", resent + "cc", resent + "bcc"):
             wanted.append(text)
-        if name in ("from", "to", "cc") and any("@" not in address for _, address in read_addresses(text)):
-            complete = ",\r\n\t".join(write_mailbox(*person) for person in people(text))
-            line = line.partition(b":")[0] + b": " + complete.encode("utf-8", "surrogateescape")
-        if name not in ("bcc", "resent-bcc"):
-            kept.append(line)
+        if kind in ("from", "to", "cc") and people(text) != read_addresses(text):
+            text = " " + ",\n\t".join(write_mailbox(*person) for person in people(text))
+        if kind not in ("bcc", "resent-bcc"):
+            kept.append(f"{name}:{text}\n")
     recipients = list(dict.fromkeys(address for text in wanted for _, address in people(text)))
     if not recipients:
         raise ValueError("nobody is named to send to")
     added = {"From": write_mailbox(errand.name or author, sender or f"{me}@{hostname}"),
              "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
-    kept += [f"{name}: {value}".encode("utf-8", "surrogateescape")
-             for name, value in added.items() if name.lower() not in dict(fields)]
-    content = b"".join(line + b"\r\n" for line in (*kept, b"", *body))
+    kept += [f"{name}: {value}\n" for name, value in added.items()
+             if name.lower() not in (kind for _, kind, _ in fields)]
+    content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
     flags = ("8BITMIME",) * (not content.isascii())
     flags += ("SMTPUTF8",) * (not all(address.isascii() for address in (sender, *recipients)))
     notify = dict.fromkeys(recipients, errand.notify)
@@ -10225,43 +10211,50 @@ def user_name(uid: int) -> str:
 def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to where a relay of this machine listens."""
     if not address.path:
-        return socket.create_connection((reachable(address.host), address.port), seconds)
+        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return socket.create_connection((everywhere.get(address.host, address.host), address.port), seconds)
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(seconds)
     sock.connect(address.path)
     return sock
 
 
-def reachable(host: str) -> str:
-    """Return where to find what listens on every interface."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+def enter_spool(settings: Settings) -> None:
+    """Make sure that this user may use the spool, root as its owner: the relay must be able to read all of it."""
+    path = os.path.abspath(settings.spool)
+    try:
+        owner = os.stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no spool at {path}") from None
+    except PermissionError:
+        owner = os.stat(os.path.dirname(path))
+    if os.geteuid() == 0 and owner.st_uid:
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+        who = user_name(owner.st_uid)
+        raise PermissionError(f"the spool {path} belongs to {who}: be {who}, or root")
 
 
-def be_owner(spool: os.stat_result) -> None:
-    """Let root go on as the spool's owner: the relay must be able to read what is written there."""
-    if os.geteuid() == 0 and spool.st_uid:
-        os.setegid(spool.st_gid)
-        os.seteuid(spool.st_uid)
-
-
-def own_reception(settings: Settings) -> Reception:
-    """Return a way into the spool without a relay; OSError or SettingsError when there is none.
+def own_reception(settings: Settings, trouble: OSError) -> Reception:
+    """Return a way into the spool where the relay does not answer; Complaint when there is none.
 
     Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
     """
-    path = os.path.abspath(settings.spool)
-    if settings.storage == "memory" or not (os.path.isdir(path) or "SMTP_SPOOL" in os.environ):
-        raise FileNotFoundError(errno.ENOENT, "no spool", path)
-    os.makedirs(path, 0o700, exist_ok=True)
-    be_owner(os.stat(path))
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "no permission to write", path)
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     open_door = dataclasses.replace(
         settings, storage="file", delivery="relay", auth_user="", users_file="", auth_any=False,
         auth_required=False, tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
     log = Log(os.devnull, level="error")
-    spool = Spool(open_door, log)
+    try:
+        if settings.storage == "memory":
+            raise FileNotFoundError("it is in the relay's memory")
+        if "SMTP_SPOOL" in os.environ:
+            os.makedirs(settings.spool, 0o700, exist_ok=True)
+        enter_spool(settings)
+        spool = Spool(open_door, log)
+    except (OSError, SettingsError) as e:
+        raise Complaint(f"cannot take the message now: relay: {trouble}; spool: {e}", EX_TEMPFAIL) from None
 
     def announce(stem: str, owed: bool) -> bool:
         with contextlib.suppress(OSError):
@@ -10272,7 +10265,7 @@ def own_reception(settings: Settings) -> Reception:
                      Quotas("", log), Faults(""))
 
 
-def admit_letter(envelope: Envelope, content: bytes, reception: Reception) -> dict[str, str]:
+def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> dict[str, str]:
     """Put a message into the spool, in portions; return the replies to those recipients that were refused."""
     refused = {}
     for bad, address in [(BAD_SENDER, envelope.reverse_path), *((BAD_RECIPIENT, a) for a in envelope.recipients)]:
@@ -10310,7 +10303,7 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
     parameters += " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
     replies: dict[str, tuple[int, bytes]] = {}
     todo = envelope.recipients
-    while todo:  # again where it took a portion (RFC 5321 4.5.3.1.10)
+    while todo:
         reply = smtp.docmd(f"MAIL FROM:<{envelope.reverse_path}>{parameters}")
         if reply[0] in (421, 530, 538):
             raise smtplib.SMTPSenderRefused(*reply, envelope.reverse_path)
@@ -10318,23 +10311,55 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
             rcpt = f"RCPT TO:<{address}>{asked(NOTIFY=envelope.notify[address])}"
             replies[address] = smtp.docmd(rcpt) if reply[0] < 300 else reply
         taken = [address for address in todo if replies[address][0] < 300]
+        # again for the others where it took a portion (RFC 5321 4.5.3.1.10)
+        todo = [address for address in todo if taken and replies[address][0] == 452]
         if taken:
             try:
                 reply = smtp.data(content)
             except smtplib.SMTPDataError as e:
                 reply = e.smtp_code, cast(bytes, e.smtp_error)
             except smtplib.SMTPServerDisconnected:
-                reply = 451, b"no answer to the content: it may have been taken"
+                reply, todo = (451, b"no answer to the content: it may have been taken"), []
             replies.update(dict.fromkeys(taken, reply))
-        todo = [address for address in todo if replies[address][0] == 452] if taken and reply[0] < 300 else []
     with contextlib.suppress(OSError):
         smtp.quit()
     return {a: f"{code} {text.decode('utf-8', 'replace')}" for a, (code, text) in replies.items() if code >= 300}
 
 
-def verdict(refused: Mapping[str, str]) -> int:
-    """Return the exit status for what the recipients' replies say."""
-    return EX_TEMPFAIL if any(reply[0] == "4" for reply in refused.values()) else EX_UNAVAILABLE if refused else 0
+def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
+    """Do what a route does, for a caller in this process who may do anything; HttpError says what is wrong."""
+    request = Request(relay, method, path, {"limit": str(limit)}, {}, "local", lambda: False)
+    try:
+        value = find_route(request).action(request)
+    except (KeyError, FileNotFoundError):
+        raise HttpError(404, "message not found") from None
+    return value.body if isinstance(value, Answer) else json.loads(json_answer(value).body)
+
+
+def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str, str], Any],
+              read: Callable[[], bytes], send: Callable[[Envelope, bytes], dict[str, str]]) -> tuple[int, str]:
+    """Do what sendmail was asked to; return the exit status and what is to be said.
+
+    NotImplementedError for a dialogue, which only the whole program can hold.
+    """
+    try:
+        errand = read_errand(words)
+        if errand.mode == "smtp":
+            raise NotImplementedError("a dialogue is for the whole program")
+        if errand.mode == "queue":
+            return 0, mailq(order("GET", "/api/v1/queue"))
+        if errand.mode == "flush":
+            order("POST", "/api/v1/queue/all/retry")
+        if errand.mode != "deliver":
+            return 0, ""
+        refused = send(*write_letter(read(), errand, me, hostname))
+    except Refused as e:
+        return EX_UNAVAILABLE, f"sendmail: {e.reply}\n"
+    except ValueError as e:
+        return EX_USAGE, f"sendmail: {e}\n"
+    later = any(reply[0] == "4" for reply in refused.values())
+    return (EX_TEMPFAIL if later else EX_UNAVAILABLE if refused else 0,
+            "".join(f"{address}: {reply}\n" for address, reply in refused.items()))
 
 
 def complain(*lines: str) -> None:
@@ -10342,35 +10367,25 @@ def complain(*lines: str) -> None:
         print(f"smtprelay: {line}", file=sys.stderr)
 
 
-def send(envelope: Envelope, content: bytes, settings: Settings) -> int:
-    """Hand a message over, to the relay or into the spool, and report; return the exit status."""
+def send(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
+    """Hand a message over, to the relay or into the spool; return the replies to recipients that were refused."""
     try:
-        refused = hand_over(envelope, content, dial(settings.port[0], settings.relay_timeout), settings)
+        return hand_over(envelope, content, dial(settings.port[0], settings.relay_timeout), settings)
     except OSError as e:
-        try:
-            refused = admit_letter(envelope, content, own_reception(settings))
-        except (OSError, SettingsError) as why:
-            complain(f"cannot take the message now: relay: {e}; spool: {why}")
-            return EX_TEMPFAIL
-    complain(*(f"{address}: {reply}" for address, reply in refused.items()))
-    return verdict(refused)
+        return admit_letter(own_reception(settings, e), envelope, content)
 
 
-def speak_smtp(settings: Settings) -> int:
-    """Pass SMTP from standard input on, and the answers to standard output (sendmail -bs)."""
+def speak_smtp(settings: Settings, given: int) -> int:
+    """Pass SMTP from a descriptor on, and the answers to standard output (sendmail -bs)."""
     try:
         sock = dial(settings.port[0], settings.relay_timeout)
-    except OSError:
-        try:
-            reception = own_reception(settings)
-        except (OSError, SettingsError) as e:
-            complain(f"no relay answers, and there is no spool to be had: {e}")
-            return EX_TEMPFAIL
+    except OSError as e:
         sock, theirs = socket.socketpair()
+        session = Session(own_reception(settings, e), theirs, "local")
 
         def hold_session() -> None:
             with theirs:
-                Session(reception, theirs, "local").run()
+                session.run()
 
         threading.Thread(target=hold_session, daemon=True).start()
     sock.settimeout(None)
@@ -10378,7 +10393,7 @@ def speak_smtp(settings: Settings) -> int:
 
     def pass_on() -> None:
         with contextlib.suppress(OSError):
-            for block in iter(lambda: os.read(0, 64 * KIB), b""):
+            for block in iter(lambda: os.read(given, 64 * KIB), b""):
                 sock.sendall(block)
             sock.shutdown(socket.SHUT_WR)
 
@@ -10388,9 +10403,9 @@ def speak_smtp(settings: Settings) -> int:
     return 0
 
 
-def mailq(rows: Sequence[Mapping[str, Any]]) -> str:
+def mailq(listed: Mapping[str, Any]) -> str:
     """Return the queue as mailq prints it: monitoring looks for the words of the last line."""
-    lines = []
+    rows, lines = [*listed["messages"], *listed["held"]], []
     for row in rows:
         lines += [f"{row['id']} {row['size']:>8} {row['received_at'][:19]}  {row['reverse_path'] or 'MAILER-DAEMON'}",
                   f"    ({Status(row['status']).value}) {row['reason']}",
@@ -10404,22 +10419,16 @@ class SubmitServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     daemon_threads = True
 
-    def __init__(self, sock: socket.socket, reception: Reception, postmaster: Postmaster) -> None:
+    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
         super().__init__("", SubmitHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.reception, self.postmaster = sock, reception, postmaster
-        self.room = threading.Semaphore(SUBMIT_CALLERS)
+        self.socket, self.relay, self.room = sock, relay, threading.Semaphore(SUBMIT_CALLERS)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; with no descriptor left, wait a little instead of spinning."""
-        try:
-            return self.socket.accept()
-        except OSError:
-            time.sleep(0.1)
-            raise
+        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.reception.log.warn("no_thread_for_sendmail", error=sys.exc_info()[1])
+        self.relay.log.warn("no_thread_for_sendmail", error=sys.exc_info()[1])
 
 
 class SubmitHandler(socketserver.BaseRequestHandler):
@@ -10430,57 +10439,34 @@ class SubmitHandler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         if not self.server.room.acquire(blocking=False):
             return
-        sock, log, timeout = self.request, self.server.reception.log, self.server.reception.settings.command_timeout
+        sock, relay = self.request, self.server.relay
         try:
-            begun = time.monotonic() + timeout
-            words = self.read(min(int(self.read(8, begun), 16), SUBMIT_WORDS), begun).decode("utf-8", "surrogateescape")
-            done = self.run(words.split("\0")[:-1])
+            begun = time.monotonic() + relay.settings.command_timeout
+            words = read_exactly(sock, min(int(read_exactly(sock, 8, begun), 16), SUBMIT_WORDS), begun)
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            status, said = do_errand(
+                words.decode("utf-8", "surrogateescape").split("\0")[:-1], user_name(uid), relay.settings.hostname,
+                functools.partial(act, relay), self.read_letter, functools.partial(admit_letter, relay.reception))
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
-            sock.settimeout(timeout)
-            sock.sendall("{}\n{}".format(*done).encode("utf-8", "surrogateescape"))
-        except (OSError, ValueError, NotImplementedError) as e:  # it hears nothing, and does it by itself
-            log.debug("submit_failed", error=e)
+            sock.settimeout(relay.settings.command_timeout)
+            sock.sendall(f"{status}\n{said}".encode("utf-8", "surrogateescape"))
+        except (OSError, PeerGone, ValueError, NotImplementedError) as e:  # it hears nothing, and does it by itself
+            relay.log.debug("submit_failed", error=e)
         except Exception as e:
-            log.bug("submit_bug", e)
+            relay.log.bug("submit_bug", e)
         finally:
             self.server.room.release()
 
-    def run(self, words: Sequence[str]) -> tuple[int, str]:
-        """Do an errand; return the exit status and what is to be said."""
-        reception, settings = self.server.reception, self.server.reception.settings
-        try:
-            errand = read_errand(words)
-            if errand.mode == "smtp":
-                raise NotImplementedError("a dialogue is for the whole program")
-            if errand.mode == "queue":
-                queue = self.server.postmaster.queue(1000)
-                return 0, mailq([*queue["messages"], *queue["held"]])
-            if errand.mode == "flush":
-                self.server.postmaster.retry("all")
-            if errand.mode != "deliver":
-                return 0, ""
-            _, uid, _ = struct.unpack("3i", self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            self.request.sendall(b">")
-            deadline, raw = time.monotonic() + settings.data_timeout, bytearray()
-            while more := int(self.read(8, deadline), 16):
-                if len(raw) + more > settings.max_size:
-                    return EX_UNAVAILABLE, f"sendmail: {TOO_BIG}\n"
-                raw += self.read(more, deadline)
-            refused = admit_letter(*write_letter(bytes(raw), errand, user_name(uid), settings.hostname), reception)
-        except ValueError as e:
-            return EX_USAGE, f"sendmail: {e}\n"
-        return verdict(refused), "".join(f"{address}: {reply}\n" for address, reply in refused.items())
-
-    def read(self, size: int, deadline: float) -> bytes:
-        """Read so many octets; ConnectionError where there are less: half a message is none."""
-        data = bytearray()
-        while len(data) < size:
-            self.request.settimeout(time_left(deadline))
-            block = self.request.recv(min(64 * KIB, size - len(data)))
-            if not block:
-                raise ConnectionAbortedError("the caller has gone")
-            data += block
-        return bytes(data)
+    def read_letter(self) -> bytes:
+        """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
+        settings, letter = self.server.relay.settings, bytearray()
+        deadline = time.monotonic() + settings.data_timeout
+        self.request.sendall(b">")
+        while more := int(read_exactly(self.request, 8, deadline), 16):
+            if len(letter) + more > settings.max_size:
+                raise Refused(TOO_BIG)
+            letter += read_exactly(self.request, more, deadline)
+        return bytes(letter)
 
 
 # === 22 RELAY ================================================================
@@ -10533,7 +10519,7 @@ class Delivering:
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
         self.web: list[HttpServer | SubmitServer] = [HttpServer(sock, self) for sock in parts.http]
-        self.web += [SubmitServer(sock, reception, self.postmaster) for sock in parts.submit]
+        self.web += [SubmitServer(sock, self) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
@@ -12200,14 +12186,6 @@ COMMON_SETTINGS = {  # what the file of settings begins with, each with its help
 }
 
 
-class Complaint(Exception):
-    """Ends a verb: what to say, and the exit status."""
-
-    def __init__(self, text: str, status: int = EX_NO) -> None:
-        super().__init__(text)
-        self.status = status
-
-
 def ask_password(prompt: str = "Password: ") -> str:
     """Read a password twice from the terminal, or once from the first line of standard input."""
     import getpass
@@ -12419,16 +12397,15 @@ def uninstall(arguments: argparse.Namespace) -> int:
 
 # === 26 COMMAND LINE =========================================================
 #
-# One function for each verb; it takes its arguments, and the settings if it wants any,
-# and returns the exit status, of sysexits.h. COMMANDS is the table from which argparse,
-# the help and the completion of shells are made. Settings come from the environment,
-# or, where that names none, from the file of the installed service.
+# One function for each verb; it takes its arguments, and returns the exit status, of
+# sysexits.h. COMMANDS is the table from which argparse, the help and the completion of
+# shells are made. Settings come from the environment, or, where that names none, from
+# the file of the installed service.
 #
-# Verbs that ask about mail speak to the running relay over HTTP; where none answers
-# they read the spool, and those that change it take its lock.
+# Verbs that ask about mail are requests to the running relay; where none answers, the
+# same routes act on the spool, and those that change it take its lock.
 
 Arguments = argparse.Namespace
-Option = tuple[tuple[str, ...], dict[str, Any]]
 Row = tuple[str, ...]
 
 
@@ -12475,12 +12452,10 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
     """
     if not settings.health_addr:
         raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
-    address = settings.health_addr[0]._replace(host=reachable(settings.health_addr[0].host))
-    connection = http.client.HTTPConnection(address.host or "localhost", address.port, timeout=patience)
+    address = settings.health_addr[0]
+    connection = http.client.HTTPConnection("localhost", address.port)
     words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
-    headers = {"Accept": "application/json"}
-    if settings.api_token:
-        headers["Authorization"] = f"Bearer {settings.api_token}"
+    headers = {"Accept": "application/json", "Authorization": f"Bearer {settings.api_token}"}
     try:
         connection.sock = dial(address, patience)
         connection.request(method, f"{urllib.parse.quote(path)}?{words}", headers=headers)
@@ -12492,16 +12467,14 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
         connection.close()
     if not answer.getheader("Server", "").startswith("smtprelay/"):
         raise NoRelay(f"what answers at {address} is not smtprelay: see SMTP_HEALTH_ADDR")
+    found = json.loads(body) if answer.getheader("Content-Type") == "application/json" else body
+    if answer.status < 400:
+        return found
     if answer.status == 401:
         raise Complaint("the relay wants the SMTP_API_TOKEN that it was started with: set it here, too")
-    is_json = answer.getheader("Content-Type", "").startswith("application/json")
-    if answer.status < 400:
-        return json.loads(body) if is_json else body
-    try:
-        why = str(json.loads(body)["Error"])
-    except (ValueError, KeyError, TypeError):
-        why = body[:300].decode("utf-8", "replace").strip() or f"HTTP {answer.status}"
-    raise Complaint(why, EX_NO if answer.status < 500 else EX_UNAVAILABLE)
+    text = body[:300].decode("utf-8", "replace").strip() or f"HTTP {answer.status}"
+    raise Complaint(found.get("Error", text) if isinstance(found, dict) else text,
+                    EX_NO if answer.status < 500 else EX_UNAVAILABLE)
 
 
 def read_environment(say: bool = True) -> Settings:
@@ -12522,52 +12495,40 @@ def read_environment(say: bool = True) -> Settings:
     return Settings.read(env)
 
 
-@contextlib.contextmanager
-def no_relay_runs(settings: Settings, change: bool = True) -> Iterator[Postmaster]:
-    """Give the verbs over the spool itself, to change it or to read it alone; Complaint when there is none."""
-    path = os.path.abspath(settings.spool)
+def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
+    """Have the running relay do something, or do it to the spool where none runs; tell whether one does, too."""
     try:
-        owner = os.stat(path)
-    except PermissionError:
-        owner = os.stat(os.path.dirname(path))
-    except FileNotFoundError:
-        raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE) from None
-    be_owner(owner)
-    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
-        who = user_name(owner.st_uid)
-        raise Complaint(f"no relay answers, and the spool {path} belongs to {who}: be {who}, or root", EX_UNAVAILABLE)
+        return ask(settings, method, path), True
+    except NoRelay:
+        pass
+    try:
+        enter_spool(settings)
+    except OSError as e:
+        raise Complaint(f"no relay answers, and {e}", EX_UNAVAILABLE) from None
     quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
     parts = Parts(quiet, open_log(quiet))
-    if change:
+    if method != "GET":
         parts.spool.open()
     try:
-        yield parts.postmaster()
+        with progress("reading the spool"):
+            return act(parts.postmaster().half, method, path, 1 << 30), False
     except HttpError as e:
         raise Complaint(str(e)) from None
     finally:
         parts.spool.close()
 
 
-def queue_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Return what is owed and held."""
-    try:
-        listed = ask(settings, "GET", "/api/v1/queue")
-    except NoRelay:
-        with progress("reading the spool"), no_relay_runs(settings, change=False) as postmaster:
-            listed = postmaster.queue(sys.maxsize)
-    return [*listed["messages"], *listed["held"]]
-
-
-def queue_(settings: Settings, arguments: Arguments) -> int:
+def queue_(arguments: Arguments) -> int:
     """List what is owed and held."""
-    rows = queue_rows(settings)
+    listed, _ = order(read_environment(), "GET", "/api/v1/queue")
+    rows = [*listed["messages"], *listed["held"]]
     if arguments.json:
         print_json(rows)
         return 0
     for row in rows:
         age = time_shown(time.time() - unix_time(row["received_at"]))
         due = unix_time(row["next_attempt_at"]) - time.time()
-        status, size = coloured(Status(row["status"]).value, 10), size_shown(row["size"])
+        status, size = coloured(row["status"], 10), size_shown(row["size"])
         print(f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {', '.join(row['recipients'])}")
         why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" if due > 0 else "")))
         if why:
@@ -12577,38 +12538,26 @@ def queue_(settings: Settings, arguments: Arguments) -> int:
     return 0
 
 
-def retry_(settings: Settings, arguments: Arguments) -> int:
+def retry_(arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
-    try:
-        done = ask(settings, "POST", f"/api/v1/queue/{id}/retry")
-        print(f"{done['retried']} due now", file=sys.stderr)
-    except NoRelay:
-        with no_relay_runs(settings) as postmaster:
-            print(f"no relay runs: {postmaster.retry(id)} due as soon as one does", file=sys.stderr)
+    done, runs = order(read_environment(), "POST", f"/api/v1/queue/{id}/retry")
+    due = done["retried"]
+    print(f"{due} due now" if runs else f"no relay runs: {due} due as soon as one does", file=sys.stderr)
     return 0
 
 
-def remove(settings: Settings, arguments: Arguments) -> int:
+def remove(arguments: Arguments) -> int:
     """Remove a message for good, whether it is owed, held or finished."""
-    try:
-        ask(settings, "DELETE", f"/api/v1/queue/{arguments.id}")
-    except NoRelay:
-        with no_relay_runs(settings) as postmaster:
-            postmaster.remove([postmaster.load(arguments.id).id])
+    order(read_environment(), "DELETE", f"/api/v1/queue/{arguments.id}")
     return 0
 
 
-def show(settings: Settings, arguments: Arguments) -> int:
+def show(arguments: Arguments) -> int:
     """Print a message: its record, then its content."""
-    path = f"/api/v1/message/{arguments.id}"
-    try:
-        content, message = ask(settings, "GET", path + "/raw"), ask(settings, "GET", path)
-        record = {"id": message["ID"], **message["Delivery"]}
-    except NoRelay:
-        with no_relay_runs(settings, change=False) as postmaster:
-            record = json.loads(postmaster.load(arguments.id).to_json())
-            content = postmaster.half.inbox.raw(arguments.id)
+    settings, path = read_environment(), f"/api/v1/message/{arguments.id}"
+    (content, _), (message, _) = order(settings, "GET", path + "/raw"), order(settings, "GET", path)
+    record = {"id": message["ID"], **message["Delivery"]}
     if arguments.json:
         print_json(record)
         return 0
@@ -12620,14 +12569,13 @@ def show(settings: Settings, arguments: Arguments) -> int:
     return 0
 
 
-def wait(settings: Settings, arguments: Arguments) -> int:
+def wait(arguments: Arguments) -> int:
     """Block until a message arrives; print it, or just the code or link of one that has any."""
     part = "code" if arguments.code else "link" if arguments.link else ""
-    given = {"recipient": arguments.to, "subject": arguments.subject}
-    words = " ".join(f'{name}:"{value}"' for name, value in given.items() if value)
     with progress(f"waiting up to {arguments.timeout:g} s for mail"):
-        found = ask(settings, "GET", "/api/v1/wait", arguments.timeout + 10, **{
-            "query": words, "timeout": arguments.timeout, "with": part, "since": arguments.since})
+        found = ask(read_environment(), "GET", "/api/v1/wait", arguments.timeout + 10, **{
+            "to": arguments.to, "subject": arguments.subject, "timeout": arguments.timeout, "with": part,
+            "since": arguments.since})
     if part:
         print(found[f"{part.title()}s"][0])
     elif arguments.json:
@@ -12638,24 +12586,29 @@ def wait(settings: Settings, arguments: Arguments) -> int:
     return 0
 
 
-def user(settings: Settings, arguments: Arguments) -> int:
+def user(arguments: Arguments) -> int:
     """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE."""
-    path, name = settings.users_file, arguments.name
+    settings, action, name = read_environment(), arguments.action, arguments.name
+    path, change = settings.users_file, None
     if not path:
         raise Complaint("SMTP_USERS_FILE is not set: it names the file of accounts", EX_CONFIG)
     try:
         users = read_users(path) if os.path.exists(path) else {}
-        if arguments.action == "list":
-            print_users(users, arguments.json)
+        if action == "list":
+            limits = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+            rows = [{"name": name, **{k: fields[k] for k in limits if fields.get(k)}} for name, fields in users.items()]
+            if arguments.json:
+                print_json(rows)
+            for row in () if arguments.json else rows:
+                print("  ".join([row.pop("name"), *(f"{k}={setting_text(v)}" for k, v in row.items())]))
             return 0
         if not name:
-            raise Complaint(f"user {arguments.action} needs a NAME", EX_USAGE)
-        if (name in users) == (arguments.action == "add"):
+            raise Complaint(f"user {action} needs a NAME", EX_USAGE)
+        if (name in users) == (action == "add"):
             raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
-        change: dict[str, Any] | None = None
-        if arguments.action != "remove":
+        if action != "remove":
             change = {"password": hash_password(ask_password())}
-            if arguments.action == "add":
+            if action == "add":
                 change.update(allowed_domains=arguments.domain, quota_daily=arguments.daily,
                               quota_per_minute=arguments.per_minute)
             if arguments.api_key:
@@ -12663,26 +12616,15 @@ def user(settings: Settings, arguments: Arguments) -> int:
         change_users(path, {name: change}, Sealer(settings.spool_key))
     except (AccountsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
-    if change and "api_key" in change:
+    if change and arguments.api_key:
         print(change["api_key"])
     return 0
 
 
-def print_users(users: Mapping[str, Any], as_json: bool) -> None:
-    """Print the accounts without their secrets."""
-    limits = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
-    shown = {name: {k: fields[k] for k in limits if fields.get(k)} for name, fields in users.items()}
-    if as_json:
-        print_json([{"name": name, **account} for name, account in shown.items()])
-        return
-    for name, account in shown.items():
-        print("  ".join([name, *(f"{k}={setting_text(v)}" for k, v in account.items())]))
-
-
-def doctor(settings: Settings, arguments: Arguments) -> int:
+def doctor(arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
     findings = []
-    for finding in diagnose(settings, arguments.domain or ""):
+    for finding in diagnose(read_environment(), arguments.domain or ""):
         findings.append(finding)
         if not arguments.json:
             advice = f": {finding.advice}" if finding.advice else ""
@@ -12789,8 +12731,9 @@ def first_lines(parts: Parts) -> list[str]:
     ] if holds]
 
 
-def check(settings: Settings, arguments: Arguments) -> int:
+def check(arguments: Arguments) -> int:
     """Read the settings, and the files that they name, and say all that is wrong; --print shows them."""
+    settings = read_environment()
     if settings.storage == "file":
         check_spool(os.path.abspath(settings.spool))
         open_sealer(settings)
@@ -12813,8 +12756,9 @@ def setting_text(value: Any) -> str:
     return str(value.pattern if isinstance(value, re.Pattern) else int(value) if isinstance(value, bool) else value)
 
 
-def status(settings: Settings, arguments: Arguments) -> int:
+def status(arguments: Arguments) -> int:
     """Say whether the relay runs, how it fares, and what it owes; exit 0 when it is ready."""
+    settings = read_environment()
     parts, listed = ask(settings, "GET", "/readyz", verbose=1), ask(settings, "GET", "/api/v1/queue")
     for name, how in parts.items():
         print(f"{name:<10} {how}")
@@ -12826,11 +12770,12 @@ HEALTH_PATIENCE = 60.0
 ENDED_AFTER = 3.0  # a relay that is started again has the spool by then
 
 
-def healthcheck(settings: Settings, arguments: Arguments) -> int:
+def healthcheck(arguments: Arguments) -> int:
     """Exit 0 when the relay is ready; --wait waits for it, up to a minute, but not for one that has ended."""
+    settings = read_environment()
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
-    begun, last_held = time.time(), 0.0
+    begun, seen = time.time(), 0.0
     with progress("waiting for the relay"):
         while True:
             try:
@@ -12838,25 +12783,23 @@ def healthcheck(settings: Settings, arguments: Arguments) -> int:
                 return 0
             except (NoRelay, Complaint) as e:
                 why = str(e)
-            now, (held, since) = time.time(), spool_lock(settings)
-            if not arguments.wait or now > begun + HEALTH_PATIENCE:
+            if not arguments.wait or time.time() > begun + HEALTH_PATIENCE:
                 raise Complaint(why)
-            last_held = now if held else max(last_held, since if since > begun - ENDED_AFTER else 0.0)
-            if 0 < last_held < now - ENDED_AFTER:
+            seen = max(seen, last_seen(settings))
+            if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
                 raise Complaint(f"the relay has ended; {last_words(settings.log_file) or why}")
             time.sleep(0.1)
 
 
-def spool_lock(settings: Settings) -> tuple[bool, float]:
-    """Tell whether a relay has the spool, as far as can be seen, and when one last took it."""
-    taken = 0.0
-    try:
-        with open(os.path.join(settings.spool, ".lock"), "rb") as file:
-            taken = os.fstat(file.fileno()).st_mtime
+def last_seen(settings: Settings) -> float:
+    """Return when a relay had the spool, as far as can be seen: now, or when the last one took it."""
+    with contextlib.suppress(OSError), open(os.path.join(settings.spool, ".lock"), "rb") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as e:
-        return isinstance(e, BlockingIOError), taken
-    return False, taken
+        except BlockingIOError:
+            return time.time()
+        return os.fstat(file.fileno()).st_mtime
+    return 0.0
 
 
 def last_words(path: str) -> str:
@@ -12873,23 +12816,23 @@ def sendmail(words: Sequence[str]) -> int:
         print(SENDMAIL_HELP)
         return 0
     settings = read_environment(say=False)  # cron would mail it
-    try:
-        errand = read_errand(words)
-        if errand.mode in ("deliver", "smtp") and not hasattr(sys.stdin, "buffer"):
+
+    def given() -> BinaryIO:
+        if not hasattr(sys.stdin, "buffer"):
             raise Complaint("sendmail: standard input is closed: there is nothing to send", EX_TEMPFAIL)
-        if errand.mode == "deliver":
-            letter = write_letter(sys.stdin.buffer.read(), errand, user_name(os.getuid()), settings.hostname)
-            return send(*letter, settings)
-    except ValueError as e:
-        complain(f"sendmail: {e}")
-        return EX_USAGE
-    if errand.mode == "smtp":
-        return speak_smtp(settings)
-    if errand.mode == "queue":
-        print(mailq(queue_rows(settings)), end="")
-    if errand.mode == "flush":
-        return 0 if main(["retry", "all"]) in (0, EX_NO) else EX_TEMPFAIL
-    return 0
+        return sys.stdin.buffer
+
+    try:
+        status, said = do_errand(
+            words, user_name(os.getuid()), settings.hostname, lambda method, path: order(settings, method, path)[0],
+            lambda: given().read(), functools.partial(send, settings))
+    except NotImplementedError:
+        return speak_smtp(settings, given().fileno())
+    if status:
+        complain(*said.splitlines())
+    else:
+        print(said, end="")
+    return status
 
 
 # -- help --
@@ -13016,7 +12959,7 @@ def help_(arguments: Arguments) -> int:
         return 0
     if arguments.topic:
         return run_command([arguments.topic, "--help"])
-    commands = [("command", ""), *((name, summary_of(command.run)) for name, command in COMMANDS.items())]
+    commands = [("command", ""), *((name, summary_of(run)) for name, (run, _) in COMMANDS.items())]
     about = ("Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it listens on "
              "port 2525, holds what it gets, and shows it on http://127.0.0.1:8080.")
     print("usage: smtprelay.py [COMMAND [...]]\n       (or --version, or --completion bash|zsh)\n",
@@ -13033,62 +12976,58 @@ def version(arguments: Arguments) -> int:
 
 # -- the verbs --
 
-class Command(NamedTuple):
-    """A verb of the command line: what runs it, its arguments, whether it reads the settings."""
-
-    run: Callable[..., int]
-    options: tuple[Option, ...] = ()
-    reads: bool = True
-
-
-def option(*names: str, **how: Any) -> Option:
-    """Describe an argument of a verb, in argparse's words."""
-    return names, how
-
-
-JSON = option("--json", action="store_true", help="print JSON")
-ID = option("id", metavar="ID", help="a queue id")
-ROOT = option("--root", metavar="DIR", default="", help="put all files under this directory, and start nothing")
-DRY_RUN = option("--dry-run", action="store_true", help="print what would be done")
-COMMANDS: dict[str, Command] = {
-    "serve": Command(serve, reads=False),
-    "check": Command(check, (option("--print", action="store_true", help="print every setting"),)),
-    "doctor": Command(doctor, (
-        option("domain", metavar="DOMAIN", nargs="?", help="examine the hosts that take this domain's mail"), JSON)),
-    "status": Command(status),
-    "queue": Command(queue_, (JSON,)),
-    "retry": Command(retry_, (
-        option("id", metavar="ID|all|held", help="a queue id, all that are owed, or all that are held"),
-        option("--held", action="store_true", help="with all: release those that are held"))),
-    "remove": Command(remove, (ID,)),
-    "show": Command(show, (ID, JSON)),
-    "wait": Command(wait, (
-        option("--to", metavar="ADDRESS", help="a recipient"),
-        option("--subject", metavar="WORDS", help="words of the subject"),
-        option("--since", type=int, metavar="N", help="only after the message with this sequence number (see --json)"),
-        option("--timeout", type=duration, default=30.0, metavar="TIME", help="how long, up to 5m (30s)"),
-        option("--code", action="store_true", help="print its verification code alone"),
-        option("--link", action="store_true", help="print its first link alone"), JSON)),
-    "user": Command(user, (
-        option("action", choices=("add", "list", "remove", "passwd")),
-        option("name", metavar="NAME", nargs="?"),
-        option("--domain", action="append", default=[], metavar="DOMAIN",
-               help="may send as this domain (again for more)"),
-        option("--daily", type=count, default=0, metavar="N", help="messages a day"),
-        option("--per-minute", type=count, default=0, metavar="N", help="messages a minute"),
-        option("--api-key", action="store_true", help="make an API key, and print it"), JSON)),
-    "healthcheck": Command(healthcheck, (option("--wait", action="store_true", help="wait up to a minute"),)),
-    "sendmail": Command(sendmail),
-    "install": Command(install, (
-        option("--relay", metavar="HOST", default="", help="the smart host, as in SMTP_RELAY_HOST: gmail, host:port"),
-        option("--user", metavar="NAME", default="", help="the login there; asks for the password"),
-        option("--port", metavar="PORT", default="", help="where to listen, as in SMTP_PORT"),
-        option("--sendmail", action="store_true", help="be sendmail, mailq and newaliases, too"), ROOT, DRY_RUN),
-        reads=False),
-    "uninstall": Command(uninstall, (
-        option("--purge", action="store_true", help="remove settings and mail, too"), ROOT, DRY_RUN), reads=False),
-    "help": Command(help_, (option("topic", metavar="TOPIC", nargs="?", default=""),), reads=False),
-    "version": Command(version, reads=False),
+ACTIONS = ("add", "list", "remove", "passwd")
+COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {  # what runs each verb; its arguments, each with its help
+    "serve": (serve, ""),
+    "check": (check, "--print  print every setting"),
+    "doctor": (doctor, """
+        [DOMAIN]  examine the hosts that take this domain's mail
+        --json    print JSON"""),
+    "status": (status, ""),
+    "queue": (queue_, "--json  print JSON"),
+    "retry": (retry_, """
+        ID        a queue id, "all" that are owed, or all that are "held"
+        --held    with all: release those that are held"""),
+    "remove": (remove, "ID  a queue id"),
+    "show": (show, """
+        ID        a queue id
+        --json    print JSON"""),
+    "wait": (wait, """
+        --to ADDRESS     a recipient
+        --subject WORDS  words of the subject
+        --since N        only after the message with this sequence number (see --json)
+        --timeout TIME   how long, up to 5m (30s)
+        --code           print its verification code alone
+        --link           print its first link alone
+        --json           print JSON"""),
+    "user": (user, """
+        ACTION           add, list, remove or passwd
+        [NAME]           whose account
+        --domain DOMAIN  may send as this domain (again for more)
+        --daily N        messages a day
+        --per-minute N   messages a minute
+        --api-key        make an API key, and print it
+        --json           print JSON"""),
+    "healthcheck": (healthcheck, "--wait  wait up to a minute"),
+    "sendmail": (sendmail, ""),
+    "install": (install, """
+        --relay HOST     the smart host, as in SMTP_RELAY_HOST: gmail, host:port
+        --user NAME      the login there; asks for the password
+        --port PORT      where to listen, as in SMTP_PORT
+        --sendmail       be sendmail, mailq and newaliases, too
+        --root DIR       put all files under this directory, and start nothing
+        --dry-run        print what would be done"""),
+    "uninstall": (uninstall, """
+        --purge          remove settings and mail, too
+        --root DIR       put all files under this directory, and start nothing
+        --dry-run        print what would be done"""),
+    "help": (help_, "[TOPIC]  a table, or a command"),
+    "version": (version, ""),
+}
+KINDS: dict[str, dict[str, Any]] = {  # what argparse is to know of an argument, by the word that stands for its value
+    "N": {"type": count}, "TIME": {"type": duration, "default": 30.0}, "DIR": {"default": ""},
+    "ACTION": {"choices": ACTIONS}, "DOMAIN": {"action": "append"},
+    **dict.fromkeys(("[DOMAIN]", "[NAME]", "[TOPIC]"), {"nargs": "?"}),
 }
 
 
@@ -13111,17 +13050,15 @@ complete -F _smtprelay smtprelay smtprelay.py"""
 def completion(shell: str) -> str:
     """Return what makes bash or zsh complete verbs and their options."""
     cases = []
-    for name, command in COMMANDS.items():
-        words = [w for names, how in command.options for w in (how.get("choices") or names)
-                 if w[0] == "-" or "choices" in how]
-        words += TOPICS if command.run is help_ else []
+    for name, (_, arguments) in COMMANDS.items():
+        words = [*re.findall(r"(?m)^ *(--\S+)", arguments), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
         cases += [f'        {name})  words="{" ".join(words)}";;'] if words else []
     first = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return first + BASH.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
 
 
 def run_command(words: list[str]) -> int:
-    """Run a verb; SystemExit with 0 after --help, EX_USAGE after a mistake in its arguments."""
+    """Run a verb; SystemExit after --help, and after a mistake in its arguments."""
     name, *rest = words or ["serve"]
     if name == "sendmail":  # whose flags are its own
         return sendmail(rest)
@@ -13132,16 +13069,14 @@ def run_command(words: list[str]) -> int:
     if name not in COMMANDS:
         complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
         return EX_USAGE
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(command.run), formatter_class=(
+    run, arguments = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(run), formatter_class=(
         functools.partial(argparse.HelpFormatter, width=line_width())))
-    for names, how in command.options:
-        parser.add_argument(*names, **how)
-    try:
-        arguments = parser.parse_args(rest)
-    except SystemExit as e:
-        raise SystemExit(EX_USAGE if e.code else 0) from None
-    return command.run(read_environment(), arguments) if command.reads else command.run(arguments)
+    for flag, value, text in re.findall(r"(?m)^ *(--\S+)? ?(\S*)  +(.+)", arguments):
+        word = value.strip("[]")
+        how = {"metavar": word, **KINDS.get(value, {})} if value else {"action": "store_true"}
+        parser.add_argument(flag or word.lower(), help=text, **how)
+    return run(parser.parse_args(rest))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13161,6 +13096,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run_command(words)
         sys.stdout.flush()
         return status
+    except SystemExit as e:  # argparse has said why
+        return EX_USAGE if e.code else 0
     except SettingsError as e:
         complain(*e.problems)
         return EX_CONFIG

@@ -8,7 +8,6 @@ sleep is longer than 50 ms, nothing inside the standard library is replaced.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import base64
 import collections
@@ -10193,7 +10192,7 @@ class Submit:
         self.sock.bind(self.path)
         self.sock.listen(200)
         half = self.relay.delivering
-        self.server = smtprelay.SubmitServer(self.sock, half.reception, half.postmaster)
+        self.server = smtprelay.SubmitServer(self.sock, half)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         (path / "program").write_text('#!/bin/sh\necho "$@"\ncat\nexit 75\n')
         (path / "program").chmod(0o755)
@@ -11665,8 +11664,8 @@ def test_the_library_leaves_the_size_of_stacks_alone(start: Any, monkeypatch: py
 
 def findings(capsys: pytest.CaptureFixture[str], **env: str) -> tuple[dict[str, tuple[str, str, str]], int]:
     """Run the doctor here, and return its findings by what they are about, with its exit status."""
-    read = settings_of(**env)
-    status = smtprelay.doctor(read, argparse.Namespace(json=True, domain=None))
+    with mock.patch.dict(os.environ, clean_env(**env), clear=True):
+        status = smtprelay.main(["doctor", "--json"])
     listed = json.loads(capsys.readouterr().out)
     return {f["about"]: (f["mark"], f["found"], f["advice"]) for f in listed}, status
 
