@@ -6731,20 +6731,21 @@ def decode_jis(octets: bytes) -> bytes:
 
 def decode_words(value: str) -> str:
     """Decode the encoded words of a header value (RFC 2047), and keep what stands between."""
-    chunks: list[str] = []
-    at, charset, octets = 0, "", b""  # a character may be cut in two by the end of a word
-    word = re.compile(r"(?s)=\?([^?\s]*)\?([bBqQ])\?(.*?)\?=")
-    for match in word.finditer(value, 0, value.rfind("?=") + 2):  # each that begins has an end
-        between, label = value[at:match.start()], match[1].partition("*")[0].lower()
-        if not at or between.strip() or label != charset:
-            chunks += [decode_text(octets, charset), between if not at or between.strip() else ""]
-            octets, charset = b"", label
-        text = match[3].encode("utf-8", "replace")
-        octets += (unbase64(text) if match[2] in "bB"
-                   else binascii.a2b_qp(text.replace(b" ", b"_"), header=True))
-        at = match.end()
-    chunks += [decode_text(octets, charset), value[at:]]
-    return "".join(chunks).translate(NO_BREAKS) if at else value
+    def decoded(run: re.Match[str]) -> str:  # of words in one charset: a character may be cut in two
+        octets = b""
+        for kind, word in re.findall(r"(?s)=\?[^?]*\?([bBqQ])\?(.*?)\?=", run[0]):
+            text = word.encode("utf-8", "replace")
+            octets += (unbase64(text) if kind in "bB"
+                       else binascii.a2b_qp(text.replace(b" ", b"_"), header=True))
+        return decode_text(octets, run[1])
+
+    if "=?" not in value:
+        return value
+    end = value.rfind("?=") + 2  # each that begins before it has an end
+    words = re.sub(r"(?i)(\?=)\s+(?==\?[^?\s]*\?[bq]\?)", r"\1", value[:end])
+    run = (r"(?is)=\?([^?\s*]*)(?:\*[^?\s]*)?\?[bq]\?.*?\?="
+           r"(?:=\?\1(?:\*[^?\s]*)?\?[bq]\?.*?\?=)*")
+    return (re.sub(run, decoded, words) + value[end:]).translate(NO_BREAKS)
 
 
 def addresses(value: str) -> list[Person]:
@@ -6828,22 +6829,17 @@ class Part(NamedTuple):
     @property
     def text(self) -> str:
         """The body as text, its line ends as sent, format=flowed unwrapped (RFC 3676)."""
-        text, flowed = decode_text(self.content, self.charset), self.parameters.get("format", "")
-        if self.content_type != "text/plain" or flowed.lower() != "flowed":
+        text = decode_text(self.content, self.charset)
+        form, delsp = (self.parameters.get(name, "").lower() for name in ("format", "delsp"))
+        if self.content_type != "text/plain" or form != "flowed":
             return text
-        chunks: list[str] = []
-        before, flowing = -1, False
-        delsp = self.parameters.get("delsp", "").lower() == "yes"
-        for line in text.replace("\r\n", "\n").split("\n"):
-            quoted = len(line) - len(line.lstrip(">"))
-            line = line[quoted:]
-            line = line[1:] if line[:1] == " " else line
-            signature = line == "-- "
-            if not flowing or quoted != before or signature:
-                chunks.append("\n" * (before >= 0) + ">" * quoted + " " * bool(quoted))
-            flowing, before = line.endswith(" ") and not signature, quoted
-            chunks.append(line[:-1] if flowing and delsp else line)
-        return "".join(chunks)
+        lines: list[str] = []
+        quoted = re.findall(r"(?m)^(>*) ?(.*)$", text.replace("\r\n", "\n"))
+        for quote, block in itertools.groupby(quoted, lambda line: line[0]):
+            words = "\n".join(line for _, line in block)
+            words = re.sub(r"(?m)(?<!^--) \n(?!-- $)", " " * (delsp != "yes"), words)
+            lines += [quote + " " * bool(quote) + line for line in words.split("\n")]
+        return "\n".join(lines)
 
 
 def unbase64(octets: bytes) -> bytes:
@@ -6942,21 +6938,16 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
 
 def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
     """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
-    mark = b"--" + boundary.encode("utf-8", "replace")
+    mark, begin = boundary.encode("utf-8", "replace"), -1
     pieces: list[tuple[int, int]] = []
-    begin, at = -1, raw.find(mark, start, end)
-    while at >= 0 and len(pieces) < PART_LIMIT:
-        after = at + len(mark)
-        if at == start or raw[at - 1] == 10:
-            line_end = raw.find(b"\n", after, end) + 1 or end
-            tail = raw[after:line_end].strip()
-            if tail in (b"", b"--"):
-                stop = at - (2 if raw[at - 2 : at] == b"\r\n" else 1)
-                pieces += [(begin, max(begin, stop))] if begin >= 0 else []
-                begin = after = line_end
-            if tail == b"--":
+    for line in re.compile(rb"\n--([^\n]*)").finditer(raw, start - 1, end):
+        tail = line[1].rstrip()
+        if tail in (mark, mark + b"--"):
+            stop = line.start() - (raw[line.start() - 1] == 13)
+            pieces += [(begin, max(begin, stop))] if begin >= 0 else []
+            begin = min(line.end() + 1, end) if tail == mark else end
+            if tail != mark or len(pieces) == PART_LIMIT:
                 return pieces
-        at = raw.find(mark, after, end)
     return [*pieces, (begin, end)] if begin >= 0 else pieces
 
 
@@ -7042,7 +7033,10 @@ class Mail:
         return [p for p in self.parts if p.role == role]
 
 
-BLOCK_ELEMENT = re.compile("/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)")
+# A comment, an element whose text is not shown, or a tag. What is not closed goes to the end.
+TAG = (r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
+       r"|<(/?[a-z][^\s<>/]*)([^<>]*)>?")
+BLOCK_ELEMENT = "/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
 URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
        r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
@@ -7061,42 +7055,22 @@ def attributes(tag: str) -> dict[str, str]:
     return {name: unescape(value) for name, value in reversed(list(found))}
 
 
-def html_elements(page: str) -> Iterator[tuple[str, str, str]]:
-    """Cut HTML at its tags into (name, tag, text after it), without scripts and comments."""
-    until = ""
-    for piece in ("span>" + page).split("<"):
-        if not piece:
-            continue
-        if until:
-            found = piece.lower().find(until)
-            if found < 0:
-                continue
-            piece = piece[found:]
-        comment = piece.startswith("!--")
-        tag, end, text = piece.partition("-->" if comment else ">")
-        name = (tag.split(None, 1) or [""])[0].rstrip("/").lower()
-        hidden = name in ("style", "script", "title", "template")
-        until = "/" + name if hidden else "-->" if comment and not end else ""
-        if not until:
-            yield name, tag, text
-
-
 def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
-    chunks = []
-    for name, _, text in html_elements(page) if page else ():
-        space = "\n" if BLOCK_ELEMENT.fullmatch(name) else " " if name in ("td", "th") else ""
-        chunks += [space, text.replace("\n", " ")]
-    lines = (" ".join(line.split()) for line in unescape("".join(chunks)).split("\n"))
-    return "\n".join(filter(None, lines))
+    def space(tag: re.Match[str]) -> str:
+        name = (tag[2] or "").lower()
+        return "\n" if re.fullmatch(BLOCK_ELEMENT, name) else " " if name in ("td", "th") else ""
+
+    text = unescape(re.sub(TAG, space, page.replace("\n", " ")))
+    return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
 
 
 def links(text: str, page: str) -> list[str]:
     """Collect links of any scheme that opens a page or an app: the HTML's, then the text's."""
     found, text = [], text[:TEXT_LIMIT]
-    for name, tag, _ in html_elements(page[:TEXT_LIMIT]):
-        if name in ("a", "area"):
-            url = re.sub(r"[\t\r\n]", "", attributes(tag).get("href", "")).strip()
+    for tag in re.finditer(TAG, page[:TEXT_LIMIT]):
+        if tag[2] and tag[2].lower() in ("a", "area"):
+            url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
             found += [url.replace(" ", "%20")] if re.match(r"[A-Za-z][\w+.-]*:.", url) else []
     pairs = {")": "(", "]": "[", "}": "{"}
     for match in re.finditer(URL, text):
@@ -7185,22 +7159,25 @@ def safe_filename(name: str) -> str:
     return (stem[: 99 - len(suffix)] + dot + suffix)[:100] or "attachment"
 
 
+def disposition(kind: str, filename: str) -> str:
+    """Write a Content-Disposition, the name in ASCII and as it is (RFC 6266, appendix D)."""
+    plain, quoted = re.sub(r"[^ -~]", "_", filename), urllib.parse.quote(filename, safe="")
+    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quoted}"
+
+
 def part_headers(part: Part) -> dict[str, str]:
     """Give the header fields a part is served with; only what cannot run is shown inline."""
     kind = true_type(part)
     if re.search("html|xml|script|svg|xsl|flash|java|wasm|replace", kind):
         kind = "application/octet-stream"
     harmless = re.fullmatch("text/plain|image/(?:png|jpeg|gif|webp|bmp|avif)", kind)
-    disposition = "inline" if harmless else "attachment"
     if kind.startswith("text/"):
         known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", part.charset) and find_codec(part.charset)
         kind += f"; charset={part.charset if known else 'utf-8'}"
     name = safe_filename(file_name(part))
-    plain, quoted = re.sub(r"[^ -~]", "_", name), urllib.parse.quote(name, safe="")
     return {
         "Content-Type": kind,
-        "Content-Disposition":
-            f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quoted}",
+        "Content-Disposition": disposition("inline" if harmless else "attachment", name),
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "X-Content-Type-Options": "nosniff",
     }
@@ -7234,36 +7211,34 @@ def view_html(mail: Mail) -> str:
 
 def embed_images(mail: Mail) -> str:
     """Give the HTML body with its cid: addresses (RFC 2392) made data, while there is room."""
+    room = EMBEDDED_LIMIT
+
     def unquoted(text: str) -> str:
         return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
 
+    def embedded(cid: re.Match[str]) -> str:
+        nonlocal room
+        part = parts.get(unquoted(cid[3] or cid[4]))
+        kind = image_type(part) if part else ""
+        if not part or not kind or len(part.raw) > room:
+            return cid[0]
+        data = base64.b64encode(part.content).decode()
+        room -= len(data) + 100
+        return f"{cid[1] or ''}{cid[2]}data:{kind};base64,{data}"
+
     parts = {p.filename.lower(): p for p in mail.parts if p.filename and p.role != "body"}
     parts.update({unquoted(p.content_id): p for p in mail.parts if p.content_id})
-    chunks, at, room, page = [], 0, EMBEDDED_LIMIT, mail.html
-    # A cid goes as far as its quotes, which may be entities, its bracket, or a space.
-    begin = (r"""(?i)("|'|\(|&quot;|&apos;|&#0?3[49];|&#x2[27];|)(\s{0,9})"""
-             "cid(?::|%3a|&#58;|&#x3a;|&colon;)")
-    for cid in re.finditer(begin, page) if parts else ():
-        mark = {"(": ")"}.get(cid[1], cid[1])
-        end = page.find(mark, cid.end(), cid.end() + 600) if mark else -1
-        if end < 0:
-            match = re.compile(r"[^\s\"'<>)\\]{0,300}").match(page, cid.end())
-            end = match.end() if match else cid.end()
-        part = parts.get(unquoted(page[cid.end():end]))
-        kind = image_type(part) if part else ""
-        if part and kind and len(part.raw) < room:
-            data = base64.b64encode(part.content).decode()
-            chunks += [page[at:cid.end(2)], f"data:{kind};base64,{data}"]
-            at, room = end, room - len(data) - 100
-    return "".join([*chunks, page[at:]])
+    # A cid goes as far as its quotes, which may be entities, else to a space or a bracket.
+    address = (r"""(?is)("|'|&quot;|&apos;|&#0?3[49];|&#x2[27];)?(\s{0,9})"""
+               r"""cid(?::|%3a|&#58;|&#x3a;|&colon;)"""
+               r"""(?:(?(1)(.{1,600}?)(?=\1)|(?!))|([^\s"'<>)\\]{1,300}))""")
+    return re.sub(address, embedded, mail.html) if parts else mail.html
 
 
 def image_type(part: Part) -> str:
     """Tell which image a part is: by octets, type, or name; "" where it is none."""
-    kind, ending = true_type(part), "." + part.filename.rpartition(".")[2].lower()
-    ending = ending.replace("jpeg", "jpg")
-    named = (k for k, e in ENDINGS.items() if e == ending and k.startswith("image/"))
-    return kind if kind.startswith("image/") else next(named, "")
+    kinds = true_type(part), mimetypes.guess_type(part.filename)[0] or ""
+    return next((kind for kind in kinds if kind.startswith("image/")), "")
 
 
 # A summary is what Mailpit's list shows of a message, but for its state, with three fields of
@@ -8003,45 +7978,28 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
         fields[name] = str(value)
     if "message-id" not in map(str.lower, fields):
         fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
-    lines = []
-    for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to)):
-        written = (f"{phrase(who)} <{address}>".lstrip() for who, address in people)
-        lines += [f"{name}: " + ",\r\n ".join(written)] if people else []
-    lines += [folded(name, value.translate(NO_BREAKS)) for name, value in fields.items()]
+    written = {name: ",\r\n ".join(f"{phrase(who)} <{address}>" for who, address in people)
+               for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to))
+               if people}
+    written.update({name: folded(value, name) for name, value in fields.items()})
     try:
-        content = "\r\n".join([*lines, "MIME-Version: 1.0", ""]).encode() + written_body(body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in written.items())
+        content = head.encode() + b"MIME-Version: 1.0\r\n" + written_body(body)
     except UnicodeEncodeError as e:  # half of a pair of surrogates
         raise BadRequest(f"body: {e}") from None
     return content, sender[1], list(dict.fromkeys(recipients))
 
 
-def encoded_words(text: str) -> list[str]:
-    """Write text as encoded words of at most 75 characters (RFC 2047 2)."""
-    pieces = [b""]
-    for c in text:
-        octets = c.encode("utf-8", "replace")
-        pieces += [b""] if len(pieces[-1] + octets) > 45 else []
-        pieces[-1] += octets
-    return [f"=?utf-8?b?{base64.b64encode(piece).decode()}?=" for piece in pieces]
+def folded(value: str, name: str = "") -> str:
+    """Write a field's value, folded at spaces; what is not ASCII, or one long word, is encoded."""
+    value = value.translate(NO_BREAKS)
+    charset = "utf-8" if max(map(len, value.split(" "))) > 900 else None
+    return email.header.Header(value, charset, header_name=name).encode(linesep="\r\n")
 
 
 def phrase(name: str) -> str:
-    """Write a name before an address: as it is, quoted, or encoded."""
-    if not name.isascii():
-        return "\r\n ".join(encoded_words(name))
-    plain = re.fullmatch(r"[\w !#$%&'*+/=^`{|}~-]*", name)
-    return name if plain else f'"{email.utils.quote(name)}"'
-
-
-def folded(name: str, value: str) -> str:
-    """Write a header field, folded at spaces; what is not ASCII, or one long word, is encoded."""
-    words = value.split(" ")
-    lines = [f"{name}:"]
-    for word in words if value.isascii() and max(map(len, words)) < 900 else encoded_words(value):
-        if word and len(lines[-1]) + len(word) > 76 and lines[-1].strip() and lines != [f"{name}:"]:
-            lines.append("")
-        lines[-1] += " " + word
-    return "\r\n".join(lines)
+    """Write a name before an address."""
+    return f'"{email.utils.quote(name)}"' if name.isascii() else folded(name)
 
 
 def written_body(body: Any) -> bytes:
@@ -8068,12 +8026,9 @@ def multipart(kind: str, parts: Sequence[bytes]) -> bytes:
 
 def written_text(kind: str, text: str) -> bytes:
     """Write a text part; its line ends are CRLF, whatever they were."""
-    octets = (re.sub(r"\r\n?|\n", "\r\n", text).rstrip("\r\n") + "\r\n").encode()
-    plain = octets.isascii() and b"\0" not in octets and max(map(len, octets.split(b"\n"))) < 990
-    octets = octets if plain else binascii.b2a_qp(octets, istext=True)
-    head = (f"Content-Type: text/{kind}; charset=utf-8\r\n"
-            f"Content-Transfer-Encoding: {'7bit' if plain else 'quoted-printable'}\r\n\r\n")
-    return head.encode() + octets
+    lines = re.sub(r"\r\n?|\n", "\r\n", text).rstrip("\r\n") + "\r\n"
+    return (b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"
+            % kind.encode()) + binascii.b2a_qp(lines.encode())
 
 
 def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
@@ -8090,10 +8045,8 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
         raise BadRequest(f"body: {path}.ContentType cannot be {kind[:100]!r}")
     if not re.fullmatch(r"[!-;=?-~]{0,200}", cid):
         raise BadRequest(f"{path}.ContentID: cannot be {cid[:100]!r}")
-    quoted = urllib.parse.quote(name, safe="")
-    shown = f'filename="{name}"' if name.isascii() else f"filename*=utf-8''{quoted}"
     head = (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: base64\r\n"
-            f"Content-Disposition: {'inline' if cid else 'attachment'}; {shown}\r\n"
+            f"Content-Disposition: {disposition('inline' if cid else 'attachment', name)}\r\n"
             + f"Content-ID: <{cid}>\r\n" * bool(cid))
     return cid, head.encode() + b"\r\n" + base64.encodebytes(content).replace(b"\n", b"\r\n")
 
