@@ -10281,9 +10281,11 @@ def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings:
 
 def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
     """Do what a route does, for a caller in this process who may do anything; HttpError says what is wrong."""
-    request = Request(relay, method, path, {"limit": str(limit)}, {}, "local", lambda: False)
+    request = Request.__new__(Request)  # on no connection
+    request.relay, request.inbox, request.command = relay, relay.inbox, method
+    request.path = f"{urllib.parse.quote(path)}?limit={limit}"
     try:
-        value = find_route(request).action(request)
+        value = request.find_route().action(request)
     except (KeyError, FileNotFoundError):
         raise HttpError(404, "message not found") from None
     return value.body if isinstance(value, Answer) else json.loads(json_answer(value).body)
