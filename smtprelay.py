@@ -1500,74 +1500,38 @@ def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
 
 # === 06 GRAMMAR ==============================================================
 #
-# Pure functions from octets to values: command lines, paths, parameters,
-# domains, address literals. They raise ValueError with the words for the peer. Only
-# the reader of address lists raises nothing, for what it reads no peer can mend.
-# Limits are about four times those of RFC 5321 4.5.3.1, and are checked before
-# anything is parsed; no pattern here can backtrack, since in each the next
-# octet alone decides.
+# Pure functions from octets to values: paths and their parameters, addresses. What
+# a peer says is parsed by patterns, the whole of a thing by one; ValueError and
+# Refused have the words for the peer. Only the reader of address lists raises
+# nothing, for what it reads no peer can mend. Limits are about four times those of
+# RFC 5321 4.5.3.1; no pattern here can backtrack, since in each the next octet
+# alone decides.
 
-LOCAL_LIMIT, DOMAIN_LIMIT, PATH_LIMIT = 256, 1020, 1280
+LOCAL_LIMIT, PATH_LIMIT = 256, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
-SIMPLE_LABEL = r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*"
-SIMPLE_PATH = re.compile(
-    rf"<([A-Za-z0-9_+=-]+(?:\.[A-Za-z0-9_+=-]+)*@{SIMPLE_LABEL}(?:\.{SIMPLE_LABEL})*)>")
 ATEXT = r'[^\x00-\x20"(),.:;<>@[\\\]\x7f]+'
-DOT_STRING = rf"{ATEXT}(?:\.{ATEXT})*"
 QUOTED_STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
-LABEL_LIMIT = 252
-XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"  # RFC 3461 4
-
-
-def parse_domain(text: str) -> str:
-    """Check a domain, or an address literal such as [127.0.0.1] or [IPv6:::1] (RFC 5321 4.1.2, 4.1.3).
-
-    A label is letters, digits, underscores and inner hyphens; U-labels pass.
-    """
-    if text.startswith("["):
-        try:
-            if not text.endswith("]"):
-                raise ValueError
-            if text[1:6].lower() == "ipv6:":
-                ipaddress.IPv6Address(text[6:-1])
-            else:
-                ipaddress.IPv4Address(text[1:-1])
-        except ValueError:
-            raise ValueError("address literal does not parse") from None
-        return text
-    labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
-    if len(text) > DOMAIN_LIMIT or not all(
-            0 < len(label) <= LABEL_LIMIT and label[0] != "-" != label[-1]
-            and all(c.isalnum() or c in "-_" or c > "\x7f" for c in label) for label in labels):
-        raise ValueError("domain does not parse")
-    return text
-
-
-def parse_mailbox(text: str) -> str:
-    """Check local-part@domain (RFC 5321 4.1.2)."""
-    match = re.match(QUOTED_STRING if text.startswith('"') else DOT_STRING, text)
-    if not match or match.end() > LOCAL_LIMIT:
-        raise ValueError("local part does not parse")
-    if text[match.end():match.end() + 1] != "@":
-        raise ValueError("expected local-part@domain")
-    return f"{match[0]}@{parse_domain(text[match.end() + 1:])}"
-
-
-def cut_path(text: str) -> tuple[str, str]:
-    """Cut <path> from the front of an argument; return what is inside and what follows."""
-    if not text.startswith("<"):
-        raise ValueError("expected an address in angle brackets")
-    quoted = escaped = False
-    for i, c in enumerate(text[:PATH_LIMIT]):
-        if escaped:
-            escaped = False
-        elif c == "\\" and quoted:
-            escaped = True
-        elif c == '"':
-            quoted = not quoted
-        elif c == ">" and not quoted:
-            return text[1:i], text[i + 1:]
-    raise ValueError("address is too long, or has no closing bracket")
+LABEL = r"(?!-)[0-9A-Za-z_\x80-\U0010ffff-]{1,252}(?<!-)"  # underscores are in use; U-labels pass
+DOMAIN = rf"{LABEL}(?:\.{LABEL})*\.?"
+CUT_PATH = r'(?s)<((?:[^">]|"(?:[^"\\]|\\.)*")*)>((?: .*)?)'
+PATH = (  # behind a source route; the domain may be a literal such as [127.0.0.1] or [IPv6:::1]
+    rf"(?:@{DOMAIN}(?:,@{DOMAIN})*:)?(({ATEXT}(?:\.{ATEXT})*|{QUOTED_STRING})"
+    rf"@(?:{DOMAIN}|\[((?ai:IPv6:)?)([^]]*)\]))")
+EVENT = "(?:SUCCESS|FAILURE|DELAY)"
+XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"  # RFC 3461 4, of printable ASCII
+# A parameter: whose it is, what its value must be, what is said of another (RFC 1870, 3461, 4954,
+# 6152, 6531). Who submitted a message first (AUTH) is not passed on.
+PARAMETERS = {
+    "SIZE": ("MAIL", "[0-9]{1,20}", "SIZE takes a number of octets"),
+    "BODY": ("MAIL", "(?ai:7BIT|8BITMIME)", "BODY is 7BIT or 8BITMIME"),
+    "SMTPUTF8": ("MAIL", "", "SMTPUTF8 takes no value"),
+    "AUTH": ("MAIL", f"<>|{XTEXT}", "AUTH takes <> or an address as xtext"),
+    "RET": ("MAIL", "(?ai:FULL|HDRS)", "RET is FULL or HDRS"),
+    "ENVID": ("MAIL", rf"(?=.{{1,100}}\Z){XTEXT}", "ENVID is at most 100 characters of printable ASCII as xtext"),
+    "NOTIFY": ("RCPT", f"(?ai:NEVER|{EVENT}(?:,{EVENT}){{0,2}})",
+               "NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"),
+    "ORCPT": ("RCPT", ".+", "ORCPT is an address type, a semicolon, an address as xtext"),
+}
 
 
 def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
@@ -1579,36 +1543,48 @@ def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
         _, bracket, after = text.partition("<")
         path, blank, rest = text.partition(" ")
         text = f"<{after}" if bracket else f"<{path}>{blank}{rest}"
-    simple = SIMPLE_PATH.match(text, 0, LOCAL_LIMIT)
-    if simple:
-        return simple[1], text[simple.end():]
-    inner, rest = cut_path(text)
-    if inner.startswith("@"):
-        route, colon, inner = inner.partition(":")
-        if not colon:
-            raise ValueError("source route does not parse")
-        for hop in route.split(","):
-            parse_domain(hop[1:] if hop.startswith("@") else "")
-        if not inner:
-            raise ValueError("source route without an address")
-    if hostname and inner and "@" not in inner:
-        inner = f"{inner}@{hostname}"
-    if inner.lower() == "postmaster":  # RFC 5321 4.1.1.3
-        return inner, rest
-    return (parse_mailbox(inner) if inner else ""), rest
+    cut = re.fullmatch(CUT_PATH, text)
+    path, rest = cut.groups() if cut else (text, "")
+    if hostname and path and "@" not in path:
+        path = f"{path}@{hostname}"
+    if path.lower() in ("", "postmaster") and cut:  # RFC 5321 4.1.1.3
+        return path, rest
+    found = re.fullmatch(PATH, path) if cut and len(path) <= PATH_LIMIT else None
+    try:
+        if not found or len(found[2]) > LOCAL_LIMIT:
+            raise ValueError
+        if found[4] is not None:
+            (ipaddress.IPv6Address if found[3] else ipaddress.IPv4Address)(found[4])
+    except ValueError:
+        raise ValueError("expected <local-part@domain>") from None
+    return found[1], rest
 
 
-def parse_parameters(text: str) -> dict[str, str]:
-    """Parse the parameters after a path into {KEYWORD: value} (RFC 5321 4.1.2)."""
-    if text and not text.startswith(" "):
-        raise ValueError("expected a space after the address")
+@functools.lru_cache(maxsize=256)
+def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str]]:
+    """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
+
+    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none.
+    """
+    prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
+    if argument[:len(prefix)].upper() != prefix:
+        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
+    try:
+        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), lenient)
+    except ValueError as e:
+        why = "not UTF-8" if isinstance(e, UnicodeDecodeError) else e
+        raise Refused(bad._replace(text=f"{bad.text}: {why}")) from None
     found: dict[str, str] = {}
-    for part in text.split():
-        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^= \x00-\x1f\x7f]+))?", part)
-        if not match or match[1].upper() in found:
-            raise ValueError("parameter does not parse, or stands twice")
-        found[match[1].upper()] = match[2] or ""
-    return found
+    for part in rest.split():
+        name, _, value = part.partition("=")
+        name = name.upper()
+        whose, pattern, expected = PARAMETERS.get(name, ("", "", ""))
+        if whose != verb or not (extended or lenient):
+            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {ascii(name[:40])}"))
+        if name in found or not re.fullmatch(pattern, value):
+            raise Refused(BAD_ARGUMENT._replace(text=expected))
+        found[name] = value
+    return address, found
 
 
 # -- what MAIL and RCPT say about reports (RFC 3461; RFC 6533 for addresses beyond ASCII) --
@@ -1616,16 +1592,14 @@ def parse_parameters(text: str) -> dict[str, str]:
 # A value is checked, and kept as it goes on to the next hop. Decoded it is safe in a
 # header, too: an escaped CR LF never gets in.
 
-ENVID_MAX, ORCPT_MAX = 100, 500  # characters, RFC 3461 4.4 and 4.2
+ORCPT_MAX = 500  # octets, RFC 3461 4.2
 UNITEXT_SPECIAL = " +=\\"  # RFC 6533 3: neither form has them bare
 
 
-def decode_xtext(value: str) -> str | None:
-    """Read xtext; None if it is malformed or hides anything but printable ASCII."""
-    if not re.fullmatch(XTEXT, value):
-        return None
-    text = re.sub(r"\+(..)", lambda escape: chr(int(escape[1], 16)), value)
-    return text if text.isascii() and text.isprintable() else None
+def decode_xtext(value: str) -> str:
+    """Read xtext; "" if it is malformed or hides anything but printable ASCII."""
+    good = re.fullmatch(XTEXT, value)
+    return re.sub(r"\+(..)", lambda escape: chr(int(escape[1], 16)), value) if good else ""
 
 
 def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
@@ -1634,50 +1608,29 @@ def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
     return "".join(c if keep else f"\\x{{{ord(c):02X}}}" for c, keep in zip(text, kept))
 
 
-def decode_unitext(value: str) -> str | None:
-    """Read a utf-8 type address; None if it is malformed or hides a control character."""
+def decode_unitext(value: str) -> str:
+    """Read a utf-8 type address; "" if it is malformed or hides a control character."""
     # The alternatives begin with different characters, so this does not backtrack.
     if not re.fullmatch(r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+", value):
-        return None
+        return ""
     try:
         text = re.sub(r"\\x\{([0-9A-Fa-f]{2,6})\}", lambda escape: chr(int(escape[1], 16)), value)
     except ValueError:  # above U+10FFFF
-        return None
-    return None if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text) else text
-
-
-def is_ret(value: str) -> bool:
-    return value.upper() in ("FULL", "HDRS")
-
-
-def is_envid(value: str) -> bool:
-    return len(value) <= ENVID_MAX and decode_xtext(value) is not None
-
-
-def is_notify(value: str) -> bool:
-    """Tell whether this is NEVER, or a list of SUCCESS, FAILURE, DELAY."""
-    events = value.upper().split(",")
-    return events == ["NEVER"] or (len(events) <= 3 and {"SUCCESS", "FAILURE", "DELAY"}.issuperset(events))
-
-
-def is_orcpt(value: str) -> bool:
-    """Tell whether this is an address type and an address; UTF-8 as it is only where MAIL said SMTPUTF8."""
-    kind, _, address = value.partition(";")
-    if not re.fullmatch("[A-Za-z0-9-]{1,30}", kind) or len(value.encode("utf-8", "replace")) > ORCPT_MAX:
-        return False
-    if kind.lower() == "utf-8":
-        return decode_unitext(address) is not None
-    return decode_xtext(address) is not None
+        return ""
+    return "" if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text) else text
 
 
 def original_recipient(orcpt: str, utf8: bool) -> str:
-    """Write ORCPT as a report's Original-Recipient (RFC 3464 2.3.1, RFC 6533 3)."""
+    """Write ORCPT as a report's Original-Recipient (RFC 3464 2.3.1, RFC 6533 3); "" if it is malformed.
+
+    It may be UTF-8 as it is only where MAIL said SMTPUTF8.
+    """
     kind, _, address = orcpt.partition(";")
-    if not is_orcpt(orcpt):
+    wide = kind.lower() == "utf-8"
+    text = (decode_unitext if wide else decode_xtext)(address)
+    if not text or not re.fullmatch("[A-Za-z0-9-]{1,30}", kind) or len(orcpt.encode("utf-8", "replace")) > ORCPT_MAX:
         return ""
-    if kind.lower() == "utf-8":
-        return f"{kind}; {encode_unitext(address, utf8=utf8)}"
-    return f"{kind}; {decode_xtext(address)}"
+    return f"{kind}; {encode_unitext(address, utf8=utf8) if wide else text}"
 
 
 def final_recipient(address: str, utf8: bool) -> str:
@@ -2071,8 +2024,10 @@ def asked(**parameters: str) -> str:
 def read_asked(text: str) -> tuple[str, dict[str, str]]:
     """Undo `<path>` and `asked`."""
     if not text.endswith(">") or " " in text:
-        path, rest = cut_path(text)
-        return path, parse_parameters(rest)
+        cut = re.fullmatch(CUT_PATH, text)
+        if not cut:
+            raise ValueError("no path")
+        return cut[1], dict(word.partition("=")[::2] for word in cut[2].split())
     return text[1:-1], {}
 
 
@@ -5212,7 +5167,7 @@ def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: 
     """Write the fields for programs: a group on the message, one on each recipient."""
     groups = [{
         "Reporting-MTA": f"dns; {host}",
-        "Original-Envelope-Id": decode_xtext(message.envid) or "",
+        "Original-Envelope-Id": decode_xtext(message.envid),
         "Arrival-Date": mail_time(message.received_at),
     }]
     groups += [{  # RFC 3464 2.3
@@ -6126,7 +6081,7 @@ class Session:
         assert envelope is not None
         address, given = read_path("RCPT", argument, self.extended, self.lenient)
         utf8, orcpt = "SMTPUTF8" in envelope.flags, given.get("ORCPT", "")
-        if not utf8 and not orcpt.isascii():
+        if orcpt and not original_recipient(orcpt, utf8) or not utf8 and not orcpt.isascii():
             return BAD_ARGUMENT._replace(text=PARAMETERS["ORCPT"][2])
         if not address:
             return BAD_RECIPIENT
@@ -6254,46 +6209,6 @@ VERBS: dict[str, Verb] = {
     "EXPN": Verb(NOT_IMPLEMENTED._replace(text="There are no lists here"), "", True, "EXPN text"),
     "HELP": Verb(Session.help, "", None, "HELP [text]"),
 }
-# A parameter: whose it is, what its value must pass, what is said of another (RFC 1870, 3461, 4954,
-# 6152, 6531).
-PARAMETERS: dict[str, tuple[str, Callable[[str], object], str]] = {
-    "SIZE": ("MAIL", lambda value: re.fullmatch("[0-9]{1,20}", value), "SIZE takes a number of octets"),
-    "BODY": ("MAIL", lambda value: value.upper() in ("7BIT", "8BITMIME"), "BODY is 7BIT or 8BITMIME"),
-    "SMTPUTF8": ("MAIL", lambda value: not value, "SMTPUTF8 takes no value"),
-    # Who submitted a message first is not passed on.
-    "AUTH": ("MAIL", lambda value: value == "<>" or re.fullmatch(XTEXT, value), "AUTH takes <> or an address as xtext"),
-    "RET": ("MAIL", is_ret, "RET is FULL or HDRS"),
-    "ENVID": ("MAIL", is_envid, "ENVID is at most 100 characters of printable ASCII as xtext"),
-    "NOTIFY": ("RCPT", is_notify, "NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY"),
-    "ORCPT": ("RCPT", is_orcpt, "ORCPT is an address type, a semicolon, an address as xtext"),
-}
-
-
-@functools.lru_cache(maxsize=256)
-def read_path(verb: str, argument: bytes, extended: bool,
-              lenient: str) -> tuple[str, Mapping[str, str]]:
-    """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
-
-    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none.
-    """
-    prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
-    if argument[:len(prefix)].upper() != prefix:
-        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
-    try:
-        address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), lenient)
-    except ValueError as e:
-        why = "not UTF-8" if isinstance(e, UnicodeDecodeError) else e
-        raise Refused(bad._replace(text=f"{bad.text}: {why}")) from None
-    try:
-        parameters = parse_parameters(rest)
-    except ValueError as e:
-        raise Refused(BAD_ARGUMENT._replace(text=f"Bad parameters: {e}")) from None
-    for name, value in parameters.items():
-        if not (extended or lenient) or name not in PARAMETERS or PARAMETERS[name][0] != verb:
-            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
-        if not PARAMETERS[name][1](value):
-            raise Refused(BAD_ARGUMENT._replace(text=PARAMETERS[name][2]))
-    return address, parameters
 
 
 def padded(line: bytes) -> bytes:
@@ -10089,9 +10004,10 @@ def read_errand(words: Sequence[str]) -> Errand:
         if re.search("[\r\n\0]", text):  # it would be a command, or a header field, of the caller's own
             raise ValueError(f"{text!r} has a line end or a NUL")
     dot_ends = not any(re.match("-o?i|-O(?i:ignoredots)", flag + value) for flag, value in flags)
-    notify, ret = given.get("-N", "").upper(), given.get("-R", "").upper()
+    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value)) for name, value in (
+        ("NOTIFY", given.get("-N", "").upper()), ("RET", given.get("-R", "").upper())))
     return Errand("flush" if "-q" in given else "nothing" if "-I" in given else SENDMAIL_MODES[mode], sender, name,
-                  dot_ends, "-t" in given, notify * is_notify(notify), ret * is_ret(ret), recipients)
+                  dot_ends, "-t" in given, notify, ret, recipients)
 
 
 def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
