@@ -3297,16 +3297,18 @@ def openssl(*arguments: str) -> bytes:
 #
 # Which message is tried next, and when. Each next hop has a Lane. A message waits
 # in the lane of each next hop that is owed it, and is in one worker's hands at a
-# time. One heap holds what is for later: messages that were refused for now, and
-# lanes whose next hop could not be reached. Such a lane keeps its mail and lets one
-# probe through at a time, which costs no message an attempt. take() goes round the
-# lanes that are ready; within one the oldest goes first, new and due mail in turn.
+# time. A lane's queue holds what is due, in that order; one heap holds what is for
+# later: messages that were refused for now, and lanes whose next hop could not be
+# reached. Such a lane keeps its mail and lets one probe through at a time, which
+# costs no message an attempt: each time another message, and at once all that are
+# too old by then, to fail. take() goes round the lanes that may have mail.
 #
 # Workers are few, and a next hop may answer slowly or not at all. So a lane has one
 # worker until its next hop has answered, and one for each few messages while that
 # answers at once: it takes the next one itself, and nobody need be woken. A lane has
 # a rank: all workers are for quick ones, three in four for those not known yet or
-# worse, half for those that are slow or fail. One leaf lock; workers and HTTP call in.
+# worse, half for those that are slow or fail. Of the workers that wait one looks at
+# the clock, the others are called. One leaf lock; workers and HTTP call in.
 
 UNREAD = "(unread)"  # the lane of messages whose record says what is owed: found, or not written
 UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
@@ -3329,26 +3331,25 @@ def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
 
 
 class Lane:
-    """The mail that waits for one next hop."""
+    """The mail that waits for one next hop, and what is known of that."""
 
     def __init__(self, name: str) -> None:
         self.name, self.is_local = name, name in LOCAL_LANES
-        self.fresh: collections.deque[str] = collections.deque()
-        self.due: list[str] = []  # a heap
-        self.turn = False
+        self.queue: collections.deque[str] = collections.deque()  # what is due
+        self.here = {name: 0.0}  # where one waits that is due here alone; never changed
         self.running: dict[str, float] = {}  # stem: since when, oldest first
         self.proven = self.is_local  # has answered
         self.took = 0.0  # seconds, its last task
         self.throttled_until, self.steps, self.reason = 0.0, 0, ""
-        self.here = {name: 0.0}  # where one waits that waits here alone; never changed
+        self.crowded_until, self.room = 0.0, 0
 
-    def oldest(self) -> str:
-        return min([*itertools.islice(self.fresh, 1), *self.due[:1]])
+    def pace(self, now: float) -> float:
+        """Return the seconds that a message takes: the last one, or what is longest in hand."""
+        return max(self.took, now - next(iter(self.running.values()), now))
 
     def rank(self, now: float) -> int:
         """Return how much it can be trusted to give its workers back soon."""
-        longest = max(self.took, now - next(iter(self.running.values()), now))
-        if self.steps or longest >= SLOW and not self.is_local:
+        if self.steps or self.pace(now) >= SLOW and not self.is_local:
             return BAD
         return QUICK if self.proven else UNKNOWN
 
@@ -3361,138 +3362,121 @@ class Task(NamedTuple):
 
 
 class Scheduler:
-    """Hands out messages as they fall due. Times are seconds of `clock`."""
+    """Hands out messages as they fall due. Times are seconds of `clock`; `show` is told how many are owed."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic,
-                 rng: random.Random | None = None) -> None:
-        self.settings, self.clock = settings, clock
+                 rng: random.Random | None = None, show: Callable[[int], None] = lambda owed: None) -> None:
+        self.settings, self.clock, self.show = settings, clock, show
         self.rng = rng or random.Random(settings.seed or None)
-        self.shares = [max(1, settings.workers * part // 4) for part in (4, 3, 2)]  # workers, by rank
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.lanes: dict[str, Lane] = {}
         self.ready: dict[str, Lane] = {}  # those that may have mail for now, in order
         self.heap: list[tuple[float, str, str]] = []  # due, stem ("": the lane itself), lane
-        # stem -> lane -> due; 0.0 once it is in it, or IN_HAND
-        self.waiting: dict[str, Mapping[str, float]] = {}
+        # stem -> lane -> due; 0.0 once it is in its queue, or IN_HAND. All that is owed is here,
+        self.waiting: dict[str, Mapping[str, float]] = {}  # and NOWHERE else what is in hand alone
         self.active: dict[str, str] = {}  # stem -> lane
-        self.crowded: dict[str, tuple[float, int]] = {}  # lane -> until when, room
-        self.clock_set = 0.0  # Unix time; stems from before prove no age
-        self.alarm = math.inf  # when the first of the workers that wait will look again
+        self.alarm = math.inf  # when the worker that waits for the clock will look
         self.stopped = False
 
     # -- what comes in --
 
-    def put(self, stem: str, lane: str, delay: float = 0.0, *, fresh: bool = False) -> None:
-        """Queue a message for a next hop: if it waits there, or is in hand, it can only gain."""
+    def put(self, stem: str, lane: str, delay: float = 0.0) -> None:
+        """Let a message wait for a next hop, for so many seconds from now."""
         with self.lock:
-            known = stem in self.active or stem in self.waiting
-            if self.active.get(stem) != lane and not (known and lane == UNREAD):
-                self._queue(stem, lane, delay, fresh)
+            if delay > 0:
+                due = self.clock() + delay
+                self.waiting[stem] = {**self.waiting.get(stem, NOWHERE), lane: due}
+                heapq.heappush(self.heap, (due, stem, lane))
+                if due < self.alarm:
+                    self.changed.notify()
+            else:
+                self._enter(stem, lane)
+                self._stir(lane)
 
-    def put_all(self, stems: Iterable[str], lane: str, fresh: bool = False) -> None:
+    def put_all(self, stems: Iterable[str], lane: str) -> None:
         """Queue messages that are not known yet, all at once, before the first of them is taken."""
         with self.lock:
             for stem in stems:
-                if stem not in self.active and stem not in self.waiting:
-                    self._enter(stem, lane, fresh)
+                if stem not in self.waiting:
+                    self._enter(stem, lane)
             self._stir(lane)
+            self.show(len(self.waiting))
 
-    def postpone(self, stem: str, lane: str, delay: float) -> None:
-        """Let a message wait for a next hop for so many seconds from now, and no less."""
+    def done(self, task: Task) -> None:
+        """Give a task back; nobody is woken: the worker comes back for more itself."""
+        stem, name = task
         with self.lock:
-            self._put_off(stem, lane, self.clock() + max(delay, 0.001))
-
-    def done(self, task: Task, delay: float | None = None) -> int:
-        """Give a task back; with a delay, it is queued there again. Return how many are owed."""
-        with self.lock:
-            stem, now = task.stem, self.clock()
             del self.active[stem]
-            lane = self.lanes[task.lane]
-            lane.took = now - lane.running.pop(stem)
-            if delay is not None:
-                self._queue(stem, task.lane, delay, False)
-            if stem in self.waiting:
-                for name in [name for name, due in self.waiting[stem].items() if due == IN_HAND]:
-                    self._enter(stem, name, False)
+            lane = self.ready[name] = self.lanes[name]
+            lane.took = self.clock() - lane.running.pop(stem)
+            if self.waiting[stem]:
+                for other in [k for k, due in self.waiting[stem].items() if due == IN_HAND]:
+                    self._enter(stem, other)
                 self._stir()
-            has_mail = lane.fresh or lane.due or task.lane in self.ready
-            if not has_mail and not lane.running and now >= lane.throttled_until:
-                del self.lanes[task.lane]  # nobody is woken: the worker comes back for more itself
-            return self._count()
+            else:
+                del self.waiting[stem]
+            self.show(len(self.waiting))
 
     def seize(self, stem: str) -> Task | None:
         """Take a message out of turn; None when it is in other hands. Give it back by done()."""
         with self.lock:
             if stem in self.active:
                 return None
-            self.waiting.pop(stem, None)
-            self.active[stem] = UNREAD
-            self._lane(UNREAD).running[stem] = self.clock()
+            self._enter("", UNREAD)
+            self.active[stem], self.waiting[stem] = UNREAD, NOWHERE
+            self.lanes[UNREAD].running[stem] = self.clock()
             return Task(stem, UNREAD)
 
     def drop(self, stem: str) -> None:
+        """Forget where else a message waits that is in hand."""
         with self.lock:
-            self.waiting.pop(stem, None)
+            self.waiting[stem] = NOWHERE
 
-    def _queue(self, stem: str, lane: str, delay: float, fresh: bool) -> None:
-        due = self.clock() + delay if delay > 0 else 0.0
-        if self.waiting.get(stem, NOWHERE).get(lane, math.inf) <= due:
-            return
-        if due:
-            self._put_off(stem, lane, due)
-        else:
-            self._enter(stem, lane, fresh)
-            self._stir(lane)
-
-    def _put_off(self, stem: str, lane: str, due: float) -> None:
-        self.waiting[stem] = {**self.waiting.get(stem, NOWHERE), lane: due}
-        heapq.heappush(self.heap, (due, stem, lane))
-        if due < self.alarm:
-            self.changed.notify()
-
-    def _enter(self, stem: str, name: str, fresh: bool) -> None:
-        lane, others = self._lane(name), self.waiting.get(stem)
-        self.waiting[stem] = {**others, name: 0.0} if others and [*others] != [name] else lane.here
+    def _enter(self, stem: str, name: str) -> None:
+        """Put a message into the queue of a lane that may have mail now ("": none)."""
+        lane = self.lanes.get(name) or self.lanes.setdefault(name, Lane(name))
         self.ready[name] = lane
-        if fresh:
-            lane.fresh.append(stem)
-        else:
-            heapq.heappush(lane.due, stem)
+        places = self.waiting.get(stem, NOWHERE)
+        if stem and places.get(name) != 0.0:
+            self.waiting[stem] = {**places, name: 0.0} if places and [*places] != [name] else lane.here
+            lane.queue.append(stem)
 
-    def _lane(self, name: str) -> Lane:
-        if name not in self.lanes:
-            self.lanes[name] = Lane(name)
-        return self.lanes[name]
+    def _ripen(self, now: float) -> None:
+        """Let in what is due by now."""
+        while self.heap and self.heap[0][0] <= now:
+            due, stem, name = heapq.heappop(self.heap)
+            if not stem or self.waiting.get(stem, NOWHERE).get(name) == due:
+                self._enter(stem, name)
 
     # -- what goes out --
 
-    def take(self, timeout: float) -> Task | None:
-        """Return the next task; None after `timeout` seconds, or when stopped."""
-        give_up = time.monotonic() + timeout
+    def take(self, wait: bool = True) -> Task | None:
+        """Return the next task; None when stopped, or when there is none and we do not wait."""
         with self.lock:
             while not self.stopped:
                 now = self.clock()
-                while self.heap and self.heap[0][0] <= now:
-                    due, stem, name = heapq.heappop(self.heap)
-                    if stem and self.waiting.get(stem, NOWHERE).get(name) == due:
-                        self._enter(stem, name, False)
-                    elif not stem and name in self.lanes:  # its mail may be in hand
-                        self.ready[name] = self.lanes[name]
+                self._ripen(now)
                 lane, look_at = self._first(now)
                 if lane:
-                    task = self._pop(lane, now)
-                    if task:
-                        if self.ready:
-                            self._stir()
-                        return task
-                    continue
-                left = give_up - time.monotonic()
-                if left <= 0:
+                    stem, name = lane.queue.popleft(), lane.name
+                    others = dict(self.waiting[stem])
+                    del others[name], self.ready[name]
+                    self.waiting[stem] = others or NOWHERE
+                    if lane.queue:
+                        self.ready[name] = lane  # behind the others
+                    self.active[stem], lane.running[stem] = name, now
+                    if self.ready or self.heap:
+                        self._stir()
+                    return Task(stem, name)
+                if not wait:
                     return None
-                self.alarm = min(self.alarm, look_at, now + left)
-                self.changed.wait(max(min(left, look_at - now), 0.001))
-                self.alarm = math.inf  # nobody is known to look in time
+                is_first = look_at < self.alarm
+                if is_first:
+                    self.alarm = look_at
+                self.changed.wait(min(look_at - now, threading.TIMEOUT_MAX) if is_first else None)
+                if is_first:
+                    self.alarm = math.inf
         return None
 
     def _first(self, now: float, only: str = "") -> tuple[Lane | None, float]:
@@ -3500,68 +3484,39 @@ class Scheduler:
         worst, look_at = BAD, self.heap[0][0] if self.heap else math.inf
         if len(self.lanes) > 1 and self.ready:  # else there is nobody to keep workers for
             busy = [self.lanes[name].rank(now) for name in self.active.values()]
-            worst -= busy.count(BAD) >= self.shares[BAD]
-            worst = QUICK if len(busy) - busy.count(QUICK) >= self.shares[UNKNOWN] else worst
+            for rank in (BAD, UNKNOWN):
+                if len([r for r in busy if r >= rank]) >= max(1, self.settings.workers * (4 - rank) // 4):
+                    worst = rank - 1
         for name in [only] if only in self.ready else [*self.ready]:
             lane = self.ready[name]
-            throttled = lane.steps > 0 and now < lane.throttled_until
-            has_mail = lane.fresh or lane.due
-            if not has_mail or throttled and not self._is_overdue(lane):
+            while lane.queue:
+                stem = lane.queue[0]
+                places = self.waiting.get(stem, NOWHERE)
+                is_here = places.get(name) == 0.0  # else it was removed, or put off
+                if is_here and stem not in self.active:
+                    break
+                lane.queue.popleft()
+                if is_here:
+                    self.waiting[stem] = {**places, name: IN_HAND}
+            if not lane.queue or now < lane.throttled_until:
                 del self.ready[name]  # the heap has it until its probe is due
-                if not has_mail and not lane.running:
+                if not lane.queue and not lane.running and now >= max(lane.throttled_until, lane.crowded_until):
                     del self.lanes[name]
                 continue
             room = self.settings.relay_connections if lane.proven else 1
-            if lane.is_local:
-                room = self.settings.workers
-            if name in self.crowded:
-                until, most = self.crowded[name]
-                room = min(room, most) if now < until else room
-            if throttled or len(lane.running) < room and (worst == BAD or lane.rank(now) <= worst):
-                since = next(iter(lane.running.values()), now)
-                if (throttled or not lane.running or lane.took >= AT_ONCE or now - since >= AT_ONCE
-                        or len(lane.fresh) + len(lane.due) >= FEW * len(lane.running)):
+            if now < lane.crowded_until:
+                room = min(room, lane.room)
+            if len(lane.running) < room and (worst == BAD or lane.rank(now) <= worst):
+                if len(lane.queue) >= FEW * len(lane.running) or lane.pace(now) >= AT_ONCE:
                     return lane, now
-                look_at = min(look_at, since + AT_ONCE)
+                look_at = min(look_at, next(iter(lane.running.values())) + AT_ONCE)
         return None, look_at
-
-    def _pop(self, lane: Lane, now: float) -> Task | None:
-        """Take the next message from a lane, which goes behind the others; None when all are gone."""
-        del self.ready[lane.name]
-        overdue, found = lane.steps > 0 and self._is_overdue(lane), None
-        while not found and (lane.fresh or lane.due):
-            lane.turn = lane.oldest() in itertools.islice(lane.fresh, 1) if overdue else not lane.turn
-            is_fresh = lane.fresh and (lane.turn or not lane.due)
-            stem = lane.fresh.popleft() if is_fresh else heapq.heappop(lane.due)
-            places = self.waiting.get(stem, NOWHERE)
-            if places.get(lane.name) != 0.0:
-                continue  # it was removed
-            if stem in self.active:
-                self.waiting[stem] = {**places, lane.name: IN_HAND}
-                continue
-            if len(places) > 1:
-                self.waiting[stem] = {k: due for k, due in places.items() if k != lane.name}
-            else:
-                del self.waiting[stem]
-            self.active[stem], lane.running[stem] = lane.name, now
-            found = Task(stem, lane.name)
-        if lane.fresh or lane.due:
-            self.ready[lane.name] = lane
-        elif not lane.running and now >= lane.throttled_until:
-            del self.lanes[lane.name]
-        return found
 
     def _stir(self, only: str = "") -> None:
         """Wake one worker, if it has something to do (in a lane) before any that waits will look."""
         lane, look_at = self._first(self.clock(), only)
         if lane or look_at < self.alarm:
             self.changed.notify()
-
-    def _is_overdue(self, lane: Lane) -> bool:
-        """Tell whether a lane's oldest message is too old: it is let out, only to fail."""
-        came = id_micros(lane.oldest()[11:]) / 1e6
-        age = (time.time() - came) * self.settings.time_scale
-        return self.clock_set <= came and age > self.settings.retry_max_age
 
     # -- what is known of a next hop: told by a worker that has a task of its lane --
 
@@ -3575,90 +3530,69 @@ class Scheduler:
                 lane.reason, lane.proven = reason, False
                 lane.throttled_until = now + backoff(self.settings, lane.steps, self.rng)
                 heapq.heappush(self.heap, (lane.throttled_until, "", name))
+                old = time.time() - self.settings.retry_max_age / self.settings.time_scale
+                first_young = f"{iso_time(old)[:10]}/{int(old * 1e6):013x}"
+                lane.queue = collections.deque(sorted(lane.queue, key=first_young.__lt__))  # the old can but fail
             return lane.throttled_until - now, first
 
     def is_throttled(self, name: str) -> bool:
         return self.lanes[name].steps > 0
 
-    def reached(self, name: str) -> None:
-        """Note that a next hop has answered: unless it is throttled, more workers may follow."""
+    def release(self, name: str, throttled: bool = True) -> None:
+        """Let more workers follow: the next hop answered; and one that was throttled took what it was sent."""
         lane = self.lanes[name]
-        if not lane.proven and not lane.steps:
+        if not lane.proven and (throttled or not lane.steps):
             with self.lock:
-                lane.proven = True
+                lane.proven, lane.steps, lane.reason, lane.throttled_until = True, 0, "", 0.0
+                self.ready[name] = lane
                 self._stir()
-
-    def release(self, name: str) -> None:
-        """Let everything go: the next hop answered, and took what it was sent or said why not."""
-        lane = self.lanes[name]
-        if lane.steps or not lane.proven:
-            with self.lock:
-                lane.steps, lane.reason, lane.proven = 0, "", True
-                self._probe(lane)
 
     def crowd(self, name: str) -> int:
         """Note that a next hop takes no more connections than it has: return how many, 0 if known."""
         with self.lock:
-            now, room = self.clock(), max(1, len(self.lanes[name].running) - 1)
-            self.crowded = {k: v for k, v in self.crowded.items() if now < v[0]}
-            if name in self.crowded and self.crowded[name][1] <= room:
+            lane, now = self.lanes[name], self.clock()
+            room = max(1, len(lane.running) - 1)
+            if now < lane.crowded_until and lane.room <= room:
                 return 0
-            self.crowded[name] = now + CROWDED_TIME, room
+            lane.crowded_until, lane.room = now + CROWDED_TIME, room
+            heapq.heappush(self.heap, (lane.crowded_until, "", name))  # to be forgotten then
             return room
 
     def flush(self) -> None:
         """Make everything due now, and try throttled next hops at once."""
         with self.lock:
-            for _, stem, lane in sorted(self.heap):
-                if stem and self.waiting.get(stem, NOWHERE).get(lane, 0.0) > 0:
-                    self._enter(stem, lane, False)
-            self.heap.clear()
-            for entry in self.lanes.values():
-                self._probe(entry)
+            self._ripen(math.inf)
+            for lane in self.lanes.values():
+                lane.throttled_until = 0.0
+            self._stir()
 
     def hurry(self, stem: str) -> None:
         """Make a message that waits for itself due now, and a throttled next hop that it waits for."""
         with self.lock:
             for name in self.waiting.get(stem, NOWHERE):
-                self._queue(stem, name, 0.0, False)
-                self._probe(self._lane(name))
-
-    def _probe(self, lane: Lane) -> None:
-        """Let a throttled lane try its next hop at once."""
-        lane.throttled_until = 0.0
-        self.ready[lane.name] = lane
-        self._stir()
+                self._enter(stem, name)
+                self.lanes[name].throttled_until = 0.0
+            self._stir()
 
     # -- for people --
 
     def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
         with self.lock:
-            stems = heapq.nsmallest(limit, {*self.waiting, *self.active})
+            stems = heapq.nsmallest(limit, self.waiting)
             now, wall = self.clock(), time.time()
             hops = [{"name": lane.name, "state": "throttled" if lane.steps else "ok",
-                     "active": len(lane.running), "waiting": len(lane.fresh) + len(lane.due),
+                     "active": len(lane.running), "waiting": len(lane.queue),
                      "reason": lane.reason, "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
                     for lane in self.lanes.values() if not lane.is_local]
         return stems, hops
-
-    def oldest(self) -> str | None:
-        """Return the stem that has waited longest."""
-        with self.lock:
-            return min(itertools.chain(self.waiting, self.active), default=None)
 
     def waits(self, stem: str, lane: str) -> bool:
         return lane in self.waiting.get(stem, NOWHERE)
 
     def __len__(self) -> int:
-        with self.lock:
-            return self._count()
-
-    def _count(self) -> int:
-        owed = len(self.waiting)
-        for stem in self.active:  # few, and this is asked for each message
-            owed += stem not in self.waiting
-        return owed
+        """Return how many messages are owed."""
+        return len(self.waiting)
 
     def stop(self) -> None:
         with self.lock:
@@ -9459,8 +9393,8 @@ def show_metrics(request: Request) -> Any:
 
 def measured(d: Delivering) -> Metrics:
     """Return the counters with the gauges that are read on demand brought up to date."""
-    m, oldest = d.metrics, d.scheduler.oldest()
-    age = time.time() - id_micros(oldest[11:]) / 1e6 if oldest else 0.0
+    m, (oldest, _) = d.metrics, d.scheduler.snapshot(1)
+    age = time.time() - id_micros(oldest[0][11:]) / 1e6 if oldest else 0.0
     m.set("smtp_queue_oldest_age_seconds", max(0.0, age))
     m.set("smtp_messages_held", len(d.held))
     m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
@@ -10365,7 +10299,6 @@ BY_HAND = ("released", "retried by hand")  # from then on, a message's age count
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
 CROWDED_PAUSE = 1.0
 MISSED_MOST = 3  # messages in a row that a next hop left unanswered: then it is its own trouble
-Again = Optional[float]  # seconds until a message is tried again in its lane; or None
 
 
 class Delivering:
@@ -10380,7 +10313,7 @@ class Delivering:
         self.renew_at = time.monotonic() + RENEW_EVERY
         self.look_at, self.beside = time.monotonic() + LOOK_EVERY, self.spooled_beside()
         self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
-        self.scheduler = Scheduler(self.settings)
+        self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
         rules = [rule.partition("=") for rule in self.settings.tags.split(";") if "=" in rule]
         tags = [(tag, words) for tag, _, words in rules]
@@ -10404,7 +10337,7 @@ class Delivering:
         self.missed: dict[str, set[str]] = {}  # lane: messages in a row that got no answer
         self.reports: collections.deque[float] = collections.deque()  # when, those of the last hour
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
-        self.clock_set = self.scheduler.clock_set = CLOCK_WAS_SET
+        self.clock_set = CLOCK_WAS_SET
         self.skew = time.time() - time.monotonic()
 
     def start(self) -> None:
@@ -10489,7 +10422,6 @@ class Delivering:
                 with contextlib.suppress(OSError, KeyError):
                     self.shelve(stem, self.finished, *self.spool.finished(stem, done))
         self.scheduler.put_all(owed, UNREAD)
-        self.show_depth(len(self.scheduler))
         if owed:
             self.log.info("queue_found", messages=len(owed))
 
@@ -10510,8 +10442,7 @@ class Delivering:
                 self.weigh(stem)
             self.tell("received", stem, "", self.inbox.add(stem) if self.feed.listeners else 0)
         if owed:
-            self.scheduler.put_all(stems, self.delivery.lane(), fresh=True)
-        self.show_depth(len(self.scheduler))
+            self.scheduler.put_all(stems, self.delivery.lane())
         self.make_room()
 
     def catch_up(self) -> None:
@@ -10537,12 +10468,6 @@ class Delivering:
 
     # -- what is kept --
 
-    def show_depth(self, owed: int) -> None:
-        """Publish how many messages are owed: sessions see whether there is room for more."""
-        self.metrics.set("smtp_queue_depth", owed)
-        if self.settings.spool_max_size:
-            self.metrics.set("owed_bytes", self.octets_owed)
-
     def weigh(self, stem: str) -> None:
         """Note a message's octets as owed, where SMTP_SPOOL_MAX_SIZE needs their sum."""
         if self.settings.spool_max_size:
@@ -10563,6 +10488,8 @@ class Delivering:
                 shelf[stem] = at, size
                 self.octets += size
                 self.octets_owed += size if shelf is self.owed else 0
+            if self.settings.spool_max_size:
+                self.metrics.set("owed_bytes", self.octets_owed)
         return found
 
     def make_room(self) -> None:
@@ -10600,7 +10527,7 @@ class Delivering:
         bound = False
         while not self.stopping.is_set():
             try:
-                task = self.scheduler.take(5.0)
+                task = self.scheduler.take()
                 crowded = len(self.scheduler.active) >= CROWD
                 if crowded != bound:
                     keep_together(crowded, -1)
@@ -10613,9 +10540,11 @@ class Delivering:
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: what makes us stumble waits as after a refusal, and says why."""
-        again: Again = None
         try:
-            again = self.sort(task) if task.lane in LOCAL_LANES else self.deliver(task)
+            if task.lane in LOCAL_LANES:
+                self.sort(task)
+            else:
+                self.deliver(task)
             if self.stumbles:
                 self.stumbles.pop(task.stem, None)
         except (SpoolError, SealError) as e:
@@ -10626,15 +10555,16 @@ class Delivering:
             else:
                 times = self.stumbles.get(task.stem, (0,))[0] + 1
                 again = backoff(self.settings, times, self.scheduler.rng)
+                self.scheduler.put(task.stem, task.lane, again)
                 self.stumbles[task.stem] = times, f"trouble here: {e}", time.time() + again
                 if isinstance(e, OSError):
                     self.log.error("spool_error", stem=task.stem, error=e, seconds=round(again, 1))
                 else:
                     self.log.bug("delivery_bug", e, stem=task.stem)
         finally:
-            self.show_depth(self.scheduler.done(task, again))
+            self.scheduler.done(task)
 
-    def sort(self, task: Task) -> Again:
+    def sort(self, task: Task) -> None:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
         stem = task.stem
         message = self.record(stem)
@@ -10657,13 +10587,12 @@ class Delivering:
             delay = min(max(wait, 0.0), self.settings.retry_max_delay)
             for lane in self.delivery.routes(message):
                 if not self.scheduler.waits(stem, lane):
-                    self.scheduler.put(stem, lane, delay, fresh=task.lane == UNSORTED)
-        return None
+                    self.scheduler.put(stem, lane, delay)
 
-    def deliver(self, task: Task) -> Again:
-        """Make one attempt; return when to try again in this lane, None when nothing is owed in it."""
+    def deliver(self, task: Task) -> None:
+        """Make one attempt, and queue the message for the next where one is owed."""
         if task.stem in self.finished or task.stem in self.held:
-            return None  # told of twice, by the Link and by a look through the spool
+            return  # told of twice, by the Link and by a look through the spool
         message, content = self.spool.fetch(task.stem)
         with content:
             message = self.unwritten.get(task.stem, message)
@@ -10675,16 +10604,16 @@ class Delivering:
             if not owed:
                 if not message.pending() or task.stem in self.unwritten:
                     self.wrap_up(message)
-                for lane in routes if message.pending() else ():  # an account's host has changed
-                    self.scheduler.put(task.stem, lane, self.settings.retry_max_delay)
-                return None
+                elif routes:  # an account's host has changed
+                    self.scheduler.put(task.stem, UNREAD)
+                return
             if self.scheduler.is_throttled(task.lane) and self.expires(message, owed):
-                return None
+                return
             if message.status is not Status.FORWARDING:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
                 self.tell("forwarding", task.stem)
-            started, reached = time.monotonic(), functools.partial(self.scheduler.reached, task.lane)
+            started, reached = time.monotonic(), functools.partial(self.scheduler.release, task.lane, False)
             try:
                 attempt = self.delivery.attempt(message, task.lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
@@ -10695,14 +10624,16 @@ class Delivering:
             room = self.scheduler.crowd(task.lane)
             if room:
                 self.log.warn("next_hop_crowded", next_hop=task.lane, connections=room)
-            others = len(self.scheduler.lanes[task.lane].running) > 1
-            return 0.0 if others else CROWDED_PAUSE  # another lane's connections are in its way
+            others = len(self.scheduler.lanes[task.lane].running) > 1  # else another lane's are in its way
+            self.scheduler.put(task.stem, task.lane, 0.0 if others else CROWDED_PAUSE)
+            return
         self.unwritten[task.stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
         if attempt.trouble:
-            return self.host_trouble(message, task, attempt.trouble)
-        return self.settle(message, task, attempt)
+            self.host_trouble(message, task, attempt.trouble)
+        else:
+            self.settle(message, task, attempt)
 
     def expires(self, message: Message, recipients: Iterable[Recipient]) -> bool:
         """Give up on recipients of a message that has waited for too long; tell whether it has.
@@ -10722,13 +10653,13 @@ class Delivering:
         self.fail(message, recipients, f"{too_late}; {message.last_error}")
         return True
 
-    def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> Again:
+    def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> None:
         for r in recipients:
             r.status, r.reply = Status.FAILED, r.reply or reason
         message.last_error = reason
-        return self.wrap_up(message)
+        self.wrap_up(message)
 
-    def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> Again:
+    def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> None:
         """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
         self.metrics.inc("smtp_delivery_failures_total")
         message.last_error = str(trouble)
@@ -10737,12 +10668,9 @@ class Delivering:
             r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
         if not self.settings.retry:
             return self.fail(message, owed, message.last_error)
-        if self.expires(message, owed):
-            return None
-        delay = self.throttle(task.lane, message.last_error)
-        self.postpone(message, delay)
-        age = (time.time() - id_micros(message.id) / 1e6) * self.settings.time_scale
-        return delay if age > self.settings.retry_max_age else 0.0  # else its lane would let it out
+        if not self.expires(message, owed):
+            self.postpone(message, self.throttle(task.lane, message.last_error))
+            self.scheduler.put(task.stem, task.lane)
 
     def throttle(self, lane: str, reason: str) -> float:
         delay, first = self.scheduler.throttle(lane, reason)
@@ -10751,7 +10679,7 @@ class Delivering:
             self.log.warn("next_hop_throttled", next_hop=lane, seconds=seconds, reason=reason)
         return delay
 
-    def settle(self, message: Message, task: Task, attempt: Attempt) -> Again:
+    def settle(self, message: Message, task: Task, attempt: Attempt) -> None:
         """Enter an attempt's outcomes into the record; who was refused for now waits in their lanes."""
         owed: list[Recipient] = []
         tried, why, unanswered = 0, "", True
@@ -10777,19 +10705,14 @@ class Delivering:
         if not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts:
             return self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
         if self.expires(message, owed):
-            return None
+            return
         delay = backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
         if len(owed) < tried and any(r.code in (452, 552) for r in owed):
             delay = 0.0  # it takes them in portions, RFC 5321 4.5.3.1.10
         self.postpone(message, delay)
-        again: Again = None
         for lane, recipients in self.delivery.routes(message).items():
             if any(r in owed for r in recipients):
-                if lane == task.lane:
-                    again = delay
-                else:
-                    self.scheduler.postpone(message.stem, lane, delay)
-        return again
+                self.scheduler.put(message.stem, lane, delay)
 
     def judge(self, task: Task, unanswered: bool, reason: str) -> None:
         """Throttle a next hop that leaves several messages in a row unanswered; else let all go."""
@@ -10817,12 +10740,11 @@ class Delivering:
 
     # -- what is owed here: reports, ends, records --
 
-    def wrap_up(self, message: Message) -> Again:
+    def wrap_up(self, message: Message) -> None:
         """Finish a message that nobody is owed, report on it, write its record; what cannot be, is owed."""
         stem, delay = message.stem, 0.0
         if message.status not in SETTLED and not message.pending():
-            if stem in self.scheduler.waiting:
-                self.scheduler.drop(stem)
+            self.scheduler.drop(stem)
             self.finish(message)
         told = wants_report(message) if self.settings.bounce else []
         try:
@@ -10838,11 +10760,10 @@ class Delivering:
             message.owed = f"the record is not written: {e}"
             self.log.error("record_not_written", id=message.id, error=e)
         if delay:
-            self.scheduler.postpone(stem, UNREAD, delay)
+            self.scheduler.put(stem, UNREAD, delay)
         elif message.status in SETTLED:
             shelf = self.held if message.status is Status.HELD else self.finished
             self.shelve(stem, shelf, time.time(), message.size)
-        return None
 
     def finish(self, message: Message) -> None:
         """Say that nobody is owed a message any more, or only those held back."""
@@ -10888,7 +10809,7 @@ class Delivering:
                 with contextlib.suppress(KeyError, OSError, SpoolError):  # that reports for itself
                     other = self.record(task.stem)
                     others += [other] if wants_report(other) else []
-            self.show_depth(len(self.scheduler) - 1 - len(others))  # it takes the place of these
+            self.metrics.inc("smtp_queue_depth", -1 - len(others))  # it takes the place of these
             with self.spool.content(message.stem) as file:
                 original = file.read(REPORT_FULL_MAX + 1)
             to, host = message.reverse_path, self.settings.hostname
@@ -10918,7 +10839,8 @@ class Delivering:
             return f"the report is not written: {e!r}", self.settings.retry_max_delay
         finally:
             for task in tasks:
-                self.scheduler.done(task, 0.0)
+                self.scheduler.put(task.stem, UNREAD)
+                self.scheduler.done(task)
 
     # -- what goes on beside --
 
@@ -10945,7 +10867,7 @@ class Delivering:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""
         skew = time.time() - time.monotonic()
         if skew - self.skew > CLOCK_JUMP:
-            self.clock_set = self.scheduler.clock_set = time.time()
+            self.clock_set = time.time()
             self.log.warn("clock_was_set", seconds=round(skew - self.skew))
         self.skew = skew
 
@@ -10959,7 +10881,6 @@ class Delivering:
             except BaseException:
                 self.look_at = 0.0
                 raise
-        self.show_depth(len(self.scheduler))
 
     def spooled_beside(self) -> float:
         """Return when sendmail has last put a message into the spool itself."""
@@ -11051,7 +10972,7 @@ class Postmaster:
         elif message.status is Status.FAILED:
             self.owe_again(message.stem, Status.FAILED, "retried by hand")  # if in hand, it is owed
         else:
-            d.scheduler.put(message.stem, UNREAD)  # if it is not known any more, its record is read
+            d.scheduler.put_all([message.stem], UNREAD)  # if it is not known any more, its record is read
             d.scheduler.hurry(message.stem)
             self.note_due(message)
         return 1
@@ -11107,7 +11028,8 @@ class Postmaster:
                 d.spool.reopen(message)
                 d.unwritten.pop(stem, None)
         finally:
-            d.show_depth(d.scheduler.done(task, 0.0))  # whoever reads it next knows what to do
+            d.scheduler.put(stem, UNREAD)  # whoever reads it next knows what to do
+            d.scheduler.done(task)
         return True
 
     def remove(self, ids: list[str] | None) -> None:
@@ -11123,7 +11045,7 @@ class Postmaster:
                 try:
                     d.remove(stem)
                 finally:
-                    d.show_depth(d.scheduler.done(task))
+                    d.scheduler.done(task)
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 

@@ -3658,11 +3658,17 @@ def test_a_list_of_smart_hosts_is_tried_in_order(start: Callable[..., Any], hop:
 
 def stem_at(number: int) -> str:
     now = int(time.time() * 1e6) + number
-    return f"2026-11-21/{now:013x}abc_0123456789abcdef"
+    return f"{smtprelay.iso_time(now / 1e6)[:10]}/{now:013x}abc_0123456789abcdef"
 
 
 def scheduler(clock: Ticker, **env: str) -> smtprelay.Scheduler:
     return smtprelay.Scheduler(smtprelay.Settings.read({"SMTP_RETRY_JITTER": "0", **env}), clock, random.Random(1))
+
+
+def give_back(s: smtprelay.Scheduler, task: Any, delay: float = 0.0) -> None:
+    """End an attempt after which the message waits in the same lane again."""
+    s.put(task.stem, task.lane, delay)
+    s.done(task)
 
 
 def test_dead_next_hops_leave_workers_to_others() -> None:
@@ -3670,21 +3676,21 @@ def test_dead_next_hops_leave_workers_to_others() -> None:
     s = scheduler(clock, SMTP_DELIVERY="mx")
     for i in range(200):
         s.put(stem_at(i), f"dead{i % 20}.test")
-    failed = list(iter(lambda: s.take(0), None))
+    failed = list(iter(lambda: s.take(False), None))
     assert len(failed) == 6  # of 8, before any has answered: two are kept back
     s.put(stem_at(999), "good.test")
-    assert s.take(0) is None
+    assert s.take(False) is None
     for t in failed:
         s.throttle(t.lane, "dead")
-        s.done(t, 0.0)
+        give_back(s, t, 0.0)
     for _ in range(4):  # each dead lane has its turn, none a second one before good.test
-        tasks = list(iter(lambda: s.take(0), None))
+        tasks = list(iter(lambda: s.take(False), None))
         assert sum(s.lanes[t.lane].steps > 0 for t in tasks) <= 4
         if "good.test" in [t.lane for t in tasks]:
             return
         for t in tasks:
             s.throttle(t.lane, "dead")
-            s.done(t, 0.0)
+            give_back(s, t, 0.0)
         clock.now += 10
     raise AssertionError("good.test was starved")
 
@@ -3695,12 +3701,12 @@ def test_a_slow_lane_gets_half_and_a_quick_one_all_its_connections() -> None:
     for i in range(40):
         s.put(stem_at(i), "slow.test")
     s.put(stem_at(50), "other.test", 3600)
-    first = s.take(0)
-    assert first and s.take(0) is None  # a lane that has not answered yet gets one
+    first = s.take(False)
+    assert first and s.take(False) is None  # a lane that has not answered yet gets one
     s.put(stem_at(60), "third.test")
-    s.reached("slow.test")
+    s.release("slow.test", False)
     clock.now += 2
-    assert sorted(t.lane for t in iter(lambda: s.take(0), None)) == ["slow.test"] * 3 + ["third.test"]
+    assert sorted(t.lane for t in iter(lambda: s.take(False), None)) == ["slow.test"] * 3 + ["third.test"]
 
 
 def test_a_message_is_in_one_workers_hands() -> None:
@@ -3708,13 +3714,13 @@ def test_a_message_is_in_one_workers_hands() -> None:
     stem = stem_at(1)
     s.put(stem, "a.test")
     s.put(stem, "b.test")
-    one = s.take(0)
-    assert one and s.take(0) is None and len(s) == 1
+    one = s.take(False)
+    assert one and s.take(False) is None and len(s) == 1
     s.done(one)
-    two = s.take(0)
+    two = s.take(False)
     assert two and two.lane == "b.test" and len(s) == 1
     s.done(two)
-    assert len(s) == 0 and s.lanes == {} and s.waiting == {}
+    assert len(s) == 0 and not s.take(False) and s.lanes == {} and s.waiting == {}
 
 
 def test_a_next_hop_that_answers_at_once_keeps_one_worker_busy_and_a_slower_one_more() -> None:
@@ -3723,12 +3729,12 @@ def test_a_next_hop_that_answers_at_once_keeps_one_worker_busy_and_a_slower_one_
     for i in range(8):
         s.put(stem_at(i), "smarthost")
     for took in (0.002, 0.002, 0.05):
-        task = s.take(0)
-        assert task and s.take(0) is None
-        s.reached("smarthost")
+        task = s.take(False)
+        assert task and s.take(False) is None
+        s.release("smarthost", False)
         clock.now += took
         s.done(task)
-    assert len(list(iter(lambda: s.take(0), None))) == 4
+    assert len(list(iter(lambda: s.take(False), None))) == 4
 
 
 def test_a_host_that_takes_no_more_connections_is_given_no_more_for_a_while() -> None:
@@ -3736,18 +3742,18 @@ def test_a_host_that_takes_no_more_connections_is_given_no_more_for_a_while() ->
     s = scheduler(clock)
     for i in range(9):
         s.put(stem_at(i), "smarthost")
-    first = s.take(0)
-    s.reached("smarthost")
+    first = s.take(False)
+    s.release("smarthost", False)
     clock.now += 0.1
-    tasks: list[Any] = [first, s.take(0), s.take(0)]
+    tasks: list[Any] = [first, s.take(False), s.take(False)]
     assert all(tasks) and s.crowd("smarthost") == 2 and s.crowd("smarthost") == 0
-    s.done(tasks.pop(), 0.0)
-    assert s.take(0) is None
+    give_back(s, tasks.pop(), 0.0)
+    assert s.take(False) is None
     s.done(tasks.pop())
-    tasks.append(s.take(0))
-    assert tasks[-1] and s.take(0) is None
+    tasks.append(s.take(False))
+    assert tasks[-1] and s.take(False) is None
     clock.now += 61
-    assert len(list(iter(lambda: s.take(0), None))) == 2
+    assert len(list(iter(lambda: s.take(False), None))) == 2
 
 
 def test_slow_and_dead_next_hops_leave_workers_to_one_that_is_not_known_yet() -> None:
@@ -3756,26 +3762,31 @@ def test_slow_and_dead_next_hops_leave_workers_to_one_that_is_not_known_yet() ->
     for i in range(40):
         s.put(stem_at(i), f"slow{i % 2}.test")
     for _ in range(2):
-        task = s.take(0)
+        task = s.take(False)
         assert task
-        s.reached(task.lane)
+        s.release(task.lane, False)
     clock.now += 300  # a reply may take that long
-    assert len(list(iter(lambda: s.take(0), None))) == 2  # half of all workers
+    assert len(list(iter(lambda: s.take(False), None))) == 2  # half of all workers
     s.put(stem_at(99), "new.test")
-    assert s.take(0)
+    assert s.take(False)
 
 
-def test_what_is_too_old_leaves_a_throttled_lane() -> None:
+def test_what_is_too_old_is_first_when_a_throttled_lane_is_tried_again() -> None:
     clock = Ticker()
     s = scheduler(clock, SMTP_RETRY_MAX_AGE="1h")
-    old = [f"2026-11-20/{int((time.time() - 7200) * 1e6) + i:013x}abc_0123456789abcdef" for i in range(5)]
-    for stem in [*old, stem_at(1)]:
+    old = [stem_at(i - 7200_000_000) for i in range(5)]
+    young = [stem_at(i) for i in range(2)]
+    for stem in [*young, *old]:
         s.put(stem, "smarthost")
-    task = s.take(0)
-    assert task
+    task = s.take(False)
+    assert task and task.stem == young[0]
     s.throttle("smarthost", "dead")
-    s.done(task, 0.0)
-    assert [t.stem for t in iter(lambda: s.take(0), None)] == old
+    give_back(s, task)
+    clock.now += 3600
+    for stem in [*old, *young[::-1]]:  # that one is tried last that was tried before
+        task = s.take(False)
+        assert task and task.stem == stem
+        s.done(task)
 
 
 def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
@@ -3783,35 +3794,35 @@ def test_a_throttled_lane_whose_mail_is_all_in_hand_is_let_out_again() -> None:
     s = scheduler(clock, SMTP_RELAY_CONNECTIONS="2")
     for i in range(2):
         s.put(stem_at(i), "smarthost")
-    slow = s.take(0)
-    s.reached("smarthost")
-    assert s.take(0) is None  # it may answer at once
+    slow = s.take(False)
+    s.release("smarthost", False)
+    assert s.take(False) is None  # it may answer at once
     clock.now += 0.1
-    quick = s.take(0)
+    quick = s.take(False)
     assert slow and quick
     delay, _ = s.throttle("smarthost", "dead")
     s.done(quick)  # which was removed meanwhile; the other one still waits for its answer
-    assert s.take(0) is None
+    assert s.take(False) is None
     clock.now += delay + 1
-    assert s.take(0) is None
-    s.done(slow, 0.0)
-    assert s.take(0) == slow
+    assert s.take(False) is None
+    give_back(s, slow, 0.0)
+    assert s.take(False) == slow
 
 
 def test_a_message_that_is_hurried_gets_its_throttled_next_hop_tried() -> None:
     clock = Ticker()
     s = scheduler(clock)
     s.put(stem_at(1), "smarthost")
-    task = s.take(0)
+    task = s.take(False)
     assert task
     s.throttle("smarthost", "dead")
-    s.done(task, 0.0)
-    assert s.take(0) is None
+    give_back(s, task, 0.0)
+    assert s.take(False) is None
     s.hurry(task.stem)
-    assert s.take(0) == task
+    assert s.take(False) == task
     s.throttle("smarthost", "dead")
-    s.done(task, 0.0)
-    assert s.take(0) is None
+    give_back(s, task, 0.0)
+    assert s.take(False) is None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -3824,10 +3835,10 @@ def test_the_scheduler_forgets_no_message(seed: int) -> None:
         choice, lane = rng.random(), rng.choice(lanes)
         if choice < 0.1:  # seldom: lanes are to run empty
             stem = stem_at(-rng.choice([0, 6 * 86400_000_000]) + number)  # some are too old
-            s.put(stem, lane, rng.choice([0.0, 0.0, 5.0]), fresh=rng.random() < 0.5)
+            s.put(stem, lane, rng.choice([0.0, 0.0, 5.0]))
             owed[stem].add(lane)
         elif choice < 0.55:
-            held += [task] if (task := s.take(0)) else []
+            held += [task] if (task := s.take(False)) else []
         elif choice < 0.75:
             clock.now += rng.choice([0.1, 3.0, 3.0, 100.0])
         elif choice < 0.76:
@@ -3846,17 +3857,17 @@ def test_the_scheduler_forgets_no_message(seed: int) -> None:
         elif held:
             finish_somehow(s, held.pop(rng.randrange(len(held))), rng, owed)
     for task in held:
-        s.done(task, 0.0)
+        give_back(s, task, 0.0)
     clock.now += 7200  # past every back-off
     for _ in range(2000):
-        if not (task := s.take(0)):
+        if not (task := s.take(False)):
             break
         s.release(task.lane)
         s.done(task)
         owed[task.stem].discard(task.lane)
         clock.now += 60
     assert {stem: names for stem, names in owed.items() if names} == {}
-    assert len(s) == 0 and s.take(0) is None and not s.lanes
+    assert len(s) == 0 and s.take(False) is None and not s.lanes
 
 
 def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: dict[str, set[str]]) -> None:
@@ -3864,12 +3875,12 @@ def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: 
     end = rng.random()
     if end < 0.6:
         delay, _ = s.throttle(task.lane, "dead")
-        s.done(task, rng.choice([0.0, delay]))
+        give_back(s, task, rng.choice([0.0, delay]))
     elif end < 0.7:
         s.release(task.lane)
-        s.done(task, rng.choice([0.0, 1.0, 50.0]))
+        give_back(s, task, rng.choice([0.0, 1.0, 50.0]))
     else:
-        s.reached(task.lane)
+        s.release(task.lane, False)
         s.release(task.lane)
         owed[task.stem].discard(task.lane)
         s.done(task)
@@ -3878,27 +3889,27 @@ def finish_somehow(s: smtprelay.Scheduler, task: Any, rng: random.Random, owed: 
 def test_a_message_is_in_one_hand_at_a_time() -> None:
     s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
     s.put(STEM, "old")
-    task = s.take(0)
+    task = s.take(False)
     assert task and s.seize(STEM) is None
-    s.done(task, 5.0)
+    give_back(s, task, 5.0)
     seized = s.seize(STEM)
-    assert seized and seized.lane == smtprelay.UNREAD and s.take(0) is None
-    s.done(seized, 0.0)
-    assert s.take(0) == seized and len(s) == 1
+    assert seized and seized.lane == smtprelay.UNREAD and s.take(False) is None
+    give_back(s, seized, 0.0)
+    assert s.take(False) == seized and len(s) == 1
 
 
 def test_a_lane_without_mail_is_forgotten_though_it_was_throttled() -> None:
     s = smtprelay.Scheduler(settings(SMTP_RELAY_HOST="h"))
     s.put(STEM, "dead")
-    task = s.take(0)
+    task = s.take(False)
     assert task
     s.throttle("dead", "no answer")
-    s.done(task, 0.0)
+    give_back(s, task, 0.0)
     s.flush()
-    task = s.take(0)
+    task = s.take(False)
     assert task
     s.done(task)
-    assert s.take(0) is None and not s.lanes
+    assert s.take(False) is None and not s.lanes
 
 
 # === RESOLVER ================================================================
@@ -11341,7 +11352,7 @@ def test_what_is_finished_is_not_sent_again_though_it_is_told_of_twice(start: An
     relay = relaying_in_review(start, h)
     stem = said_stem(relay)
     wait_until(lambda: stem in relay.delivering.finished and not len(relay.delivering.scheduler))
-    relay.delivering.scheduler.put(stem, smtprelay.SMARTHOST, fresh=True)
+    relay.delivering.scheduler.put(stem, smtprelay.SMARTHOST)
     wait_until(lambda: not len(relay.delivering.scheduler))
     assert len(h.messages) == 1
 
