@@ -8240,8 +8240,8 @@ function relative(at) {
 
 /* == Asking the server == */
 async function api(method, path, body) {
-  const {token} = state, headers = {'Content-Type': 'application/json'};
-  if (token) headers.Authorization = 'Bearer ' + token;
+  const {token} = state;
+  const headers = {'Content-Type': 'application/json', Authorization: 'Bearer ' + token};
   const answer = await fetch(ROOT + path, {method, headers, body: body && JSON.stringify(body)})
     .catch(() => null);
   if (state.lost !== !answer) {
@@ -9012,6 +9012,8 @@ class Request(http.server.BaseHTTPRequestHandler):
     """The requests of a connection, one after another: what a route sees of one, and its answer."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
+    default_request_version = protocol_version
+    error_message_format, error_content_type = "%(message)s\n", "text/plain; charset=utf-8"
     timeout = HTTP_TIME
     server: HttpServer
     rfile: Any
@@ -9038,7 +9040,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         try:
             url = urllib.parse.urlsplit(self.path)
         except ValueError:
-            raise HttpError(400, "the address does not parse") from None
+            raise BadRequest("the address does not parse") from None
         root = re.escape(self.relay.settings.web_root.strip("/"))
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.words = self.query.get("query", "")
@@ -9078,24 +9080,25 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.known = has_token or trusted
         if access == ACCOUNT:
             self.account = self.relay.reception.accounts.by_key(secret)
-            if self.account is None:
+            if not self.account:
                 raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
-        elif trusted and not has_token:
-            # A rebound name has a dot, and is no address.
+        elif has_token:
+            pass
+        elif trusted:  # a rebound name has a dot, and is no address
             name = re.sub(r":\d*$", "", host.lower()).strip("[].")
             ours = is_loopback(name) or name == s.hostname.lower()
             if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
                 raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
-        elif not has_token and not s.api_token:
+        elif not s.api_token:
             raise HttpError(403, "only this machine, and no proxy, is served until "
                             "SMTP_API_TOKEN is set")
-        elif not has_token and access != SHELL and (access != VIEW or not same_secret(
+        elif access != SHELL and (access != VIEW or not same_secret(
                 view_key(s.api_token, self.names["id"]), key)):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
                 expected = takes or "no parameters"
-                raise HttpError(400, f"{name[:100]}: not known here; expected {expected}")
+                raise BadRequest(f"{name[:100]}: not known here; expected {expected}")
 
     def read_fields(self) -> dict[str, Any]:
         """Read the body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
@@ -9113,9 +9116,9 @@ class Request(http.server.BaseHTTPRequestHandler):
                     value[name] = given if name.lower() in ("ids", "tags", "to") else (
                         {"true": True, "false": False}.get(last.lower(), last))
         except (ValueError, RecursionError) as e:
-            raise HttpError(400, f"body: expected JSON: {e}") from None
+            raise BadRequest(f"body: expected JSON: {e}") from None
         if not isinstance(value, dict):
-            raise HttpError(400, "body: expected an object")
+            raise BadRequest("body: expected an object")
         return {name.lower(): v for name, v in value.items()}
 
     def strings(self, name: str) -> list[str]:
@@ -9123,7 +9126,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         values = self.fields.get(name.lower())
         values = [] if values is None else values
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-            raise HttpError(400, f"{name}: expected a list of {name.lower()}")
+            raise BadRequest(f"{name}: expected a list of {name.lower()}")
         return values
 
     def number(self, name: str, default: float) -> float:
@@ -9132,7 +9135,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
             return float(text)
         if text and self.route.takes is not None:
-            raise HttpError(400, f"{name}: expected a number, not {text[:40]!r}")
+            raise BadRequest(f"{name}: expected a number, not {text[:40]!r}")
         return default
 
     def page(self) -> tuple[int, int]:
@@ -9197,7 +9200,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             if isinstance(value, Answer):
                 return value
             return Answer(value) if isinstance(value, bytes) else json_answer(value)
-        except (HttpError, BadRequest) as e:
+        except (HttpError, BadRequest, AccountsError) as e:
             status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
             status, text = 404, "message not found"
@@ -9217,7 +9220,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         codings = self.headers.get_all("Transfer-Encoding", [])
         framed = [*{*self.headers.get_all("Content-Length", [])}, *codings]
         if len(framed) > 1:
-            raise HttpError(400, "expected one Content-Length, or else Transfer-Encoding: chunked")
+            raise BadRequest("expected one Content-Length, or else Transfer-Encoding: chunked")
         if codings and (
                 codings[0].strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
             raise HttpError(501, "Transfer-Encoding: expected chunked")
@@ -9226,7 +9229,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         # Node sends DELETE's body with no field that tells of it; and no body means all.
         if not framed and self.command == "DELETE" and not re.match(b"[A-Z]+ |$", self.heard() or b""):
             self.close_connection = True
-            raise HttpError(400, "a body needs Content-Length, or Transfer-Encoding: chunked")
+            raise BadRequest("a body needs Content-Length, or Transfer-Encoding: chunked")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -9246,12 +9249,12 @@ class Request(http.server.BaseHTTPRequestHandler):
         while size:
             line = self.rfile.readline().partition(b";")[0].strip()
             if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
-                raise HttpError(400, "Transfer-Encoding: expected the size of a chunk")
+                raise BadRequest("Transfer-Encoding: expected the size of a chunk")
             size = int(line, 16)
             yield size
             while self.rfile.readline().strip():
                 if size:  # else it is the trailer, which is skipped
-                    raise HttpError(400, "Transfer-Encoding: expected the end of a chunk")
+                    raise BadRequest("Transfer-Encoding: expected the end of a chunk")
 
     def send_answer(self, answer: Answer) -> None:
         self.send_response(answer.status)
@@ -9266,12 +9269,10 @@ class Request(http.server.BaseHTTPRequestHandler):
             fields["Connection"] = "close"
         for name, value in fields.items():
             self.send_header(name, value)
-        if answer.status == 401:
-            self.send_header("WWW-Authenticate", 'Bearer realm="smtprelay"')
-            scripted = self.headers.get("Sec-Fetch-Dest") == "empty" or (
-                self.command == "GET" and self.headers.get("Content-Type") == "application/json")
-            if not scripted and not answer.kind.startswith("text/html"):  # our page asks by itself
-                self.send_header("WWW-Authenticate", 'Basic realm="smtprelay"')
+        # Who sends Bearer, as our page does, asks for the token by itself: a browser need not.
+        asks = answer.kind.startswith("text/html") or "Bearer" in self.headers.get("Authorization", "")
+        for scheme in ("Bearer", "Basic")[:2 - asks] if answer.status == 401 else ():
+            self.send_header("WWW-Authenticate", f'{scheme} realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
         blocks = itertools.chain([answer.body], answer.stream or ())
@@ -9282,11 +9283,6 @@ class Request(http.server.BaseHTTPRequestHandler):
             if answer.stream:
                 answer.stream.close()
             self.server.rest(self)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses in the form of our own errors."""
-        self.close_connection, self.request_version = True, self.protocol_version
-        self.send_answer(json_answer({"Error": message or "bad request"}, int(code)))
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -9413,7 +9409,7 @@ def matching(request: Request, words: str) -> list[str]:
     """Return the messages that a search finds; one for nothing, which finds all, is refused."""
     query = request.search(words)
     if query == ALL:
-        raise HttpError(400, "query: expected what to look for; "
+        raise BadRequest("query: expected what to look for; "
                         "for everything there is /api/v1/messages")
     return [item.id for item in request.inbox.search(query, 0, 0).items]
 
@@ -9422,9 +9418,9 @@ def chosen(request: Request, *others: str) -> list[str] | None:
     """Return the messages that a body names by IDs or a Search; None, where it has neither: all."""
     ids, words = request.strings("IDs"), take_field(request.fields, "Search", "")
     if request.fields and not request.fields.keys() & {"ids", "search", *others}:
-        raise HttpError(400, "body: expected IDs")
+        raise BadRequest("body: expected IDs")
     if ids and words:
-        raise HttpError(400, "expected IDs or a Search, not both")
+        raise BadRequest("expected IDs or a Search, not both")
     asked = words or "search" in request.fields and not others and not ids
     return matching(request, words) if asked else ids or None
 
@@ -9442,7 +9438,7 @@ def status_of(inbox: Inbox, id: str) -> str:
 def list_messages(request: Request) -> Any:
     inbox, words = request.inbox, request.words
     if request.path.endswith("/search") and not words.strip():
-        raise HttpError(400, "query: expected what to look for")
+        raise BadRequest("query: expected what to look for")
     shown = messages_json(inbox, request.search(words), *request.page())
     for message in shown["messages"]:
         message["Status"] = status_of(inbox, message["ID"])
@@ -9455,7 +9451,7 @@ def list_messages(request: Request) -> Any:
 @route("PUT /api/v1/messages", "mark `IDs`, or what a `Search` finds, as `Read` or not (neither: all)")
 def mark_messages(request: Request) -> None:
     if not request.body.strip():
-        raise HttpError(400, "body: expected JSON")
+        raise BadRequest("body: expected JSON")
     request.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
 
 
@@ -9481,11 +9477,8 @@ def show_message(request: Request) -> Any:
     shown = waited_json(item._replace(read=True), inbox.mail(item.id), record)
     if token:
         shown["ViewKey"] = view_key(token, item.id)
-    told = ("status", "attempts", "next_attempt_at", "last_error", "reverse_path", "history",
-            "finished_at", "transcript")
-    return {**shown, "Status": record.status, "Delivery": {
-        **{name: getattr(record, name) for name in told},
-        "recipients": [vars(r) for r in record.recipients]}}
+    delivery = {**vars(record), "recipients": [vars(r) for r in record.recipients]}
+    return {**shown, "Status": record.status, "Delivery": delivery}
 
 
 @route("GET /api/v1/message/{id}/headers", "its header fields")
@@ -9568,9 +9561,9 @@ def change_tag(request: Request) -> None:
     if renamed:
         new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
     if old.lower() not in known:
-        raise HttpError(400, f"tag not found: {old[:100]}")
+        raise BadRequest(f"tag not found: {old[:100]}")
     if renamed and (not new or new.lower() in known.keys() - {old.lower()}):
-        raise HttpError(400, f"tag already exists: {new}" if new else "Name: expected a tag")
+        raise BadRequest(f"tag already exists: {new}" if new else "Name: expected a tag")
     request.inbox.rename_tag(known[old.lower()], new)
 
 
@@ -9599,19 +9592,19 @@ def show_webui(request: Request) -> Any:
 @route("GET /api/v2/messages", "MailHog's list")
 @route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
 def mailhog_messages(request: Request) -> Any:
-    inbox, kind, wanted = request.inbox, request.query.get("kind"), request.words.lower()
+    inbox, kind, wanted = request.inbox, request.query.get("kind", ""), request.words.lower()
     if request.path.endswith("/messages"):
         return mailhog_json(inbox, ALL, *request.page())
     if kind not in ("from", "to", "containing") or not wanted:
-        raise HttpError(400, "expected a query, and a kind: from, to, containing")
+        raise BadRequest("expected a query, and a kind: from, to, containing")
 
     def holds(item: Item) -> bool:
         record, mail = inbox.load(item.id), inbox.mail(item.id)
+        texts = [decode_words(header(mail.headers, kind))]
         if kind == "containing":
-            texts = [decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject]
+            texts += [decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject]
         else:
-            path = [r.address for r in record.recipients] if kind == "to" else [record.reverse_path]
-            texts = [*path, decode_words(header(mail.headers, kind))]
+            texts += [r.address for r in record.recipients] if kind == "to" else [record.reverse_path]
         return wanted in "\n".join(texts).lower()
 
     return mailhog_json(inbox, Query(((holds, True),)), *request.page())
@@ -9627,9 +9620,9 @@ def wait_for_message(request: Request) -> Any:
     since = int(request.number("since", 0)) if q.get("since") else None
     timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
     if part not in ("", "code", "link"):
-        raise HttpError(400, "with: expected code or link")
+        raise BadRequest("with: expected code or link")
     if blank := [name for name in ("to", "from", "subject") if q.get(name) == ""]:
-        raise HttpError(400, f"{blank[0]}: expected something")  # a variable that is not set is not anybody
+        raise BadRequest(f"{blank[0]}: expected something")  # a variable that is not set is not anybody
 
     def fits(item: Item) -> bool:
         meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)
@@ -9705,7 +9698,7 @@ def show_faults(request: Request) -> Any:
                 raise ValueError("rules: expected a list of rules")
             faults.change("\n".join(request.strings("rules")))
     except ValueError as e:
-        raise HttpError(400, str(e)) from None
+        raise BadRequest(str(e)) from None
     return to_chaos(faults.text) if chaos else {"rules": [fault.rule for fault in read_faults(faults.text)]}
 
 
@@ -9727,13 +9720,18 @@ def show_stats(request: Request) -> Any:
                      for a in d.reception.accounts.listed()]}
 
 
+def account_json(request: Request, account: Account) -> dict[str, Any]:
+    today, most = request.relay.reception.quotas.today(account.name), account.quota_daily
+    shown = ("name", "allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
+    used = today.get("received", 0)
+    return {**{name: getattr(account, name) for name in shown}, "has_api_key": bool(account.api_key),
+            "today": today, "used_today": used, "left_today": max(0, most - used) if most else None}
+
+
 @route("GET /api/v1/users", "list accounts", takes="")
 def list_users(request: Request) -> Any:
-    shown = ("name", "allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
-    quotas = request.relay.reception.quotas
-    return {"users": [{**{name: getattr(a, name) for name in shown}, "has_api_key": bool(a.api_key),
-                       "used_today": quotas.today(a.name).get("received", 0)}
-                      for a in request.relay.reception.accounts.listed()]}
+    accounts = request.relay.reception.accounts.listed()
+    return {"users": [account_json(request, account) for account in accounts]}
 
 
 @route("POST /api/v1/users", "make one; its key is shown this once", takes="")
@@ -9741,36 +9739,30 @@ def list_users(request: Request) -> Any:
 @route("DELETE /api/v1/users/{name}", "remove it", takes="")
 def change_user(request: Request) -> Any:
     s, given, new = request.relay.settings, request.fields, request.command == "POST"
-    name = take_field(given, "name", "") if new else request.names["name"]
+    name = request.names.get("name") or take_field(given, "name", "")
     if not s.users_file:
-        raise HttpError(400, "there is no accounts file: set SMTP_USERS_FILE")
+        raise BadRequest("there is no accounts file: set SMTP_USERS_FILE")
     if new == (name in [a.name for a in request.relay.reception.accounts.listed()]):
         status, trouble = (409, "is there already") if new else (404, "not found")
         raise HttpError(status, f"account {name!r} {trouble}")
-    changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS}
-    password = changed.pop("password", None)
-    if isinstance(password, str) and password:
+    changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS and k != "password"}
+    if password := take_field(given, "password", ""):
         changed["password"] = hash_password(password)
     if new:
         changed.setdefault("api_key", new_api_key())
     gone = request.command == "DELETE"
-    try:
-        change_users(s.users_file, {name: None if gone else changed}, Sealer(s.spool_key))
-    except AccountsError as e:
-        raise HttpError(400, str(e)) from None
-    return None if gone else {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
+    change_users(s.users_file, {name: None if gone else changed}, Sealer(s.spool_key))
+    return {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
 
 
 @route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
 @route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
 def show_account(request: Request) -> Any:
-    a, quotas, inbox = request.account, request.relay.reception.quotas, request.inbox
+    name, inbox = request.account.name, request.inbox
     if request.path.endswith("/stats"):
-        today = quotas.today(a.name)
-        left = max(0, a.quota_daily - today.get("received", 0)) if a.quota_daily else None
-        return {"account": a.name, "today": today, "days": quotas.days(a.name), "left_today": left,
-                "quota_daily": a.quota_daily, "quota_per_minute": a.quota_per_minute}
-    mine = Query(((lambda item: item.summary["Username"] == a.name, True),))
+        days = request.relay.reception.quotas.days(name)
+        return {"account": name, **account_json(request, request.account), "days": days}
+    mine = Query(((lambda item: item.summary["Username"] == name, True),))
     page = inbox.search(mine, 0, int(request.number("limit", 50)))
     return {"total": page.total, "emails": [
         {"id": i.id, "subject": i.summary["Subject"], "size": i.summary["Size"],
