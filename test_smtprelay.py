@@ -102,7 +102,7 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, shown: Calla
             if value := predicate():
                 return value
         assert time.monotonic() < end, f"waited in vain: {shown()}"
-        time.sleep(0.01)
+        time.sleep(0.003)
 
 
 class Ticker:
@@ -455,6 +455,7 @@ class HopSession(socketserver.StreamRequestHandler):
     """One connection to a FakeHop; `act` returns the code it gave, 0 when it is over."""
 
     server: FakeHop
+    disable_nagle_algorithm = True  # it answers pipelined commands one by one, and 40 ms each would wait for an ACK
 
     def handle(self) -> None:
         self.server.connections += 1
