@@ -11875,6 +11875,18 @@ RUN_COMPILED = """\
 import gc, os, signal, sys; gc.disable(); signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, "{folder}")
 import smtprelay; os._exit(smtprelay.main())
 """
+SET_UP = f"""\
+getent passwd {SERVICE_USER} >/dev/null || useradd --system --user-group --no-create-home --home-dir {STATE} \\
+    --shell /usr/sbin/nologin {SERVICE_USER}
+install -d -m 700 -o {SERVICE_USER} -g {SERVICE_USER} {STATE}
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    systemctl stop smtprelay.service smtprelay.socket  # a socket is not started beside its service
+    systemctl enable --now --quiet smtprelay.socket smtprelay.service
+elif [ -e {PASSWORD_FILE} ]; then
+    chown {SERVICE_USER}:{SERVICE_USER} {PASSWORD_FILE}
+fi
+"""
 COMPILE = "import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True)"
 
 SERVICE = f"""\
@@ -12032,8 +12044,8 @@ def interpreter() -> str:
     raise Complaint(f"the service cannot run {sys.executable}: install with a Python outside of home directories")
 
 
-def installation(root: str, changes: Mapping[str, str], password: str, sendmail: bool) -> dict[str, tuple[int, str]]:
-    """Return every file of an installation: its mode and its text."""
+def installation(root: str, changes: Mapping[str, str], password: str, sendmail: bool) -> dict[str, str]:
+    """Return the text of every file of an installation."""
     python = interpreter()
     with open(__file__, encoding="utf-8") as file:
         program = file.read()
@@ -12042,25 +12054,29 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
     with contextlib.suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
         settings = file.read()
     files = {
-        INSTALLED: (0o644, program),
-        PROGRAM: (0o755, RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED))),
-        UNIT: (0o644, SERVICE), SOCKET_UNIT: (0o644, SOCKET),
-        ENVIRONMENT_FILE: (0o600, assigned(settings, changes)),
-    }
+        INSTALLED: program, PROGRAM: RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED)),
+        UNIT: SERVICE, SOCKET_UNIT: SOCKET, ENVIRONMENT_FILE: assigned(settings, changes)}
     if password:
-        files[PASSWORD_FILE] = (0o600, f"{password}\n")
+        files[PASSWORD_FILE] = f"{password}\n"
     if password or os.path.exists(root + PASSWORD_FILE):
-        files[DROP_IN] = (0o644, CREDENTIAL)
+        files[DROP_IN] = CREDENTIAL
     if sendmail or os.path.exists(root + LAUNCHED):
-        files[LAUNCHED] = (0o755, f"#!{python} -IS\n{LAUNCHER.partition(chr(10))[2]}")
+        files[LAUNCHED] = f"#!{python} -IS\n{LAUNCHER.partition(chr(10))[2]}"
     return files
+
+
+def chosen_root(arguments: argparse.Namespace) -> tuple[str, bool]:
+    """Return the directory that stands for /, and whether this machine itself is to be changed, which takes root."""
+    root = arguments.root.rstrip("/")
+    live = not (root or arguments.dry_run)
+    if live and os.geteuid():
+        raise Complaint("this changes /usr/local and /etc: run it with sudo (--dry-run shows what)")
+    return root, live
 
 
 def install(arguments: argparse.Namespace) -> int:
     """Make this program a service of this machine, or upgrade it; settings and mail stay."""
-    root, password = arguments.root.rstrip("/"), ""
-    if not (root or arguments.dry_run) and os.geteuid():
-        raise Complaint("this writes to /usr/local and /etc: run it with sudo (--dry-run shows what)")
+    (root, live), password, taken = chosen_root(arguments), "", []
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
     given = {"SMTP_RELAY_HOST": arguments.relay, "SMTP_RELAY_USERNAME": arguments.user, "SMTP_PORT": arguments.port}
@@ -12073,8 +12089,8 @@ def install(arguments: argparse.Namespace) -> int:
         Settings.read({"SMTP_RELAY_PASSWORD": password or kept,
                        **(read_assignments(root + ENVIRONMENT_FILE) if there else {}), **changes})
     os.umask(0o022)
-    files = installation(root, changes, password, arguments.sendmail)
-    for path, (mode, text) in files.items():
+    for path, text in installation(root, changes, password, arguments.sendmail).items():
+        mode = 0o600 if path in (ENVIRONMENT_FILE, PASSWORD_FILE) else 0o755 if text.startswith("#!") else 0o644
         print(f"{root}{path} ({mode:o})")
         if arguments.dry_run:
             print(f"    (this file, {len(text)} characters)\n" if path == INSTALLED else f"{text}\n", end="")
@@ -12085,60 +12101,35 @@ def install(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     run_tool(interpreter(), "-IS", "-c", COMPILE, root + INSTALLED, INSTALLED)
-    taken = link_sendmail(root) if arguments.sendmail else []
-    if not root:
-        start_service()
-    complain(*taken)
-    return EX_NO if taken else 0
-
-
-def link_sendmail(root: str) -> list[str]:
-    """Let sendmail, mailq and newaliases be the launcher; return what is to be done where another has the name."""
-    taken = []
-    for path in SENDMAIL_LINKS:
-        at = root + path
-        now = os.readlink(at) if os.path.islink(at) else ""
-        if not os.path.lexists(at):
-            os.makedirs(os.path.dirname(at), exist_ok=True)
-            os.symlink(LAUNCHED, at)
-            print(f"{at} -> {LAUNCHED}")
+    for path in SENDMAIL_LINKS if arguments.sendmail else ():
+        now = link_at(root + path)
+        if not os.path.lexists(root + path):
+            os.makedirs(os.path.dirname(root + path), exist_ok=True)
+            os.symlink(LAUNCHED, root + path)
+            print(f"{root}{path} -> {LAUNCHED}")
         elif now != LAUNCHED:
             way = f"dpkg-divert --local --rename --add {path}, then install --sendmail again"
             if now.startswith("/etc/alternatives/"):
                 way = f"update-alternatives --install {path} {os.path.basename(now)} {LAUNCHED} 100"
-            taken.append(f"{path} is left to {os.path.realpath(at)}; on Debian this makes it smtprelay's: {way}")
-    return taken
+            now = os.path.realpath(root + path)
+            taken.append(f"{path} is left to {now}; on Debian this makes it smtprelay's: {way}")
+    if live:
+        run_tool("sh", "-ec", SET_UP)
+        secret = f"SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} " if os.path.exists(PASSWORD_FILE) else ""
+        print(f"smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay" if systemd_runs() else
+              "systemd does not run here, so nothing was started. Have this run at each start, as root:\n"
+              f"    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool {secret}exec setpriv --init-groups "
+              f"--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve")
+    complain(*taken)
+    return EX_NO if taken else 0
 
 
-def start_service() -> None:
-    """Make the service's user and start the service; where systemd does not run, say what to do."""
-    try:
-        user = pwd.getpwnam(SERVICE_USER)
-    except KeyError:
-        run_tool("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", STATE,
-                 "--shell", "/usr/sbin/nologin", SERVICE_USER)
-        user = pwd.getpwnam(SERVICE_USER)
-    os.makedirs(STATE, 0o700, exist_ok=True)
-    os.chown(STATE, user.pw_uid, user.pw_gid)
-    if systemctl("daemon-reload"):
-        systemctl("stop", "smtprelay.service", "smtprelay.socket")  # a socket is not started beside its service
-        systemctl("enable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
-        print(f"smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay")
-        return
-    secret = f"SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} " if os.path.exists(PASSWORD_FILE) else ""
-    if secret:
-        os.chown(PASSWORD_FILE, user.pw_uid, user.pw_gid)
-    print("systemd does not run here, so nothing was started. Have this run at each start, as root:\n"
-          f"    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool {secret}exec setpriv --init-groups "
-          f"--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve")
+def link_at(path: str) -> str:
+    return os.readlink(path) if os.path.islink(path) else ""
 
 
-def systemctl(*words: str) -> bool:
-    """Run systemctl where systemd runs, and tell whether it does."""
-    if not os.path.isdir("/run/systemd/system"):
-        return False
-    run_tool("systemctl", *words)
-    return True
+def systemd_runs() -> bool:
+    return os.path.isdir("/run/systemd/system")
 
 
 def run_tool(*command: str) -> None:
@@ -12151,30 +12142,20 @@ def run_tool(*command: str) -> None:
 
 def uninstall(arguments: argparse.Namespace) -> int:
     """Remove what install wrote; --purge removes settings and mail, too."""
-    import shutil
-
-    root = arguments.root.rstrip("/")
-    live = not (root or arguments.dry_run)
-    if live and os.geteuid():
-        raise Complaint("this removes from /usr/local and /etc: run it with sudo (--dry-run shows what)")
-    doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN)]
-    doomed += [path for path in SENDMAIL_LINKS
-               if os.path.islink(root + path) and os.readlink(root + path) == LAUNCHED]
+    root, live = chosen_root(arguments)
+    doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN),
+              *(path for path in SENDMAIL_LINKS if link_at(root + path) == LAUNCHED)]
     doomed += [os.path.dirname(ENVIRONMENT_FILE), STATE] if arguments.purge else []
-    if live and os.path.exists(UNIT):
-        systemctl("disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
+    if live and systemd_runs() and os.path.exists(UNIT):
+        run_tool("systemctl", "disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
     for path in (root + path for path in doomed if os.path.lexists(root + path)):
         print(f"would remove {path}" if arguments.dry_run else f"removed {path}")
-        if arguments.dry_run:
-            continue
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-    if live:
-        systemctl("daemon-reload")
-        if arguments.purge:
-            run_tool("userdel", SERVICE_USER)
+        if not arguments.dry_run:
+            run_tool("rm", "-r", path)
+    if live and systemd_runs():
+        run_tool("systemctl", "daemon-reload")
+    if live and arguments.purge:
+        run_tool("userdel", SERVICE_USER)
     if not arguments.purge:
         print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
     return 0
