@@ -452,7 +452,7 @@ class SettingsError(Exception):
     """One or more settings are wrong; `problems` has a line for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__("; ".join(problems))
         self.problems = list(problems)
 
 
@@ -2543,20 +2543,13 @@ class Draft:
 # the users file is one value, swapped whole, so that reading it needs no lock; Buckets
 # and Quotas have a leaf lock each, not held across disk. A changed file is seen at the
 # next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
+# A file that several processes change is read, changed and written under its directory's lock.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
 TURN_PATIENCE = 20.0
 API_KEY = "mp_live_"  # how each begins
 USAGE_DAYS = 35
-USAGE_NAMES = 100_000  # a day; only SMTP_AUTH_ANY can bring that many
-
-
-class AccountsError(Exception):
-    """Carries every mistake of a users file."""
-
-    def __init__(self, *mistakes: str) -> None:
-        super().__init__("; ".join(mistakes))
-        self.mistakes = mistakes
+USAGE_COUNTS = 300_000  # a day; only SMTP_AUTH_ANY can bring that many
 
 
 @dataclass(frozen=True)
@@ -2643,13 +2636,13 @@ def fits(kind: object, value: object) -> bool:
 
 
 def read_users(path: str) -> dict[str, Any]:
-    """Read the users file as JSON. Raises AccountsError or OSError."""
+    """Read the users file as JSON. Raises SettingsError or OSError."""
     try:
         users = json.loads(read_whole(path))
     except (ValueError, RecursionError) as error:
-        raise AccountsError(f"expected JSON: {error}") from None
+        raise SettingsError([f"expected JSON: {error}"]) from None
     if not isinstance(users, dict):
-        raise AccountsError("expected a JSON object of accounts by name")
+        raise SettingsError(["expected a JSON object of accounts by name"])
     return users
 
 
@@ -2661,12 +2654,12 @@ def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
 def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
     """Index the accounts by what a client may give as user name.
 
-    AccountsError lists every mistake; no value is shown, it may be a secret.
+    SettingsError lists every mistake; no value is shown, it may be a secret.
     """
     mistakes: list[str] = []
     logins: dict[str, Account] = {}
     for name, fields in users.items():
-        if len(name) > 255 or not re.fullmatch(TEXT, name):
+        if len(name) > 255 or not fits(TEXT, name):
             mistakes.append(f"account {name[:64]!a}: expected a name of 1 to 255 printable characters")
             continue
         if not isinstance(fields, dict):
@@ -2685,8 +2678,19 @@ def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
             wrong = [f"name or api_key is account {other}'s, too" for other in sorted(others - {name})]
         mistakes += [f"account {name}: {mistake}" for mistake in wrong]
     if mistakes:
-        raise AccountsError(*mistakes)
+        raise SettingsError(mistakes)
     return logins
+
+
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Hold the lock of a directory: a file in it is another one after each change."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
@@ -2694,13 +2698,11 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
     """Merge changes into the users file, one caller at a time, making it if need be.
 
     None removes an account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
-    sealed, since it cannot be a hash. Raises AccountsError for a file that would
+    sealed, since it cannot be a hash. Raises SettingsError for a file that would
     not load, OSError for one that cannot be written.
     """
     path = os.path.realpath(path)  # replace what a link names, not the link
-    lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # on the directory: the file is another one after each change
+    with locked(os.path.dirname(path)):
         users = read_users(path) if os.path.exists(path) else {}
         parse_users(users)
         for name, change in changes.items():
@@ -2714,8 +2716,6 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
             if sealer and password and not password.startswith(SEALED_TEXT):
                 fields["relay_password"] = sealer.seal_text(password, f"{name}/relay_password")
         replace_file(path, (json.dumps(users, indent=2, ensure_ascii=False) + "\n").encode(), sync=True)
-    finally:
-        os.close(lock)
 
 
 def file_stamp(path: str) -> tuple[int, ...]:
@@ -2725,6 +2725,38 @@ def file_stamp(path: str) -> tuple[int, ...]:
     except OSError:
         return ()
     return now.st_mtime_ns, now.st_size, now.st_ino
+
+
+class Watched:
+    """What was read from files, and is read anew when one of them changes. Thread-safe.
+
+    What cannot be read is SettingsError or OSError at the start; later the last good value
+    stays, and `trouble` says why.
+    """
+
+    def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log) -> None:
+        self.name, self.paths, self.read, self.log, self.trouble = name, paths, read, log, ""
+        self.seen = self.stamps(), read()
+
+    def stamps(self) -> list[tuple[int, ...]]:
+        return [file_stamp(path) for path in self.paths]
+
+    def current(self) -> Any:
+        """Return what the files say now, or said when they were last good."""
+        if self.stamps() != self.seen[0]:
+            self.reload()
+        return self.seen[1]
+
+    def reload(self) -> None:
+        """Reread the files (SIGHUP); what cannot be used changes `trouble` alone."""
+        stamps, value = self.stamps(), self.seen[1]  # first: a change while reading is seen the next time
+        try:
+            value, self.trouble = self.read(), ""
+            self.log.info(f"{self.name}_reread", files=", ".join(self.paths))
+        except (SettingsError, OSError) as error:
+            self.trouble = f"{self.name} {', '.join(self.paths)}: {error}"
+            self.log.error(f"{self.name}_broken", reason=self.trouble, now="what was last good stays")
+        self.seen = stamps, value
 
 
 # -- the store --
@@ -2739,87 +2771,64 @@ class Login(NamedTuple):
 class Known(NamedTuple):
     """What was read at one time, and the logins it proved."""
 
-    stamp: tuple[int, ...]
     logins: dict[str, Account]
-    hashed: bool  # whether there is an account that CRAM-MD5 cannot check
-    decoy: str  # a hash no password fits, as costly as the first account's own
+    hashes: list[str]  # the passwords that CRAM-MD5 cannot check
     proved: set[bytes]  # at most four for each account: two names, two secrets
 
 
+def named(logins: Mapping[str, Account], user: str) -> Account:
+    """Find who is meant; a stranger has no secret, and a name that is fit for the log."""
+    shown = f"{API_KEY}***" if user.startswith(API_KEY) else user[:64]  # a key mistyped, or of yesterday
+    return logins.get(user) or Account(shown if shown.isprintable() else ascii(shown))
+
+
 class Accounts:
-    """The accounts of SMTP_AUTH_USER and SMTP_USERS_FILE. Thread-safe.
+    """The accounts of SMTP_AUTH_USER and SMTP_USERS_FILE. Thread-safe."""
 
-    Raises AccountsError or OSError for a broken file at the start; later the last good
-    one stays, and `trouble` says why.
-    """
-
-    def __init__(self, settings: Settings, log: Log,
-                 random: Callable[[int], str] = secrets.token_hex) -> None:
-        self.settings, self.log, self.random = settings, log, random
-        self.trouble = ""
-        self._path = settings.users_file
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.settings, self.log = settings, log
         self._key = secrets.token_bytes(32)
         self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
-        self._known = self._read(file_stamp(self._path))
+        self.file = Watched("users_file", [settings.users_file] * bool(settings.users_file), self._read, log)
 
     def configured(self) -> bool:
         """Tell whether there may be logins, even if the file names nobody yet."""
-        return bool(self.settings.auth_user or self._path or self.settings.auth_any)
+        return bool(self.settings.auth_user or self.file.paths or self.settings.auth_any)
 
-    def _read(self, stamp: tuple[int, ...]) -> Known:
-        users = read_users(self._path) if self._path else {}
-        if self._path and os.stat(self._path).st_mode & 0o077:
-            self.log.warn("users_file", file=self._path, warning="not only its owner may read it (chmod 600)")
-        user = self.settings.auth_user
-        if user in users and user:
-            raise AccountsError(f"account {user}: SMTP_AUTH_USER has the same name")
-        logins = parse_users({**users, **({user: {"password": self.settings.auth_password}} if user else {})})
+    def _read(self) -> Known:
+        path, user = self.settings.users_file, self.settings.auth_user
+        users = read_users(path) if path else {}
+        if user and user in users:
+            raise SettingsError([f"account {user}: SMTP_AUTH_USER has the same name"])
+        mine = {user: {"password": self.settings.auth_password}} if user else {}
+        logins, sealer = parse_users({**users, **mine}), Sealer(self.settings.spool_key)
+        try:
+            logins = {login: dataclasses.replace(a, relay_password=sealer.unseal_text(
+                a.relay_password, f"{a.name}/relay_password")) for login, a in logins.items()}
+        except SealError as e:
+            raise SettingsError([str(e)]) from None
         clear = [name for name in users if not is_hash(logins[name].password or "scrypt:")]
         if clear:
-            self.log.warn("users_file", file=self._path,
+            self.log.warn("users_file", file=path,
                           warning=f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
-        sealer = Sealer(self.settings.spool_key)
-        try:
-            for login, a in logins.items():
-                if a.relay_password.startswith(SEALED_TEXT):
-                    password = sealer.unseal_text(a.relay_password, f"{a.name}/relay_password")
-                    logins[login] = dataclasses.replace(a, relay_password=password)
-        except SealError as e:
-            raise AccountsError(f"relay_password: {e}") from None
-        hashes = [it.password for it in logins.values() if is_hash(it.password)]
-        making = hashes[0].rpartition(":")[0] if hashes else f"{NEW_HASH}:{secrets.token_hex(16)}"
-        return Known(stamp, logins, bool(hashes), f"{making}:{secrets.token_hex(32)}", set())
-
-    def reload(self) -> None:
-        """Reread the users file (SIGHUP); a broken one changes `trouble` alone."""
-        stamp = file_stamp(self._path)  # first: a change while reading is seen the next time
-        try:
-            self._known = self._read(stamp)
-            self.trouble = ""
-        except (AccountsError, OSError) as error:
-            self._known = self._known._replace(stamp=stamp)
-            self.trouble = f"SMTP_USERS_FILE {self._path}: {error}"
-            self.log.error("users_file_broken", reason=self.trouble, now="the last good accounts stay")
-
-    def _fresh(self) -> Known:
-        if file_stamp(self._path) != self._known.stamp:
-            self.reload()
-        return self._known
+        if path and os.stat(path).st_mode & 0o077:
+            self.log.warn("users_file", file=path, warning="not only its owner may read it (chmod 600)")
+        return Known(logins, [a.password for a in logins.values() if is_hash(a.password)], set())
 
     def listed(self) -> list[Account]:
         """List the accounts, those of the file in its order."""
-        return [account for login, account in self._fresh().logins.items() if login == account.name]
+        return [account for login, account in self.file.current().logins.items() if login == account.name]
 
     def get(self, name: str) -> Account | None:
         """Find an account by its name; None once it is gone from the file."""
-        account = self._fresh().logins.get(name)
+        account: Account | None = self.file.current().logins.get(name)
         if account and account.name == name:
             return account
         return Account(name) if self.settings.auth_any else None
 
     def by_key(self, api_key: str) -> Account | None:
         """Find the account whose api_key this is (HTTP's Bearer)."""
-        account = self._fresh().logins.get(api_key)
+        account: Account | None = self.file.current().logins.get(api_key)
         return account if account and same_secret(account.api_key, api_key) else None
 
     def offers(self, secure: bool) -> list[str]:
@@ -2829,9 +2838,8 @@ class Accounts:
         choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
-        cram = self.settings.auth_any or not self._fresh().hashed
-        return [name for name, clear in MECHANISMS.items()
-                if self.allows(name) and (cram if name == "CRAM-MD5" else secure or not clear)]
+        cram = self.settings.auth_any or not self.file.current().hashes
+        return [name for name, clear in MECHANISMS.items() if self.allows(name) and (secure if clear else cram)]
 
     def allows(self, mechanism: str) -> bool:
         """Tell whether SMTP_AUTH_METHODS names a mechanism, offered at the moment or not."""
@@ -2839,20 +2847,19 @@ class Accounts:
 
     def login(self, user: str, password: str) -> Login:
         """Check a user name with a password. Refused when no turn comes, or no memory is left."""
-        known = self._fresh()
-        account = known.logins.get(user)
+        known: Known = self.file.current()
+        account = named(known.logins, user)
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         if self.settings.auth_any or ticket in known.proved:
-            return self._end(user, account, True)
+            return Login(account.name, account)
         if not self._turns.acquire(timeout=TURN_PATIENCE):
             raise Refused(ACCOUNTS_NOT_NOW)
         try:
-            stored, key = (account.password, account.api_key) if account else ("", "")
-            good = same_secret(key, password)
-            if not good and is_hash(stored):
-                good = check_password(password, stored)
-            elif not good:  # a failure costs one hash, whoever it was
-                good = same_secret(stored, password) or check_password(password, known.decoy)
+            hashed = is_hash(account.password)
+            good = same_secret(account.api_key, password) or not hashed and same_secret(account.password, password)
+            if not good:  # a failure costs one hash, whoever it was
+                decoy = (*known.hashes, f"{NEW_HASH}:{secrets.token_hex(16)}:")[0]
+                good = check_password(password, account.password if hashed else decoy) and hashed
         except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
             self.log.error("login_not_checked", error=error)
             raise Refused(ACCOUNTS_NOT_NOW) from None
@@ -2860,24 +2867,15 @@ class Accounts:
             self._turns.release()
         if good:
             known.proved.add(ticket)
-        return self._end(user, account, good)
+        return Login(account.name, account if good else None)
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
-        account = self._fresh().logins.get(user)
-        good = False
-        for secret in (account.password, account.api_key) if account else ("", ""):
-            key = secrets.token_hex() if is_hash(secret or "scrypt:") else secret
-            wanted = hmac.digest(encoded(key), encoded(challenge), "md5").hex()
-            good |= same_secret(wanted, digest)
-        return self._end(user, account, good or self.settings.auth_any)
-
-    def _end(self, user: str, account: Account | None, good: bool) -> Login:
-        shown = account.name if account else user[:64]
-        if not account and shown.startswith(API_KEY):
-            shown = API_KEY + "***"  # mistyped, or of yesterday
-        shown = shown if shown.isprintable() else ascii(shown)
-        return Login(shown, (account or Account(shown)) if good else None)
+        account, good = named(self.file.current().logins, user), self.settings.auth_any
+        for secret in (account.password, account.api_key):
+            wanted = hmac.digest(encoded(secret), encoded(challenge), "md5").hex()
+            good |= same_secret(wanted, digest) and secret != "" and not is_hash(secret)
+        return Login(account.name, account if good else None)
 
 
 # -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
@@ -2908,7 +2906,7 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
     # "=" is how an initial response of no octets is written
     first = None if initial is None else response(b"" if initial == b"=" else initial)
     if mechanism == "CRAM-MD5":  # RFC 2195: the server speaks first, an initial response is an error
-        challenge = f"<{accounts.random(16)}@{accounts.settings.hostname}>"
+        challenge = f"<{secrets.token_hex(16)}@{accounts.settings.hostname}>"
         user, space, digest = ("" if first is not None else hear(challenge)).rpartition(" ")
         if not space:
             raise Refused(AUTH_MALFORMED)
@@ -2979,160 +2977,138 @@ class Buckets:
     def __init__(self, size: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
         self._size, self._clock, self._lock = size, clock, threading.Lock()
         # not a dict: the more keys were removed, the longer it looks for its oldest
-        self._full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
+        self.full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
 
     def take(self, key: str, per_minute: float, burst: int) -> bool:
-        """Take a token, if there is one; a rate of 0 is no limit."""
-        if per_minute <= 0:
-            return True
+        """Take a token, if there is one."""
         each, now = 60.0 / per_minute, self._clock()
         with self._lock:
-            full_at = max(self._full_at.pop(key, now), now)
+            full_at = max(self.full_at.pop(key, now), now)
+            full_at = min(full_at, now + burst * each)  # no emptier than empty, if the clock was set back
             granted = full_at - now <= (burst - 1) * each + 1e-6
-            self._full_at[key] = full_at + each if granted else full_at
-            if len(self._full_at) > self._size:
-                self._full_at.popitem(last=False)
+            self.full_at[key] = full_at + each if granted else full_at
+            if len(self.full_at) > self._size:
+                self.full_at.popitem(last=False)
         return granted
 
     def give(self, key: str, per_minute: float) -> None:
         """Put back a token that was not used."""
         with self._lock:
-            if key in self._full_at:
-                self._full_at[key] -= 60.0 / per_minute
+            if key in self.full_at:
+                self.full_at[key] -= 60.0 / per_minute
 
-    def waits(self) -> dict[str, float]:
-        """Return the seconds until each bucket is full, of those that are not."""
-        now = self._clock()
+    def known(self) -> dict[str, float]:
+        """Return when each bucket is full."""
         with self._lock:
-            return {key: at - now for key, at in self._full_at.items() if at > now}
+            return {**self.full_at}
 
-    def restore(self, waits: Mapping[str, float]) -> None:
-        now = self._clock()
-        self._full_at.update((key, now + wait) for key, wait in waits.items())
+
+USED, FULL_AT = ("received", "sent", "failed"), "minute is full at"
+Counts = collections.Counter[tuple[str, str, str]]  # by day, account and what is counted
 
 
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    A small file for each day and process, and one for what the last minute took
-    (quota_per_minute), which `save` rewrites: called each second and at the end, so SIGKILL
-    forgets a second at most, a power cut what the kernel had not written. `part` names the
-    process: one counts what came, another what went; it reads the other's files as often. A
-    message counts once, at its 250. The account "" is nobody's.
+    A file for each day, which all processes add to, and which says what the last minute took
+    (quota_per_minute), too. `save` is called each second and at the end, so SIGKILL forgets
+    a second at most, a power cut what the kernel had not written. A message counts once, at
+    its 250. The account "" is nobody's.
     """
 
-    def __init__(self, directory: str, log: Log, part: str = "0",
-                 now: Callable[[], float] = time.time) -> None:
-        self._directory, self._log, self._part, self._now = directory, log, part, now  # "": nothing is kept
-        self._lock = threading.Lock()
-        self._days: dict[tuple[str, str], dict[str, collections.Counter[str]]] = {}  # by day and part
-        self._unsaved: set[str] = set()
+    def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
+        self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
+        self._lock = threading.RLock()
+        self._kept: Counts = collections.Counter()  # what today's file says
+        self._new: Counts = collections.Counter()  # what no file says yet
         self._reserved: collections.Counter[str] = collections.Counter()
-        self.minutes = Buckets()  # quota_per_minute, by account
-        self._minutes_kept = True
+        self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
-            self._read(since="")
-            self.minutes.restore(self._read_file(f"minutes.{part}.json", lambda it: {
-                name: min(float(wait) - now() + it["at"], 60.0) for name, wait in it["waits"].items()}))
+            self.save()
+            self.minutes.full_at.update((name, at) for (_, name, what), at in self._kept.items() if what == FULL_AT)
 
     def reserve(self, name: str, limit: int) -> bool:
-        """Set one message aside at MAIL, unless the account's daily limit (0: none) is spent."""
+        """Set one message aside at MAIL, unless the account's daily limit is spent."""
         with self._lock:
-            if limit and self._sum(self._day(), name)["received"] + self._reserved[name] >= limit:
-                return False
-            self._reserved[name] += 1
-        return True
+            granted = self.today(name).get("received", 0) + self._reserved[name] < limit
+            self._reserved[name] += granted
+        return granted
 
     def settle(self, name: str, accepted: bool) -> None:
         """Charge what was reserved at 250, or give it back at any other end."""
         with self._lock:
             self._reserved[name] -= 1
-            if self._reserved[name] <= 0:
-                del self._reserved[name]
-        if accepted:
-            self.count(name, "received")
+            if accepted:
+                self.count(name, "received")
 
     def count(self, name: str, what: str) -> None:
         """Add one to today's figure for an account: received, sent or failed."""
+        key = self._day(), name, what
+        with self._lock:
+            has_room = key in self._kept or len(self._kept) + len(self._new) < USAGE_COUNTS
+            self._new[key if has_room else (key[0], "", what)] += 1
+
+    def today(self, name: str) -> dict[str, int]:
+        """Give today's figures of an account."""
         day = self._day()
         with self._lock:
-            names = self._days.setdefault((day, self._part), {})
-            name = name if name in names or len(names) < USAGE_NAMES else ""
-            names.setdefault(name, collections.Counter())[what] += 1
-            self._unsaved.add(day)
-
-    def today(self, name: str | None = None) -> dict[str, int]:
-        """Give today's figures, of one account or of all."""
-        return self.days(name).get(self._day(), {})
+            return {what: n for what in USED if (n := self._kept[day, name, what] + self._new[day, name, what])}
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
-        with self._lock:
-            return {day: dict(self._sum(day, name)) for day in sorted({d for d, _ in self._days})}
+        found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(collections.Counter)
+        counts = self._new.copy()
+        for day in {file[:10] for file in os.listdir(self._directory)} if self._directory else ():
+            counts += self._read(day)
+        for (day, who, what), n in sorted(counts.items()):
+            if name in (None, who) and what in USED:
+                found[day][what] += n
+        return found
 
     def save(self) -> None:
-        """Write what changed, then read what the other process wrote. Raises OSError."""
+        """Add what is new to the files, and read what other processes added. Raises OSError."""
         if not self._directory:
             return
         with self._lock:
-            changed = {day: json.dumps(self._days[day, self._part]) for day in self._unsaved}
-            self._unsaved.clear()
-        try:
-            for day, text in changed.items():
-                replace_file(f"{self._directory}/{day}.{self._part}.json", text.encode())
-        except OSError:
-            with self._lock:
-                self._unsaved.update(changed)
-            raise
-        self._read(since=self._day())
-        waits = self.minutes.waits()
-        if waits or self._minutes_kept:
-            text = json.dumps({"at": self._now(), "waits": waits})
-            replace_file(f"{self._directory}/minutes.{self._part}.json", text.encode())
-        self._minutes_kept = bool(waits)
+            new = self._new.copy()
+        with locked(self._directory):
+            for day in sorted({*(day for day, _, _ in new), self._day()}):
+                added = collections.Counter({key: n for key, n in new.items() if key[0] == day})
+                kept = self._read(day) + added
+                if added:
+                    kept |= collections.Counter({
+                        (day, name, FULL_AT): math.ceil(at) for name, at in self.minutes.known().items()})
+                    rows = [[*key[1:], n] for key, n in kept.items()]
+                    replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
+                with self._lock:
+                    self._kept, self._new = kept, self._new - added
+            oldest = iso_second(int(self._now() - USAGE_DAYS * DAY))[:10]
+            for file in os.listdir(self._directory):
+                if re.match(DATE, file) and file < oldest:
+                    os.unlink(f"{self._directory}/{file}")
 
     def _day(self) -> str:
         return iso_second(int(self._now()))[:10]
 
-    def _sum(self, day: str, name: str | None) -> collections.Counter[str]:
-        total: collections.Counter[str] = collections.Counter()
-        for names in (names for key, names in self._days.items() if key[0] == day):
-            for each in names if name is None else (name,):
-                total.update(names.get(each, ()))
-        return total
-
-    def _read(self, since: str) -> None:
-        """Read the other process's files, and our own from before; drop what is too old."""
-        oldest = iso_second(int(self._now() - USAGE_DAYS * DAY))[:10]
-        found = {}
-        for name in sorted(os.listdir(self._directory)):
-            match = re.fullmatch(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.([0-9a-z]+)\.json", name)
-            if match and match[1] < oldest:
-                os.unlink(f"{self._directory}/{name}")
-            elif match and match[1] >= since and (match[2] != self._part or match.groups() not in self._days):
-                found[match[1], match[2]] = self._read_file(name, lambda it: {
-                    n: collections.Counter({k: int(v) for k, v in row.items()}) for n, row in it.items()})
-        with self._lock:
-            self._days = {**{key: names for key, names in self._days.items() if key[0] >= oldest}, **found}
-
-    def _read_file(self, name: str, understood: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Read one file of counts; a broken one is logged and counts nothing."""
+    def _read(self, day: str) -> Counts:
+        """Read the file of a day; a broken one is logged, counts nothing and goes."""
+        path = f"{self._directory}/{day}.json"
         try:
-            return understood(json.loads(read_whole(f"{self._directory}/{name}")))
+            rows = json.loads(read_whole(path))
+            return collections.Counter({(day, who + "", what + ""): int(n) for who, what, n in rows})
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            self._log.error("counts_lost", file=f"{self._directory}/{name}", error=error)
-            return {}
+            pass
+        except (ValueError, TypeError) as error:
+            self._log.error("counts_lost", file=path, error=error)
+            os.unlink(path)
+        return collections.Counter()
 
 
 # === 10 TLS ==================================================================
 #
-# Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask
-# `ServerTls.current()` for the context at each handshake, on their own thread; the
-# sweeper calls `self_signed` once a day. No lock: certificate and stamps are one value,
-# swapped whole. A pair that cannot be used changes nothing but `trouble`.
+# Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask for the
+# context at each handshake, on their own thread: its files are Watched.
 #
 # Ciphers are Python's own choice: it moves with the release, a list here would not.
 
@@ -3140,12 +3116,8 @@ SELF_SIGNED_DAYS = 825  # the most that Apple's clients accept
 RENEW_BEFORE_DAYS = 30
 
 
-class TlsError(Exception):
-    """Says which file or program stands in the way of TLS."""
-
-
 def server_context(cert: str, key: str) -> ssl.SSLContext:
-    """Make the context for sessions: TLS 1.2 or later. Raises TlsError."""
+    """Make the context for sessions: TLS 1.2 or later. Raises SettingsError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
@@ -3158,9 +3130,9 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
         reason = error.reason or "one of them is not PEM"
-        raise TlsError(f"certificate {cert}, key {key}: {reason}") from None
+        raise SettingsError([f"certificate {cert}, key {key}: {reason}"]) from None
     except (OSError, ValueError) as error:
-        raise TlsError(f"certificate or key: {error}") from None
+        raise SettingsError([f"certificate or key: {error}"]) from None
     return context
 
 
@@ -3173,7 +3145,7 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
     """Make the context for next hops: TLS 1.2 or later, verified unless told otherwise.
 
     Not ssl.create_default_context: its strictness differs from one Python to the next,
-    and it writes session keys where SSLKEYLOGFILE says. Raises TlsError.
+    and it writes session keys where SSLKEYLOGFILE says. Raises SettingsError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -3187,45 +3159,15 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
         try:
             context.load_verify_locations(ca_file)
         except (OSError, ValueError) as error:
-            raise TlsError(f"SMTP_RELAY_CA_FILE {ca_file}: {error}") from None
+            raise SettingsError([f"SMTP_RELAY_CA_FILE {ca_file}: {error}"]) from None
     return context
-
-
-class ServerTls:
-    """The context for new sessions, reread when its files change. Raises TlsError at the start."""
-
-    def __init__(self, cert: str, key: str, log: Log) -> None:
-        self.trouble, self.log = "", log
-        self._files = (cert, key)
-        self._loaded = (self._stamps(), server_context(cert, key))
-
-    def _stamps(self) -> list[tuple[int, ...]]:
-        return [file_stamp(path) for path in self._files]
-
-    def current(self) -> ssl.SSLContext:
-        """Give the context of the files as they are now, or were when last good."""
-        if self._stamps() != self._loaded[0]:
-            self.reload()
-        return self._loaded[1]
-
-    def reload(self) -> None:
-        """Reread the pair (SIGHUP); one that cannot be used changes `trouble` alone."""
-        stamps = self._stamps()  # taken first: a change while reading is seen the next time
-        try:
-            self._loaded = (stamps, server_context(*self._files))
-            self.trouble = ""
-            self.log.info("certificate_reread", file=self._files[0])
-        except TlsError as error:
-            self._loaded = (stamps, self._loaded[1])
-            self.trouble = str(error)
-            self.log.error("certificate_broken", reason=error, now="the last good pair stays")
 
 
 def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.time) -> tuple[str, str]:
     """Make, keep and renew a P-256 certificate with its key.
 
     Returns the path of each: the same file, so that one rename changes both at once. Its
-    first line says what it was made for. Raises TlsError, OSError.
+    first line says what it was made for. Raises SettingsError, OSError.
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     pem = os.path.join(directory, "self-signed.pem")
@@ -3280,16 +3222,16 @@ def make_pair(directory: str, names: str) -> bytes:
 
 
 def openssl(*arguments: str) -> bytes:
-    """Run the openssl program; returns what it printed. Raises TlsError."""
+    """Run the openssl program; returns what it printed. Raises SettingsError."""
     import subprocess
 
     try:
         done = subprocess.run(("openssl", *arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise TlsError(f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error}") from None
+        raise SettingsError([f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error}"]) from None
     if done.returncode:
         words = done.stderr.decode("utf-8", "replace").strip()[-300:]
-        raise TlsError(f"openssl {arguments[0]} failed: {words}")
+        raise SettingsError([f"openssl {arguments[0]} failed: {words}"])
     return done.stdout
 
 
@@ -4195,7 +4137,7 @@ class NextHop:
             self.wire.sock.settimeout(self.settings.relay_timeout)
             sock = self.context().wrap_socket(self.wire.sock, server_hostname=name)
             self.tls, self.wire = sock.version() or "", Wire(sock, 0.0)
-        except (OSError, ValueError, TlsError) as e:
+        except (OSError, ValueError, SettingsError) as e:
             raise Trouble(stage, 0, f"TLS failed: {e}") from None
 
     def hello(self) -> None:
@@ -5496,10 +5438,11 @@ class Reception:
     """
 
     def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log,
-                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: ServerTls | None,
+                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: Watched | None,
                  quotas: Quotas, faults: Faults) -> None:
         self.settings, self.spool, self.metrics, self.log = settings, spool, metrics, log
         self.accounts, self.tls, self.quotas, self.faults = accounts, tls, quotas, faults
+        self.watched = [accounts.file, tls] if tls else [accounts.file]
         self.announce = announce
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
@@ -5516,17 +5459,14 @@ class Reception:
 
     def trouble(self) -> str:
         """Return what is wrong with the users file or the certificate as they are now."""
-        self.accounts.listed()
-        if self.tls:
-            self.tls.current()
-        troubles = self.accounts.trouble, self.tls.trouble if self.tls else ""
-        return "; ".join(filter(None, troubles))
+        for file in self.watched:
+            file.current()
+        return "; ".join(file.trouble for file in self.watched if file.trouble)
 
     def reload(self) -> None:
         """Reread accounts and certificate (SIGHUP)."""
-        self.accounts.reload()
-        if self.tls:
-            self.tls.reload()
+        for file in self.watched:
+            file.reload()
 
     # -- who is here --
 
@@ -9200,7 +9140,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             if isinstance(value, Answer):
                 return value
             return Answer(value) if isinstance(value, bytes) else json_answer(value)
-        except (HttpError, BadRequest, AccountsError) as e:
+        except (HttpError, BadRequest, SettingsError) as e:
             status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
             status, text = 404, "message not found"
@@ -11094,10 +11034,8 @@ class Parts:
                     place = self.temporary.name
                 self.pair = self_signed(place, s.hostname)
             self.open_doors()
-        except BaseException as e:
+        except BaseException:
             self.close()
-            if isinstance(e, TlsError):
-                raise SettingsError([str(e)]) from None
             raise
         self.link = Link()
 
@@ -11114,13 +11052,14 @@ class Parts:
             problems += e.problems
         try:
             self.accounts = Accounts(self.settings, self.log)
-        except AccountsError as e:
-            problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {m}" for m in e.mistakes]
+        except SettingsError as e:
+            problems += [f"SMTP_USERS_FILE {self.settings.users_file}: {problem}" for problem in e.problems]
         except OSError as e:
             problems.append(f"SMTP_USERS_FILE: cannot read it: {e}")
         try:
-            self.tls = ServerTls(*self.pair, self.log) if self.pair[0] else None
-        except TlsError as e:
+            self.tls = Watched("certificate", self.pair, lambda: server_context(*self.pair), self.log) \
+                if self.pair[0] else None
+        except SettingsError as e:
             problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
         if problems:
             raise SettingsError(problems)
@@ -11143,10 +11082,10 @@ class Parts:
         half.find()
         return half.postmaster
 
-    def reception(self, part: str, metrics: Metrics) -> Reception:
+    def reception(self, metrics: Metrics) -> Reception:
         """Make the way in for one half, with quotas of its own; in memory both share them."""
         if self.spool.on_disk:
-            quotas = Quotas(self.spool.path("usage"), self.log, part)
+            quotas = Quotas(self.spool.path("usage"), self.log)
         else:
             quotas = self.shared_quotas = self.shared_quotas or Quotas("", self.log)
         return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts,
@@ -11154,12 +11093,12 @@ class Parts:
 
     def receiving(self, number: int = 0) -> Receiving:
         """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
-        reception = self.reception(f"r{number or ''}", self.metrics.row(RECEIVING_ROW + number))
+        reception = self.reception(self.metrics.row(RECEIVING_ROW + number))
         reception.pick = number
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
-        return Delivering(self, self.reception("d", self.metrics.row(DELIVERING_ROW)))
+        return Delivering(self, self.reception(self.metrics.row(DELIVERING_ROW)))
 
 
 def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
@@ -11716,7 +11655,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
     try:
         context = client_context(settings.relay_ca_file, settings.relay_tls_verify)
-    except TlsError as e:
+    except SettingsError as e:
         yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
         return
     trouble, hop = None, NextHop(patient, target, Log(os.devnull, level="error"), lambda: context)
@@ -12380,7 +12319,7 @@ def user(arguments: Arguments) -> int:
             if arguments.api_key:
                 change["api_key"] = new_api_key()
         change_users(path, {name: change}, Sealer(settings.spool_key))
-    except (AccountsError, SealError, OSError) as e:
+    except (SettingsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     if change and arguments.api_key:
         print(change["api_key"])
