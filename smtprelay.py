@@ -136,7 +136,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     import ctypes
