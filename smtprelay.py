@@ -113,6 +113,7 @@ import json
 import math
 import mimetypes
 import mmap
+import operator
 import pwd
 import queue
 import random
@@ -125,6 +126,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import string
 import struct
 import tempfile
 import termios
@@ -6740,7 +6742,7 @@ def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[i
     return [*pieces, (begin, end)] if begin >= 0 else pieces
 
 
-def read_mail(raw: bytes) -> Mail:
+def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
 
     Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside
@@ -6770,56 +6772,126 @@ def read_mail(raw: bytes) -> Mail:
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return Mail(top[0], parts, len(raw))
+    return top[0], parts
 
 
-@dataclass(frozen=True)
-class Mail:
-    """A parsed message; a field is decoded when it is first looked at."""
+class Email:
+    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`.
 
-    headers: Headers
-    parts: list[Part]
-    size: int
+    It is decoded as far as it is looked at, first of all where nothing can be stopped by it: what
+    cannot be read, for a fault of ours, is shown as that.
+    """
 
-    def people(self, name: str) -> list[Person]:
-        """The addresses in all fields of a name; From has one, if only in name."""
-        values = [value for key, value in self.headers if key.lower() == name]
-        found = [person for value in values for person in addresses(value)]
-        if name == "from" and not found:
-            found = [{"Name": decode_words("".join(values))[:1000], "Address": ""}]
-        return found
+    def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
+        self.id, self.record, self.raw, self.sequence = record.id, record, raw, sequence
+        self.reverse_path = record.reverse_path
+        self.recipients = [r.address for r in record.recipients]
+        try:
+            self.fields, self.parts = read_mail(raw)
+            _ = self.subject, self.date, self.people, self.links
+        except Exception as error:  # whatever it is
+            words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
+            self.fields = [("Subject", "(cannot be read)")]
+            self.parts = [describe_part("0", [])._replace(raw=words.encode())]
+
+    @functools.cached_property
+    def people(self) -> dict[str, list[Person]]:
+        """Who is named in all fields of a name; From has one, if only in name."""
+        people: dict[str, list[Person]] = {"from": [], "to": [], "cc": [], "bcc": [], "reply-to": []}
+        for name, value in self.fields:
+            if name.lower() in people:
+                people[name.lower()] += addresses(value)
+        unread = decode_words(header(self.fields, "from"))[:1000]
+        people["from"] = people["from"] or [{"Name": unread, "Address": ""}]
+        return people
+
+    @property
+    def from_(self) -> str:
+        return self.people["from"][0]["Address"]
+
+    @property
+    def to(self) -> list[str]:
+        return [person["Address"] for person in self.people["to"]]
+
+    @property
+    def cc(self) -> list[str]:
+        return [person["Address"] for person in self.people["cc"]]
+
+    @property
+    def blind(self) -> list[str]:
+        """The recipients that no field names."""
+        named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in self.people[name]}
+        return [address for address in self.recipients if address.lower() not in named]
 
     @functools.cached_property
     def subject(self) -> str:
-        return decode_words(header(self.headers, "subject"))
+        return decode_words(header(self.fields, "subject"))
 
     @property
     def date(self) -> str:
         """The Date field as ISO 8601, "" where it makes no sense."""
         try:
-            when = email.utils.parsedate_to_datetime(header(self.headers, "date")[:100])
+            when = email.utils.parsedate_to_datetime(header(self.fields, "date")[:100])
             return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).isoformat()
         except Exception:  # of which the package raises many kinds
             return ""
 
     @functools.cached_property
-    def html(self) -> str:
+    def page(self) -> str:
+        """The HTML bodies, their line ends as sent."""
         return "\n".join(p.text for p in self.having("body") if p.content_type == "text/html")
 
     @functools.cached_property
     def plain(self) -> str:
+        """The text/plain bodies, their line ends as sent."""
         texts = (p.text for p in self.having("body") if p.content_type == "text/plain")
         return "\n--\n".join(text for text in texts if text.strip())
+
+    @property
+    def html(self) -> str:
+        return self.page.replace("\r\n", "\n")
 
     @functools.cached_property
     def text(self) -> str:
         """The text/plain body, or else the readable text of the HTML one; lines end in LF."""
-        plain = self.plain.replace("\r\n", "\n")
-        return plain if plain.strip() else strip_html(self.html[:SEARCH_LIMIT])
+        return self.plain.replace("\r\n", "\n") or strip_html(self.page[:SEARCH_LIMIT])
+
+    @functools.cached_property
+    def links(self) -> list[str]:
+        """The links, those of the HTML first."""
+        return links(self.text, self.page)
+
+    @functools.cached_property
+    def codes(self) -> list[str]:
+        """The verification codes."""
+        return codes(self.text, self.page, self.subject)
 
     def having(self, role: str) -> list[Part]:
         """The parts with this role."""
         return [p for p in self.parts if p.role == role]
+
+    @property
+    def attachments(self) -> list[Part]:
+        """What is no body, with filename, content_type and content."""
+        return [p for p in self.parts if p.role != "body"]
+
+    @property
+    def headers(self) -> email.message.Message:
+        """The header fields, decoded: `headers["X-Id"]`, `headers.get_all("Received")`."""
+        decoded = email.message.Message()
+        for name, value in self.fields:
+            decoded[name] = decode_words(value)
+        return decoded
+
+    def __repr__(self) -> str:
+        return f"<Email {self.subject!r} from {self.from_!r} to {self.recipients} id {self.id}>"
+
+    def __str__(self) -> str:
+        """What a failing test prints."""
+        files = ", ".join(f"{p.filename} ({p.content_type})" for p in self.attachments)
+        to, found = ", ".join(self.recipients), [*self.codes, *self.links[:20]]
+        head = f"From: {self.from_}\nTo: {to}\nSubject: {self.subject}\nFiles: {files}"
+        return "\n".join([head, *(f"Found: {f}" for f in found), "", self.text[:2000]])
 
 
 # A comment, an element whose text is not shown, or a tag. What is not closed goes to the end.
@@ -6972,7 +7044,7 @@ def part_headers(part: Part) -> dict[str, str]:
     }
 
 
-def view_html(mail: Mail) -> str:
+def view_html(mail: Email) -> str:
     """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
 
     Links open in a tab of their own, those to a place in the mail stay. What no policy stops (a
@@ -6998,7 +7070,7 @@ def view_html(mail: Mail) -> str:
     return f"{page[:at]}<base target=_blank>{page[at:]}"
 
 
-def embed_images(mail: Mail) -> str:
+def embed_images(mail: Email) -> str:
     """Give the HTML body with its cid: addresses (RFC 2392) made data, while there is room."""
     room = EMBEDDED_LIMIT
 
@@ -7021,7 +7093,7 @@ def embed_images(mail: Mail) -> str:
     address = (r"""(?is)("|'|&quot;|&apos;|&#0?3[49];|&#x2[27];)?(\s{0,9})"""
                r"""cid(?::|%3a|&#58;|&#x3a;|&colon;)"""
                r"""(?:(?(1)(.{1,600}?)(?=\1)|(?!))|([^\s"'<>)\\]{1,300}))""")
-    return re.sub(address, embedded, mail.html) if parts else mail.html
+    return re.sub(address, embedded, mail.page) if parts else mail.page
 
 
 def image_type(part: Part) -> str:
@@ -7030,82 +7102,33 @@ def image_type(part: Part) -> str:
     return next((kind for kind in kinds if kind.startswith("image/")), "")
 
 
-# A summary is what Mailpit's list shows of a message, but for its state, with three fields of
-# ours. It is kept packed, as the JSON of its values: some 500 octets, where a dict takes 4,000.
-Summary = dict[str, Any]
-SUMMARY_FIELDS = (
-    "ID", "MessageID", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject", "Created", "Username",
-    "Size", "Attachments", "Snippet",
-    "inline",  # number of inline parts
-    "place",  # where the whole text is: "snippet", "raw" as it stands, or "parts" to be decoded
-    "tags",  # of the X-Tags field and of plus addresses
-)
+# An item is what Mailpit's list shows of a message, with three more for searches. What of it cannot
+# change is kept packed, as the JSON of its values: some 500 octets, where a dict takes 4,000.
+Item = dict[str, Any]
+PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username Size Attachments "
+                 "Snippet inline whole")  # how many inline parts; whether the snippet is the text
 
 
-def summarise(record: Message, mail: Mail) -> Summary:
-    """Sum up a message for lists and searches; Bcc is every recipient that no field names."""
-    to, cc, bcc, reply_to = (mail.people(name) for name in ("to", "cc", "bcc", "reply-to"))
-    named = {person["Address"].lower() for person in (*to, *cc, *bcc)}
-    bcc += [{"Name": "", "Address": r.address} for r in record.recipients
-            if r.address.lower() not in named]
-    start = strip_html(mail.html[:32000]) if mail.html.strip() else mail.plain[:32000]
+def summarise(mail: Email) -> list[Any]:
+    """Give the values of PACKED_FIELDS; Bcc is every recipient that no field names."""
+    record, (sender, to, cc, bcc, reply_to) = mail.record, mail.people.values()
+    start = strip_html(mail.page[:32000]) if mail.page.strip() else mail.plain[:32000]
     text = " ".join(start.split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
-    plain = not mail.html and not files and not inline
-    place = "parts"
-    if plain and all(map(stands_in_octets, mail.having("body"))):
-        place = "snippet" if len(text) <= SNIPPET else "raw"
-    plus = [tag for r in record.recipients for tag in r.address.rpartition("@")[0].split("+")[1:]]
-    tags = decode_words(header(mail.headers, "x-tags")).split(",")
-    message_id = header(mail.headers, "message-id").strip("<> ")[:1000]
-    return dict(zip(SUMMARY_FIELDS, (
-        record.id, message_id or f"{record.id}@smtprelay", mail.people("from")[0],
-        to, cc, bcc, reply_to, mail.subject[:1000], record.received_at, record.user, mail.size,
-        files, text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, place,
-        clean_tags([*tags, *plus]),
-    )))
+    whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
+    message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
+    return [
+        record.id, message_id or f"{record.id}@smtprelay", sender[0], to, cc,
+        bcc + [{"Name": "", "Address": address} for address in mail.blind], reply_to,
+        mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
+        text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
+    ]
 
 
-def stands_in_octets(body: Part) -> bool:
-    """Whether an ASCII word of a plain text body stands in its octets, but for soft breaks."""
-    escaped = body.encoding == "quoted-printable" and re.search(rb"=[4-7 \t\n]", body.raw)
-    if escaped or body.parameters.get("format"):  # flowed: a word may be in two lines
-        return False
-    wide = "utf_16", "utf_32", "utf_7", "hz", "iso202"
-    plain = body.encoding in ("", "7bit", "8bit", "quoted-printable")
-    return plain and find_codec(body.charset)[:6] not in wide
-
-
-def text_holds(read: Callable[[], bytes], place: str, word: str) -> bool:
-    """Whether a message's text, HTML or link, or a part's name, holds a word."""
-    try:
-        raw = read()
-    except (KeyError, OSError):  # gone meanwhile
-        return False
-    if place == "raw":  # most messages do not hold it, and need not be parsed to say so
-        flat = raw.replace(b"=\r\n", b"").lower()
-        if not all(p.encode() in flat for p in word.split() if p.isascii()):
-            return False
-    mail = read_mail(raw)
-    page = strip_html(mail.html[:SEARCH_LIMIT])
-    found = [mail.plain, page, *links("", mail.html), *(p.filename for p in mail.parts)]
-    return holds("\n".join(found).lower(), word)
-
-
-def read_safely(raw: bytes) -> Mail:
-    """Parse a message and look at all of it, so that none can stop a list, a search or a wait.
-
-    What cannot be read, for a fault of ours, is shown as that.
-    """
-    try:
-        mail = read_mail(raw)
-        _ = mail.subject, mail.date, mail.people("from"), mail.people("to")
-        _ = links(mail.text, mail.html)
-        return mail
-    except Exception as error:  # whatever it is
-        words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
-        part = describe_part("0", [])._replace(raw=words.encode())
-        return Mail([("Subject", "(cannot be read)")], [part], len(raw))
+def own_tags(mail: Email) -> list[str]:
+    """Read the tags in the X-Tags field and in plus addresses."""
+    plus = [tag for path in mail.recipients for tag in path.rpartition("@")[0].split("+")[1:]]
+    return [*decode_words(header(mail.fields, "x-tags")).split(","), *plus]
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
@@ -7113,16 +7136,6 @@ def clean_tags(tags: Iterable[str]) -> list[str]:
     cleaned = (" ".join(re.sub(r"[^\w .@-]", "", tag).split())[:100] for tag in tags)
     tags = {tag.lower(): tag for tag in reversed(list(cleaned)) if tag}
     return sorted(tags.values(), key=str.lower)
-
-
-class Item(NamedTuple):
-    """A message in a list: its place, its state, its summary."""
-
-    id: str
-    sequence: int
-    read: bool
-    tags: list[str]
-    summary: Summary
 
 
 def clean(text: str) -> str:
@@ -7136,49 +7149,46 @@ def holds(text: str, word: str) -> bool:
 
 
 Test = Callable[[Item], bool]
+Query = tuple[tuple[Test, bool], ...]  # a compiled search: tests, each with what it must say
+ALL: Query = ()
 SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
     "to": "To", "from": "From", "cc": "Cc", "bcc": "Bcc", "reply-to": "ReplyTo",
     "addressed": "From To Cc Bcc ReplyTo", "recipient": "To Cc Bcc",
-    "subject": "Subject", "message-id": "MessageID",
+    "subject": "Subject", "message-id": "MessageID", "": "From To Cc Bcc ReplyTo Subject Snippet",
 }
 SEARCH_STATES: dict[str, Test] = {
-    "is:read": lambda item: item.read,
-    "is:unread": lambda item: not item.read,
-    "is:tagged": lambda item: bool(item.tags),
-    "has:attachment": lambda item: bool(item.summary["Attachments"]),
-    "has:inline": lambda item: bool(item.summary["inline"]),
+    "is:read": lambda item: bool(item["Read"]),
+    "is:unread": lambda item: not item["Read"],
+    "is:tagged": lambda item: bool(item["Tags"]),
+    "has:attachment": lambda item: bool(item["Attachments"]),
+    "has:inline": lambda item: bool(item["inline"]),
 }
-TYPED_FIELDS = {*SEARCH_FIELDS, "is", "has", "tag", "larger", "smaller", "before", "after"}
+SEARCH_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "larger": ("Size", operator.gt), "smaller": ("Size", operator.lt),
+    "before": ("Created", operator.lt), "after": ("Created", operator.ge),
+}
 
 
-def fields_text(summary: Summary, fields: str) -> str:
-    """Join what some fields say, each of which is a text, a person, or a list of people."""
-    values = [summary[name] for name in fields.split()]
+def fields_hold(name: str, word: str, item: Item) -> bool:
+    """Whether a field holds a word: a text, a person, or a list of people."""
+    values = [item[field] for field in SEARCH_FIELDS[name].split()]
     flat = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
-    return " ".join(v if isinstance(v, str) else f"{v['Name']} {v['Address']}" for v in flat)
+    text = " ".join(v if isinstance(v, str) else f"{v['Name']} {v['Address']}" for v in flat)
+    return holds(text, word)
 
 
-class Query(NamedTuple):
-    """A compiled search: tests on the item, words in its text, each with what it must say."""
-
-    tests: tuple[tuple[Test, bool], ...] = ()
-    words: tuple[tuple[str, bool], ...] = ()
-
-    def matches(self, item: Item, read: Callable[[], bytes]) -> bool:
-        """Try the cheap tests first; read the message only where the summary cannot tell."""
-        if not all(test(item) == wanted for test, wanted in self.tests):
-            return False
-        place, known = item.summary["place"], ""
-        if self.words:
-            fields = "From To Cc Bcc ReplyTo Subject Snippet"
-            known = fields_text(item.summary, fields).lower()
-        return all(
-            (holds(known, word) or place != "snippet" and text_holds(read, place, word)) == wanted
-            for word, wanted in self.words
-        )
+def mail_holds(word: str, item: Item) -> bool:
+    """Whether a message holds a word: its fields, text, HTML, links, or names of parts."""
+    if fields_hold("", word, item) or item["whole"]:
+        return fields_hold("", word, item)
+    mail = item["open"]()
+    page = strip_html(mail.page[:SEARCH_LIMIT])
+    found = [mail.plain, page, *links("", mail.page), *(p.filename for p in mail.parts)]
+    return holds("\n".join(found), word)
 
 
-ALL = Query()
+def matches(query: Query, item: Item) -> bool:
+    return all(test(item) == wanted for test, wanted in query)
 
 
 def compile_query(text: str, zone: str = "") -> Query:
@@ -7188,16 +7198,17 @@ def compile_query(text: str, zone: str = "") -> Query:
     `zone` names the time zone of before: and after:, the machine's where it is not known.
     """
     tests: list[tuple[Test, bool]] = []
-    words: list[tuple[str, bool]] = []
+    words: list[tuple[Test, bool]] = []  # tried last, for they may read the message
     for term in split_terms(text):
         wanted = len(term) == 1 or term[0] not in "-!"
-        term = term if wanted else term[1:]
-        test, (name, colon, value) = compile_term(term, zone), term.lower().partition(":")
+        term = (term if wanted else term[1:]).lower()
+        test, (name, colon, value) = compile_term(term, zone), term.partition(":")
+        typed = colon and name in (*SEARCH_FIELDS, *SEARCH_LIMITS, "is", "has", "tag")
         if test:
             tests.append((test, wanted))
-        elif value.strip() or not colon or name not in TYPED_FIELDS:  # "from:" is yet being typed
-            words.append((clean(term) or term.lower(), wanted))
-    return Query(tuple(tests), tuple(words))
+        elif value.strip() or not typed:  # "from:" is yet being typed
+            words.append((functools.partial(mail_holds, clean(term) or term), wanted))
+    return (*tests, *words)
 
 
 def split_terms(text: str) -> list[str]:
@@ -7208,31 +7219,26 @@ def split_terms(text: str) -> list[str]:
 
 
 def compile_term(term: str, zone: str) -> Test | None:
-    """Compile one term, None where it is no search word or its value is none."""
-    name, _, value = term.lower().partition(":")
+    """Compile one term in lower case, None where it is no search word or its value is none."""
+    name, _, value = term.partition(":")
     value = clean(value)
-    state, fields = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"), SEARCH_FIELDS.get(name)
-    if state or not value:
+    state = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}")
+    if state or not value or not name:
         return state
-    if fields:
-        return lambda item: value in clean(fields_text(item.summary, fields))
+    if name in SEARCH_FIELDS:
+        return functools.partial(fields_hold, name, value)
     if name == "tag":
-        return lambda item: value in map(str.lower, item.tags)
-    if name in ("larger", "smaller"):
-        size = search_size(value)
-        sign = 1 if name == "larger" else -1
-        return (lambda item: sign * item.summary["Size"] > sign * size) if size else None
-    when = search_moment(value, zone) if name in ("before", "after") else ""
-    if when and name == "after":
-        return lambda item: item.summary["Created"][:19] >= when
-    return (lambda item: item.summary["Created"][:19] <= when) if when else None
+        return lambda item: value in map(str.lower, item["Tags"])
+    field, compare = SEARCH_LIMITS.get(name, ("", operator.eq))
+    limit = (search_size(value) if field == "Size" else field and search_moment(value, zone))
+    return (lambda item: compare(item[field], limit)) if limit else None
 
 
 def misread_terms(text: str, zone: str = "") -> list[str]:
     """Return the terms whose date or size cannot be read; they are looked for as words."""
     terms = [term.lstrip("-!") for term in split_terms(text)]
     kinds = "(?i)(?:before|after|larger|smaller):."
-    return [term for term in terms if re.match(kinds, term) and not compile_term(term, zone)]
+    return [t for t in terms if re.match(kinds, t) and not compile_term(t.lower(), zone)]
 
 
 def search_size(value: str) -> int:
@@ -7241,67 +7247,46 @@ def search_size(value: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
 
 
-DATE_FORMS = (  # as in ISO 8601, in America, in Germany, and with a month's name
-    r"(?P<y>\d{4})(?:[-/.](?P<m>\d{1,2})(?:[-/.](?P<d>\d{1,2}))?)?",
-    r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})",
-    r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})",
-    r"(?P<d>\d{1,2})\.? (?P<m>[a-z]{3,9})\.? (?P<y>\d{4})",
-    r"(?P<m>[a-z]{3,9})\.? (?P<d>\d{1,2})(?:st|nd|rd|th)? (?P<y>\d{4})",
-)
-CLOCK = (r"(?:^|[ t])(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?:\.\d+)? ?([ap]m)?"
-         r"(z|[+-]\d\d:?\d\d)?$")
-MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
+# As in ISO 8601, in America, in Germany, and with a month's name; the day may be today.
+DATES = ("%Y-%m-%d|%Y-%m|%Y|%Y/%m/%d|%Y/%m|%Y.%m.%d|%m/%d/%Y|%d.%m.%Y"
+         "|%d %b %Y|%d %B %Y|%b %d %Y|%B %d %Y|")
+CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 
 
 def search_moment(value: str, zone: str = "", now: datetime.datetime | None = None) -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
-    utc = datetime.timezone.utc
-    try:
-        if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
-            return datetime.datetime.fromtimestamp(int(value[:10]), utc).isoformat()[:19]
-        here: datetime.tzinfo | None = None
-        with contextlib.suppress(ValueError, LookupError, OSError):
-            import zoneinfo
+    utc, here = datetime.timezone.utc, None
+    if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
+        return datetime.datetime.fromtimestamp(int(value[:10]), utc).isoformat()[:19]
+    with contextlib.suppress(ValueError, LookupError, OSError):
+        import zoneinfo
 
-            here = zoneinfo.ZoneInfo(zone) if zone else None
-        now = (now or datetime.datetime.now(utc)).astimezone(here)
-        clock = re.search(CLOCK, value)
-        clock = clock if clock and (clock[2] or clock[4]) else None
-        day = (value[:clock.start()] if clock else value).strip()
-        year, month, date = str(now.year), str(now.month), str(now.day)
-        if day or not clock:
-            matches = (re.fullmatch(form, day) for form in DATE_FORMS)
-            written = next(filter(None, matches)).groupdict("1")
-            year, month, date = written["y"], written.get("m", "1"), written.get("d", "1")
-        hour, minute, second = (int(clock[n] or 0) if clock else 0 for n in (1, 2, 3))
-        if clock and clock[4]:
-            hour = hour % 12 + 12 * (clock[4] == "pm")
-        number = int(month) if month.isdigit() else MONTHS.index(month[:3]) // 3 + 1
-        when = datetime.datetime(int(year), number, int(date), hour, minute, second, tzinfo=here)
-        if clock and clock[5]:
-            offset = 0 if clock[5] == "z" else int(clock[5][1:3]) * 60 + int(clock[5][-2:])
-            shift = datetime.timedelta(minutes=-offset if clock[5][0] == "-" else offset)
-            when = when.replace(tzinfo=datetime.timezone(shift))
-        return when.astimezone(utc).isoformat()[:19]
-    except (ValueError, LookupError, OverflowError, OSError, StopIteration):
-        return ""
+        here = zoneinfo.ZoneInfo(zone) if zone else None
+    today = (now or datetime.datetime.now(utc)).astimezone(here)
+    text = re.sub(r"(?<=:\d\d)\.\d+|(?<=\d)(?:ST|ND|RD|TH)\b|(?<=[A-Z])\.", "", value[:60].upper())
+    text = re.sub(r"(?<=\d)(?:T(?=\d)| ?(?=[AP]M))", " ", text)
+    for date, clock in itertools.product(DATES.split("|"), CLOCKS.split("|")):
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            when = datetime.datetime.strptime(text, (date + clock).strip())
+            when = when if date else when.replace(today.year, today.month, today.day)
+            when = when if when.tzinfo else when.replace(tzinfo=here)
+            return when.astimezone(utc).isoformat()[:19]
+    return ""
 
 
 class Entry:
-    """The state of one message, its summary packed."""
+    """The state of one message, and what its list shows, packed."""
 
-    __slots__ = ("id", "packed", "read", "sequence", "stem", "tags")
+    __slots__ = ("found", "id", "packed", "read", "sequence", "stem", "tags")
 
     def __init__(self, stem: str, sequence: int) -> None:
         self.id, self.stem, self.sequence = stem[11:27], stem, sequence
         self.read, self.packed = False, b""
-        self.tags: list[str] | None = None  # None: those of its X-Tags field
+        self.found: tuple[str, ...] = ()  # the tags that it came with, and those by rule
+        self.tags: list[str] | None = None  # those a person gave it in their place
 
     def known_tags(self) -> list[str]:
-        """The tags as far as known; most packed summaries end in no tags at all."""
-        if self.tags is None and self.packed and not self.packed.endswith(b"[]]"):
-            return list(json.loads(self.packed)[-1])
-        return self.tags or []
+        return list(self.found) if self.tags is None else self.tags
 
 
 class Listing(NamedTuple):
@@ -7324,7 +7309,7 @@ class Inbox:
         self.spool, self.log = spool, log
         self.changed = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}  # oldest first
-        self.newest, self.closed, self.deleted = first - 1, False, 0
+        self.last, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
         # What a person did to messages, till they are found in the spool: whether read, and tags.
         self.kept: dict[str, list[Any]] = {}
@@ -7340,21 +7325,21 @@ class Inbox:
         with self.changed:
             entry = self.entries.get(stem[11:27])
             if entry is None:
-                self.newest += 1
-                entry = Entry(stem, self.newest)
+                self.last += 1
+                entry = Entry(stem, self.last)
                 self.entries[entry.id] = entry
                 entry.read, entry.tags = self.kept.pop(entry.id, (False, None))
                 self.changed.notify_all()
             return entry.sequence
 
-    def stem(self, id: str) -> str:
-        """Give the spool's name of a message, or of the `latest`; KeyError when it is gone."""
+    def entry(self, id: str) -> Entry:
+        """Give the entry of a message, or of the `latest`; KeyError when it is gone."""
         with self.changed:
-            return self.entries[next(reversed(self.entries), "") if id == "latest" else id].stem
+            return self.entries[next(reversed(self.entries), "") if id == "latest" else id]
 
     def load(self, id: str) -> Message:
         """Give the record of a message; KeyError or OSError when it is gone."""
-        return self.spool.load(self.stem(id))
+        return self.spool.load(self.entry(id).stem)
 
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
@@ -7375,12 +7360,6 @@ class Inbox:
             self.closed = True
             self.changed.notify_all()
 
-    @property
-    def last(self) -> int:
-        """The highest sequence number given; what arrives later has a higher one."""
-        with self.changed:
-            return self.newest
-
     def wait(self, query: Query, since: int | None = None, timeout: float = 5.0,
              gone: Callable[[], bool] = lambda: False) -> Item | None:
         """Block until a message matches; None after `timeout` seconds.
@@ -7393,7 +7372,7 @@ class Inbox:
         found, seen = self.look(query, since or 0, newest=since is None)
         while not found and (left := deadline - time.monotonic()) > 0 and not gone():
             with self.changed:
-                if self.newest <= seen and not self.closed:
+                if self.last <= seen and not self.closed:
                     self.changed.wait(min(left, 1.0))
                 if self.closed:
                     break
@@ -7403,7 +7382,7 @@ class Inbox:
     def look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
         """Try the messages numbered above `since`; give the match with the last number tried."""
         with self.changed:
-            last, fresh = self.newest, self.after(since)
+            last, fresh = self.last, self.after(since)
         return next(self.matching(fresh if newest else fresh[::-1], query), None), last
 
     def after(self, since: int = 0) -> list[Entry]:
@@ -7418,44 +7397,46 @@ class Inbox:
     def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
         for item in filter(None, map(self.shown, entries)):
             try:
-                if query.matches(item, functools.partial(self.raw, item.id, SEARCH_LIMIT)):
+                if matches(query, item):
                     yield item
+            except (KeyError, OSError, SpoolError):  # gone meanwhile
+                continue
             except Exception as error:  # a fault of ours with one message is not one with all
                 self.log.bug("unsearchable", error)
 
     def shown(self, entry: Entry) -> Item | None:
-        """Show an entry, on first reading with a new summary; None when its message is gone."""
+        """Show an entry, which is summed up on first reading; None when its message is gone."""
         try:
             if not entry.packed:
-                summary = summarise(self.load(entry.id), self.mail(entry.id))
-                item = Item(entry.id, 0, False, [], summary)
-                read = functools.partial(self.raw, entry.id, SEARCH_LIMIT)
-                ruled = [tag for tag, query in self.rules if query.matches(item, read)]
-                summary["tags"] = clean_tags([*summary["tags"], *ruled])
-                text = json.dumps([*summary.values()], ensure_ascii=False, separators=(",", ":"))
+                mail = self.mail(entry.id)
+                values = summarise(mail)
+                item = self.item(entry, values)
+                ruled = [tag for tag, query in self.rules if matches(query, item)]
+                entry.found = tuple(clean_tags([*own_tags(mail), *ruled]))
+                text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
                 entry.packed = text.encode("utf-8", "replace")
+            return self.item(entry, json.loads(entry.packed))
         except (KeyError, FileNotFoundError, SpoolError):
             self.delete([entry.id])
-            return None
         except OSError as error:
             self.log.warn("unreadable", id=entry.id, error=error)
-            return None
-        summary = dict(zip(SUMMARY_FIELDS, json.loads(entry.packed)))
-        tags = summary["tags"] if entry.tags is None else entry.tags
-        return Item(entry.id, entry.sequence, entry.read, tags, summary)
+        return None
 
-    def raw(self, id: str, limit: int = -1) -> bytes:
+    def item(self, entry: Entry, values: list[Any]) -> Item:
+        return {**dict(zip(PACKED_FIELDS.split(), values)), "Read": entry.read, "Tags": entry.known_tags(),
+                "sequence": entry.sequence,
+                "open": functools.partial(self.mail, entry.id, SEARCH_LIMIT)}
+
+    def raw(self, id: str) -> bytes:
         """Read a message's content; KeyError or OSError when it is gone."""
-        with self.spool.content(self.stem(id)) as content:
-            return content.read(limit)
+        return self.mail(id).raw
 
-    def mail(self, id: str) -> Mail:
-        """Parse a message; KeyError or OSError when it is gone."""
-        return read_safely(self.raw(id))
-
-    def email(self, item: Item) -> Email:
-        """Give a message as users of the library see it."""
-        return Email(self.load(item.id), self.raw(item.id), item.sequence)
+    def mail(self, id: str, limit: int = -1) -> Email:
+        """Read a message, so many octets of it; KeyError or OSError when it is gone."""
+        entry = self.entry(id)
+        record, content = self.spool.fetch(entry.stem, done=True)
+        with content:
+            return Email(record, content.read(limit), entry.sequence)
 
     def get(self, id: str, query: Query = ALL) -> Item | None:
         """Find a message by its id; `latest` is the newest that matches the query."""
@@ -7474,7 +7455,7 @@ class Inbox:
             shown = list(self.matching(entries[page], ALL))
             return Listing(shown, len(entries), sum(not e.read for e in entries))
         found = list(self.matching(entries, query))
-        return Listing(found[page], len(found), sum(not item.read for item in found))
+        return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
         """Count all messages, those unread, and those with each tag, as far as known."""
@@ -7537,57 +7518,9 @@ class Inbox:
                 self.touched = True
 
 
-class Email:
-    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
-
-    def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
-        self.id, self.raw, self.sequence = record.id, raw, sequence
-        self.reverse_path = record.reverse_path
-        self.recipients = [r.address for r in record.recipients]
-        self.mail = mail = read_safely(raw)
-        self.subject, self.text = mail.subject, mail.text
-        self.html = mail.html.replace("\r\n", "\n")
-        self.from_ = mail.people("from")[0]["Address"]
-        self.to, self.cc = ([p["Address"] for p in mail.people(name)] for name in ("to", "cc"))
-
-    @functools.cached_property
-    def links(self) -> list[str]:
-        """The links, those of the HTML first."""
-        return links(self.text, self.html)
-
-    @functools.cached_property
-    def codes(self) -> list[str]:
-        """The verification codes."""
-        return codes(self.text, self.html, self.subject)
-
-    @property
-    def attachments(self) -> list[Part]:
-        """What is no body, with filename, content_type and content."""
-        return [p for p in self.mail.parts if p.role != "body"]
-
-    @property
-    def headers(self) -> email.message.Message:
-        """The header fields, decoded: `headers["X-Id"]`, `headers.get_all("Received")`."""
-        decoded = email.message.Message()
-        for name, value in self.mail.headers:
-            decoded[name] = decode_words(value)
-        return decoded
-
-    def __repr__(self) -> str:
-        return f"<Email {self.subject!r} from {self.from_!r} to {self.recipients} id {self.id}>"
-
-    def __str__(self) -> str:
-        """What a failing test prints."""
-        files = ", ".join(f"{p.filename} ({p.content_type})" for p in self.attachments)
-        to, found = ", ".join(self.recipients), [*self.codes, *self.links[:20]]
-        head = f"From: {self.from_}\nTo: {to}\nSubject: {self.subject}\nFiles: {files}"
-        return "\n".join([head, *(f"Found: {f}" for f in found), "", self.text[:2000]])
-
-
 def summary_json(item: Item) -> dict[str, Any]:
     """Mailpit's MessageSummary: one of a list."""
-    shown = {name: item.summary[name] for name in SUMMARY_FIELDS if name[0].isupper()}
-    return {**shown, "Read": item.read, "Tags": item.tags}
+    return {name: value for name, value in item.items() if name[0].isupper()}
 
 
 def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
@@ -7612,9 +7545,9 @@ def attachment_json(part: Part) -> dict[str, Any]:
     }
 
 
-def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
+def waited_json(item: Item, mail: Email) -> dict[str, Any]:
     """Mailpit's Message: one whole, with sequence number, links and codes, which are ours."""
-    listed, post = (header(mail.headers, f"list-unsubscribe{end}") for end in ("", "-post"))
+    listed, post = (header(mail.fields, f"list-unsubscribe{end}") for end in ("", "-post"))
     found = [re.sub(r"\s", "", link) for link in re.findall(r"<([^<>]{1,4000})>", listed)]
     good = [link for link in found if re.match("(?i)(?:https?://|mailto:).", link)]
     one_click = any(link.lower().startswith("https:") for link in good)
@@ -7629,31 +7562,24 @@ def waited_json(item: Item, mail: Mail, record: Message) -> dict[str, Any]:
     shown = summary_json(item)
     return {
         **{key: shown[key] for key in shown if key not in ("Read", "Created", "Snippet")},
-        "Subject": mail.subject, "Date": mail.date or shown["Created"],
-        "ReturnPath": record.reverse_path, "HTML": mail.html,
-        "Text": mail.plain if mail.plain.strip() else mail.text,
+        "Subject": mail.subject, "Date": mail.date or item["Created"],
+        "ReturnPath": mail.reverse_path, "HTML": mail.page, "Text": mail.plain or mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
         "ListUnsubscribe": {"Header": listed, "Links": good, "HeaderPost": post, "Errors": wrong},
-        "Sequence": item.sequence, "Links": links(mail.text, mail.html),
-        "Codes": codes(mail.text, mail.html, mail.subject),
+        "Sequence": item["sequence"], "Links": mail.links, "Codes": mail.codes,
     }
 
 
-def headers_json(mail: Mail, record: Message | None = None) -> dict[str, list[str]]:
+def headers_json(mail: Email) -> dict[str, list[str]]:
     """The header fields by name, sorted and spelt as Go does (Message-Id).
 
-    With the record, Return-Path and Bcc are there as the envelope has them, as in Mailpit.
+    Return-Path and Bcc are there as the envelope has them, as in Mailpit.
     """
-    fields = list(mail.headers)
-    if record:
-        have = {name.lower() for name, _ in fields}
-        named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in mail.people(name)}
-        blind = ", ".join(r.address for r in record.recipients if r.address.lower() not in named)
-        fields += [("Return-Path", f"<{record.reverse_path}>")] if "return-path" not in have else []
-        fields += [("Bcc", blind)] if blind and "bcc" not in have else []
-    spelt = [("-".join(map(str.capitalize, n.split("-"))), value) for n, value in fields]
-    return grouped(sorted(spelt, key=lambda pair: pair[0]))
+    fields = [(string.capwords(name, "-"), value) for name, value in mail.fields]
+    ours = {"Return-Path": f"<{mail.reverse_path}>", "Bcc": ", ".join(mail.blind)}
+    fields += [field for field in ours.items() if field[1] and field[0] not in dict(fields)]
+    return grouped(sorted(fields, key=lambda field: field[0]))
 
 
 def grouped(headers: Headers) -> dict[str, list[str]]:
@@ -7664,12 +7590,11 @@ def grouped(headers: Headers) -> dict[str, list[str]]:
 
 
 def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[str, Any]:
-    """Mailpit's AppInformation; `stats` are DatabaseSize and what is known of RuntimeStats."""
+    """Mailpit's AppInformation; `stats` are what is known of RuntimeStats."""
     total, unread, tags = inbox.counts()
     names = "Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"
-    size = stats.pop("DatabaseSize", 0)
     return {
-        "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": size,
+        "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": 0,
         "Messages": total, "Unread": unread, "Tags": tags,
         "RuntimeStats": {**dict.fromkeys(names, 0), "MessagesDeleted": inbox.deleted, **stats},
     }
@@ -7677,29 +7602,24 @@ def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[s
 
 def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
     """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
+    def path(address: str) -> dict[str, Any]:
+        mailbox, _, domain = address.rpartition("@")
+        return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
+
+    def content(fields: Headers, body: bytes) -> dict[str, Any]:
+        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
+
     page, items = inbox.search(query, start, limit), []
-    for item in page.items:
-        record, raw = inbox.load(item.id), inbox.raw(item.id)
-        mail, body = read_mail(raw), read_headers(raw, 0, len(raw))[1]
-        parts = [mailhog_content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
-        sender, to = record.reverse_path, [r.address for r in record.recipients]
+    for mail in (inbox.mail(item["ID"]) for item in page.items):
+        parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+        sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
         items.append({
-            "ID": record.id, "Created": record.received_at,
-            "Raw": {"From": sender, "To": to, "Helo": record.helo, "Data": decode_text(raw)},
-            "From": mailhog_path(sender), "To": [mailhog_path(path) for path in to],
-            "Content": mailhog_content(mail.headers, raw[body:]),
-            "MIME": {"Parts": parts} if parts else None,
+            "ID": mail.id, "Created": mail.record.received_at,
+            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo, "Data": decode_text(mail.raw)},
+            "From": path(sender), "To": [path(address) for address in to],
+            "Content": content(mail.fields, body), "MIME": {"Parts": parts} if parts else None,
         })
     return {"total": page.total, "count": len(items), "start": start, "items": items}
-
-
-def mailhog_path(address: str) -> dict[str, Any]:
-    mailbox, _, domain = address.rpartition("@")
-    return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
-
-
-def mailhog_content(headers: Headers, body: bytes) -> dict[str, Any]:
-    return {"Headers": grouped(headers), "Body": decode_text(body), "Size": len(body), "MIME": None}
 
 
 class BadRequest(ValueError):
@@ -9351,7 +9271,7 @@ def matching(request: Request, words: str) -> list[str]:
     if query == ALL:
         raise BadRequest("query: expected what to look for; "
                         "for everything there is /api/v1/messages")
-    return [item.id for item in request.inbox.search(query, 0, 0).items]
+    return [item["ID"] for item in request.inbox.search(query, 0, 0).items]
 
 
 def chosen(request: Request, *others: str) -> list[str] | None:
@@ -9403,7 +9323,7 @@ route("DELETE /api/v1/search", "delete what `query` finds")(
 @route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
 def delete_messages(request: Request) -> bytes | None:
     one = "id" in request.names
-    request.relay.postmaster.remove([request.item().id] if one else chosen(request))
+    request.relay.postmaster.remove([request.item()["ID"]] if one else chosen(request))
     # MailHog's clients, which say nothing of what they accept, take no body but an empty one
     return b"" if one or not request.body and "Accept" not in request.headers else None
 
@@ -9412,24 +9332,25 @@ def delete_messages(request: Request) -> bytes | None:
        "`latest` is an id, and may come with a `query`")
 def show_message(request: Request) -> Any:
     inbox, token, item = request.inbox, request.relay.settings.api_token, request.item()
-    inbox.mark([item.id], True)
-    record = inbox.load(item.id)
-    shown = waited_json(item._replace(read=True), inbox.mail(item.id), record)
+    id = item["ID"]
+    inbox.mark([id], True)
+    mail = inbox.mail(id)
+    shown, record = waited_json(item, mail), mail.record
     if token:
-        shown["ViewKey"] = view_key(token, item.id)
+        shown["ViewKey"] = view_key(token, id)
     delivery = {**vars(record), "recipients": [vars(r) for r in record.recipients]}
     return {**shown, "Status": record.status, "Delivery": delivery}
 
 
 @route("GET /api/v1/message/{id}/headers", "its header fields")
 def show_headers(request: Request) -> Any:
-    id = request.item().id
-    return headers_json(request.inbox.mail(id), request.inbox.load(id))
+    id = request.item()["ID"]
+    return headers_json(request.inbox.mail(id))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
 def show_raw(request: Request) -> Answer:
-    id = request.item().id
+    id = request.item()["ID"]
     saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'}
     return Answer(request.inbox.raw(id), headers=saved if request.query.get("dl") == "1" else {})
 
@@ -9437,7 +9358,7 @@ def show_raw(request: Request) -> Answer:
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    parts = request.inbox.mail(request.item().id).parts
+    parts = request.inbox.mail(request.item()["ID"]).parts
     part = next((p for p in parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
@@ -9454,12 +9375,12 @@ def not_done(request: Request) -> Any:
 @route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", VIEW)
 @route("GET /view/{id}.txt", "its text")
 def view(request: Request) -> Any:
-    id = request.item().id
+    id = request.item()["ID"]
     mail = request.inbox.mail(id)
     request.inbox.mark([id], True)
     if request.path.endswith(".txt"):
         return mail.text.encode("utf-8", "replace")
-    if not mail.html:
+    if not mail.page:
         raise HttpError(404, "this message has no HTML")
     policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
     return Answer(view_html(mail).encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
@@ -9470,7 +9391,7 @@ def view(request: Request) -> Any:
        "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
 def release_message(request: Request) -> None:
     to, beyond = release_to(request.fields), take_field(request.fields, "Beyond", False)
-    request.relay.postmaster.release(request.item().id, to, beyond)
+    request.relay.postmaster.release(request.item()["ID"], to, beyond)
 
 
 @route("POST /api/v1/send", "put a message in, given as JSON")
@@ -9539,15 +9460,15 @@ def mailhog_messages(request: Request) -> Any:
         raise BadRequest("expected a query, and a kind: from, to, containing")
 
     def holds(item: Item) -> bool:
-        record, mail = inbox.load(item.id), inbox.mail(item.id)
-        texts = [decode_words(header(mail.headers, kind))]
+        mail = inbox.mail(item["ID"])
+        texts = [decode_words(header(mail.fields, kind))]
         if kind == "containing":
-            texts += [decode_text(inbox.raw(item.id)), mail.text, mail.html, mail.subject]
+            texts += [decode_text(mail.raw), mail.text, mail.html, mail.subject]
         else:
-            texts += [r.address for r in record.recipients] if kind == "to" else [record.reverse_path]
+            texts += mail.recipients if kind == "to" else [mail.reverse_path]
         return wanted in "\n".join(texts).lower()
 
-    return mailhog_json(inbox, Query(((holds, True),)), *request.page())
+    return mailhog_json(inbox, ((holds, True),), *request.page())
 
 
 # -- waiting, events, queue, faults, accounts: ours --
@@ -9566,25 +9487,23 @@ def wait_for_message(request: Request) -> Any:
 
     def fits(item: Item) -> bool:
         meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)
-        return meant and (not part or bool(getattr(inbox.email(item), f"{part}s")))
+        return meant and (not part or bool(getattr(inbox.mail(item["ID"]), f"{part}s")))
 
-    query = request.search(request.words)
-    query = query._replace(tests=(*query.tests, (fits, True)))
+    query = (*request.search(request.words), (fits, True))
     item = inbox.wait(query, since, timeout, lambda: request.heard() == b"")
     if item is None:
         what = f"message with a {part}" if part else "message"
         raise HttpError(408, f"no {what} matched within {timeout:g} seconds")
-    return waited_json(item, inbox.mail(item.id), inbox.load(item.id))
+    return waited_json(item, inbox.mail(item["ID"]))
 
 
 def is_meant(to: str, subject: str, sender: str, item: Item) -> bool:
     """Tell whether a message is what is asked for; without @ a part of an address will do."""
-    s = item.summary
-    for wanted, people in (to, [*s["To"], *s["Cc"], *s["Bcc"]]), (sender, [s["From"]]):
+    for wanted, people in (to, [*item["To"], *item["Cc"], *item["Bcc"]]), (sender, [item["From"]]):
         edge, known = " " * ("@" in wanted), " ".join(p["Address"] for p in people)
         if f"{edge}{wanted}{edge}".lower() not in f" {known} ".lower():
             return False
-    return subject.lower() in s["Subject"].lower()
+    return subject.lower() in item["Subject"].lower()
 
 
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
@@ -9702,12 +9621,12 @@ def show_account(request: Request) -> Any:
     if request.path.endswith("/stats"):
         days = request.relay.reception.quotas.days(name)
         return {"account": name, **account_json(request, request.account), "days": days}
-    mine = Query(((lambda item: item.summary["Username"] == name, True),))
+    mine: Query = ((lambda item: item["Username"] == name, True),)
     page = inbox.search(mine, 0, int(request.number("limit", 50)))
     return {"total": page.total, "emails": [
-        {"id": i.id, "subject": i.summary["Subject"], "size": i.summary["Size"],
-         "to": [p["Address"] for p in i.summary["To"]], "created": i.summary["Created"],
-         "status": status_of(inbox, i.id)} for i in page.items]}
+        {"id": i["ID"], "subject": i["Subject"], "size": i["Size"],
+         "to": [p["Address"] for p in i["To"]], "created": i["Created"],
+         "status": status_of(inbox, i["ID"])} for i in page.items]}
 
 
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
@@ -10841,7 +10760,7 @@ class Postmaster:
     def load(self, id: str) -> Message:
         """Return the record of a message."""
         try:
-            return self.half.record(self.half.inbox.stem(id))
+            return self.half.record(self.half.inbox.entry(id).stem)
         except (KeyError, FileNotFoundError):
             raise HttpError(404, f"message {id} not found") from None
 
@@ -10969,7 +10888,7 @@ class Postmaster:
         d, busy = self.half, []
         for id in d.inbox.ids() if ids is None else ids:
             with contextlib.suppress(KeyError):
-                stem = d.inbox.stem(id)
+                stem = d.inbox.entry(id).stem
                 task = d.scheduler.seize(stem)
                 if not task:
                     busy.append(id)
@@ -11420,7 +11339,7 @@ class Relay:
         """All messages there are, in order of arrival."""
         self.delivering.catch_up()
         inbox = self.delivering.inbox
-        return [inbox.email(item) for item in reversed(inbox.search(limit=0).items)]
+        return [inbox.mail(item["ID"]) for item in reversed(inbox.search(limit=0).items)]
 
     def wait(self, to: str = "", subject: str = "", timeout: float = 5.0, after: Email | None = None,
              since: int | None = None, from_: str = "") -> Email:
@@ -11430,7 +11349,7 @@ class Relay:
         after that sequence number (`relay.sequence` before the mail is sent). TimeoutError, which tells what did
         arrive, when there is none within `timeout` seconds.
         """
-        query = Query(((functools.partial(is_meant, to, subject, from_), True),))
+        query: Query = ((functools.partial(is_meant, to, subject, from_), True),)
         item = self.delivering.inbox.wait(query, after.sequence if after else since, timeout)
         if not item:
             asked = {"to": to, "subject": subject, "from_": from_}
@@ -11438,7 +11357,7 @@ class Relay:
             came = "; ".join(map(repr, self.messages)) or "none"
             missed = f"no message ({wanted}) within {timeout:g} seconds"
             raise TimeoutError(f"{missed}; what came: {came}")
-        return self.delivering.inbox.email(item)
+        return self.delivering.inbox.mail(item["ID"])
 
     @property
     def sequence(self) -> int:
