@@ -6934,7 +6934,7 @@ def links(text: str, page: str) -> list[str]:
             url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
             found += [url.replace(" ", "%20")] if re.match(r"[A-Za-z][\w+.-]*:.", url) else []
     pairs = {")": "(", "]": "[", "}": "{"}
-    for match in re.finditer(URL, text):
+    for match in re.finditer(URL, text) if "://" in text else ():
         # What ends the sentence is not the link's, nor is a mark that stands before it, too.
         url, ends = match[0], ".,;:!?'|\\"
         before = text[match.start() - 1 : match.start()]
