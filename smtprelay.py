@@ -9851,7 +9851,8 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
 
 def write_mailbox(name: str, address: str) -> str:
     """Return a name and an address as they stand in a header; what is an encoded word already stays."""
-    return f"{name if '=?' in name else phrase(name)} <{address}>" if name else address
+    plain = "=?" in name or name.isascii() and not re.search(r'[][\\()<>@,:;".]', name)
+    return f"{name if plain else phrase(name)} <{address}>" if name else address
 
 
 def user_name(uid: int) -> str:
