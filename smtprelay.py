@@ -8814,18 +8814,20 @@ class HttpError(Exception):
 
 @dataclass
 class Answer:
-    """An HTTP answer: a body, or a stream of blocks that ends with the connection."""
+    """An HTTP answer: octets, text, or a value for JSON; after it a stream that ends with the connection."""
 
-    body: bytes = b""
+    body: Any = b""
     kind: str = "text/plain; charset=utf-8"
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     stream: Generator[bytes, None, None] | None = None
 
-
-def json_answer(value: object, status: int = 200) -> Answer:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return Answer(text.encode("utf-8", "replace"), "application/json", status)
+    def __post_init__(self) -> None:
+        if not isinstance(self.body, (bytes, str)):
+            self.kind = "application/json"
+            self.body = json.dumps(self.body, default=str, ensure_ascii=False)
+        if isinstance(self.body, str):
+            self.body = self.body.encode("utf-8", "replace")
 
 
 # -- routes, and who may call them --
@@ -9015,10 +9017,11 @@ class Request(http.server.BaseHTTPRequestHandler):
     def login(self) -> tuple[str, str]:
         """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
         scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
+        told = ":" + rest.strip() * (scheme.lower() == "bearer")
         if scheme.lower() == "basic":
-            user, _, secret = decode_text(unbase64(rest.encode("utf-8", "replace"))).partition(":")
-            return user, secret
-        return "", rest.strip() if scheme.lower() == "bearer" else ""
+            told = decode_text(unbase64(rest.encode("utf-8", "replace")))
+        user, _, secret = told.partition(":")
+        return user, secret
 
     def heard(self) -> Any:
         """Return what has come and was not read yet; None for nothing, b"" for a caller who has hung up."""
@@ -9056,10 +9059,7 @@ class Request(http.server.BaseHTTPRequestHandler):
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
                 self.relay.catch_up()
             value = found.action(self)
-            value = b"ok" if value is None else value
-            if isinstance(value, Answer):
-                return value
-            return Answer(value) if isinstance(value, bytes) else json_answer(value)
+            return value if isinstance(value, Answer) else Answer("ok" if value is None else value)
         except (HttpError, BadRequest, SettingsError) as e:
             status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
@@ -9071,9 +9071,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             status, text = 500, "internal error"
         finally:
             self.close_connection |= unread
-        if found and found.takes is None and found.path != "/api/v1/send":
-            return Answer(text.encode("utf-8", "replace"), status=status)  # as Mailpit does
-        return json_answer({"Error": text}, status)
+        as_text = found and found.takes is None and found.path != "/api/v1/send"  # as Mailpit does
+        return Answer(text if as_text else {"Error": text}, status=status)
 
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
@@ -9233,8 +9232,8 @@ def show_health(request: Request) -> Answer:
     status = 503 if why else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
         parts = {part: trouble or "ok" for part, trouble in wrong.items()}
-        return json_answer({"status": "unavailable" if why else "ok", **parts}, status)
-    return Answer((why or "OK").encode() + b"\n", status=status)
+        return Answer({"status": "unavailable" if why else "ok", **parts}, status=status)
+    return Answer(f"{why or 'OK'}\n", status=status)
 
 
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
@@ -9243,7 +9242,7 @@ def show_metrics(request: Request) -> Any:
     m, accept = measured(request.relay), request.headers.get("Accept", "")
     asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
     if request.query.get("format", asked) == "prometheus":
-        return Answer(prometheus(m).encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return Answer(prometheus(m), "text/plain; version=0.0.4; charset=utf-8")
     return expvar(m)
 
 
@@ -9260,7 +9259,7 @@ def measured(d: Delivering) -> Metrics:
     return m
 
 
-route("GET /livez", "200 while the process answers", OPEN)(lambda request: b"OK\n")
+route("GET /livez", "200 while the process answers", OPEN)(lambda request: "OK\n")
 
 
 # -- mail: Mailpit's API v1, and MailHog's v2 --
@@ -9276,12 +9275,10 @@ def matching(request: Request, words: str) -> list[str]:
 
 def chosen(request: Request, *others: str) -> list[str] | None:
     """Return the messages that a body names by IDs or a Search; None, where it has neither: all."""
-    ids, words = request.strings("IDs"), take_field(request.fields, "Search", "")
-    if request.fields and not request.fields.keys() & {"ids", "search", *others}:
-        raise BadRequest("body: expected IDs")
-    if ids and words:
-        raise BadRequest("expected IDs or a Search, not both")
-    asked = words or "search" in request.fields and not others and not ids
+    given, ids, words = request.fields, request.strings("IDs"), take_field(request.fields, "Search", "")
+    if given and not given.keys() & {"ids", "search", *others} or ids and words:
+        raise BadRequest("body: expected IDs or a Search, not both")
+    asked = words or "search" in given and not others and not ids
     return matching(request, words) if asked else ids or None
 
 
@@ -9362,8 +9359,7 @@ def show_part(request: Request) -> Answer:
     part = next((p for p in parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
-    headers = part_headers(part)
-    return Answer(part.content, headers.pop("Content-Type"), headers=headers)
+    return Answer(part.content, headers=part_headers(part))
 
 
 @route("GET /api/v1/message/{id}/html-check /api/v1/message/{id}/link-check /api/v1/message/{id}/sa-check /api/events",
@@ -9379,11 +9375,11 @@ def view(request: Request) -> Any:
     mail = request.inbox.mail(id)
     request.inbox.mark([id], True)
     if request.path.endswith(".txt"):
-        return mail.text.encode("utf-8", "replace")
+        return mail.text
     if not mail.page:
         raise HttpError(404, "this message has no HTML")
     policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
-    return Answer(view_html(mail).encode("utf-8", "replace"), "text/html; charset=utf-8", headers={
+    return Answer(view_html(mail), "text/html; charset=utf-8", headers={
         "Content-Security-Policy": policy, "X-DNS-Prefetch-Control": "off"})
 
 
@@ -9399,8 +9395,8 @@ def send_message(request: Request) -> Any:
     (content, sender, to), most = compose(request.fields), request.relay.settings.max_size
     if len(content) > most:
         raise HttpError(413, f"message is larger than {most} octets")
-    plain = {"8BITMIME": content.isascii(), "SMTPUTF8": "".join((sender, *to)).isascii()}
-    flags = tuple(flag for flag, fits in plain.items() if not fits)
+    flags = ("8BITMIME",) * (not content.isascii())
+    flags += ("SMTPUTF8",) * (not "".join((sender, *to)).isascii())
     user = request.login()[0][:200].translate(NO_BREAKS)
     envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
     return {"ID": request.relay.postmaster.store(envelope, [content])}
@@ -9632,7 +9628,7 @@ def show_account(request: Request) -> Any:
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
 def show_page(request: Request) -> Answer:
     """The page: one document that loads nothing from elsewhere; with 401 it asks for the token."""
-    return Answer(PAGE.encode(), "text/html; charset=utf-8", 200 if request.known else 401,
+    return Answer(PAGE, "text/html; charset=utf-8", 200 if request.known else 401,
                   {"Content-Security-Policy": PAGE_CSP})
 
 # -- the webhook --
@@ -9990,7 +9986,7 @@ def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
         value = request.find_route().action(request)
     except (KeyError, FileNotFoundError):
         raise HttpError(404, "message not found") from None
-    return value.body if isinstance(value, Answer) else json.loads(json_answer(value).body)
+    return value.body if isinstance(value, Answer) else json.loads(Answer(value).body)
 
 
 def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str, str], Any],
@@ -12547,7 +12543,7 @@ def show_help(request: Request) -> Answer:
             cells = (re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(cell)) for cell in row)
             parts.append("<tr>" + "".join(f"<{kind}>{cell}" for cell in cells))
         parts.append("</table>")
-    return Answer("\n".join(parts).encode(), "text/html; charset=utf-8",
+    return Answer("\n".join(parts), "text/html; charset=utf-8",
                   headers={"Content-Security-Policy": f"{CALM}; style-src 'unsafe-inline'"})
 
 
