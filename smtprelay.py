@@ -1580,9 +1580,9 @@ def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple
     for part in rest.split():
         name, _, value = part.partition("=")
         name = name.upper()
-        whose, pattern, expected = PARAMETERS.get(name, ("", "", ""))
-        if whose != verb or not (extended or lenient):
-            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {ascii(name[:40])}"))
+        whose, pattern, expected = PARAMETERS.get(name, ("", "(?!)", "Malformed parameter"))
+        if re.fullmatch("[A-Z0-9-]+", name) and (whose != verb or not (extended or lenient)):
+            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
         if name in found or not re.fullmatch(pattern, value):
             raise Refused(BAD_ARGUMENT._replace(text=expected))
         found[name] = value
@@ -5531,7 +5531,7 @@ class Reception:
     def admit(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
         """Take in a whole message that no session brought, by the same rules; return its queue id.
 
-        Raises Refused with the reply that a session would give, OSError when it is not kept.
+        Raises Refused with the reply that a session would give.
         """
         draft = None
         try:
@@ -5539,12 +5539,10 @@ class Reception:
                 raise Refused(NO_RECIPIENTS)
             if len(envelope.recipients) > self.settings.max_recipients:
                 raise Refused(TOO_MANY_RECIPIENTS)
-            draft = self.begin(envelope)
-            content = Content(draft.write, self.settings.max_size)
+            draft, content = self.begin(envelope)
             for block in blocks:
                 content.feed(block)
-            content.finish()
-            return self.keep(draft, envelope, content)
+            return self.keep(draft, content, envelope)
         except Refused as e:
             self.refused(e.reply, envelope.client, envelope.user)
             raise
@@ -5552,39 +5550,43 @@ class Reception:
             if draft:
                 draft.abort()
 
-    def begin(self, envelope: Envelope) -> Draft:
+    def begin(self, envelope: Envelope, lenient: bool = False) -> tuple[Draft, Content]:
         """Begin a message; in hold mode only a copy that somebody released is owed to anybody."""
         if self.settings.delivery == "hold" and not {"HOLD", "RELEASED"} & {*envelope.flags}:
             envelope.flags += ("HOLD",)
-        return self.spool.draft(envelope)
+        draft = self.spool.draft(envelope)
+        return draft, Content(draft.write, self.settings.max_size, lenient)
 
-    def keep(self, draft: Draft, envelope: Envelope, content: Content) -> str:
+    def keep(self, draft: Draft, content: Content, envelope: Envelope) -> str:
         """Judge a message whose content is over, make it safe, and only then let it be known.
 
-        Returns its queue id; raises Refused, or OSError when it is not kept.
+        Returns its queue id, or raises Refused.
         """
+        content.finish()
         size, owed = content.size, "HOLD" not in envelope.flags
-        if content.error:
-            raise content.error
-        if content.fault:
-            raise Refused(content.fault)
-        if not self.has_room(size):  # others came in since MAIL
-            raise Refused(SPOOL_FULL)
-        with self.turns:
-            stem = draft.commit()
+        try:
+            if content.error:
+                raise content.error
+            if content.fault:
+                raise Refused(content.fault)
+            if not self.has_room(size):  # others came in since MAIL
+                raise Refused(SPOOL_FULL)
+            with self.turns:
+                stem = draft.commit()
+        except OSError as e:
+            self.log.error("spool_error", client=envelope.client, error=e)
+            raise Refused(SPOOL_FULL if e.errno in DISK_FULL else INTERNAL) from None
         self.metrics.inc("smtp_messages_received_total")
         self.metrics.inc("smtp_bytes_received_total", size)
         if owed:
             self.metrics.inc("smtp_messages_queued_total")
         if not self.announce(stem, owed):
             self.unheard_until = time.monotonic() + 1.0
-        id, client = draft.id, envelope.client
-        sender, to = envelope.reverse_path, envelope.recipients
-        self.audit.info("accepted", id=id, client=client, user=envelope.user, size=size,
-                         sender=sender, recipients=to)
-        self.log.info("received", id=id, sender=sender, recipients=",".join(to), size=size,
-                      client=client, helo=envelope.helo, protocol=envelope.protocol)
-        return id
+        told = {"id": draft.id, "client": envelope.client, "size": size, "sender": envelope.reverse_path}
+        self.audit.info("accepted", **told, user=envelope.user, recipients=envelope.recipients)
+        self.log.info("received", **told, recipients=",".join(envelope.recipients), helo=envelope.helo,
+                      protocol=envelope.protocol)
+        return draft.id
 
 
 class Session:
@@ -5965,7 +5967,7 @@ class Session:
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
+        fault = self.fault("rcpt", address)
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -5975,88 +5977,56 @@ class Session:
         return RECIPIENT_OK
 
     def data(self, argument: bytes) -> Reply:
-        """DATA (RFC 5321 4.1.1.4)."""
-        envelope = self.envelope
-        if envelope is None or not envelope.recipients:
-            return NO_RECIPIENTS
-        fault = self.fault("data", *envelope.recipients) if self.reception.faults.on[0] else None
-        if fault:
-            self.forget()
-            return fault
-        content = self.begin(envelope)
-        self.wire.write(reply_octets(GO_AHEAD))
-        self.read(read_data, content)
-        return self.end(content)
-
-    def bdat(self, argument: bytes) -> Reply:
-        """BDAT (RFC 3030): its octets are read whatever the answer, to stay in step."""
-        match, envelope = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper()), self.envelope
-        if not match:
+        """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
+        envelope, chunk = self.envelope, re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
+        reply, accepted = None, False
+        if argument and not chunk:
             return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
-        fault = None
         if self.settings.tls_required and not self.is_tls:
-            fault = TLS_FIRST
+            reply = TLS_FIRST
         elif envelope is None:
-            fault = SEQUENCE._replace(text="Say MAIL first")
+            reply = SEQUENCE._replace(text="Say MAIL first")
         elif not envelope.recipients:
-            fault = NO_RECIPIENTS
-        elif self.content is None and self.reception.faults.on[0]:
-            fault = self.fault("data", *envelope.recipients)
-        unwanted = Content(lambda block: None, 0) if fault or envelope is None else None
-        content = unwanted or self.content or self.begin(cast(Envelope, envelope))
-        self.read(read_chunk, content, int(match[1]))
-        fault = fault or self.verdict(content)
-        if fault:
-            self.forget()
-            return fault
-        return self.end(content) if match[2] else CHUNK_OK
-
-    def begin(self, envelope: Envelope) -> Content:
-        self.draft = self.reception.begin(envelope)
-        self.content = Content(self.draft.write, self.settings.max_size, bool(self.lenient))
-        return self.content
-
-    def read(self, reader: Callable[..., None], content: Content, *more: int) -> None:
-        """Read content under its own deadline."""
+            reply = NO_RECIPIENTS
+        elif not self.content:
+            reply = self.fault("data", *envelope.recipients)
+            if reply:
+                self.forget()
+            else:
+                self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
+        content = self.content
+        if reply or not content:
+            content = Content(lambda block: None, 0)
+        if not chunk:
+            if reply:
+                return reply
+            self.wire.write(reply_octets(GO_AHEAD))
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
         self.wire.bulk = True
         try:
-            reader(self.wire, content, *more)
+            if chunk:
+                read_chunk(self.wire, content, int(chunk[1]))
+            else:
+                read_data(self.wire, content)
         except Exception:
             self.over = True  # what is left of the content must not be taken for commands
             raise
         finally:
             self.wire.bulk = False
-
-    def verdict(self, content: Content) -> Reply | None:
-        """Return why the content read so far will not be taken, if so."""
-        if content.error:
-            self.reception.log.error("spool_error", client=self.client, error=content.error)
-            return SPOOL_FULL if content.error.errno in DISK_FULL else INTERNAL
-        return content.fault
-
-    def end(self, content: Content) -> Reply:
-        """Judge the whole content, make it safe, and say so."""
-        content.finish()
-        draft, envelope = self.draft, self.envelope
-        assert draft and envelope
-        reply, scripted, accepted = self.verdict(content), None, False
-        if not reply and self.reception.faults.on[0]:
-            scripted = self.fault("end", *envelope.recipients)
-            reply = None if scripted is LOST else scripted
-        if not reply:
-            try:
-                id = self.reception.keep(draft, envelope, content)
-                reply, self.draft, accepted = Reply(250, "2.0.0", f"Ok: queued as {id}"), None, True
-            except Refused as e:
-                reply = e.reply
-            except OSError as e:
-                content.error = e
-                reply = self.verdict(content) or INTERNAL
-        self.forget(accepted)
-        if scripted is LOST and accepted:
+        if reply or chunk and not (chunk[2] or content.fault or content.error):
+            return reply or CHUNK_OK
+        assert envelope and self.draft
+        reply = self.fault("end", *envelope.recipients)
+        try:
+            if reply and reply is not LOST:
+                return reply
+            id = self.reception.keep(self.draft, content, envelope)
+            accepted = True
+        finally:
+            self.forget(accepted)
+        if reply:
             raise PeerGone("dropped by SMTP_FAULTS")
-        return reply
+        return Reply(250, "2.0.0", f"Ok: queued as {id}")
 
 
 class Verb(NamedTuple):
@@ -6074,8 +6044,8 @@ VERBS: dict[str, Verb] = {
     "EHLO": Verb(lambda session, name: session.hello(name, True), "", True, "EHLO domain", True),
     "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
     "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
-    "DATA": Verb(Session.data, "mail", False, "DATA"),
-    "BDAT": Verb(Session.bdat, "", True, "BDAT octets [LAST]", True),  # which looks for TLS itself
+    "DATA": Verb(Session.data, "", False, "DATA"),
+    "BDAT": Verb(Session.data, "", True, "BDAT octets [LAST]", True),  # which looks for TLS itself
     "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
     "AUTH": Verb(Session.auth, "hello", True, "AUTH mechanism [initial response]"),
     "RSET": Verb(Session.rset, "", False, "RSET", True),
@@ -9930,8 +9900,8 @@ def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> di
     for i in range(0, len(good), most):
         try:
             reception.admit(dataclasses.replace(envelope, recipients=good[i:i + most]), [content])
-        except (Refused, OSError) as e:
-            refused.update(dict.fromkeys(good[i:i + most], str(e.reply if isinstance(e, Refused) else INTERNAL)))
+        except Refused as e:
+            refused.update(dict.fromkeys(good[i:i + most], str(e.reply)))
     return refused
 
 
