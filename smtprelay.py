@@ -5599,7 +5599,6 @@ class Session:
         self.is_local = client == "local" or is_loopback(client)
         self.is_tls, self.lenient = False, ""  # lenient: the host's name, to complete addresses
         self.account: Account | None = None
-        self.reserved = ""  # the account whose daily quota a message was taken from
         self.failed_logins = self.errors = 0
         self.crowded = self.over = self.quitting = False
         now = time.monotonic()
@@ -5757,13 +5756,13 @@ class Session:
 
     def forget(self, accepted: bool = False) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5); one accepted is counted for its account."""
-        if self.reserved:
-            self.reception.quotas.settle(self.reserved, accepted)
+        if self.envelope and self.account and self.account.quota_daily:
+            self.reception.quotas.settle(self.user, accepted)
         elif accepted:
             self.reception.quotas.count(self.user, "received")
         if self.draft:
             self.draft.abort()
-        self.reserved, self.envelope, self.draft, self.content = "", None, None, None
+        self.envelope = self.draft = self.content = None
 
     @property
     def user(self) -> str:
@@ -5934,23 +5933,20 @@ class Session:
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        reception, account, s = self.reception, self.account, self.settings
-        name, who, minute, day = "", client_key(self.client), 0, 0
-        if account:
-            name, who = account.name, f"account {account.name}"
-            minute, day = account.quota_per_minute, account.quota_daily
-        limit, reply = "", QUOTA_SPENT
+        reception, s, name, who, minute, day = self.reception, self.settings, "", client_key(self.client), 0, 0
+        if self.account:
+            name, who = self.account.name, f"account {self.account.name}"
+            minute, day = self.account.quota_per_minute, self.account.quota_daily
         if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst):
             limit, reply = "rate", RATE_SPENT
         elif minute and not reception.quotas.minutes.take(name, minute, minute):
-            limit = "quota_per_minute"
+            limit, reply = "quota_per_minute", QUOTA_SPENT
         elif day and not reception.quotas.reserve(name, day):
-            limit = "quota_daily"
+            limit, reply = "quota_daily", QUOTA_SPENT
         else:
-            self.reserved = name if day else ""
             return None
         reception.metrics.inc("smtp_rate_limited_total")
-        reception.audit.info("quota", client=self.client, user=self.user, limit=limit)
+        reception.audit.info("quota", client=self.client, user=name, limit=limit)
         return reply
 
     def rcpt(self, argument: bytes) -> Reply:
@@ -5967,7 +5963,7 @@ class Session:
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address)
+        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -5978,10 +5974,12 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk = self.envelope, re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
-        reply, accepted = None, False
-        if argument and not chunk:
-            return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
+        envelope, chunk = self.envelope, None
+        reply, accepted, scripted = None, False, self.reception.faults.on[0]
+        if argument:
+            chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
+            if not chunk:
+                return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
         if self.settings.tls_required and not self.is_tls:
             reply = TLS_FIRST
         elif envelope is None:
@@ -5989,7 +5987,7 @@ class Session:
         elif not envelope.recipients:
             reply = NO_RECIPIENTS
         elif not self.content:
-            reply = self.fault("data", *envelope.recipients)
+            reply = self.fault("data", *envelope.recipients) if scripted else None
             if reply:
                 self.forget()
             else:
@@ -6016,7 +6014,7 @@ class Session:
         if reply or chunk and not (chunk[2] or content.fault or content.error):
             return reply or CHUNK_OK
         assert envelope and self.draft
-        reply = self.fault("end", *envelope.recipients)
+        reply = self.fault("end", *envelope.recipients) if scripted else None
         try:
             if reply and reply is not LOST:
                 return reply
