@@ -9651,7 +9651,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
 #
 # Exit status 75 means that the message was not taken and may be tried again.
 
-SENDMAIL_NAMES = {"sendmail": "", "mailq": "-bp", "newaliases": "-bi"}
+SENDMAIL_NAMES = {"sendmail": [], "mailq": ["-bp"], "newaliases": ["-bi"]}
 # A flag's value is none, attached to it ("-oi", may be empty), or there or in the next word ("-f x").
 ALONE, ATTACHED, TAKEN = "cEGIiJkmnstUvxY", "AbdeqQT", "BCDFLMNORVXfhopr"
 SENDMAIL_MODES = {"m": "deliver", "a": "deliver", "s": "smtp", "p": "queue", **dict.fromkeys("ihHv", "nothing")}  # -b
@@ -11452,84 +11452,78 @@ def time_shown(seconds: float) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
-class Finding(NamedTuple):
-    """A line of advice: mark is ok, warn or fail."""
-
-    mark: str
-    about: str
-    found: str
-    advice: str = ""
-
-
-STAGE_ADVICE = {
+Finding = tuple[str, str, str, str]  # ok, warn or fail; what it is about; what was found; what to do unless it is ok
+HOSTNAME_ADVICE = "set SMTP_HOSTNAME to a name that DNS knows for this machine's address"
+ADVICE = {  # for how a dialogue ended: the stage, SMTP_RELAY_AUTH, the host, what it said
+    ".*CERTIFICATE_VERIFY_FAILED": "if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
+    "else check the host's name and the clock",
     "connect": "a firewall or the provider may block this port; try another (587, 465, 2525) with SMTP_RELAY_PORT",
     "greeting": "the server does not want this machine: ask its operator, or use another smart host",
-    "hello": "set SMTP_HOSTNAME to a name that DNS knows for this machine's address",
+    "hello": HOSTNAME_ADVICE,
     "starttls": "set SMTP_RELAY_TLS=tls for a port such as 465 that speaks TLS from the first byte, "
     "or none if it has no TLS",
     "loop": "this machine's own name answers there: set SMTP_HOSTNAME to one of its own",
-    "login": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; some providers want an app password",
-}
-LOGIN_ADVICE = {  # what a provider's host wants, beyond the login that its web site takes
-    "gmail.com": "Gmail wants an app password, which an account with 2-step verification can make: "
+    "login .*: no common .* none": "this port takes no login: unset SMTP_RELAY_USERNAME, or use the port for "
+    "submission (587 or 465)",
+    "login .*: no common": "set SMTP_RELAY_AUTH to one that is offered, or auto",
+    "login xoauth2": "a token lasts an hour or so: write a fresh one into SMTP_RELAY_PASSWORD_FILE",
+    # what a provider's host wants, beyond the login that its web site takes
+    ".*gmail.com:": "Gmail wants an app password, which an account with 2-step verification can make: "
     "myaccount.google.com/apppasswords",
-    "office365.com": "allow SMTP AUTH for this mailbox, or set SMTP_RELAY_AUTH=xoauth2 with a token",
-    "amazonaws.com": "SES wants an SMTP credential from its console; an access key is none",
-    "sendgrid.net": "the user name is the word apikey, the password an API key",
-    "postmarkapp.com": "user name and password are both the server's API token",
-    "mailgun.org": "Mailgun wants the SMTP credential of this domain, not the account's login",
-    "fastmail.com": "Fastmail wants an app password",
+    ".*office365.com:": "allow SMTP AUTH for this mailbox, or set SMTP_RELAY_AUTH=xoauth2 with a token",
+    ".*amazonaws.com:": "SES wants an SMTP credential from its console; an access key is none",
+    ".*sendgrid.net:": "the user name is the word apikey, the password an API key",
+    ".*postmarkapp.com:": "user name and password are both the server's API token",
+    ".*mailgun.org:": "Mailgun wants the SMTP credential of this domain, not the account's login",
+    ".*fastmail.com:": "Fastmail wants an app password",
+    "": "check SMTP_RELAY_USERNAME and SMTP_RELAY_PASSWORD; some providers want an app password",
 }
 
 
-def examine_spool(settings: Settings) -> Iterator[Finding]:
+def examine_spool(settings: Settings) -> Finding:
     """Say whether mail can be kept here."""
     if settings.storage == "memory":
-        yield Finding("warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file")
-        return
+        return "warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file"
     path = above = os.path.abspath(settings.spool)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     if not os.access(above, os.W_OK):
-        yield Finding("fail", "spool", f"{above} cannot be written to by {user_name(os.geteuid())}; "
-                      f"it belongs to {user_name(os.stat(above).st_uid)}",
-                      "set SMTP_SPOOL, or give this user the right to write there")
-        return
+        us, owner = user_name(os.geteuid()), user_name(os.stat(above).st_uid)
+        return ("fail", "spool", f"{above} cannot be written to by {us}; it belongs to {owner}",
+                "set SMTP_SPOOL, or give this user the right to write there")
     at = os.statvfs(above)
     free = at.f_bavail * at.f_frsize
-    low = free < settings.spool_min_free
-    yield Finding("fail" if low else "ok", "spool", f"{path}, {size_shown(free)} free",
-                  "make room, or lower SMTP_SPOOL_MIN_FREE" if low else "")
+    return ("fail" if free < settings.spool_min_free else "ok", "spool", f"{path}, {size_shown(free)} free",
+            "make room, or lower SMTP_SPOOL_MIN_FREE")
 
 
 def examine_addresses(settings: Settings, target: Target, addresses: Sequence[str]) -> Iterator[Finding]:
     """Examine a next hop whose addresses are known: its ports, then a dialogue with it."""
-    tried = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
-    opens: dict[tuple[str, int], bool] = {}
+    opens: set[tuple[str, int]] = set()
 
-    def try_port(place: tuple[str, int]) -> None:
+    def try_port(*place: Any) -> None:
         with contextlib.suppress(OSError), socket.create_connection(place, DOCTOR_TIMEOUT / 2):
-            opens[place] = True
+            opens.add(place)
 
-    threads = [threading.Thread(target=try_port, args=(place,)) for place in tried]
+    places = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
+    threads = [threading.Thread(target=try_port, args=place) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     reached = [a for a in addresses if (a, target.port) in opens]
     for label, six in (("IPv4", False), ("IPv6", True)):
-        family = [a for a in addresses if (":" in a) == six]
-        if set(family) & set(reached):
-            yield Finding("ok", label, f"port {target.port} opens")
-        elif family:
-            yield Finding("warn" if reached else "fail", label, f"port {target.port} does not open over {label}",
-                          "each connection may lose time on it; mend the route" if reached else STAGE_ADVICE["connect"])
+        family = {a for a in addresses if (":" in a) == six}
+        good = family & {*reached}
+        if family:
+            yield ("ok" if good else "warn" if reached else "fail", label,
+                   f"port {target.port} {'opens' if good else 'does not open'}", ADVICE["connect"] if not reached else
+                   "each connection may lose time on it; mend the route")
     at = [str(port) for port in PORTS_TRIED if (addresses[0], port) in opens]
-    closed = [str(port) for port in PORTS_TRIED if str(port) not in at]
-    yield Finding("ok" if reached else "warn" if at else "fail", "egress",
-                  f"of the usual ports, open: {', '.join(at) or 'none'}; closed: {', '.join(closed) or 'none'}",
-                  "" if reached else f"try SMTP_RELAY_PORT={at[-1]}" if at else
-                  "nothing of that host can be reached: is this machine on the network, and may it send mail?")
+    yield ("ok" if reached else "warn" if at else "fail", "egress",
+           f"of the usual ports {', '.join(map(str, PORTS_TRIED))}, open: {', '.join(at) or 'none'}",
+           f"try SMTP_RELAY_PORT={at[-1]}" if at else
+           "nothing of that host can be reached: is this machine on the network, and may it send mail?")
     if reached:
         yield from examine_dialogue(settings, target._replace(ip=reached[0]) if target.ip else target)
 
@@ -11540,7 +11534,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     try:
         context = client_context(settings.relay_ca_file, settings.relay_tls_verify)
     except SettingsError as e:
-        yield Finding("fail", "TLS", str(e), "name a PEM file that can be read")
+        yield "fail", "TLS", str(e), "name a PEM file that can be read"
         return
     trouble, hop = None, NextHop(patient, target, Log(os.devnull, level="error"), lambda: context)
     try:
@@ -11549,40 +11543,28 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
         trouble = e
     said = [line[3:] for line in hop.transcript if line.startswith("S: ")]
     if said and said[0].startswith("220"):
-        yield Finding("ok", "greeting", said[0])
+        yield "ok", "greeting", said[0], ""
         yield examine_clock(said[0], time.time())
     if hop.features:
-        offers = "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items())
-        yield Finding("ok", "EHLO", offers)
-    if hop.features and is_nameless(settings):
-        yield Finding("warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}",
-                      "set SMTP_HOSTNAME to a name that DNS knows for this machine's address")
+        yield "ok", "EHLO", "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items()), ""
+        if is_nameless(settings):
+            yield "warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}", HOSTNAME_ADVICE
     if not trouble or trouble.stage == "login":
         yield from examine_tls(hop, settings)
     if trouble:
-        advice = STAGE_ADVICE[trouble.stage]
-        if "CERTIFICATE_VERIFY_FAILED" in trouble.reply:
-            advice = ("if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
-                      "else check the host's name and the clock")
-        if trouble.stage == "login" and trouble.code and settings.relay_auth == "xoauth2":
-            advice = "a token lasts an hour or so: write a fresh one into SMTP_RELAY_PASSWORD_FILE"
-        elif trouble.stage == "login" and trouble.code:
-            advice = next((text for name, text in LOGIN_ADVICE.items() if target.host.endswith(name)), advice)
-        elif trouble.stage == "login" and trouble.reply.startswith("no common"):
-            advice = "set SMTP_RELAY_AUTH to one that is offered, or auto" if "auth" in hop.features else (
-                "this port takes no login: unset SMTP_RELAY_USERNAME, or use the port for submission (587 or 465)")
-        yield Finding("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(), advice)
+        case = f"{trouble.stage} {settings.relay_auth} {target.host}: {trouble.reply}"
+        yield ("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(),
+               next(advice for pattern, advice in ADVICE.items() if re.match(pattern, case)))
     else:
         if target.username:
-            yield Finding("ok", "login", f"as {target.username}")
+            yield "ok", "login", f"as {target.username}", ""
         elif "auth" in hop.features:
-            yield Finding("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
-                          "set it, if the server refuses mail without")
+            yield ("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
+                   "set it, if the server refuses mail without")
         theirs = number(hop.features.get("size", ""))
-        small = 0 < theirs < settings.max_size
-        yield Finding("warn" if small else "ok", "size",
-                      f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}",
-                      f"set SMTP_MAX_SIZE={theirs}" if small else "")
+        yield ("warn" if 0 < theirs < settings.max_size else "ok", "size",
+               f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}",
+               f"set SMTP_MAX_SIZE={theirs}")
     hop.close()
 
 
@@ -11590,34 +11572,32 @@ def examine_tls(hop: NextHop, settings: Settings) -> Iterator[Finding]:
     """Say how safe a connection is: whose the certificate is, and for how long it is good."""
     sock = hop.wire.sock
     if not isinstance(sock, ssl.SSLSocket):
-        local = is_loopback(hop.target.host)
-        yield Finding("ok" if local else "warn", "TLS", "none: mail and password go in clear",
-                      "" if local else "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
+        yield ("ok" if is_loopback(hop.target.host) else "warn", "TLS", "none: mail and password go in clear",
+               "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
         return
-    yield Finding("ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}")
+    yield "ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}", ""
     shown: dict[str, Any] = dict(sock.getpeercert() or {})
     if not shown:
-        yield Finding("warn", "certificate", "not verified",
-                      "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
+        yield ("warn", "certificate", "not verified",
+               "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
         return
     issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
     days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) / DAY)
-    yield Finding("warn" if days < 14 else "ok", "certificate",
-                  f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left",
-                  "tell its operator to renew it" if days < 14 else "")
+    yield ("warn" if days < 14 else "ok", "certificate",
+           f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left",
+           "tell its operator to renew it")
 
 
 def examine_clock(greeting: str, now: float) -> Finding:
     """Compare the clock with the date in a greeting, where there is one."""
-    written = re.search(r"\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
-    try:
-        off = now - email.utils.parsedate_to_datetime(written[0] if written else "").timestamp()
-    except (TypeError, ValueError, OverflowError):  # no date that there is; TypeError is Python 3.9's
-        return Finding("ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with")
-    far = abs(off) > 300
-    found = f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's"
-    return Finding("warn" if far else "ok", "clock", found,
-                   "set it (timedatectl set-ntp true): mail is judged by its date" if far else "")
+    written = re.search(r"\d{1,2} [A-Z][a-z]{2} [12]\d{3} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
+    read = email.utils.parsedate_tz(written[0]) if written else None
+    if not read:
+        return "ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with", ""
+    off = now - email.utils.mktime_tz(read)
+    return ("warn" if abs(off) > 300 else "ok", "clock",
+            f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's",
+            "set it (timedatectl set-ntp true): mail is judged by its date")
 
 
 def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
@@ -11626,40 +11606,39 @@ def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
     try:
         resolver = Resolver(servers)
         hosts = resolver.mx_hosts(domain)
-        yield Finding("ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}")
+        yield "ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}", ""
         for host in hosts[:DOMAIN_HOSTS]:
             addresses = resolver.addresses(host.name)
-            yield Finding("ok", "name", f"{host.name} is {', '.join(addresses)}")
+            yield "ok", "name", f"{host.name} is {', '.join(addresses)}", ""
             target = Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0])
             yield from examine_addresses(settings, target, addresses)
     except ResolveError as e:
         asked = ", ".join(host_port(*server) for server in servers)
-        yield Finding("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
-                      "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
+        yield ("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
+               "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
 
 
 def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
     """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
-    yield from examine_spool(settings)
+    yield examine_spool(settings)
     if settings.delivery == "mx" and not domain:
         domain = "gmail.com"
-        yield Finding("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all",
-                      "name another domain to examine: doctor example.com")
+        yield ("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all: "
+               "name another domain to examine: doctor example.com", "")
     if domain:
         yield from examine_domain(settings, domain)
         return
     if settings.delivery == "hold":
-        yield Finding("warn", "delivery", "mail is held here, nothing is sent",
-                      "set SMTP_RELAY_HOST to name a smart host")
+        yield "warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host"
     for host, port, tls in settings.smart_hosts if settings.delivery == "relay" else ():
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
-            yield Finding("fail", host_port(host, port), f"the name is not found: {e}",
-                          "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
+            yield ("fail", host_port(host, port), f"the name is not found: {e}",
+                   "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
             continue
         addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
-        yield Finding("ok", "name", f"{host} is {', '.join(addresses)}")
+        yield "ok", "name", f"{host} is {', '.join(addresses)}", ""
         target = Target(host, port, tls, settings.relay_username, settings.relay_password)
         yield from examine_addresses(settings, target, addresses)
 
@@ -12212,15 +12191,15 @@ def user(arguments: Arguments) -> int:
 
 def doctor(arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
-    findings = []
-    for finding in diagnose(read_environment(), arguments.domain or ""):
-        findings.append(finding)
+    found = []
+    for mark, about, what, advice in diagnose(read_environment(), arguments.domain or ""):
+        advice *= mark != "ok"
+        found.append({"mark": mark, "about": about, "found": what, "advice": advice})
         if not arguments.json:
-            advice = f": {finding.advice}" if finding.advice else ""
-            print(f"{coloured(finding.mark, 4)} {finding.about:<11} {finding.found}{advice}", flush=True)
+            print(f"{coloured(mark, 4)} {about:<11} {what}{advice and f': {advice}'}", flush=True)
     if arguments.json:
-        print_json([f._asdict() for f in findings])
-    return EX_NO if any(f.mark == "fail" for f in findings) else 0
+        print_json(found)
+    return EX_NO if any(f["mark"] == "fail" for f in found) else 0
 
 
 def serve(arguments: Arguments) -> int:
@@ -12393,9 +12372,8 @@ def last_seen(settings: Settings) -> float:
 
 def last_words(path: str) -> str:
     """Return the last line of a log file, "" where there is none."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.stat(path).st_size - 4 * KIB))
-        return file.read().decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return "".join(collections.deque(file, 1)).rstrip()
     return ""
 
 
@@ -12453,12 +12431,8 @@ def replies_table() -> Iterator[Row]:
 def http_table() -> Iterator[Row]:
     yield "path", "methods", "for", "does"
     who = {OPEN: "anyone", ACCOUNT: "API key", SHELL: "anyone; shows nothing without the token"}
-    rows: dict[tuple[str, str], list[Route]] = {}
-    for route in ROUTES:
-        rows.setdefault((who.get(route.access, "token"), route.does), []).append(route)
-    for (access, does), same in rows.items():
-        paths = dict.fromkeys(route.path for route in same)
-        yield " ".join(paths), " ".join(r.method for r in same if r.path == same[0].path), access, does
+    for (method, does, access), same in itertools.groupby(ROUTES, lambda r: (r.method, r.does, r.access)):
+        yield " ".join(route.path for route in same), method, who.get(access, "token"), does
 
 
 def metrics_table() -> Iterator[Row]:
@@ -12671,14 +12645,14 @@ def run_command(words: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    called = os.path.basename(sys.argv[0]) if arguments is None else ""
-    if called in SENDMAIL_NAMES:
-        words = ["sendmail", *filter(None, [SENDMAIL_NAMES[called]]), *words]
+    called = os.path.basename(sys.argv[0])
+    if arguments is None and called in SENDMAIL_NAMES:
+        words = ["sendmail", *SENDMAIL_NAMES[called], *words]
     sys.stdin = sys.stdin or io.StringIO()  # where it was closed; its number may be another file's by now
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an address that the locale cannot show
+    sys.stdout, sys.stderr = (
+        s or open(os.devnull, "w", errors="replace") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an address that the locale cannot show
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
