@@ -6371,9 +6371,9 @@ DEPTH_LIMIT = 16
 SNIPPET = 200
 EMBEDDED_LIMIT = 16 * MIB  # octets of images, encoded, put into one page
 
-FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
-NEEDED_FIELD = re.compile(rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+"
-                          rb"|mime-version|list-unsubscribe(?:-post)?|x-tags|return-path)[ \t]*:")
+FIELD_NAME = rb"[!-9;-~]+[ \t]*:"
+NEEDED_FIELD = (rb"(?i)(?:from|to|cc|bcc|reply-to|subject|date|message-id|content-[a-z-]+"
+                rb"|mime-version|list-unsubscribe(?:-post)?|x-tags|return-path)[ \t]*:")
 COMMON_ADDRESS = r"(?a)(?:([\w .'-]*) )?<([\w.+=-]+@[\w.-]+)>|([\w.+=-]+@[\w.-]+)"
 NO_BREAKS = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], " ")
 
@@ -6411,9 +6411,9 @@ koi8_r: koi koi8 koi8r cskoi8r
 koi8_u: koi8u koi8ru
 mac_roman: macintosh mac macroman csmacintosh
 mac_cyrillic: maccyrillic macukrainian
-gb18030: gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280 isoir58 euccn
-hz: hzgb2312
-big5hkscs: big5 cnbig5 csbig5 xbig5 cp950
+gb18030: gb18030 gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280 isoir58 euccn
+hz: hz hzgb2312
+big5hkscs: big5 big5hkscs cnbig5 csbig5 cp950
 cp932: shiftjis sjis ms932 mskanji windows31j csshiftjis
 euc_jp: eucjp cseucpkdfmtjapanese
 iso2022_jp_ext: iso2022jp iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221
@@ -6429,19 +6429,14 @@ utf_7: utf7 unicode11utf7 csunicode11utf7
 @functools.lru_cache(maxsize=256)
 def find_codec(label: str) -> str:
     """Give the Python codec that a charset's label means, "" where it is none."""
-    key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower())
-    for name in (key, key[1:] if key[:1] == "x" else key):
-        for line in CHARSETS.split("\n"):
-            codec, _, labels = line.partition(": ")
-            if name and (name in labels.split() or name == codec.replace("_", "")):
-                return codec
-        pattern = r"iso8859([2-8]|1[03-6])(?:19\d\d|20\d\d)?|latin([2-4])"
-        if iso := re.fullmatch(pattern, name):
-            return f"iso8859_{iso[1] or iso[2]}"
-        pattern = "(?:windows|cp|ms|ibm|cspc)(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59])"
-        if page := re.fullmatch(pattern, name):
-            return f"cp{page[1]}"
-    return ""
+    key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower()).lstrip("x")
+    known = re.search(rf"(?m)^(\w+):.* {key}(?: |$)", CHARSETS) if key else None
+    iso = re.fullmatch(r"(?:iso8859|latin)([2-8]|1[03-6])(?:19\d\d|20\d\d)?", key)
+    page = re.fullmatch("(?:windows|cp|ms|ibm|cspc)"
+                        "(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59])", key)
+    if known:
+        return known[1]
+    return f"iso8859_{iso[1]}" if iso else f"cp{page[1]}" if page else ""
 
 
 def decode_text(octets: bytes, charset: str = "") -> str:
@@ -6454,7 +6449,7 @@ def decode_text(octets: bytes, charset: str = "") -> str:
     for mark, codec in marks.items():
         if octets.startswith(mark):
             return octets[len(mark):].decode(codec, "replace")
-    codec = find_codec(charset) if charset else ""
+    codec = find_codec(charset)
     if not codec:
         with contextlib.suppress(UnicodeDecodeError):
             return octets.decode()
@@ -6522,38 +6517,32 @@ def addresses(value: str) -> list[Person]:
 def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> tuple[Headers, int]:
     """Read a header block; give its fields with the offset of the body.
 
-    A line that is no field costs itself alone where a field follows. Of a block that is over the
-    limit only the fields that are needed are kept, up to the limit again.
+    A line that is no field costs itself alone where a field follows. A field that is not needed may
+    take a quarter of what is left of the limit.
     """
-    fields: list[tuple[int, int]] = []
-    begin, stop, last_line = start, start, min(end, start + 8 * limit)
-    while stop < last_line:
-        begin, stop = stop, raw.find(b"\n", stop, end) + 1 or end
-        line = raw[begin:min(stop, begin + 200)]
-        if line[:1] in b" \t" and line.strip() and fields:
-            fields[-1] = (fields[-1][0], stop)
-        elif FIELD_NAME.match(line):
-            fields.append((begin, stop))
-        elif not line.strip():
-            begin = stop
-            break
-        elif (not FIELD_NAME.match(raw, stop, min(end, stop + 200))
-              or not fields and line[:5] not in (b"From ", b">From")):
-            break  # the body, without an empty line before it
-    else:  # what is left of it is not looked at
-        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, max(start, stop - 1), end)
-        begin = empty.end() if empty and stop < end else end
     kept: Headers = []
-    room = limit
-    for first, last in fields:
-        needed = NEEDED_FIELD.match(raw, first, last)
-        fits = last - first <= (room if needed else min(room, limit // 4))
-        if fits and (needed or len(kept) < 2000):
-            name, _, value = decode_text(raw[first:last]).replace("\r\n", "").partition(":")
-            value = value if value.isprintable() else value.translate(NO_BREAKS)
-            kept.append((name.rstrip(), value.strip()))
-            room -= last - first
-    return kept, begin
+    at, room, last_line = start, limit, start + 8 * limit
+    field = re.compile(FIELD_NAME + rb"[^\n]*(?:\n[ \t]+[^\s][^\n]*)*(?:\n|\Z)")
+    stray = re.compile(rb"\S[^\n]*\n(?=%s)" % FIELD_NAME)
+    while at < last_line:
+        line = field.match(raw, at, end)
+        if line:
+            needed, size = re.match(NEEDED_FIELD, line[0][:200]), line.end() - at
+            if size <= room if needed else size <= room // 4 and len(kept) < 2000:
+                name, _, value = decode_text(line[0]).replace("\r\n", "").partition(":")
+                value = value if value.isprintable() else value.translate(NO_BREAKS)
+                kept.append((name.rstrip(), value.strip()))
+                room -= size
+        else:
+            line = stray.match(raw, at, end)
+            if not line or at == start and not re.match(b">?From ", line[0]):
+                break  # the body, be it without an empty line before it
+        at = line.end()
+    if at >= last_line:  # what is left of it is not looked at
+        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, at - 1, end)
+        return kept, empty.end() if empty else end
+    empty = re.compile(rb"[ \t\r]*(?:\n|\Z)").match(raw, at, end)
+    return kept, empty.end() if empty else at
 
 
 class Part(NamedTuple):
@@ -6613,31 +6602,27 @@ def unbase64(octets: bytes) -> bytes:
 def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header value into its first word and its parameters (RFC 2045, 2231), leniently."""
     value = value[:4096]
-    start = re.sub(r"^\s*(?:\([^()]*\)\s*)*", "", value)
-    word = re.split(r"[\s;(]", start, maxsplit=1)[0].strip("\"'").lower()
-    found: dict[str, dict[int, tuple[bool, str]]] = {}
+    word = re.findall(r"""(?:\s|\([^()]*\))*["']?([^\s;("']*)""", value)[0].lower()
+    found: dict[str, dict[int, bytes]] = {}
+    charsets: dict[str, str] = {}
     # A value without quotes goes on over spaces, but not over what looks like the next parameter.
-    pattern = (r'(?<![^\s;="(),])([^\s;="(),]+)\s*=\s*'
+    pattern = (r'(?<![^\s;="(),])([^\s;="(),]+?)(?:\*(\d{1,3}))?(\*?)\s*=\s*'
                r'(?:"((?:[^"\\]|\\.)*)"?|([^;\s"]*(?:[ \t]+(?![^\s;=]+\s*=)[^;\s]+)*))')
-    for name, quoted, plain in re.findall(pattern, value):
-        key = re.fullmatch(r"(.+?)(?:\*(\d{1,3}))?(\*?)", name.lower())
-        text = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain.strip()
-        if key and (key[1] not in found or key[2] or key[3]):
-            pieces = found.setdefault(key[1], {})
-            if key[2] in (None, "0"):
-                pieces.clear()
-            pieces[int(key[2] or 0)] = (bool(key[3]), text)
+    for name, number, encoded, quoted, plain in re.findall(pattern, value):
+        name, text = name.lower(), re.sub(r"\\(.)", r"\1", quoted) or plain.strip()
+        if name in found and not number and not encoded:
+            continue
+        if number in ("", "0"):
+            found[name], charsets[name] = {}, ""
+            if encoded and text.count("'") >= 2:
+                charsets[name], _, text = text.split("'", 2)
+        found.setdefault(name, {})[int(number or 0)] = (
+            urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace"))
     more = {}
     for name, pieces in found.items():
-        charset, octets = "", b""
-        for n, (encoded, text) in sorted(pieces.items()):
-            if encoded and n == 0 and text.count("'") >= 2:
-                charset, _, text = text.split("'", 2)
-            octets += (urllib.parse.unquote_to_bytes(text) if encoded
-                       else text.encode("utf-8", "replace"))
-        more[name] = decode_text(octets, charset)
-        if name not in ("name", "filename"):
-            more[name] = re.sub(r"\([^()]*\)", "", more[name]).strip()
+        text = decode_text(b"".join(piece for _, piece in sorted(pieces.items())), charsets.get(name, ""))
+        named = name in ("name", "filename")
+        more[name] = text if named else re.sub(r"\([^()]*\)", "", text).strip()
     return word, more
 
 
@@ -6761,6 +6746,8 @@ class Email:
             words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
             self.fields = [("Subject", "(cannot be read)")]
             self.parts = [describe_part("0", [])._replace(raw=words.encode())]
+        self.from_, *_ = (person["Address"] for person in self.people["from"])
+        self.to, self.cc = ([p["Address"] for p in self.people[name]] for name in ("to", "cc"))
 
     @functools.cached_property
     def people(self) -> dict[str, list[Person]]:
@@ -6772,18 +6759,6 @@ class Email:
         unread = decode_words(header(self.fields, "from"))[:1000]
         people["from"] = people["from"] or [{"Name": unread, "Address": ""}]
         return people
-
-    @property
-    def from_(self) -> str:
-        return self.people["from"][0]["Address"]
-
-    @property
-    def to(self) -> list[str]:
-        return [person["Address"] for person in self.people["to"]]
-
-    @property
-    def cc(self) -> list[str]:
-        return [person["Address"] for person in self.people["cc"]]
 
     @property
     def blind(self) -> list[str]:
@@ -6947,7 +6922,7 @@ def codes(text: str, page: str = "", subject: str = "") -> list[str]:
 
 def codes_in(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text[:TEXT_LIMIT])
-    text = re.sub("[٠-٩۰-۹०-९๐-๙０-９]", lambda digit: str(unicodedata.digit(digit[0])), text)
+    text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
     lines = (re.sub(URL, " ", line).split() for line in text.split("\n"))
     flat = "\n".join(map(" ".join, lines))
     weights: dict[str, int] = {}
@@ -7618,9 +7593,10 @@ def read_mailbox(value: Any, path: str) -> str:
 
 
 def read_person(value: Any, path: str) -> tuple[str, str]:
-    """Read a {"Name", "Email"} object."""
+    """Read a {"Name", "Email"} object: as it is written into a field, and the address alone."""
     name = take_field(value, f"{path}.Name", "").translate(NO_BREAKS)[:200].strip()
-    return name, read_mailbox(take_field(value, f"{path}.Email", ""), f"{path}.Email")
+    address = read_mailbox(take_field(value, f"{path}.Email", ""), f"{path}.Email")
+    return f"{phrase(name)} <{address}>" if name else address, address
 
 
 def read_each(body: Any, path: str, read: Callable[[Any, str], Value]) -> list[Value]:
@@ -7655,13 +7631,12 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
         fields[name] = str(value)
     if "message-id" not in map(str.lower, fields):
         fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
-    written = {name: ",\r\n ".join(f"{phrase(who)} <{address}>" for who, address in people)
-               for name, people in (("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to))
-               if people}
-    written.update({name: folded(value, name) for name, value in fields.items()})
     try:
-        head = "".join(f"{name}: {value}\r\n" for name, value in written.items())
-        content = head.encode() + b"MIME-Version: 1.0\r\n" + written_body(body)
+        head = {name: folded(value, name) for name, value in fields.items()}
+        for name, people in ("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to):
+            head.update({name: ",\r\n ".join(who for who, _ in people)} if people else {})
+        lines = [f"{name}: {value}\r\n" for name, value in head.items()]
+        content = "".join([*lines, "MIME-Version: 1.0\r\n"]).encode() + written_body(body)
     except UnicodeEncodeError as e:  # half of a pair of surrogates
         raise BadRequest(f"body: {e}") from None
     return content, sender[1], list(dict.fromkeys(recipients))
