@@ -7744,8 +7744,6 @@ PAGE = r"""<!doctype html>
   --bad: light-dark(#b0241c, #ff9489);
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
 }
-[data-theme=light] { color-scheme: light; }
-[data-theme=dark] { color-scheme: dark; }
 .forwarded, .ok, .on { --tone: var(--good); }
 .deferred, .retrying, .throttled { --tone: var(--warn); }
 .failed { --tone: var(--bad); }
@@ -7759,7 +7757,7 @@ h1:focus { outline: none; }
 h2 { font-size: 13px; font-weight: 600; }
 ol, ul { list-style: none; }
 a { color: var(--accent); text-underline-offset: 2px; }
-time, .soft { color: var(--soft); }
+time, dt, th, .soft, nav span, #live, .hours, figcaption { color: var(--soft); }
 time { white-space: nowrap; }
 pre, code, .mono { font: 12.5px/1.55 var(--mono); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -7773,8 +7771,7 @@ button.main { color: var(--paper); background: var(--accent); border-color: tran
 button.danger:hover { color: var(--bad); border-color: currentColor; }
 button.plain { padding: 4px 6px; color: var(--soft); background: none; border-color: transparent; }
 button.plain:hover { color: var(--ink); }
-.busy::after { content: " …"; animation: wait 1s steps(4, jump-none) infinite; }
-@keyframes wait { from { opacity: 0; } }
+.busy::after { content: " …"; }
 /* The bar */
 header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
   border-bottom: 1px solid var(--line); }
@@ -7783,7 +7780,7 @@ nav { display: flex; gap: 16px; }
 nav a { padding: 4px 0; color: var(--soft); text-decoration: none; }
 nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
-nav span, #live { font-size: 12px; color: var(--soft); }
+nav span, #live, th { font-size: 12px; }
 [role=search] { flex: 1; }
 #search { display: block; width: 100%; max-width: 480px; margin: auto; background: var(--wash);
   border-color: var(--line); }
@@ -7804,7 +7801,7 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 #strip g:hover .hit { fill: var(--pick); }
 #strip .axis { fill: var(--line); }
 .hours { display: grid; grid-template-columns: repeat(4, 1fr); }
-.hours, figcaption { font-size: 11.5px; color: var(--soft); }
+.hours, figcaption { font-size: 11.5px; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
 figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space: nowrap; }
 #tools { display: flex; align-items: center; padding: 4px 10px 4px 16px; font-size: 12px;
@@ -7830,7 +7827,6 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 #head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 16px; align-items: baseline;
   margin-top: 8px; }
-dt { color: var(--soft); }
 .acts { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 14px; }
 .code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
 dd button { padding: 0 8px; }
@@ -7841,7 +7837,7 @@ dd button { padding: 0 8px; }
 [role=tab]:is(:hover, [aria-selected=true]) { color: var(--ink); }
 [role=tab][aria-selected=true] { box-shadow: inset 0 -2px var(--accent); }
 #body { flex: 1; padding: 18px 24px; outline-offset: -2px; }
-#body h2 { margin: 26px 0 6px; }
+:is(#body, .sheet) h2 { margin: 26px 0 6px; }
 #body h2:first-child { margin-top: 0; }
 #body.html { display: flex; flex-direction: column; min-height: 360px; padding: 0; }
 .view { display: flex; gap: 6px; align-items: center; padding: 6px 24px; font-size: 12.5px; }
@@ -7854,7 +7850,7 @@ iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
 .phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
   box-shadow: 0 0 0 1px var(--line); }
 table { width: 100%; border-collapse: collapse; }
-th { font-size: 12px; font-weight: 500; color: var(--soft); text-align: left; }
+th { font-weight: 500; text-align: left; }
 th, td { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { min-width: 9ch; overflow-wrap: anywhere; }
 th:first-child { width: 30%; }
@@ -7865,7 +7861,6 @@ td.do button { margin-left: 6px; padding: 2px 9px; }
 /* Overview, queue, accounts */
 .sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
 .sheet p { margin-top: 6px; }
-.sheet h2 { margin: 26px 0 2px; }
 .title { display: flex; gap: 8px; align-items: center; min-height: 32px; margin-bottom: 8px; }
 .title h1 { flex: 1; }
 .try { display: flex; gap: 8px; align-items: start; margin-top: 8px; }
@@ -7881,7 +7876,7 @@ meter { width: 60px; height: 10px; }
 /* What is said, what is asked */
 #said { position: fixed; bottom: 20px; left: 50%; translate: -50%; max-width: 90vw;
   padding: 8px 16px; color: var(--paper); background: var(--ink); border-radius: 8px;
-  overflow-wrap: anywhere; opacity: 0; transition: opacity .15s; pointer-events: none; }
+  overflow-wrap: anywhere; opacity: 0; pointer-events: none; }
 #said.shown { opacity: 1; }
 #heard { position: fixed; clip-path: inset(50%); pointer-events: none; }
 dialog { width: min(440px, 92vw); margin: auto; padding: 20px 24px; color: inherit;
@@ -7923,9 +7918,6 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); b
   #pane td.do { display: block; padding-top: 6px; }
   .history li { grid-template-columns: 9ch 1fr; gap: 0 12px; }
   .history li span + span { grid-column: 1 / -1; }
-}
-@media (prefers-reduced-motion: reduce) {
-  * { animation: none !important; transition: none !important; }
 }
 </style>
 </head>
@@ -7972,7 +7964,7 @@ const state = {
   view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
   query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1,
   queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
-  lost: false, busy: false, warning: '',
+  lost: false, busy: false, warning: '', theme: '',
 };
 
 /* == Building == */
@@ -8002,6 +7994,7 @@ const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy '
 const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
 const isWeb = url => /^https?:/i.test(url);
 const bdi = text => h('bdi', text);
+const sheet = (title, ...rest) => fill(pane, h('div.sheet', [h('div.title', title), rest]));
 const soft = children => h('span.soft', children);
 const status = word => h('span', word, {class: 'status ' + word});
 const time = (at, text) => h('time', text, {datetime: at, title: dated(FULL, at)});
@@ -8057,9 +8050,8 @@ async function api(method, path, body) {
     return api(method, path, body);
   }
   if (answer.ok) return answer;
-  const text = await answer.text();
-  let said = text.slice(0, 300);
-  try { said = JSON.parse(text).Error; } catch { /* plain, as Mailpit's clients want it */ }
+  const text = await answer.text();  /* plain, as Mailpit's clients want it, or JSON */
+  const said = text.startsWith('{"Error"') ? JSON.parse(text).Error : text.slice(0, 300);
   throw new Error(said || answer.statusText);
 }
 const get = async path => (await api('GET', path)).json();
@@ -8086,11 +8078,9 @@ function soon(ms, work) {
     next ||= last = last.then(() => sleep(ms)).then(() => { next = null; return attempt(work); });
   };
 }
-const reloadSoon = soon(60, reload);
-const updateSoon = soon(150, updateMessage);
-const queueSoon = soon(500, loadQueue);
-const statsSoon = soon(1000, loadStats);
-const everythingSoon = () => [reloadSoon, queueSoon, statsSoon].forEach(load => load());
+const reloadSoon = soon(60, reload), updateSoon = soon(150, updateMessage);
+const figuresSoon = soon(500, () => Promise.all([loadQueue(), loadStats()]));
+const everythingSoon = () => [reloadSoon, figuresSoon].forEach(load => load());
 /* Reads server-sent events by hand, because EventSource cannot send a token. */
 async function listen() {
   const show = (word, kind = '') => Object.assign($('live'), {textContent: word, className: kind});
@@ -8208,18 +8198,16 @@ async function reload() {
 }
 /* Keeps each row that is still right, so that a press survives a live update. */
 function renderList() {
-  const kept = new Map([...rows.children].map(node => [node.dataset.sign, node]));
-  const [first, last] = inSight(), wanted = [];
+  const old = [...rows.children], [first, last] = inSight(), wanted = [];
   for (let i = first; i < last; i++) {
-    const row = rowAt(i), sign = row ? [i, row.ID, row.Read, row.Status, i === state.cursor,
-      row.ID === state.id, when(row.Created), row.Tags, state.info.Delivery].join() : '';
-    if (row) wanted.push(kept.get(sign) || drawRow(row, i, sign));
+    const node = rowAt(i) && drawRow(rowAt(i), i);
+    if (node) wanted.push(old.find(other => other.isEqualNode(node)) || node);
   }
-  if (wanted.length !== rows.children.length || wanted.some((node, i) => node !== rows.children[i]))
+  if (wanted.length !== old.length || wanted.some((node, i) => node !== old[i]))
     rows.replaceChildren(...wanted);
   list.setAttribute('aria-activedescendant', 'row-' + state.cursor);
 }
-function drawRow(row, i, sign) {
+function drawRow(row, i) {
   const {cursor, info, id, total} = state;
   const kind = `row ${row.Read ? '' : 'unread'} ${i === cursor ? 'cursor' : ''}`;
   const to = [row.To, row.Cc, row.Bcc].flatMap(some => some || []);
@@ -8233,7 +8221,7 @@ function drawRow(row, i, sign) {
       h('bdi.soft', row.Snippet)]), few(row.Tags || [], tag => h('span.tag', tag), 2),
     row.Attachments > 0 && h('span.files', plural(row.Attachments, 'file')),
     row.Status && row.Status !== ordinary && status(row.Status)])],
-  {id: 'row-' + i, class: kind, role: 'option', 'data-sign': sign,
+  {id: 'row-' + i, class: kind, role: 'option', 'data-id': row.ID,
     'aria-selected': String(row.ID === id), 'aria-posinset': i + 1, 'aria-setsize': total,
     onclick: () => open(row.ID)});
   node.style.top = i * ROW + 'px';
@@ -8268,9 +8256,8 @@ async function reveal(id) {
 /* == Where we are: #/inbox, #/message/ID, #/search/WORDS, #/queue, #/accounts == */
 function open(id) {
   const hash = '#/message/' + enc(id);
-  if (!state.id) return void (location.hash = hash);
-  history.replaceState(null, '', hash);
-  route();
+  if (state.id) location.replace(hash);
+  else location.hash = hash;
 }
 function close() {
   location.hash = state.query ? '#/search/' + enc(state.query) : '#/inbox';
@@ -8282,7 +8269,14 @@ function route() {
   state.view = ['queue', 'accounts'].includes(view) ? view : 'inbox';
   state.id = view === 'message' ? word : '';
   if (state.message?.ID !== state.id) state.message = null;
-  if (state.view === 'inbox' && !state.id) find(view === 'search' ? word : '');
+  if (state.view === 'inbox' && !state.id) {
+    const query = view === 'search' ? word : '';
+    if (document.activeElement !== $('search')) $('search').value = query;
+    if (query !== state.query) {
+      state.query = query;
+      attempt(reload);
+    }
+  }
   render();
   if (state.id) attempt(openMessage);
   if (state.view === 'queue') attempt(loadQueue);
@@ -8302,15 +8296,13 @@ function renderOverview() {
     mx: 'Mail goes straight to its recipients’ servers.'}[info.Delivery];
   const title = lost ? 'Cannot reach the relay' : listed === null ? 'Reading the mail'
     : total ? 'Nothing open' : query ? 'Nothing found' : 'No mail yet';
-  fill(pane, h('div.sheet', [
-    h('div.title', h('h1', title, {class: listed === null && !lost ? 'busy' : ''})),
-    h('p.soft', lost ? 'It has stopped, or the network is down; this page goes on trying.'
-      : mode),
+  sheet(h('h1', title, {class: listed === null && !lost ? 'busy' : ''}),
+    h('p.soft', lost ? 'It has stopped, or the network is down; this page goes on trying.' : mode),
     total > 0 && h('p.soft', [key('j'), ' and ', key('k'), ' move, ', key('Enter'), ' opens, ',
       key('?'), ' shows every key.']),
     !lost && listed !== null && [h('h2', total || query ? 'Send another' : 'Send the first one'),
       lines.map(line => h('div.try', [
-        h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]]));
+        h('code.box', line.split(' ').map(word => [h('span', word), ' '])), copier(line)]))]);
 }
 
 /* == A message == */
@@ -8468,7 +8460,7 @@ async function release(m) {
 async function retry(id) {
   await api('POST', `api/v1/queue/${enc(id)}/retry`);
   say('Trying now.');
-  queueSoon();
+  figuresSoon();
 }
 async function remove(id, status) {
   const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
@@ -8526,11 +8518,10 @@ function renderQueue() {
       it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
   fill($('side'), [h('h2', 'Next hops'),
     hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
-  fill(pane, h('div.sheet', [
-    h('div.title', [h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
-      total > 0 && button('Retry all', () => retry('all'))]),
-    total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
-    total > messages.length && h('p.soft', `The first ${messages.length} are shown.`)]));
+  sheet([h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
+    total > 0 && button('Retry all', () => retry('all'))],
+  total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
+  total > messages.length && h('p.soft', `The first ${messages.length} are shown.`));
 }
 
 /* == Accounts == */
@@ -8553,17 +8544,16 @@ function renderAccounts() {
     items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
   fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
     figures('Account', stats.accounts, account => bdi(account.name))]);
-  fill(pane, h('div.sheet', [
-    h('div.title', [h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())]),
+  sheet([h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())],
     users.length ? table(['Name', 'Sends as', 'Today', 'A minute', ''], users.map(line))
-      : h('p.soft', refusal || 'None: nobody has to log in.')]));
+      : h('p.soft', refusal || 'None: nobody has to log in.'));
 }
 async function editUser(user) {
   const number = (name, label, value = 0) => ({name, label, value, type: 'number', min: 0});
   const form = await ask(user ? `Change ${user.name}` : 'Add an account', '', 'Save', flat([
     !user && {name: 'name', label: 'Name', required: ''},
     {name: 'password', type: 'password', autocomplete: 'new-password',
-      label: `Password (empty ${user ? 'keeps the old one' : 'makes one'})`},
+      label: `Password (empty: ${user ? 'the old one stays' : 'the API key is one'})`},
     {name: 'domains', label: 'Domains it may send as (empty: any)',
       value: user?.allowed_domains?.join(', ')},
     number('daily', 'Messages a day (0: no limit)', user?.quota_daily),
@@ -8575,11 +8565,10 @@ async function editUser(user) {
   const answer = user ? await api('PUT', 'api/v1/users/' + enc(user.name), body)
     : await api('POST', 'api/v1/users', body);
   await loadUsers();
-  const secrets = user ? {} : await answer.json();
-  const fields = [['password', 'Password'], ['api_key', 'API key']].filter(([key]) => secrets[key])
-    .map(([key, label]) => ({name: key, label, value: secrets[key], readonly: ''}));
-  const note = 'Shown this once: keep it somewhere safe.';
-  if (fields.length) await ask(`Account ${secrets.name}`, note, 'Done', fields, '');
+  if (user) return;
+  const {name, api_key: value} = await answer.json();
+  await ask(`Account ${name}`, 'Shown this once: keep it somewhere safe.', 'Done',
+    [{name: 'key', label: 'API key', value, readonly: ''}], '');
 }
 async function removeUser(name) {
   if (!await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')) return;
@@ -8661,28 +8650,20 @@ function search() {
   const query = $('search').value.trim(), hash = query ? '#/search/' + enc(query) : '#/inbox';
   if (query === state.query && state.view === 'inbox') return;
   if (state.view !== 'inbox' || state.id) location.hash = hash;
-  else { history.replaceState(null, '', hash); find(query); }
-}
-function find(query) {
-  if (document.activeElement !== $('search')) $('search').value = query;
-  if (query === state.query) return;
-  state.query = query;
-  attempt(reload);
+  else location.replace(hash);
 }
 /* What a person chose stays in this browser. */
 function keep(choice) {
-  Object.assign(state, choice);
-  const {theme, tab, phone} = state;
+  const {theme, tab, phone} = Object.assign(state, choice);
+  document.documentElement.style.colorScheme = theme;
   try { localStorage.smtprelay = JSON.stringify({theme, tab, phone}); } catch { /* not allowed */ }
 }
 function switchTheme() {
   const {matches} = matchMedia('(prefers-color-scheme: dark)');
   keep({theme: (state.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark'});
-  document.documentElement.dataset.theme = state.theme;
 }
 function begin() {
-  try { Object.assign(state, JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
-  if (state.theme) document.documentElement.dataset.theme = state.theme;
+  try { keep(JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
   const place = location.pathname.slice(ROOT.length), words = new URLSearchParams(location.search);
   const go = hash => history.replaceState(null, '', ROOT + hash);
   if (place.startsWith('view/')) go('#/message/' + place.slice(5));
@@ -8702,7 +8683,7 @@ addEventListener('hashchange', route);
 setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
   node.textContent = relative(node.dataset.at);
 }), 1000);
-setInterval(statsSoon, 60000);
+setInterval(figuresSoon, 60000);
 begin();
 </script>
 </body>
