@@ -12459,9 +12459,8 @@ def test_a_message_costs_few_calls(start: Any, hop: Any, relayed: bool, most: in
     counted = threading.Event()
 
     def profile(frame: Any, event: str, _: object) -> None:
-        name = threading.current_thread().name
-        if event == "call" and counted.is_set() and not name.startswith("Thread-"):  # those are the next hop's
-            calls[frame.f_code.co_name] += 1
+        if event == "call" and counted.is_set():  # asked for its name, a thread that ends is made anew as a dummy
+            calls[frame.f_code.co_name] += not threading.current_thread().name.startswith("Thread-")  # the next hop's
 
     threading.setprofile(profile)
     try:
