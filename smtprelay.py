@@ -6433,7 +6433,7 @@ def find_codec(label: str) -> str:
     known = re.search(rf"(?m)^(\w+):.* {key}(?: |$)", CHARSETS) if key else None
     iso = re.fullmatch(r"(?:iso8859|latin)([2-8]|1[03-6])(?:19\d\d|20\d\d)?", key)
     page = re.fullmatch("(?:windows|cp|ms|ibm|cspc)"
-                        "(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-59])", key)
+                        "(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-69])", key)
     if known:
         return known[1]
     return f"iso8859_{iso[1]}" if iso else f"cp{page[1]}" if page else ""
