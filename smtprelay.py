@@ -8093,11 +8093,10 @@ async function listen() {
       everythingSoon();
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let part, kept = ''; !(part = await reader.read()).done;) {
-        const events = (kept + part.value).replaceAll('\r', '').split('\n\n');
-        kept = events.pop();
-        const heard = events.filter(event => /^data:/m.test(event));
-        if (heard.some(event => event.includes(state.id))) updateSoon();
-        if (heard.length) everythingSoon();
+        const heard = kept + part.value;
+        if (heard.includes('data:')) everythingSoon();
+        if (heard.includes(state.id)) updateSoon();
+        kept = part.value.slice(-99);  /* where an event may have been cut */
       }
     } catch {
       if (!state.lost) everythingSoon();  /* refused, so look every while */
@@ -8586,21 +8585,19 @@ function say(text) {
 }
 /* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
 function ask(title, note, verb, fields = [], cancel = 'Cancel') {
-  let values = null;
-  const dialog = h('dialog', h('form', [h('h2', title, {id: 'asked'}), h('p', note),
+  const form = h('form', [h('h2', title, {id: 'asked'}), h('p', note),
     fields.map(({label, ...props}) =>
       h('label', [label, h('input', '', {autocomplete: 'off', ...props})])),
-    h('div.acts', [h('button.main', verb, {autofocus: !fields.length}),
-      cancel && button(cancel, () => dialog.close())])]), {'aria-labelledby': 'asked'});
-  dialog.onsubmit = event => {
-    event.preventDefault();
-    values = Object.fromEntries(new FormData(event.target));
-    dialog.close();
-  };
+    h('div.acts', [h('button.main', verb, {value: verb, autofocus: !fields.length}),
+      cancel && h('button', cancel, {value: '', formnovalidate: ''})])], {method: 'dialog'});
+  const dialog = h('dialog', form, {'aria-labelledby': 'asked'});
   document.body.append(dialog);
   dialog.showModal();
   return new Promise(done => {
-    dialog.onclose = () => { dialog.remove(); done(values); };
+    dialog.onclose = () => {
+      dialog.remove();
+      done(dialog.returnValue ? Object.fromEntries(new FormData(form)) : null);
+    };
   });
 }
 
