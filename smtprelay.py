@@ -138,7 +138,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, Union, cast
 
 if TYPE_CHECKING:
     import ctypes
@@ -469,6 +469,9 @@ class Address(NamedTuple):
         return f"unix:{self.path}" if self.path else host_port(self.host, self.port)
 
 
+Addresses = tuple[Address, ...]
+
+
 def host_port(host: str, port: int) -> str:
     """Return host and port as one text, with brackets round an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -479,38 +482,38 @@ SIZES = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "m
 TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LEVEL_WORDS = {"warning": "warn", "notice": "info", "information": "info", "trace": "debug", "verbose": "debug",
-          "err": "error", "crit": "error", "critical": "error", "alert": "error", "emerg": "error", "fatal": "error"}
+               "err": "error", "crit": "error", "critical": "error", "alert": "error", "emerg": "error",
+               "fatal": "error"}
+Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
 
 def numeric(kind: Callable[[float], Any], expected: str, least: float = 0, most: float = 1e15,
-           units: Mapping[str, float] | None = None) -> Callable[[str], Any]:
+            units: Mapping[str, float] = {"": 1}) -> Callable[[str], Any]:
     """Return a parser of numbers, with a unit behind them where there are units."""
     def parse(text: str) -> Any:
         match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z]*)", text)
-        each = (units or {"": 1}).get(match[2].lower()) if match else None
-        whole = kind is int and not units
-        value = float(match[1]) * each if match and each and not (whole and "." in text) else math.nan
-        if not least <= value <= most:
+        value = float(match[1]) * units.get(match[2].lower(), math.nan) if match else math.nan
+        if not least <= value <= most or kind is int and value % 1:
             raise ValueError(expected)
         return kind(value)
-    parse.__name__ = expected.partition(" such")[0].partition(",")[0][2:]  # so argparse calls it
     return parse
 
 
-size = numeric(int, "a size such as 10MiB, 64K or 1048576", units=SIZES)
+size = numeric(round, "a size such as 10MiB, 64K or 1048576", units=SIZES)
 duration = numeric(float, "a duration such as 30s, 5m, 1h or 5d", units=TIMES)
 count = numeric(int, "a whole number, 0 or more", most=999_999_999)
-positive = numeric(int, "a whole number, 1 or more", least=1, most=999_999_999)
+positive = numeric(int, "a whole number, 1 or more", 1, 999_999_999)
 port_number = numeric(int, "a port from 0 to 65535", most=65535)
+duration.__name__, count.__name__ = "duration", "count"  # so argparse calls them
 
 
-def choice(*allowed: str, also: Mapping[str, str] | None = None) -> Callable[[str], str]:
+def choice(allowed: str, also: Mapping[str, Any] = {}) -> Callable[[str], Any]:
     """Return a parser for one of the words allowed, or for others that mean one; the empty word is 'not set'."""
-    def parse(text: str) -> str:
-        word = (also or {}).get(text.lower(), text.lower())
-        if word not in allowed:
-            raise ValueError("one of " + ", ".join(w for w in allowed if w))
-        return word
+    def parse(text: str) -> Any:
+        table = {"": "", **{word: word for word in allowed.split()}, **also}
+        if text.lower() not in table:
+            raise ValueError("one of " + ", ".join(filter(None, table)))
+        return table[text.lower()]
     return parse
 
 
@@ -523,15 +526,12 @@ def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Calla
     return parse
 
 
+flag = choice("", FLAGS)
+methods = like(r"(?i)((plain|login|cram-md5)([,\s]+|$))+", "a list of plain, login, cram-md5",
+               lambda text: words(text.lower()))
 printable = like("[ -~]{0,200}", "up to 200 printable ASCII characters")
 host_name = like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name such as mail.example.com")
 mailbox = like(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
-
-
-def flag(text: str) -> bool:
-    if text.lower() not in FLAGS:
-        raise ValueError("1 or 0, true or false, yes or no, on or off")
-    return FLAGS[text.lower()]
 
 
 def readable(text: str) -> str:
@@ -558,42 +558,39 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(w for w in re.split(r"[,\s]+", text) if w)
 
 
-def methods(text: str) -> tuple[str, ...]:
-    if set(words(text.lower())) - {"plain", "login", "cram-md5"}:
-        raise ValueError("a list of plain, login, cram-md5")
-    return words(text.lower())
-
-
 def split_port(text: str, default: str) -> tuple[str, int]:
     """Split host:port, [v6]:port or a host alone; ValueError says what was expected."""
+    if text.count(":") > 1 and "[" not in text:
+        text = f"[{text}]"
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]*))(?::([0-9]+))?", text)
     if not match:
         raise ValueError("host, host:port or [IPv6]:port")
     return match[1] or match[2] or "", port_number(match[3] or default)
 
 
-def listen(text: str) -> tuple[Address, ...]:
-    """Read a list of places to listen: a port alone means both loopback addresses."""
-    places = []
+def listen(text: str) -> Addresses:
+    """Read a list of places to listen: a port alone means both loopback addresses, off none."""
+    found = []
+    named = {"": ["0.0.0.0", "::"], "*": ["0.0.0.0"], "localhost": ["127.0.0.1", "::1"]}
     try:
         for part in words(text):
-            if part.startswith("unix:"):
-                if not part.startswith("unix:/"):
-                    raise ValueError("an absolute path after unix:")
-                places.append(Address("", 0, part[5:]))
-                continue
-            host, port = ("localhost", port_number(part)) if part.isdigit() else split_port(part, "none")
-            named = {"": ["0.0.0.0", "::"], "*": ["0.0.0.0"], "localhost": ["127.0.0.1", "::1"][:1 + part.isdigit()]}
-            places += [Address(str(ipaddress.ip_address(h)), port) for h in named.get(host, [host])]
+            if part.startswith("unix:/"):
+                found.append(Address("", 0, part[5:]))
+            elif part.lower() not in ("off", "none"):
+                host, port = split_port(f"localhost:{part}" if part.isdigit() else part, "none")
+                found += [Address(str(ipaddress.ip_address(each)), port) for each in named.get(host, [host])]
     except ValueError as e:
-        raise ValueError(f"a port, addr:port, :port or unix:/path, or a list of them ({e})") from None
-    return tuple(places)
+        raise ValueError(f"a port, addr:port, :port, an absolute path after unix:, or a list of them ({e})") from None
+    return tuple(found)
 
 
-def http_listen(text: str) -> tuple[Address, ...]:
-    if text.lower() in ("", "off", "none"):
-        return ()
-    return listen(text if ":" in text else f"127.0.0.1:{text}")
+def dns_servers(text: str) -> Addresses:
+    """Read a list of addr, addr:port or [IPv6]:port."""
+    try:
+        ends = [split_port(part, "53") for part in words(text)]
+        return tuple(Address(str(ipaddress.ip_address(host)), port or port_number("none")) for host, port in ends)
+    except ValueError:
+        raise ValueError("an IP address, or address:port") from None
 
 
 def shown_url(url: str) -> str:
@@ -601,15 +598,14 @@ def shown_url(url: str) -> str:
     return re.sub(r"(?<=://)[^/?#]*@", "", re.sub("[?#].*", "", url))
 
 
-def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+def networks(text: str) -> Networks:
     try:
-        names = ["127.0.0.0/8,::1" if w == "loopback" else w for w in words(text)]
-        return tuple(ipaddress.ip_network(w, strict=False) for w in words(",".join(names)))
+        return tuple(ipaddress.ip_network(w, strict=False) for w in words(text.replace("loopback", "127.0.0.0/8 ::1")))
     except ValueError as e:
         raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
 
 
-def are_private(given: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+def are_private(given: Networks) -> bool:
     """Tell whether networks are this machine's, or private ones (RFC 1918, 3927, 4193, 4291), and none else.
 
     Python's own answer differs between versions, and is yes for 0.0.0.0/0 in some.
@@ -618,32 +614,23 @@ def are_private(given: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]) 
     return all(any(n.version == home.version and n.subnet_of(home) for home in homes) for n in given)  # type: ignore
 
 
-# A provider's name in SMTP_RELAY_HOST: its host and port, and how many recipients one transaction may
-# have, where that is known.
+# A provider's name in SMTP_RELAY_HOST: its host, with a port where that is not the usual one, and how many
+# recipients one transaction may have, where that is known.
 PRESETS = {
-    "gmail": ("smtp.gmail.com", 587, 100),
-    "ses": ("email-smtp.*.amazonaws.com", 587, 50),  # ses:REGION
-    "m365": ("smtp.office365.com", 587, 500),
-    "mailgun": ("smtp.mailgun.org", 587, 1000),
-    "sendgrid": ("smtp.sendgrid.net", 587, 1000),
-    "postmark": ("smtp.postmarkapp.com", 587, 50),
-    "smtp2go": ("mail.smtp2go.com", 587, 0),
-    "fastmail": ("smtp.fastmail.com", 465, 0),
+    "gmail": ("smtp.gmail.com", 100),
+    "ses": ("email-smtp.*.amazonaws.com", 50),  # ses:REGION
+    "m365": ("smtp.office365.com", 500),
+    "mailgun": ("smtp.mailgun.org", 1000),
+    "sendgrid": ("smtp.sendgrid.net", 1000),
+    "postmark": ("smtp.postmarkapp.com", 50),
+    "smtp2go": ("mail.smtp2go.com", 0),
+    "fastmail": ("smtp.fastmail.com:465", 0),
 }
-
-
-def preset_of(text: str) -> tuple[str, int] | None:
-    """Return host and port of the provider that a smart host's text names, if it names one."""
-    name, _, region = text.lower().partition(":")
-    if name not in PRESETS or not re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region):
-        return None
-    host, port, _ = PRESETS[name]
-    return host.replace("*", region), port
 
 
 def recipient_limit(host: str) -> int | None:
     """Return how many recipients a provider takes in one transaction, 0 if unknown; None for another host."""
-    return next((most for known, _, most in PRESETS.values() if fnmatch.fnmatch(host.lower(), known)), None)
+    return next((most for known, most in PRESETS.values() if fnmatch.fnmatch(host.lower(), known.split(":")[0])), None)
 
 
 def usable_password(host: str, password: str) -> str:
@@ -654,32 +641,21 @@ def usable_password(host: str, password: str) -> str:
 
 
 def hop_list(text: str) -> tuple[str, ...]:
-    expected = f"host or host:port, a list of them, or {', '.join(PRESETS)} (ses:REGION)"
+    """Read a list of smart hosts, with a provider's host in place of its name."""
+    hops = []
     for part in words(text):
-        try:
-            named = preset_of(part) or (part != "ses" and split_port(part, "25")[0])
-        except ValueError as e:
-            raise ValueError(f"{expected} ({e})") from None
-        if not named:
-            raise ValueError(expected)
-    return words(text)
+        name, _, region = part.lower().partition(":")
+        known = re.fullmatch("[a-z]{2}(-[a-z]+)+-[0-9]" if name == "ses" else "", region)
+        hop = part if name not in PRESETS else PRESETS[name][0].replace("*", region) if known else ""
+        if not split_port(hop, "25")[0]:
+            raise ValueError(f"host or host:port, a list of them, or {', '.join(PRESETS)} (ses:REGION)")
+        hops.append(hop)
+    return tuple(hops)
 
 
-def dns_servers(text: str) -> tuple[Address, ...]:
-    """Read a list of addr, addr:port or [IPv6]:port."""
-    servers = []
-    for part in words(text):
-        try:
-            host, port = split_port(f"[{part}]" if part.count(":") > 1 and "[" not in part else part, "53")
-            servers.append(Address(str(ipaddress.ip_address(host)), port or port_number("none")))
-        except ValueError:
-            raise ValueError("an IP address, or address:port") from None
-    return tuple(servers)
-
-
-def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: bool = False,
+def setting(help: str, parse: Callable[[str], Any] = str, default: str = "", *, secret: bool = False,
             shown: str = "") -> Any:
-    """Declare a setting: default text, parser, help; a secret may also come from NAME_FILE."""
+    """Declare a setting: help, parser, default text; a secret may also come from NAME_FILE."""
     return field(default=parse(default), metadata={
         "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
 
@@ -688,136 +664,137 @@ def setting(default: str, parse: Callable[[str], Any], help: str, *, secret: boo
 class Settings:
     """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
 
-    port: tuple[Address, ...] = setting(
-        "2525", listen,
+    port: Addresses = setting(
         "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
-        "unix:/path, or a list; 0 is any free port")
-    smtps_port: tuple[Address, ...] = setting("", listen, "the same, for listeners with TLS from the first byte")
-    hostname: str = setting("", host_name, "the name in greetings, HELO and Received", shown="this machine's name")
-    banner: str = setting("smtprelay ready", printable, "the words after the host name in the 220")
-    allow_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
-        "loopback", networks, "clients that may connect: a list of networks")
-    proxy_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
-        "", networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
-    max_size: int = setting("10MiB", size, "octets of content in one message")
-    max_recipients: int = setting("100", positive, "recipients in one transaction")
-    max_connections: int = setting("1000", positive, "sessions at once; one more gets 421")
-    max_connections_per_client: int = setting("0", count, "sessions at once from one address; 0 is no limit")
-    max_errors: int = setting("20", positive, "bad commands before 421")
-    command_timeout: float = setting("5m", duration, "time for one command line")
-    data_timeout: float = setting("10m", duration, "time for the content of one message")
-    session_timeout: float = setting("1h", duration, "time for the whole session")
-    tls_cert: str = setting("", readable, "PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered")
-    tls_key: str = setting("", readable, "PEM key; both are reread when they change")
-    tls_self_signed: bool = setting("0", flag, "make a self-signed pair, kept in the spool, when no pair is set")
-    tls_required: bool = setting("0", flag, "nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS")
-    auth_user: str = setting("", str, "one account's name")
-    auth_password: str = setting("", str, "and its password", secret=True)
-    users_file: str = setting("", str, "a JSON file of accounts; reread when it changes")
+        "unix:/path, or a list; 0 is any free port", listen, "2525")
+    smtps_port: Addresses = setting("the same, for listeners with TLS from the first byte", listen)
+    hostname: str = setting("the name in greetings, HELO and Received", host_name, shown="this machine's name")
+    banner: str = setting("the words after the host name in the 220", printable, "smtprelay ready")
+    allow_networks: Networks = setting("clients that may connect: a list of networks", networks, "loopback")
+    proxy_networks: Networks = setting(
+        "balancers whose connections open with a PROXY header (v1 or v2) that names the client", networks)
+    max_size: int = setting("octets of content in one message", size, "10MiB")
+    max_recipients: int = setting("recipients in one transaction", positive, "100")
+    max_connections: int = setting("sessions at once; one more gets 421", positive, "1000")
+    max_connections_per_client: int = setting("sessions at once from one address; 0 is no limit", count, "0")
+    max_errors: int = setting("bad commands before 421", positive, "20")
+    command_timeout: float = setting("time for one command line", duration, "5m")
+    data_timeout: float = setting("time for the content of one message", duration, "10m")
+    session_timeout: float = setting("time for the whole session", duration, "1h")
+    tls_cert: str = setting("PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered", readable)
+    tls_key: str = setting("PEM key; both are reread when they change", readable)
+    tls_self_signed: bool = setting(
+        "make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
+    tls_required: bool = setting("nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS", flag, "0")
+    auth_user: str = setting("one account's name")
+    auth_password: str = setting("and its password", secret=True)
+    users_file: str = setting("a JSON file of accounts; reread when it changes")
     auth_required: bool | None = setting(
-        "", lambda text: flag(text) if text else None, "no MAIL before AUTH", shown="1 if accounts exist")
-    auth_methods: tuple[str, ...] = setting("plain,login,cram-md5", methods, "mechanisms offered")
-    auth_insecure: bool = setting("0", flag, "allow PLAIN and LOGIN without TLS off loopback")
-    auth_any: bool = setting("0", flag, "accept any user and password (tests); loopback and private networks only")
-    auth_failures: int = setting("5", positive, "failed logins a minute from one address, then 421")
+        "no MAIL before AUTH", choice("", {**FLAGS, "": None}), shown="1 if accounts exist")
+    auth_methods: tuple[str, ...] = setting("mechanisms offered", methods, "plain,login,cram-md5")
+    auth_insecure: bool = setting("allow PLAIN and LOGIN without TLS off loopback", flag, "0")
+    auth_any: bool = setting(
+        "accept any user and password (tests); loopback and private networks only", flag, "0")
+    auth_failures: int = setting("failed logins a minute from one address, then 421", positive, "5")
     rate_limit: int = setting(
-        "0", count, "messages a minute for an account, or a client address where there is none; 0 is no limit")
-    rate_burst: int = setting("10", positive, "messages at once before the rate holds")
+        "messages a minute for an account, or a client address where there is none; 0 is no limit",
+        count, "0")
+    rate_burst: int = setting("messages at once before the rate holds", positive, "10")
     faults: str = setting(
-        "", str,
-        "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, "
-        "parted by ; (see README)")
-    storage: str = setting("file", choice("file", "memory"), "where messages are kept: file or memory")
-    spool: str = setting("./data/spool", str, "the spool's directory")
-    spool_max_size: int = setting("0", size, "octets of spool; past it finished messages go first; 0 is no limit")
-    spool_max_messages: int = setting("0", count, "messages in the spool, likewise; 0 is no limit")
-    spool_min_free: int = setting("64MiB", size, "less free disk space than this: 452")
+        "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted "
+        "by ; (see README)")
+    storage: str = setting("where messages are kept: file or memory", choice("file memory"), "file")
+    spool: str = setting("the spool's directory", str, "./data/spool")
+    spool_max_size: int = setting(
+        "octets of spool; past it finished messages go first; 0 is no limit", size, "0")
+    spool_max_messages: int = setting("messages in the spool, likewise; 0 is no limit", count, "0")
+    spool_min_free: int = setting("less free disk space than this: 452", size, "64MiB")
     spool_key: bytes = setting(
-        "", like("[0-9A-Fa-f]{64}", "64 hexadecimal digits", bytes.fromhex),
-        "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
-    keep: float = setting("7d", duration, "how long finished messages stay; a held one has no age limit")
-    fsync: bool = setting("1", flag, "sync each message to disk before its 250; 0 is for tests")
-    queue_size: int = setting("0", count, "messages owed at once; past it 452; 0 is no limit")
+        "32 octets in hexadecimal: messages at rest are AES-256-GCM",
+        like("[0-9A-Fa-f]{64}", "64 hexadecimal digits", bytes.fromhex), secret=True)
+    keep: float = setting("how long finished messages stay; a held one has no age limit", duration, "7d")
+    fsync: bool = setting("sync each message to disk before its 250; 0 is for tests", flag, "1")
+    queue_size: int = setting("messages owed at once; past it 452; 0 is no limit", count, "0")
     delivery: str = setting(
-        "", choice("", "hold", "relay", "mx"),
         "hold, relay (to a smart host) or mx (straight to the recipients' hosts)",
-        shown="relay with SMTP_RELAY_HOST, else hold")
+        choice("hold relay mx"), shown="relay with SMTP_RELAY_HOST, else hold")
     relay_host: tuple[str, ...] = setting(
-        "", hop_list,
         "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
-        "sendgrid, postmark, smtp2go, fastmail")
-    relay_port: int = setting("0", port_number, "the smart host's port", shown="587; 465 with tls; 25 with none")
+        "sendgrid, postmark, smtp2go, fastmail", hop_list)
+    relay_port: int = setting(
+        "the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting(
-        "", choice("", "starttls", "tls", "opportunistic", "none", also={"ssl": "tls", "smtps": "tls"}),
         "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
+        choice("starttls tls opportunistic none", {"ssl": "tls", "smtps": "tls"}),
         shown="starttls; opportunistic for a loopback host and for mx")
-    relay_tls_verify: bool = setting("1", flag, "0 skips certificate verification")
-    relay_ca_file: str = setting("", readable, "PEM roots to trust instead of the system's")
-    relay_username: str = setting("", str, "login at the smart host")
-    relay_password: str = setting("", str, "and its password, or OAuth token", secret=True)
-    relay_password_file: str = setting("", str, "a file with it, reread for each login")
+    relay_tls_verify: bool = setting("0 skips certificate verification", flag, "1")
+    relay_ca_file: str = setting("PEM roots to trust instead of the system's", readable)
+    relay_username: str = setting("login at the smart host")
+    relay_password: str = setting("and its password, or OAuth token", secret=True)
+    relay_password_file: str = setting("a file with it, reread for each login")
     relay_auth: str = setting(
-        "auto", choice("auto", "plain", "login", "cram-md5", "xoauth2"), "auto, plain, login, cram-md5, xoauth2")
-    relay_return_path: str = setting("", mailbox, "replaces the reverse-path (never the null one)")
+        "auto, plain, login, cram-md5, xoauth2", choice("auto plain login cram-md5 xoauth2"), "auto")
+    relay_return_path: str = setting("replaces the reverse-path (never the null one)", mailbox)
     relay_redirect_to: str = setting(
-        "", mailbox, "every recipient becomes this one; the original stays in X-Original-To")
+        "every recipient becomes this one; the original stays in X-Original-To", mailbox)
     relay_allowed_recipients: re.Pattern[str] = setting(
-        "", pattern, "regular expression, found anywhere in the address; others are held, not sent")
-    relay_connections: int = setting("4", positive, "connections to one next hop at once")
-    relay_timeout: float = setting("30s", duration, "time for reaching a next hop: connection and TLS")
+        "regular expression, found anywhere in the address; others are held, not sent", pattern)
+    relay_connections: int = setting("connections to one next hop at once", positive, "4")
+    relay_timeout: float = setting("time for reaching a next hop: connection and TLS", duration, "30s")
     relay_reply_timeout: float = setting(
-        "5m", duration, "time for each reply of a next hop, twice that after the final dot")
-    relay_from: str = setting("", mailbox, "replaces the header From's address and the reverse-path")
-    relay_repair: bool = setting("1", flag, "adds what a submission lacks on its way out; 0 sends it as it came")
-    local_to: str = setting("", mailbox, "where mail for local users goes: names alone, or at this host's name")
-    aliases: str = setting("", readable, "a file like /etc/aliases, read with SMTP_LOCAL_TO")
-    lenient: bool = setting("0", flag, "take what old devices send (loopback and named networks alone)")
-    mx_port: int = setting("25", port_number, "the port of the recipients' hosts in mx mode")
-    dns_server: tuple[Address, ...] = setting(
-        "", dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
-    bounce: bool = setting("1", flag, "a failed message sends its sender a report")
-    retry: bool = setting("1", flag, "0: one attempt only")
-    retry_max_attempts: int = setting("0", count, "attempts that the next hop answered; 0 is no limit")
-    retry_initial_delay: float = setting("5s", duration, "the first delay")
-    retry_max_delay: float = setting("1h", duration, "the longest delay")
+        "time for each reply of a next hop, twice that after the final dot", duration, "5m")
+    relay_from: str = setting("replaces the header From's address and the reverse-path", mailbox)
+    relay_repair: bool = setting(
+        "adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
+    local_to: str = setting("where mail for local users goes: names alone, or at this host's name", mailbox)
+    aliases: str = setting("a file like /etc/aliases, read with SMTP_LOCAL_TO", readable)
+    lenient: bool = setting("take what old devices send (loopback and named networks alone)", flag, "0")
+    mx_port: int = setting("the port of the recipients' hosts in mx mode", port_number, "25")
+    dns_server: Addresses = setting(
+        "addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
+    bounce: bool = setting("a failed message sends its sender a report", flag, "1")
+    retry: bool = setting("0: one attempt only", flag, "1")
+    retry_max_attempts: int = setting("attempts that the next hop answered; 0 is no limit", count, "0")
+    retry_initial_delay: float = setting("the first delay", duration, "5s")
+    retry_max_delay: float = setting("the longest delay", duration, "1h")
     retry_multiplier: float = setting(
-        "2.0", numeric(float, "a number, 1 or more", least=1), "each delay is this many times the one before")
+        "each delay is this many times the one before",
+        numeric(float, "a number, 1 or more", least=1), "2.0")
     retry_jitter: float = setting(
-        "0.5", numeric(float, "a number from 0 to 1", most=1),
-        "each delay is multiplied by a random factor in [1-jitter, 1]")
-    retry_max_age: float = setting("5d", duration, "older than this, a message has failed")
+        "each delay is multiplied by a random factor in [1-jitter, 1]",
+        numeric(float, "a number from 0 to 1", most=1), "0.5")
+    retry_max_age: float = setting("older than this, a message has failed", duration, "5d")
     time_scale: float = setting(
-        "1", numeric(float, "a number above 0", least=1e-9),
-        "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
-    seed: str = setting("", str, "tests: makes the random factors of the waits the same in each run")
-    workers: int = setting("8", positive, "delivery threads")
+        "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter",
+        numeric(float, "a number above 0", least=1e-9), "1")
+    seed: str = setting("tests: makes the random factors of the waits the same in each run")
+    workers: int = setting("delivery threads", positive, "8")
     processes: int = setting(
-        "0", count, "receiving processes that share the listening sockets; one alone where there is much to count: "
+        "receiving processes that share the listening sockets; one alone where there is much to count: "
         "with accounts, SMTP_RATE_LIMIT, SMTP_MAX_CONNECTIONS_PER_CLIENT, and with SMTP_STORAGE=memory",
-        shown="2; 1 on one processor")
-    health_addr: tuple[Address, ...] = setting(
-        "127.0.0.1:8080", http_listen,
-        "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port")
+        count, "0", shown="2; 1 on one processor")
+    health_addr: Addresses = setting(
+        "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port",
+        listen, "127.0.0.1:8080")
     api_token: str = setting(
-        "", printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
-    api_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
-        "loopback", networks, "from where the API and the page need no token: a list of networks")
+        "Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
+    api_networks: Networks = setting(
+        "from where the API and the page need no token: a list of networks", networks, "loopback")
     tags: str = setting(
-        "", like(r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"),
-        "rules that tag messages: TAG=SEARCH, parted by ;")
+        "rules that tag messages: TAG=SEARCH, parted by ;",
+        like(r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"))
     web_root: str = setting(
-        "/", like("/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"),
-        "the path under which a reverse proxy shows the page")
+        "the path under which a reverse proxy shows the page",
+        like("/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"), "/")
     webhook_url: str = setting(
-        "", like(r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
-                 "an http:// or https:// address"),
-        "POSTed a JSON event on received, forwarded, failed")
-    log_level: str = setting(
-        "info", choice("debug", "info", "warn", "error", also=LEVEL_WORDS), "debug, info, warn, error")
-    log_format: str = setting("text", choice("text", "json"), "text or json")
-    log_file: str = setting("", appendable, "a file for the log", shown="stderr")
-    audit_log: str = setting("", appendable, "a file for a JSON line for each session, login, refusal and message")
-    debug: bool = setting("0", flag, "1: both dialogues in the log, secrets masked")
+        "POSTed a JSON event on received, forwarded, failed",
+        like(r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
+             "an http:// or https:// address"))
+    log_level: str = setting("debug, info, warn, error", choice("debug info warn error", LEVEL_WORDS), "info")
+    log_format: str = setting("text or json", choice("text json"), "text")
+    log_file: str = setting("a file for the log", appendable, shown="stderr")
+    audit_log: str = setting("a file for a JSON line for each session, login, refusal and message", appendable)
+    debug: bool = setting("1: both dialogues in the log, secrets masked", flag, "0")
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Settings:
@@ -837,11 +814,8 @@ class Settings:
         return settings
 
     def _derived(self) -> Settings:
-        named = [preset_of(h) for h in self.relay_host]
-        hosts = tuple(host_port(preset[0], self.relay_port or (465 if self.relay_tls == "tls" else preset[1]))
-                      if preset else h for h, preset in zip(self.relay_host, named))
         port = self.relay_port or {"tls": 465, "none": 25}.get(self.relay_tls, 587)
-        ends = [split_port(h, str(port)) for h in hosts]
+        ends = [split_port(h, str(port)) for h in self.relay_host]
         easy = self.delivery == "mx" or (ends and all(is_loopback(host) for host, _ in ends))
         usual = "tls" if ends and all(p == 465 for _, p in ends) else "opportunistic" if easy else "starttls"
         # what is counted by client or account is counted in one place
@@ -849,7 +823,7 @@ class Settings:
         mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         receivers = 1 if counts or self.storage == "memory" else self.processes or (2 if mine > 1 else 1)
         return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=self.relay_tls or usual, relay_host=hosts,
+            self, hostname=self.hostname or machine_name(), relay_tls=self.relay_tls or usual,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=receivers, relay_port=port)
 
     @functools.cached_property
@@ -946,23 +920,44 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return found
 
 
-MAILPITS = {  # the settings of Mailpit and MailHog, with ours
-    "MP_SMTP_BIND_ADDR": "SMTP_PORT", "MP_UI_BIND_ADDR": "SMTP_HEALTH_ADDR", "MP_DATABASE": "SMTP_SPOOL",
-    "MP_DATA_FILE": "SMTP_SPOOL", "MP_MAX_MESSAGES": "SMTP_SPOOL_MAX_MESSAGES", "MP_MAX_AGE": "SMTP_KEEP",
-    "MP_MAX_MESSAGE_SIZE": "SMTP_MAX_SIZE", "MP_SMTP_MAX_RECIPIENTS": "SMTP_MAX_RECIPIENTS",
-    "MP_WEBROOT": "SMTP_WEB_ROOT", "MP_UI_AUTH": "SMTP_API_TOKEN", "MP_UI_AUTH_FILE": "SMTP_API_TOKEN_FILE",
-    "MP_SMTP_AUTH": "SMTP_AUTH_USER and SMTP_AUTH_PASSWORD", "MP_SMTP_AUTH_FILE": "SMTP_USERS_FILE",
-    "MP_SMTP_AUTH_ACCEPT_ANY": "SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0",  # Mailpit's takes none, too
-    "MP_SMTP_AUTH_ALLOW_INSECURE": "SMTP_AUTH_INSECURE",
-    "MP_SMTP_TLS_CERT": "SMTP_TLS_CERT", "MP_SMTP_TLS_KEY": "SMTP_TLS_KEY", "MP_SMTP_REQUIRE_TLS": "SMTP_SMTPS_PORT",
-    "MP_SMTP_REQUIRE_STARTTLS": "SMTP_TLS_REQUIRED", "MP_SMTP_RELAY_CONFIG": "SMTP_RELAY_HOST",
-    "MP_SMTP_RELAY_ALL": "SMTP_DELIVERY=relay", "MP_SMTP_RELAY_MATCHING": "SMTP_RELAY_ALLOWED_RECIPIENTS",
-    "MP_SMTP_RELAY_ALLOWED_RECIPIENTS": "SMTP_RELAY_ALLOWED_RECIPIENTS", "MP_TAG": "SMTP_TAGS",
-    "MP_ENABLE_CHAOS": "SMTP_FAULTS", "MP_CHAOS_TRIGGERS": "SMTP_FAULTS", "MP_VERBOSE": "SMTP_LOG_LEVEL=debug",
-    "MP_QUIET": "SMTP_LOG_LEVEL=error", "MH_SMTP_BIND_ADDR": "SMTP_PORT", "MH_API_BIND_ADDR": "SMTP_HEALTH_ADDR",
-    "MH_UI_BIND_ADDR": "SMTP_HEALTH_ADDR", "MH_MAILDIR_PATH": "SMTP_SPOOL", "MH_AUTH_FILE": "SMTP_API_TOKEN",
-    "MH_UI_WEB_PATH": "SMTP_WEB_ROOT", "MH_OUTGOING_SMTP": "SMTP_RELAY_HOST", "MH_INVITE_JIM": "SMTP_FAULTS",
-}
+MAILPITS = dict(line.split(None, 1) for line in """\
+MP_SMTP_BIND_ADDR                SMTP_PORT
+MP_UI_BIND_ADDR                  SMTP_HEALTH_ADDR
+MP_DATABASE                      SMTP_SPOOL
+MP_DATA_FILE                     SMTP_SPOOL
+MP_MAX_MESSAGES                  SMTP_SPOOL_MAX_MESSAGES
+MP_MAX_AGE                       SMTP_KEEP
+MP_MAX_MESSAGE_SIZE              SMTP_MAX_SIZE
+MP_SMTP_MAX_RECIPIENTS           SMTP_MAX_RECIPIENTS
+MP_WEBROOT                       SMTP_WEB_ROOT
+MP_UI_AUTH                       SMTP_API_TOKEN
+MP_UI_AUTH_FILE                  SMTP_API_TOKEN_FILE
+MP_SMTP_AUTH                     SMTP_AUTH_USER and SMTP_AUTH_PASSWORD
+MP_SMTP_AUTH_FILE                SMTP_USERS_FILE
+MP_SMTP_AUTH_ACCEPT_ANY          SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0
+MP_SMTP_AUTH_ALLOW_INSECURE      SMTP_AUTH_INSECURE
+MP_SMTP_TLS_CERT                 SMTP_TLS_CERT
+MP_SMTP_TLS_KEY                  SMTP_TLS_KEY
+MP_SMTP_REQUIRE_TLS              SMTP_SMTPS_PORT
+MP_SMTP_REQUIRE_STARTTLS         SMTP_TLS_REQUIRED
+MP_SMTP_RELAY_CONFIG             SMTP_RELAY_HOST
+MP_SMTP_RELAY_ALL                SMTP_DELIVERY=relay
+MP_SMTP_RELAY_MATCHING           SMTP_RELAY_ALLOWED_RECIPIENTS
+MP_SMTP_RELAY_ALLOWED_RECIPIENTS SMTP_RELAY_ALLOWED_RECIPIENTS
+MP_TAG                           SMTP_TAGS
+MP_ENABLE_CHAOS                  SMTP_FAULTS
+MP_CHAOS_TRIGGERS                SMTP_FAULTS
+MP_VERBOSE                       SMTP_LOG_LEVEL=debug
+MP_QUIET                         SMTP_LOG_LEVEL=error
+MH_SMTP_BIND_ADDR                SMTP_PORT
+MH_API_BIND_ADDR                 SMTP_HEALTH_ADDR
+MH_UI_BIND_ADDR                  SMTP_HEALTH_ADDR
+MH_MAILDIR_PATH                  SMTP_SPOOL
+MH_AUTH_FILE                     SMTP_API_TOKEN
+MH_UI_WEB_PATH                   SMTP_WEB_ROOT
+MH_OUTGOING_SMTP                 SMTP_RELAY_HOST
+MH_INVITE_JIM                    SMTP_FAULTS
+""".splitlines())  # the settings of Mailpit and MailHog, with ours
 
 
 def foreign_settings(env: Mapping[str, str]) -> list[str]:
