@@ -1972,8 +1972,8 @@ def open_sealer(settings: Settings) -> Sealer:
 
 NAME = re.compile(r"[0-9a-f]{16}_[0-9a-f]{16}(\.eml|(\.forwarded|\.failed)?\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
-DONE_NAMES = {Status.FORWARDED: ".forwarded.json", Status.FAILED: ".failed.json"}
-SIDECARS = (*((end, status) for status, end in DONE_NAMES.items()), (".json", None))  # the first there counts
+DONE = {".forwarded.json": Status.FORWARDED, ".failed.json": Status.FAILED}
+SIDECARS = (*DONE, ".json")  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
 READ_AT_ONCE = 64 * KIB
@@ -1991,20 +1991,6 @@ class SpoolBusy(Exception):
     """Another process has this spool."""
 
 
-class IdMaker:
-    """Makes queue ids that sort by arrival: the time in microseconds, then who made it."""
-
-    def __init__(self, half: str = "") -> None:
-        self.lock = threading.Lock()
-        self.last = 0
-        self.maker = (half + secrets.token_hex(2))[:3]
-
-    def next(self) -> str:
-        with self.lock:
-            self.last = max(self.last + 1, time.time_ns() // 1000)
-            return f"{self.last:013x}{self.maker}"
-
-
 # -- what a message opens with --
 
 @functools.lru_cache(maxsize=16)
@@ -2018,13 +2004,11 @@ def asked(**parameters: str) -> str:
     return "".join(f" {name}={value}" for name, value in parameters.items() if value)
 
 
-def read_asked(text: str) -> tuple[str, dict[str, str]]:
+def read_asked(text: str) -> tuple[str, dict[str, Any]]:
     """Undo `<path>` and `asked`."""
     if not text.endswith(">") or " " in text:
-        cut = re.fullmatch(CUT_PATH, text)
-        if not cut:
-            raise ValueError("no path")
-        return cut[1], dict(word.partition("=")[::2] for word in cut[2].split())
+        [(path, rest)] = re.findall(f"{CUT_PATH}$", text)
+        return path, {name.lower(): value for name, value in re.findall(r"(\w+)=(\S+)", rest)}
     return text[1:-1], {}
 
 
@@ -2049,15 +2033,13 @@ def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
 
 def read_block(file: BinaryIO) -> dict[str, list[str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
-    lines = []
-    while (line := file.readline(8192)).startswith(b"X-Envelope-"):
-        lines.append(line)
-    block = b"".join(lines)
-    file.seek(len(block))
     found: dict[str, list[str]] = {}
-    for text in block.decode("utf-8", "surrogateescape").split("\n")[:-1]:
-        name, _, value = text[11:].partition(":")
-        found.setdefault(name.lower(), []).append(value.strip(" \r"))
+    length = 0
+    while (line := file.readline(8192)).startswith(b"X-Envelope-"):
+        length += len(line)
+        name, _, value = line[11:].decode("utf-8", "surrogateescape").partition(":")
+        found.setdefault(name.lower(), []).append(value.strip(" \r\n"))
+    file.seek(length)
     return found
 
 
@@ -2076,14 +2058,12 @@ def first_record(file: BinaryIO) -> Message:
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
-        recipients = [Recipient(path, status, notify=of.get("NOTIFY", ""), orcpt=of.get("ORCPT", ""))
-                      for path, of in map(read_asked, block["to"])]
+        recipients = [Recipient(path, status, **of) for path, of in map(read_asked, block["to"])]
         return Message(
             one["id"], status, received, reverse_path, recipients, size,
-            one["client"], one["helo"], one["protocol"], one["user"], flags,
-            ret=told.get("RET", ""), envid=told.get("ENVID", ""),
+            one["client"], one["helo"], one["protocol"], one["user"], flags, **told,
             history=[{"at": received, "status": status.value, "detail": HELD_BY_MODE if "HOLD" in flags else ""}])
-    except (KeyError, ValueError, OverflowError, OSError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
 
@@ -2104,11 +2084,13 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def write_file(path: str, data: bytes, how: int = os.O_TRUNC) -> None:
+def write_file(path: str, data: bytes, how: int = os.O_TRUNC, sync: bool = False) -> None:
     """Write a small private file whole."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         write_all(fd, data)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -2118,29 +2100,26 @@ def replace_file(path: str, content: bytes, sync: bool = False) -> None:
 
     A file that is a mount of its own, as containers have them, cannot be replaced: it is rewritten in place.
     """
-    draft = ""
+    draft = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}")
     try:
-        descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".")
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            with contextlib.suppress(FileNotFoundError):
-                was = os.stat(path)
-                os.fchmod(descriptor, stat.S_IMODE(was.st_mode))
-                if os.geteuid() == 0:  # root changes a file which the relay, not root, must go on reading
-                    os.fchown(descriptor, was.st_uid, was.st_gid)
-            if sync:
-                os.fsync(descriptor)
+        write_file(draft, content, os.O_EXCL, sync)
+        with contextlib.suppress(FileNotFoundError):
+            was = os.stat(path)
+            os.chmod(draft, stat.S_IMODE(was.st_mode))
+            if os.geteuid() == 0:  # root changes a file which the relay, not root, must go on reading
+                os.chown(draft, was.st_uid, was.st_gid)
         os.replace(draft, path)
-    except BaseException as e:
-        if draft:
-            os.unlink(draft)
-        if not isinstance(e, OSError) or e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS):
+    except OSError as e:
+        remove_file(draft)
+        if e.errno not in (errno.EBUSY, errno.EACCES, errno.EROFS):
             raise
-        with open(path, "r+b") as file:  # the same error again where it is no mount
-            file.write(content)
-            file.truncate()
-            os.fsync(file.fileno())
+        write_file(path, content, 0, sync=True)  # the same error again where it is no mount
+        os.truncate(path, len(content))
+
+
+def remove_file(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def read_whole(path: str) -> bytes:
@@ -2148,93 +2127,58 @@ def read_whole(path: str) -> bytes:
         return file.read()
 
 
+def open_small(path: str) -> BinaryIO:
+    """Open a file; a small one is read at once, which costs fewer system calls."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        start = os.read(fd, READ_AT_ONCE)
+        if len(start) == READ_AT_ONCE:
+            os.lseek(fd, 0, os.SEEK_SET)
+            return open(os.dup(fd), "rb")
+        return io.BytesIO(start)
+    finally:
+        os.close(fd)
+
+
 class Disk:
-    """A spool's files in its directory."""
+    """Where a spool's files are: what is asked of them, which can be asked of Memory, too."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-
-    def read(self, name: str) -> BinaryIO:
-        """Open a file; a small one is read at once, which costs fewer system calls."""
-        fd = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_size > READ_AT_ONCE:
-            return open(fd, "rb")
-        try:
-            if not stat.S_ISREG(found.st_mode):
-                raise SpoolError(f"{name} is no file")
-            return io.BytesIO(os.read(fd, READ_AT_ONCE))
-        finally:
-            os.close(fd)
-
-    def write(self, name: str, data: bytes, new: bool = False) -> None:
-        """Write a file whole; FileExistsError for a new one that is there."""
-        write_file(f"{self.root}/{name}", data, os.O_EXCL if new else os.O_TRUNC)
-
-    def rename(self, old: str, new: str) -> None:
-        os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
-
-    def remove(self, name: str) -> None:
-        try:
-            os.unlink(f"{self.root}/{name}")
-        except FileNotFoundError:
-            """It is gone already."""
-
-    def stat(self, name: str) -> tuple[int, float]:
-        """Return the octets of a file, and when it was written."""
-        found = os.stat(f"{self.root}/{name}")
-        return found.st_size, found.st_mtime
-
-    def days(self) -> list[str]:
-        return [day for day in sorted(os.listdir(self.root)) if re.fullmatch(DATE, day)
-                and os.path.isdir(f"{self.root}/{day}") and not os.path.islink(f"{self.root}/{day}")]
-
-    def names(self, day: str) -> Iterator[tuple[str, bool]]:
-        """Yield what is in a date's directory, and whether it is a file."""
-        with os.scandir(f"{self.root}/{day}") as entries:
-            for entry in entries:
-                yield entry.name, entry.is_file(follow_symlinks=False)
-
-    def free(self) -> int:
-        at = os.statvfs(self.root)
-        return at.f_bavail * at.f_frsize
+    read, write, remove = staticmethod(open_small), staticmethod(write_file), staticmethod(remove_file)
+    rename, names = staticmethod(os.rename), staticmethod(os.listdir)
+    size, written = staticmethod(os.path.getsize), staticmethod(os.path.getmtime)
 
 
 class Memory:
     """The same without a disk, for tests: nothing outlives the process."""
 
     def __init__(self) -> None:
-        self.files: dict[str, tuple[bytes, float]] = {}  # octets, and when they were written
+        self.files: dict[str, bytes] = {}
 
-    def read(self, name: str) -> BinaryIO:
-        try:
-            return io.BytesIO(self.files[name][0])
-        except KeyError:
-            raise FileNotFoundError(name) from None
+    def read(self, path: str) -> BinaryIO:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return io.BytesIO(self.files[path])
 
-    def write(self, name: str, data: bytes, new: bool = False) -> None:
-        if new and name in self.files:
-            raise FileExistsError(name)
-        self.files[name] = data, time.time()
+    def write(self, path: str, data: bytes, how: int = 0) -> None:
+        if how == os.O_EXCL and path in self.files:
+            raise FileExistsError(path)
+        self.files[path] = data
 
     def rename(self, old: str, new: str) -> None:
-        self.files[new] = self.files[old]  # first: a record is never missing
-        self.remove(old)
+        self.files[new] = self.files.pop(old)
 
-    def remove(self, name: str) -> None:
-        self.files.pop(name, None)
+    def remove(self, path: str) -> None:
+        self.files.pop(path, None)
 
-    def stat(self, name: str) -> tuple[int, float]:
-        return len(self.read(name).read()), self.files[name][1]
+    def size(self, path: str) -> int:
+        return len(self.files[path])
 
-    def days(self) -> list[str]:
-        return sorted({name[:10] for name in list(self.files) if re.fullmatch(DATE, name[:10])})
+    def written(self, _: str) -> float:
+        return time.time()
 
-    def names(self, day: str) -> Iterator[tuple[str, bool]]:
-        return ((name[11:], True) for name in list(self.files) if name.startswith(day))
-
-    def free(self) -> int:
-        return sys.maxsize
+    def names(self, folder: str) -> Iterable[str]:
+        depth = folder.count("/") + 1
+        return {path.split("/")[depth] for path in list(self.files) if path.startswith(folder)}
 
 
 def check_spool(path: str) -> None:
@@ -2266,11 +2210,10 @@ class Spool:
         self.root = os.path.abspath(settings.spool)
         if self.on_disk:
             check_spool(self.root)
-        self.store: Disk | Memory = Disk(self.root) if self.on_disk else Memory()
-        self.free = self.store.free  # the octets that an ordinary user may still write
+        self.store: Disk | Memory = Disk() if self.on_disk else Memory()
         self.sealer = open_sealer(settings) if self.on_disk else Sealer()
-        self.ids = IdMaker()
-        self.run = secrets.token_hex(4)
+        self.lock, self.last_id = threading.Lock(), 0
+        self.maker, self.run = secrets.token_hex(2)[:3], secrets.token_hex(4)
         self.day = ""  # whose directory is surely there
         self.tidying = False
         self.lock_file = -1
@@ -2279,22 +2222,19 @@ class Spool:
         """Make the directories and take the lock; SpoolBusy says who has it."""
         if not self.on_disk:
             return
-        os.makedirs(os.path.dirname(self.root), exist_ok=True)
         for path in (self.root, self.path("bad")):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
+            os.makedirs(path, 0o700, exist_ok=True)
         self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        for patience in range(19, -1, -1):  # the halves of a relay that was killed have a moment to notice
+        for _ in range(20):  # the halves of a relay that was killed have a moment to notice
             try:
                 fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if patience:
-                    time.sleep(0.05)
-                    continue
-                holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
-                self.close()
-                raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}") from None
+                time.sleep(0.05)
+        else:
+            holder = os.pread(self.lock_file, 200, 0).decode("ascii", "replace").strip()
+            self.close()
+            raise SpoolBusy(f"spool {self.root} is in use by {holder or 'another process'}")
         self.tidying = True
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
@@ -2307,48 +2247,52 @@ class Spool:
             os.close(self.lock_file)
             self.lock_file = -1
 
+    def free(self) -> int:
+        """Return the octets that an ordinary user may still write."""
+        at = os.statvfs(self.root) if self.on_disk else None
+        return at.f_bavail * at.f_frsize if at else sys.maxsize
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
     def draft(self, envelope: Envelope) -> Draft:
-        """Begin a message; nothing is on disk before its first large block or its commit."""
-        return Draft(self, envelope, self.ids.next())
+        """Begin a message; nothing is on disk before its first large block or its commit.
+
+        Queue ids sort by arrival: the time in microseconds, then who made it.
+        """
+        with self.lock:
+            self.last_id = max(self.last_id + 1, time.time_ns() // 1000)
+            id = f"{self.last_id:013x}{self.maker}"
+        return Draft(self, envelope, id)
 
     def names(self) -> Iterator[tuple[str, Status | None]]:
-        """Yield the stem of each message by age, with the status of a finished one.
-
-        What is not ours is set aside, but only in the directories of dates, which nobody else has.
-        """
-        for day in self.store.days():
-            names: list[str] = []
-            strays: list[str] = []
+        """Yield the stem of each message by age, with the status of a finished one."""
+        for day in sorted(filter(re.compile(DATE).fullmatch, self.store.names(self.root))):
             try:
-                for name, is_file in self.store.names(day):
-                    (names if is_file and NAME.fullmatch(name) else strays).append(name)
+                names = sorted(self.store.names(f"{self.root}/{day}"), reverse=True)
             except OSError as e:
                 self.log.error("spool_unreadable", directory=day, error=e)
                 continue
-            for name in strays if self.tidying else ():
-                self.set_aside(f"{day}/{name}", "not a name of ours")
-            names.sort(reverse=True)
             popped = (names.pop() for _ in range(len(names)))  # a great many names are not kept twice
             for start, group in itertools.groupby(popped, key=lambda name: name[:33]):
                 ends = [name[33:] for name in group]
                 if self.tidying:
                     self.tidy(f"{day}/{start}", ends)
-                if ".eml" in ends:
-                    yield f"{day}/{start}", next((s for s, e in DONE_NAMES.items() if e in ends), None)
+                if ".eml" in ends and NAME.fullmatch(start + ".eml"):
+                    yield f"{day}/{start}", next((DONE[end] for end in ends if end in DONE), None)
         self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
 
     def tidy(self, stem: str, ends: Sequence[str]) -> None:
-        """Deal with what no message needs: a torn sidecar goes, a cut-off arrival is set aside."""
+        """Deal with what no message needs: what is not ours is set aside, as is a cut-off arrival."""
         for end in ends:
-            if end.endswith(".part"):
+            if not NAME.fullmatch(stem[11:] + end):
+                self.set_aside(stem + end, "not a name of ours")
+            elif end.endswith(".part"):
                 if end != f".{self.run}.part":
                     self.set_aside(stem + end, "never acknowledged")
             elif end == ".tmp" or ".eml" not in ends:
                 try:
-                    self.store.remove(stem + end)
+                    self.store.remove(self.path(stem + end))
                 except OSError as e:  # it is not ours to remove: the rest of the spool is to be read
                     self.log.error("not_removed", file=stem + end, error=e)
 
@@ -2356,7 +2300,7 @@ class Spool:
         """Move a file into bad/."""
         target = f"bad/{name.replace('/', '_')}.{secrets.token_hex(4)}"
         try:
-            self.store.rename(name, target)
+            self.store.rename(self.path(name), self.path(target))
             self.log.warn("set_aside", file=name, reason=reason, now=target)
         except (OSError, KeyError) as e:
             self.log.error("set_aside_failed", file=name, reason=reason, error=e)
@@ -2364,14 +2308,16 @@ class Spool:
     def open_file(self, stem: str, end: str) -> BinaryIO:
         """Open a file of a message, unsealed; KeyError when it is gone, SpoolError when it cannot be."""
         try:
-            file = self.store.read(stem + end)
+            file = self.store.read(f"{self.root}/{stem}{end}")
+            return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
         except FileNotFoundError:
             raise KeyError(stem) from None
-        try:
-            return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
         except SealError as e:
-            file.close()
             raise SpoolError(str(e)) from None
+        except OSError as e:
+            if e.errno in (errno.ELOOP, errno.EISDIR):  # a link, a directory
+                raise SpoolError(f"{stem}{end} is no file") from None
+            raise
 
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
@@ -2393,7 +2339,7 @@ class Spool:
         file = self.open_file(stem, ".eml")
         try:
             message = first_record(file)
-            for end, status in SIDECARS if done else SIDECARS[-1:]:
+            for end in SIDECARS if done else SIDECARS[-1:]:
                 try:
                     with self.open_file(stem, end) as sidecar:
                         message = Message.from_json(sidecar.read(RECORD_LIMIT))
@@ -2401,7 +2347,7 @@ class Spool:
                     continue
                 except (ValueError, SpoolError, SealError) as e:
                     self.log.warn("record_rebuilt", stem=stem, reason=e)
-                message.status = status or message.status
+                message.status = DONE.get(end, message.status)
                 break
             return message, file
         except BaseException:
@@ -2410,44 +2356,41 @@ class Spool:
 
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
-        stem, end = message.stem, ".json" if message.owed else DONE_NAMES.get(message.status, ".json")
-        data = self.sealer.seal(message.to_json(), stem + ".json")
-        self.store.write(stem + ".tmp", data)
-        self.store.rename(stem + ".tmp", stem + end)
-        if end != ".json":  # torn by a power cut or not, its name says all that counts
-            self.store.remove(stem + ".json")
+        path, is_done = self.path(message.stem), message.status in FINISHED and not message.owed
+        self.store.write(path + ".tmp", self.sealer.seal(message.to_json(), message.stem + ".json"))
+        self.store.rename(path + ".tmp", f"{path}.{message.status._value_}.json" if is_done else path + ".json")
+        if is_done:  # torn by a power cut or not, its name says all that counts
+            self.store.remove(path + ".json")
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
         name = message.stem + ".json"
-        try:
-            self.store.write(name, self.sealer.seal(message.to_json(), name), new=True)
-        except FileExistsError:
-            """It was delivered, or tried, in the meantime."""
+        with contextlib.suppress(FileExistsError):  # it was delivered, or tried, in the meantime
+            self.store.write(self.path(name), self.sealer.seal(message.to_json(), name), os.O_EXCL)
 
     def reopen(self, message: Message) -> None:
         """Make a finished message owed again: its record changes its name, and is never missing."""
         self.save(message)
-        for end in DONE_NAMES.values():
-            self.store.remove(message.stem + end)
+        for end in DONE:
+            self.store.remove(self.path(message.stem + end))
 
     def remove(self, stem: str) -> None:
         """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
-        for end in (".eml", ".json", *DONE_NAMES.values()):
-            self.store.remove(stem + end)
+        for end in (".eml", *SIDECARS):
+            self.store.remove(self.path(stem + end))
 
     def size(self, stem: str) -> int:
         """Return the octets that a message's content takes."""
-        return self.store.stat(stem + ".eml")[0]
+        return self.store.size(f"{self.root}/{stem}.eml")
 
     def finished(self, stem: str, status: Status) -> tuple[float, int]:
         """Return when a message was finished, as Unix time, and the octets of its content."""
-        return self.store.stat(stem + DONE_NAMES[status])[1], self.size(stem)
+        return self.store.written(f"{self.root}/{stem}.{status.value}.json"), self.size(stem)
 
     def probe(self) -> None:
         """Write a little and remove it; OSError when the spool takes no writes."""
-        self.store.write(".probe", b"x" * 64)
-        self.store.remove(".probe")
+        self.store.write(self.path(".probe"), b"x" * 64)
+        self.store.remove(self.path(".probe"))
 
 
 class Draft:
@@ -2456,6 +2399,7 @@ class Draft:
     def __init__(self, spool: Spool, envelope: Envelope, id: str) -> None:
         self.spool, self.id = spool, id
         self.stem = stem_of(id, envelope.recipients[0])
+        self.final = f"{spool.root}/{self.stem}.eml"
         self.part = f"{spool.root}/{self.stem}.{spool.run}.part"
         self.seal = SealWriter(spool.sealer, self.stem + ".eml") if spool.sealer.lib else None
         self.parts = [envelope_block(envelope, id, spool.settings.hostname)]
@@ -2471,49 +2415,44 @@ class Draft:
 
     def flush(self, last: bool = False) -> None:
         """Write what waits to the .part, which the first call makes and opens with the size, where that is known."""
-        if self.fd < 0:
-            size = b"%012d" % self.size if last else b"%-12s" % (TO_THE_END.encode() if self.seal else b"")
-            self.parts.insert(0, b"X-Envelope-Size: %s\r\n" % size)
-            self.fd = self.make_part()
-        data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
-
-    def make_part(self) -> int:
-        """Make the .part, in the date's directory, whose own name is synced when it is new."""
         spool, day = self.spool, self.stem[:10]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            if spool.day == day:
-                return os.open(self.part, flags, 0o600)
-        except FileNotFoundError:
-            """Someone tidied the spool by hand."""
-        os.makedirs(spool.path(day), 0o700, exist_ok=True)
-        if spool.settings.fsync:
-            sync_directory(spool.root)
-        spool.day = day
-        return os.open(self.part, flags, 0o600)
+        if self.fd < 0:
+            size = b"%-12s" % TO_THE_END.encode() if self.seal else b"%012d" % self.size
+            self.parts.insert(0, b"X-Envelope-Size: %s\r\n" % size)
+        while self.fd < 0 and spool.on_disk:
+            if spool.day != day:
+                os.makedirs(spool.path(day), 0o700, exist_ok=True)
+                if spool.settings.fsync:
+                    sync_directory(spool.root)
+                spool.day = day
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                self.fd = os.open(self.part, flags, 0o600)
+            except FileNotFoundError:  # someone tidied the spool by hand
+                spool.day = ""
+        data, self.parts, self.waiting = b"".join(self.parts), [], 0
+        if spool.on_disk:
+            write_all(self.fd, self.seal.update(data, last) if self.seal else data)
+        else:
+            spool.store.write(self.final, data)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
-        if not self.spool.on_disk:
-            size = b"X-Envelope-Size: %012d\r\n" % self.size
-            self.spool.store.write(self.stem + ".eml", b"".join((size, *self.parts)))
-            return self.stem
         begun = self.fd >= 0
         self.flush(last=True)
         if begun and not self.seal:
             os.pwrite(self.fd, b"%012d" % self.size, len("X-Envelope-Size: "))
-        final = f"{self.spool.root}/{self.stem}.eml"
-        os.rename(self.part, final)
-        if self.spool.settings.fsync:
+        if self.fd >= 0:
+            os.rename(self.part, self.final)
             try:
-                os.fsync(self.fd)  # once: after one that failed the kernel may call the next a success
+                if self.spool.settings.fsync:
+                    os.fsync(self.fd)  # once: after one that failed the kernel may call the next a success
             except OSError:
                 with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
-                    os.unlink(final)
+                    os.unlink(self.final)
                 raise
-        os.close(self.fd)
-        self.fd = -1
+            os.close(self.fd)
+            self.fd = -1
         return self.stem
 
     def abort(self) -> None:
@@ -11051,7 +10990,7 @@ class Supervisor:
 
         os.close(self.alive_pipe[1])
         threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
-        self.parts.spool.ids = IdMaker(f"{self.roles.index(role) % 16:x}")  # no two make the same id
+        self.parts.spool.maker = f"{self.roles.index(role) % 16:x}{secrets.token_hex(1)}"  # no two make the same id
         kind, _, number = role.partition(" ")
         if number:
             self.parts.metrics.row(RECEIVING_ROW + int(number)).set("smtp_sessions_active", 0)

@@ -2823,9 +2823,16 @@ def test_a_reader_never_finds_half_a_finished_record(tmp_path: Path, monkeypatch
     spool.close()
 
 
-def test_each_half_makes_ids_of_its_own() -> None:
-    makers = {smtprelay.IdMaker(f"{half:x}").next()[13:] for half in range(16)}
-    assert len(makers) == 16
+def test_queue_ids_rise_and_each_process_makes_its_own(program: Callable[..., Program]) -> None:
+    relay = program(SMTP_PROCESSES="2", **DEAF)
+    ids: list[str] = []
+
+    def both_have_made_some() -> bool:
+        ids.extend(said(relay, MAIL, MAIL))
+        return {id[13] for id in ids} == {"1", "2"}  # the number of the process
+
+    wait_until(both_have_made_some)
+    assert ids == sorted(ids)
 
 
 # === ACCOUNTS ================================================================
@@ -6727,7 +6734,7 @@ def sent(relay: Any, client: Dialogue, sender: str = "a@example.com") -> str:
     reply = client.mail(b"Subject: x\r\n\r\nx\r\n", sender)
     assert reply.startswith("250"), reply
     if relay.parts.settings.storage == "memory":
-        (octets,) = (v[0] for k, v in relay.parts.spool.store.files.items() if reply.split()[-1] in k and "eml" in k)
+        (octets,) = (v for k, v in relay.parts.spool.store.files.items() if reply.split()[-1] in k and "eml" in k)
         return str(octets.decode())
     (path,) = Path(relay.parts.settings.spool).glob(f"*/{reply.split()[-1]}*.eml")
     return path.read_text()
@@ -8889,30 +8896,19 @@ def hostile_letter() -> bytes:
     return mail.encode("utf-8")
 
 
-class PastIds:
-    """Queue ids of the last day, so that a new spool looks lived in."""
-
-    def __init__(self, times: Iterator[float]) -> None:
-        self.times = times
-
-    def next(self) -> str:
-        return f"{int(next(self.times) * 1e6):013x}abc"
-
-
 def fill_spool(path: Path, letters: list[bytes]) -> None:
     """Put held messages into a spool, the first the oldest, spread over the last day."""
     rng, end = random.Random(7), time.time() - 60
     ages = sorted((rng.random() ** 1.15 * 82000 for _ in letters), reverse=True)
     settings = smtprelay.Settings.read({"SMTP_SPOOL": str(path), "SMTP_FSYNC": "0"})
     spool = smtprelay.Spool(settings, smtprelay.open_log(settings))
-    spool.ids = PastIds(end - age for age in ages)  # type: ignore[assignment]
     spool.open()
-    for content in letters:
+    for content, age in zip(letters, ages):
         mail = mail_of(content)
         to = [person["Address"] for person in mail.people["to"][:3]]
         sender = mail.people["from"][0]["Address"]
         envelope = smtprelay.Envelope(sender, "127.0.0.1", "app", "ESMTP", flags=("HOLD",), recipients=to)
-        draft = spool.draft(envelope)
+        draft = smtprelay.Draft(spool, envelope, f"{int((end - age) * 1e6):013x}abc")
         draft.write(content)
         draft.commit()
     spool.close()
