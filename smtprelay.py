@@ -5252,7 +5252,6 @@ class Faults:
 # counters (its lock is a leaf), and the way into the spool, which is that of every
 # other entrance, too. Who delivers hears of a new message by its stem alone.
 
-HTTP_VERBS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "PATCH", "TRACE")
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LINK_LINE = len(stem_of("0" * 16, "")) + 1
@@ -5562,15 +5561,19 @@ class Session:
             self.wire.flush()
             if not self.quitting:
                 self.linger()
-        except PeerGone:
-            if reception.stopping:
-                self.last_words(STOPPING)
-        except TimeoutError:
-            self.last_words(TIMED_OUT)
+        except Exception as e:  # the peer may no longer listen
+            words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
+            if not isinstance(e, (PeerGone, TimeoutError)):
+                reception.log.bug("session_bug", e, client=self.client)
+                words = INTERNAL._replace(code=421)
+            if words:
+                self.wire.deadline = time.monotonic() + 1.0
+                with contextlib.suppress(PeerGone, TimeoutError):
+                    self.answer(words)
+                    self.wire.flush()
         finally:
             self.forget()
-            reception.audit.info("session_end", client=self.client, user=self.user,
-                                  tls=self.tls_version)
+            reception.audit.info("session_end", client=self.client, user=self.user, tls=self.tls_version)
 
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a bad header ends it without a word."""
@@ -5605,11 +5608,9 @@ class Session:
         self.over = fault is not None
         self.wire.write(reply_octets(fault or self.reception.greeting))
         while not self.over:
-            if self.reception.stopping:
-                return self.answer(STOPPING)
             self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
             try:
-                reply = self.obey(self.wire.line(AUTH_LINE_LIMIT))
+                reply = STOPPING if self.reception.stopping else self.obey(self.wire.line(AUTH_LINE_LIMIT))
             except Refused as e:
                 reply = e.reply
             except (PeerGone, TimeoutError):
@@ -5631,23 +5632,21 @@ class Session:
         if not line.endswith(b"\r\n") or BAD_OCTETS.search(command):
             return BAD_LINE
         first, _, argument = command.partition(b" ")
-        name, argument = first.decode("latin-1").upper(), argument.strip(b" ")
+        name, argument = first.decode("latin-1").upper(), argument.lstrip(b" ")
         verb = VERBS.get(name)
         if verb is None:
-            self.over = name in HTTP_VERBS
+            self.over = b" HTTP/" in argument
             return NOT_SMTP if self.over else UNKNOWN_COMMAND
         if not argument.isascii() and name not in UTF8_VERBS:
             return BAD_LINE
         if self.settings.tls_required and not verb.before_tls and not self.is_tls:
             return TLS_FIRST
-        nameless = not argument and self.lenient and name in ("HELO", "EHLO")
-        if verb.needs_argument not in (None, bool(argument)) and not nameless:
+        wanted = verb.syntax.partition(" ")[2]
+        if bool(argument) != bool(wanted) and wanted[:1] != "[":
             return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
-        if verb.after == "hello" and not self.helo:
-            return SEQUENCE._replace(text="Say EHLO first")
-        if verb.after == "mail" and self.envelope is None:
-            return SEQUENCE._replace(text="Say MAIL first")
-        if self.content is not None and name in ("MAIL", "RCPT", "DATA"):
+        if verb.after == "EHLO" and not self.helo or verb.after == "MAIL" and not self.envelope:
+            return SEQUENCE._replace(text=f"Say {verb.after} first")
+        if self.content and name in ("MAIL", "RCPT", "DATA"):
             return SEQUENCE._replace(text="Only BDAT may follow BDAT")
         return verb.act if isinstance(verb.act, Reply) else verb.act(self, argument)
 
@@ -5657,7 +5656,9 @@ class Session:
             self.reception.refused(reply, self.client, self.user)
             self.errors += reply.code >= 500
             if self.errors > self.settings.max_errors:
-                reply, self.over = TOO_MANY_ERRORS, True
+                reply = TOO_MANY_ERRORS
+            self.over |= reply.code == 421  # RFC 5321 3.8
+            if reply in (TOO_MANY_ERRORS, TOO_MANY_LOGINS):
                 self.reception.audit.info("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
@@ -5671,13 +5672,6 @@ class Session:
         sender = self.envelope.reverse_path if self.envelope else ""
         answer = faults.answer(stage, sender, *recipients)
         return answer and answer.play(lambda: self.reception.stopping)
-
-    def last_words(self, reply: Reply) -> None:
-        """Say why we leave, to a peer that may no longer listen."""
-        self.wire.deadline = time.monotonic() + 1.0
-        with contextlib.suppress(PeerGone, TimeoutError):
-            self.answer(reply)
-            self.wire.flush()
 
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
@@ -5795,8 +5789,6 @@ class Session:
         if fault:
             return fault
         if not reception.logins.take(who, rate, rate):
-            reception.audit.info("blocked", client=self.client, reason=TOO_MANY_LOGINS.text)
-            self.over = True
             return TOO_MANY_LOGINS
         if self.lenient:  # with "=" old devices wish to be asked
             initial = b"" if initial == b"=" else padded(initial)
@@ -5962,31 +5954,29 @@ class Session:
 
 
 class Verb(NamedTuple):
-    """A command, by what it does or its only reply."""
+    """A command: its name and argument, which may be missing in brackets; what it does, or its only reply."""
 
-    act: Reply | Callable[[Session, bytes], Reply | None]
-    after: str  # what must come first
-    needs_argument: bool | None  # None: as you like
     syntax: str
+    act: Reply | Callable[[Session, bytes], Reply | None]
+    after: str = ""  # what must come first
     before_tls: bool = False  # taken where TLS is required
 
 
-VERBS: dict[str, Verb] = {
-    "HELO": Verb(lambda session, name: session.hello(name, False), "", True, "HELO domain"),
-    "EHLO": Verb(lambda session, name: session.hello(name, True), "", True, "EHLO domain", True),
-    "MAIL": Verb(Session.mail, "hello", True, "MAIL FROM:<address> [parameters]"),
-    "RCPT": Verb(Session.rcpt, "mail", True, "RCPT TO:<address> [parameters]"),
-    "DATA": Verb(Session.data, "", False, "DATA"),
-    "BDAT": Verb(Session.data, "", True, "BDAT octets [LAST]", True),  # which looks for TLS itself
-    "STARTTLS": Verb(Session.starttls, "hello", False, "STARTTLS", True),
-    "AUTH": Verb(Session.auth, "hello", True, "AUTH mechanism [initial response]"),
-    "RSET": Verb(Session.rset, "", False, "RSET", True),
-    "NOOP": Verb(OK, "", None, "NOOP [text]", True),
-    "QUIT": Verb(Session.quit, "", False, "QUIT", True),
-    "VRFY": Verb(CANNOT_VERIFY, "", True, "VRFY text"),
-    "EXPN": Verb(NOT_IMPLEMENTED._replace(text="There are no lists here"), "", True, "EXPN text"),
-    "HELP": Verb(Session.help, "", None, "HELP [text]"),
-}
+VERBS = {verb.syntax.partition(" ")[0]: verb for verb in (
+    Verb("HELO [domain]", lambda session, name: session.hello(name, False)),
+    Verb("EHLO [domain]", lambda session, name: session.hello(name, True), before_tls=True),
+    Verb("MAIL FROM:<address> [parameters]", Session.mail, "EHLO"),
+    Verb("RCPT TO:<address> [parameters]", Session.rcpt, "MAIL"),
+    Verb("DATA", Session.data),
+    Verb("BDAT octets [LAST]", Session.data, before_tls=True),  # which looks for TLS itself
+    Verb("STARTTLS", Session.starttls, "EHLO", before_tls=True),
+    Verb("AUTH mechanism [initial response]", Session.auth, "EHLO"),
+    Verb("RSET", Session.rset, before_tls=True),
+    Verb("NOOP [text]", OK, before_tls=True),
+    Verb("QUIT", Session.quit, before_tls=True),
+    Verb("VRFY text", CANNOT_VERIFY),
+    Verb("EXPN text", NOT_IMPLEMENTED._replace(text="There are no lists here")),
+    Verb("HELP [text]", Session.help))}
 
 
 def padded(line: bytes) -> bytes:
@@ -5997,14 +5987,10 @@ def padded(line: bytes) -> bytes:
 def shown_command(line: bytes) -> str:
     """Return a command for the log; who goes on after AUTH failed sends a password as a command."""
     text = line.decode("utf-8", "replace").rstrip()
-    name, *more = text.upper().split(" ")
-    if name not in VERBS:
-        return "***"
+    name, mechanism, *more = [*text.upper().split(), "", ""]
     if name != "AUTH":
-        return text
-    more = [word for word in more if word]
-    mechanism = more[0] if more[:1] and more[0] in MECHANISMS else "***"
-    return f"AUTH {mechanism}{' ***' if more[1:] else ''}"
+        return text if name in VERBS else "***"
+    return f"AUTH {mechanism if mechanism in MECHANISMS else '***'}{' ***' * any(more)}"
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -6150,9 +6136,6 @@ class Listener(socketserver.ThreadingTCPServer):
             return
         try:
             self.finish_request(session.wire.sock, session)
-        except Exception as e:
-            reception.log.bug("session_bug", e, client=session.client)
-            session.last_words(INTERNAL._replace(code=421))
         finally:
             sock = session.wire.sock
             if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
