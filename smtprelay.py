@@ -5515,10 +5515,11 @@ class Reception:
             self.metrics.inc("smtp_messages_queued_total")
         if not self.announce(stem, owed):
             self.unheard_until = time.monotonic() + 1.0
-        told = {"id": draft.id, "client": envelope.client, "size": size, "sender": envelope.reverse_path}
-        self.audit.info("accepted", **told, user=envelope.user, recipients=envelope.recipients)
-        self.log.info("received", **told, recipients=",".join(envelope.recipients), helo=envelope.helo,
-                      protocol=envelope.protocol)
+        told = {"id": draft.id, "sender": envelope.reverse_path, "recipients": envelope.recipients,
+                "size": size, "client": envelope.client}
+        self.audit.info("accepted", **told, user=envelope.user)
+        told["recipients"] = ",".join(envelope.recipients)
+        self.log.info("received", **told, helo=envelope.helo, protocol=envelope.protocol)
         return draft.id
 
 
@@ -6096,16 +6097,6 @@ class Listener(socketserver.ThreadingTCPServer):
                 bound = crowded
             self.process_request(request, client)
 
-    def wake(self) -> None:
-        """Send the threads that wait away, with a connection of our own for each."""
-        end = time.monotonic() + 1.0
-        while self.waiting and time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.socket(self.socket.family) as call:
-                call.settimeout(0.2)
-                call.connect(self.socket.getsockname())
-            time.sleep(0.0005)
-        self.server_close()
-
     def exhausted(self, error: OSError) -> None:
         """Say now and then that no descriptor is left."""
         if time.monotonic() > self.exhausted_at + EXHAUSTED_LOGGED:
@@ -6124,29 +6115,23 @@ class Listener(socketserver.ThreadingTCPServer):
             if not self.waiting:  # another thread must accept while this one is busy
                 self.start_thread()
             session = Session(reception, request, client_address, self.tls)
-            welcome = not reception.stopping and reception.enter(session)
+            if not reception.stopping and reception.enter(session):
+                try:
+                    return self.finish_request(request, session)
+                finally:
+                    sock = session.wire.sock
+                    if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
+                        with contextlib.suppress(OSError, ValueError):
+                            sock.settimeout(0)
+                            sock.unwrap()
+                    sock.close()
+                    reception.leave(session)
         except Exception as e:  # no thread or no memory; the next connection may find some
             reception.log.error("session_not_started", error=e)
-            welcome = False
-        if not welcome:
-            with contextlib.suppress(OSError):
-                request.settimeout(0)
-                request.send(reply_octets(TOO_MANY_SESSIONS))
-            self.shutdown_request(request)
-            return
-        try:
-            self.finish_request(session.wire.sock, session)
-        finally:
-            sock = session.wire.sock
-            if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
-                with contextlib.suppress(OSError, ValueError):
-                    sock.settimeout(0)
-                    sock.unwrap()
-            if session.quitting:  # both sides know: one system call is enough
-                sock.close()
-            else:
-                self.shutdown_request(sock)
-            reception.leave(session)
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            request.send(reply_octets(TOO_MANY_SESSIONS))
+        request.close()
 
 
 class Receiving:
@@ -6156,8 +6141,8 @@ class Receiving:
                  tls: Iterable[socket.socket]) -> None:
         self.reception = reception
         self.stopped = threading.Event()
-        self.listeners = [Listener(sock, reception, False) for sock in plain]
-        self.listeners += [Listener(sock, reception, True) for sock in tls]
+        self.listeners = [Listener(sock, reception, at_once) for at_once, sockets in ((False, plain), (True, tls))
+                          for sock in sockets]
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
@@ -6170,7 +6155,11 @@ class Receiving:
         """Stop accepting, end idle sessions, give those in the middle of a message some time."""
         self.reception.stopping = True
         for listener in self.listeners:
-            listener.wake()
+            end = time.monotonic() + 1.0
+            while listener.waiting and time.monotonic() < end:
+                knock(listener)
+                time.sleep(0.0005)
+            listener.server_close()
         end = time.monotonic() + patience
         while self.reception.sessions and time.monotonic() < end:
             for session in list(self.reception.sessions):
@@ -6194,42 +6183,38 @@ class Receiving:
                 self.reception.log.error("counts_not_saved", error=e)
 
 
+def knock(server: socketserver.TCPServer) -> None:
+    """Wake a thread that waits for a connection, with one of our own."""
+    with contextlib.suppress(OSError), socket.socket(server.socket.family) as call:
+        call.settimeout(0.2)
+        call.connect(server.socket.getsockname())
+
+
 def stop_server(server: socketserver.TCPServer) -> None:
-    """Stop a server's loop at once: a connection of our own wakes it."""
+    """Stop a server's loop at once."""
     stopper = threading.Thread(target=server.shutdown)
     stopper.start()
-    with contextlib.suppress(OSError), socket.socket(server.socket.family) as wake:
-        wake.settimeout(0.2)
-        wake.connect(server.socket.getsockname())
+    knock(server)
     stopper.join()
     server.server_close()
 
 
 def bind(address: Address) -> socket.socket:
     """Return a listening socket; OSError names the address."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    family = socket.AF_UNIX if address.path else family
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
+        with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
+            if address.path and stat.S_ISSOCK(os.lstat(address.path).st_mode):
+                with socket.socket(socket.AF_UNIX) as probe:
+                    if probe.connect_ex(address.path) == 0:
+                        raise OSError(errno.EADDRINUSE, "")
+                os.unlink(address.path)
+        sock = socket.create_server(address.path or (address.host, address.port), family=family, backlog=BACKLOG)
         if address.path:
-            with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
-                if stat.S_ISSOCK(os.lstat(address.path).st_mode):
-                    with socket.socket(socket.AF_UNIX) as probe:
-                        if probe.connect_ex(address.path) == 0:
-                            raise OSError(errno.EADDRINUSE, "Address already in use")
-                    os.unlink(address.path)
-            sock.bind(address.path)
             os.chmod(address.path, 0o666)  # as open as a loopback port
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address.host, address.port))
-        sock.listen(BACKLOG)
+        return sock
     except OSError as e:
-        sock.close()
-        raise OSError(e.errno, f"cannot listen on {address}: {e.strerror}") from None
-    return sock
+        raise OSError(e.errno, f"cannot listen on {address}: {os.strerror(e.errno or 0)}") from None
 
 
 def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socket.socket]:
