@@ -3842,7 +3842,7 @@ AVOID_TIME = 60.0
 GROUPING_TIME = 5.0  # for looking up who shares hosts with the domain in hand
 SMARTHOST = "smarthost"
 REPLY_LIMIT = 64 * KIB
-TRANSCRIPT_LINES, TRANSCRIPT_KEPT = 60, 200  # of one connection, of one message
+TRANSCRIPT_KEPT = 200  # lines of a message's
 REPLY_KEPT = 1000  # characters of a reply that go into a record
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
 ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RFC 2045 6)
@@ -3857,26 +3857,24 @@ class Trouble(Exception):
     """The next hop did not do what was asked: at which stage, what it said (code 0: no answer)."""
 
     def __init__(self, stage: str, code: int, reply: str) -> None:
-        super().__init__(reply)
+        super().__init__(stage, code, reply)
         self.stage, self.code, self.reply = stage, code, reply
 
 
 def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status, Scope]:
-    """Return what an answer that is no success means, and for whom; `name` is what EHLO said."""
+    """Return what an answer means, and for whom; `name` is what EHLO said."""
     ours = stage in ("mail", "rcpt") and code >= 500 and (
         re.search(r"\b(helo|ehlo)\b", reply, re.IGNORECASE)
         or code == 504 and name and f"<{name}>" in reply)
+    if 200 <= code <= 299:
+        return Status.FORWARDED, Scope.MESSAGE
     if stage in OPENING or code in LOGIN_CODES or ours:  # against us, no verdict on a recipient
         return LATER, Scope.HOST
+    if stage == "offers":  # too little for this message: another host may have more
+        return NEVER, Scope.HOST
     scope = Scope.RECIPIENT if stage == "rcpt" and code else Scope.MESSAGE
     never = code >= 500 and (stage, code) != ("rcpt", 552)  # an old 452 (RFC 5321 4.5.3.1.10)
     return NEVER if never else LATER, scope
-
-
-def number(text: str) -> int:
-    """Read a number that a next hop has sent; 0, for no limit, when it is none or has no end."""
-    found = re.match(r"[0-9]{1,18}(?![0-9])", text)
-    return int(found[0]) if found else 0
 
 
 class Target(NamedTuple):
@@ -3888,13 +3886,9 @@ class Target(NamedTuple):
     username: str = ""
     password: str = ""
     ip: str = ""  # known in mx mode only
-    most: int = 0  # recipients of one transaction; 0 is no limit
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # without the password
         return host_port(self.host, self.port) + (f" [{self.ip}]" if self.ip else "")
-
-    def __repr__(self) -> str:
-        return str(self)  # without the password
 
 
 # -- what leaves --
@@ -4011,10 +4005,9 @@ def with_author(fields: bytes, names: Container[bytes], address: str) -> bytes:
 # -- a connection --
 
 class NextHop:
-    """One connection to a next hop; Trouble says why it could not be opened.
+    """One connection to a next hop; Trouble says why it was not opened or a message not passed.
 
-    `spent` tells that it is of no more use; `full`, that it has had its fill: it carried messages
-    before, and nothing of the one in hand.
+    `spent` tells that it is of no more use, `clean` that it is between two messages.
     """
 
     def __init__(self, settings: Settings, target: Target, log: Log,
@@ -4022,11 +4015,10 @@ class NextHop:
         self.settings, self.target, self.log, self.context = settings, target, log, context
         self.name = settings.hostname  # that it knows us by
         self.features: dict[str, str] = {}
+        self.limits: dict[str, int] = {}  # SIZE, RCPTMAX, MAILMAX, as far as it has one
         self.transcript: list[str] = []
         self.sent, self.idle_since = 0, 0.0
-        self.most, self.uses = target.most, REUSE_MESSAGES  # recipients (0: all), transactions
-        self.clean = True
-        self.ready = self.carried = self.spent = self.full = False
+        self.clean, self.spent = True, False
         self.ip = self.tls = ""
 
     def open(self) -> None:
@@ -4051,7 +4043,6 @@ class NextHop:
             self.start_tls()
         if target.username:
             self.login()
-        self.ready = True
 
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
@@ -4078,219 +4069,137 @@ class NextHop:
 
     def hello(self) -> None:
         """EHLO, or HELO to a next hop that knows no better (RFC 5321 3.2)."""
-        self.say("hello", b"EHLO %s" % self.name.encode())
-        code, text = self.reply("hello")
+        for verb in ("EHLO", "HELO"):
+            code, text = self.ask("hello", f"{verb} {self.name}".encode())
+            if code < 500:
+                break
+        if code >= 300:
+            raise Trouble("hello", code, text)
         first, *lines = text.split("\n")
         if self.target.ip and first.partition(" ")[0].lower() == self.settings.hostname.lower():
             reply = f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}"
             raise Trouble("loop", LOOPS_BACK.code, reply)
         self.features = {}
-        if 300 <= code <= 499:
-            raise Trouble("hello", code, text)
-        if code >= 500:
-            self.say("hello", b"HELO %s" % self.name.encode())
-            self.expect("hello")
-            return
         for line in lines:
             name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
-            self.features[name.lower()] = " ".join([self.features.get(name.lower(), ""), *argument]).strip()
-        said = re.findall(r"(\w+)=([0-9]+)", self.features.get("limits", "").upper())  # RFC 9422
-        limits = {name: number(most) for name, most in said}
-        self.most = limits.get("RCPTMAX") or self.target.most
-        self.uses = limits.get("MAILMAX") or REUSE_MESSAGES
+            name = name.lower()
+            self.features[name] = " ".join([self.features.get(name, ""), *argument]).strip()
+        self.limits = {"RCPTMAX": recipient_limit(self.target.host) or 0}
+        limit = r"(?m)(?:^| )(SIZE|RCPTMAX|MAILMAX)[ =]+([0-9]{1,18})(?![0-9])"  # RFC 1870, 9422
+        self.limits.update((name, int(most)) for name, most in re.findall(limit, text.upper()))
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
-        if "starttls" not in self.features:
-            if self.target.tls == "starttls":
-                reply = "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it"
-                raise Trouble("starttls", 0, reply)
-            return
-        self.say("starttls", b"STARTTLS")
-        code, text = self.reply("starttls")
-        if code >= 400 and self.target.tls == "opportunistic" and not self.spent:
+        code, text = 0, "STARTTLS is not offered, and SMTP_RELAY_TLS=starttls requires it"
+        if "starttls" in self.features:
+            code, text = self.ask("starttls", b"STARTTLS")
+        if code // 100 != 2:
+            if self.target.tls == "starttls" or self.spent:
+                raise Trouble("starttls", code, text)
             return  # nothing was started: in clear, as if it had not been offered
-        if code >= 300:
-            raise Trouble("starttls", code, text)
         if self.wire.start != self.wire.end:
             raise Trouble("starttls", 0, "something was sent between STARTTLS and the handshake")
         self.secure("starttls")
         self.hello()
 
     def login(self) -> None:
-        """AUTH with the mechanism that is set, or those offered until one is taken (RFC 4954)."""
-        offered = self.features.get("auth", "").upper().split()
-        wanted = (self.settings.relay_auth.upper(),)
+        """AUTH with the mechanism that is set, or those offered until one is taken (RFC 4954).
+
+        The smart host's password is reread from its file: a token does not last.
+        """
+        s, user, password = self.settings, self.target.username, self.target.password
+        offered, wanted = self.features.get("auth", "").upper().split(), (s.relay_auth.upper(),)
         reply = f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}"
         refused = Trouble("login", 0, reply)
-        for mechanism in (m for m in (AUTO_AUTH if wanted == ("AUTO",) else wanted) if m in offered):
-            try:
-                code, text = self.authenticate(mechanism)
-            except Trouble as trouble:  # when it hung up after a refusal, that is the reason
-                raise (refused if refused.code else trouble) from None
-            if code < 300:
-                return
-            refused = Trouble("login", code, text)
-            if code not in (504, 534, 535):
-                break
+        try:
+            if s.relay_password_file and password == s.relay_password:
+                named = {"SMTP_RELAY_PASSWORD_FILE": s.relay_password_file}
+                password = read_secret(named, "SMTP_RELAY_PASSWORD")
+            password = usable_password(self.target.host, password)
+            plain, token = f"\0{user}\0{password}", f"user={user}\1auth=Bearer {password}\1\1"
+            responses = {  # the initial one, and those to each 334
+                "PLAIN": [plain, plain], "XOAUTH2": [token, ""],
+                "LOGIN": ["", user, password], "CRAM-MD5": ["", user]}
+            for mechanism in AUTO_AUTH if wanted == ("AUTO",) else wanted:
+                if mechanism not in offered:
+                    continue
+                opening, text = f"AUTH {mechanism} ".encode(), ""
+                for response in responses[mechanism]:
+                    if mechanism == "CRAM-MD5" and response:
+                        challenge = base64.b64decode(text)
+                        response += " " + hmac.new(password.encode(), challenge, "md5").hexdigest()
+                    secret = base64.b64encode(response.encode())
+                    shown = (opening + b"***" if secret else opening).rstrip()
+                    code, text = self.ask("login", (opening + secret).rstrip(), shown=shown)
+                    opening = b""
+                    if code // 100 != 3:
+                        break
+                if code < 300:
+                    return
+                refused = Trouble("login", code, text)
+                if code not in (504, 534, 535):
+                    break
+        except ValueError as e:  # no password to be read, a challenge that is not base64
+            raise Trouble("login", 0, str(e)) from None
+        except Trouble as trouble:  # when it hung up after a refusal, that is the reason
+            raise (refused if refused.code else trouble) from None
         raise refused
 
-    def authenticate(self, mechanism: str) -> tuple[int, str]:
-        """Carry out one AUTH dialogue; return its last reply."""
-        user, password = self.target.username, self.password()
-        plain, token = f"\0{user}\0{password}", f"user={user}\1auth=Bearer {password}\1\1"
-        first, *more = {  # the initial response, and those to each 334
-            "PLAIN": [plain, plain], "XOAUTH2": [token, ""],
-            "LOGIN": ["", user, password], "CRAM-MD5": ["", user],
-        }[mechanism]
-        line = b"AUTH " + mechanism.encode()
-        secret = b" " + base64.b64encode(first.encode()) if first else b""
-        self.say("login", line + secret, shown=line + b" ***" if first else line)
-        code, text = self.reply("login")
-        for response in more:
-            if code // 100 != 3:
-                break
-            if mechanism == "CRAM-MD5":
-                try:
-                    challenge = base64.b64decode(text)
-                except ValueError:
-                    raise Trouble("login", 0, "CRAM-MD5 challenge is not base64") from None
-                response += " " + hmac.new(password.encode(), challenge, "md5").hexdigest()
-            self.say("login", base64.b64encode(response.encode()), shown=b"***")
-            code, text = self.reply("login")
-        return code, text
+    def ask(self, stage: str, *lines: bytes, shown: bytes = b"",
+            seconds: float = 0.0) -> tuple[int, str]:
+        """Send command lines, if any, in one segment; return the code and text of the next reply.
 
-    def password(self) -> str:
-        """Return the password; the smart host's is reread from its file: a token does not last."""
-        path, password = self.settings.relay_password_file, self.target.password
-        try:
-            if path and password == self.settings.relay_password:
-                password = read_secret({"SMTP_RELAY_PASSWORD_FILE": path}, "SMTP_RELAY_PASSWORD")
-            return usable_password(self.target.host, password)
-        except ValueError as e:
-            raise Trouble("login", 0, str(e)) from None
-
-    def say(self, stage: str, *lines: bytes, shown: bytes | None = None) -> None:
-        """Send command lines in one segment; whatever went into one, it cannot become two."""
-        if self.wire.start != self.wire.end:  # else it would be taken for the answer to this
-            self.spent = True
-            raise Trouble(stage, 0, "an answer that nobody asked for")
-        data = b"\r\n".join((*lines, b""))
+        Trouble when there is none that parses. Whatever went into a line, it cannot become two.
+        """
+        wire, data, raw, text, line = self.wire, b"\r\n".join((*lines, b"")), b"", b"", b"   -"
         if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
-        self.note("C: ", shown or data)
-        self.send(stage, data)
-
-    def send(self, stage: str, data: bytes, latest: float = math.inf) -> None:
-        self.wire.deadline = min(time.monotonic() + self.settings.relay_reply_timeout, latest)
         try:
-            self.wire.write(data)
-            self.wire.flush()
-        except (PeerGone, OSError) as e:
-            self.spent = True
-            raise Trouble(stage, 0, f"connection lost: {e}") from None
-
-    def note(self, who: str, octets: bytes) -> None:
-        """Keep lines for the transcript; the middle of a long one is lost."""
-        lines = octets[:4 * KIB].decode("utf-8", "replace").replace("\r", "").rstrip("\n")
-        shown = (who + lines.replace("\n", "\n" + who)).split("\n")
-        self.transcript += shown
-        if len(self.transcript) > TRANSCRIPT_LINES:
-            del self.transcript[TRANSCRIPT_LINES // 2:-TRANSCRIPT_LINES // 2]
-        for line in shown if self.settings.debug else ():
-            self.log.debug("wire", host=self.target, line=line)
-
-    def reply(self, stage: str, seconds: float = 0.0) -> tuple[int, str]:
-        """Return the code and text of the next reply; Trouble when there is none that parses."""
-        wire, lines, left = self.wire, [b"-"], REPLY_LIMIT
-        wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
-        try:
-            while len(lines) == 1 or lines[-1][3:4] == b"-":
+            if lines:
+                if wire.start != wire.end:  # it would be taken for the answer to this
+                    raise OSError("it said what nobody asked for")
+                self.note("C: ", shown or data)
+            wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
+            wire.write(data)
+            while line[3:4] == b"-":
                 end = wire.buffer.find(b"\n", wire.start, wire.end) + 1
-                if end:
-                    lines.append(bytes(wire.buffer[wire.start:end]))
-                    left, wire.start = left - len(lines[-1]), end
-                if left < (0 if end else wire.end - wire.start):
+                if len(raw) + (end or wire.end) - wire.start > REPLY_LIMIT:
                     raise OSError("reply does not end")
                 if not end:
                     wire.fill()
+                    continue
+                line, wire.start = bytes(wire.buffer[wire.start:end]), end
+                raw, text = raw + line, text + line[4:].strip() + b"\n"
+            self.note("S: ", raw)
+            if not line[:3].isdigit() or not b"200" <= line[:3] <= b"599":
+                raise OSError(f"not a reply: {line[:100]!r}")
         except (PeerGone, OSError) as e:
             self.spent = True
-            raise Trouble(stage, 0, f"no answer: {e}") from None
-        self.note("S: ", b"".join(lines[1:]))
-        text = lines[1][4:].strip()
-        if len(lines) > 2:
-            text = b"\n".join([line[4:].strip() for line in lines[1:]])
-        code = lines[-1][:3]
-        if not code.isdigit() or not b"200" <= code <= b"599":
-            self.spent = True
-            raise Trouble(stage, 0, f"not a reply: {lines[-1][:100]!r}")
-        self.spent = self.spent or code == b"421"
-        return int(code), text.decode("utf-8", "replace")
+            raise Trouble(stage, 0, f"connection lost: {e}") from None
+        code = int(line[:3])
+        self.spent = self.spent or code == 421
+        return code, text[:-1].decode("utf-8", "replace")
 
-    def expect(self, stage: str) -> None:
-        """Read a reply that is to say yes."""
-        code, text = self.reply(stage)
+    def expect(self, stage: str, *lines: bytes) -> None:
+        """Send command lines, if any; read a reply that is to say yes."""
+        code, text = self.ask(stage, *lines)
         if code >= 300:
             raise Trouble(stage, code, text)
 
-    def outcome(self, status: Status, scope: Scope, code: int, reply: str,
-                lost: bool = False) -> Outcome:
-        """Return an outcome that says how it was come by."""
-        verified = bool(self.tls) and self.settings.relay_tls_verify
-        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
-                       verified, "dsn" in self.features, lost)
+    def note(self, who: str, octets: bytes) -> None:
+        """Keep lines for the transcript."""
+        lines = octets[:4 * KIB].decode("utf-8", "replace").replace("\r", "").rstrip("\n")
+        shown = (who + lines.replace("\n", "\n" + who)).split("\n")
+        self.transcript += shown
+        for line in shown if self.settings.debug else ():
+            self.log.debug("wire", host=self.target, line=line)
 
-    def judge(self, trouble: Trouble) -> Outcome:
-        stage, code, reply = trouble.stage, trouble.code, trouble.reply
-        means = classify(stage, code, reply, self.name)
-        return self.outcome(*means, code, reply, lost=stage == "content" and not code)
-
-    def deliver(self, message: Message, recipients: Sequence[Recipient],
-                content: Outgoing) -> dict[str, Outcome]:
-        """Send one message; return an outcome for each recipient, but those left when it is full.
-
-        In portions where it has a limit, known beforehand or from its 452 (RFC 5321 4.5.3.1.10).
-        """
-        if content.eight and "8bitmime" not in self.features:
-            content = content.seven
-            if content.eight:
-                self.log.warn("sent_as_it_came", id=message.id, host=self.target,
-                              reason="8-bit content, no 8BITMIME")
-        outcomes = self.unable(message, recipients, content)
-        waiting = [r for r in recipients if r.address not in outcomes] if outcomes else recipients
-        most, last = self.most or len(waiting), None
-        while waiting and not self.spent:
-            portion, waiting = waiting[:most], waiting[most:]
-            found = self.transaction(message, portion, content)
-            outcomes.update(found)
-            last = next(iter(found.values()), last)
-            if self.clean and len(portion) > 1:
-                waiting = [r for r in portion if found[r.address].code in (452, 552)] + [*waiting]
-        if waiting and not self.full:  # it broke off: nothing was said of these
-            code = last.code if last and last.status is LATER else 0
-            rest = self.outcome(LATER, Scope.MESSAGE, code, "connection lost")
-            outcomes.update({r.address: rest for r in waiting})
-        return outcomes
-
-    def unable(self, message: Message, recipients: Sequence[Recipient],
-               content: Outgoing) -> dict[str, Outcome]:
-        """Return for whom this next hop cannot take the message, by what it offers: others may."""
-        limit = number(self.features.get("size", ""))
-        if 0 < limit < content.size:
-            reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
-            why = self.outcome(NEVER, Scope.HOST, 552, reply)
-            return dict.fromkeys([r.address for r in recipients], why)
-        every = "".join([message.reverse_path, *[r.address for r in recipients]])
-        missing = "SMTPUTF8" in message.flags and "smtputf8" not in self.features
-        if every.isascii() and every.isprintable() and not missing:
-            return {}
-        head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
-        closed = missing and not head.isascii()
-        nobody = closed or self.spelled(message.reverse_path) is None
-        found = [r.address for r in recipients if nobody or self.spelled(r.address) is None]
-        reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
-        return dict.fromkeys(found, self.outcome(NEVER, Scope.HOST, 553, reply)) if found else {}
+    def judge(self, stage: str, code: int, reply: str) -> Outcome:
+        """Return what an answer means, and how it was come by."""
+        means, verified = classify(stage, code, reply, self.name), self.settings.relay_tls_verify
+        return Outcome(*means, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
+                       bool(self.tls) and verified, "dsn" in self.features,
+                       lost=stage == "content" and not code)
 
     def spelled(self, address: str) -> str | None:
         """Return an address as this next hop takes it, with A-labels at need, or None."""
@@ -4304,15 +4213,32 @@ class NextHop:
                 return f"{local}@{ascii_domain(domain)}"
         return None
 
-    def commands(self, message: Message, recipients: Sequence[Recipient],
-                 content: Outgoing) -> list[bytes]:
-        """Return the lines of a transaction, with the parameters that are offered."""
-        offered = self.features
-        sender, utf8 = self.spelled(message.reverse_path) or "", "SMTPUTF8" in message.flags
-        lines = [f"MAIL FROM:<{sender}>"]
+    def commands(self, message: Message, recipients: Sequence[Recipient], content: Outgoing,
+                 outcomes: dict[str, Outcome]) -> tuple[list[str], list[bytes]]:
+        """Return whom a transaction can be for, and its lines with the parameters offered.
+
+        Who needs what is not offered gets an outcome; it is Trouble when that is everybody.
+        """
+        offered, limit = self.features, self.limits.get("SIZE", 0)
+        if 0 < limit < content.size:
+            reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
+            raise Trouble("offers", 552, reply)
+        sender, utf8, head = self.spelled(message.reverse_path), "SMTPUTF8" in message.flags, b""
+        if utf8 and "smtputf8" not in offered:
+            head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
+        reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
+        lacking = Trouble("offers", 553, reply)
+        if sender is None or not head.isascii():
+            raise lacking
+        there, lines = [], [f"MAIL FROM:<{sender}>"]
         for r in recipients:
-            lines.append(f"RCPT TO:<{self.spelled(r.address)}>")
-            utf8 = utf8 or not lines[-1].isascii()
+            address = self.spelled(r.address)
+            if address is None:
+                outcomes[r.address] = self.judge(*lacking.args)
+                continue
+            there.append(r.address)
+            lines.append(f"RCPT TO:<{address}>")
+            utf8 = utf8 or not address.isascii()
             if "dsn" in offered:  # RFC 3461 5.2.1
                 orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
                 if len(orcpt.encode()) > ORCPT_MAX:  # it grew in ASCII: better none than a 501
@@ -4326,110 +4252,88 @@ class NextHop:
             lines[0] += " SMTPUTF8"
         if "dsn" in offered:
             lines[0] += asked(RET=message.ret, ENVID=message.envid)
-        return [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
+        return there, [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
 
-    def has_spoken(self) -> bool:
-        """Tell whether there is an answer to nothing; it would be taken for that to a command."""
-        poll = select.poll()
-        poll.register(self.wire.sock, select.POLLIN)
-        return self.wire.start != self.wire.end or bool(poll.poll(0))
-
-    def transaction(self, message: Message, recipients: Sequence[Recipient],
-                    content: Outgoing) -> dict[str, Outcome]:
-        """Carry out one transaction; return an outcome for each recipient, none when it is full."""
-        outcomes: dict[str, Outcome] = {}
-        refused: Trouble | None = None
-        lines, pipelined = self.commands(message, recipients, content), "pipelining" in self.features
-        try:
-            self.sent += 1
-            clean, self.clean = self.clean, False
-            if self.sent > 1 and self.has_spoken():
+    def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing,
+                    outcomes: dict[str, Outcome]) -> None:
+        """Carry out one transaction, entering outcomes; Trouble is that of who has none."""
+        if content.eight and "8bitmime" not in self.features:
+            content = content.seven
+            if content.eight:
+                self.log.warn("sent_as_it_came", id=message.id, host=self.target,
+                              reason="8-bit content, no 8BITMIME")
+        there, lines = self.commands(message, recipients, content, outcomes)
+        if not there:
+            return
+        self.sent += 1
+        if self.sent > 1:
+            poll = select.poll()
+            poll.register(self.wire.sock, select.POLLIN)
+            if poll.poll(0):  # an answer to nothing would be taken for that to a command
                 raise Trouble("mail", 0, "it said what nobody asked for, or hung up")
-            if not clean:
-                self.say("rset", b"RSET")
-                self.expect("rset")
-            self.say("mail", *(lines if pipelined else lines[:1]))
-            code, text = self.reply("mail")
+        if not self.clean:
+            self.expect("rset", b"RSET")
+        self.clean = False
+        self.spent = pipelined = "pipelining" in self.features  # if refused: answers are under way
+        now = len(lines) if pipelined else 1
+        self.expect("mail", *lines[:now])
+        self.spent = False
+        for address in there:
+            code, text = self.ask("rcpt", *lines[now:][:1])
+            now += not pipelined
+            if code == 421:
+                raise Trouble("rcpt", code, text)
             if code >= 300:
-                refused = Trouble("mail", code, text)
-                if not pipelined or self.spent or code < 500 and self.carried:
-                    raise refused
-            for r, line in zip(recipients, lines[1:]):
-                if not pipelined:
-                    self.say("rcpt", line)
-                code, text = self.reply("rcpt")
-                if code == 421:
-                    raise Trouble("rcpt", code, text)
-                if code >= 300:
-                    outcomes[r.address] = self.judge(Trouble("rcpt", code, text))
-            taken = not refused and len(outcomes) < len(recipients)
-            if taken or pipelined:
-                if not pipelined:
-                    self.say("data", lines[-1])
-                code, text = self.reply("data")
-                more = bytes(self.wire.buffer[self.wire.start:self.wire.end][:1])
-                if code < 300 or code >= 400 and more in (b"2", b"3"):  # whose was which?
-                    self.spent = True
-                    outcomes.clear()
-                    raise Trouble("data", 0, f"answers out of step: {code} {text}")
-            if not taken:  # an end of content now might send an empty message: it is dropped
-                self.spent = self.spent or pipelined and code < 400
-                return {r.address: self.judge(refused) for r in recipients} if refused else outcomes
-            if code >= 400:
-                raise Trouble("data", code, text)
-            self.send_content(content)
-            code, text = self.reply("content", CONTENT_PATIENCE * self.settings.relay_reply_timeout)
-            if code >= 300:
-                self.spent = self.spent or code < 400  # whatever that means: it may have been taken
-                raise Trouble("content", code if code >= 400 else 0, text)
-            self.clean = self.carried = True
-            final = self.outcome(Status.FORWARDED, Scope.MESSAGE, code, text)
-        except Trouble as trouble:
-            stage, code = trouble.stage, trouble.code
-            closed = stage == "rset" or (stage, code) in (
-                ("mail", 0), ("mail", 421), ("rcpt", 421), ("data", 421))
-            self.full = self.sent > 1 and closed or self.carried and stage == "mail" and code < 500
-            self.spent = self.spent or self.full
-            if self.full:
-                return {}
-            final = self.judge(refused or trouble)
-            if refused:
-                outcomes.clear()
-            if final.lost:
-                self.log.warn("possible_duplicate", id=message.id, host=self.target,
-                              reason="no answer to the content")
-        return {r.address: outcomes.get(r.address, final) for r in recipients}
+                outcomes[address] = self.judge("rcpt", code, text)
+        taken = set(there) - outcomes.keys()
+        if not taken and not pipelined:
+            return
+        code, text = self.ask("data", *lines[now:])
+        if code < 300 or bytes(self.wire.buffer[self.wire.start:self.wire.end][:1]) in (b"2", b"3"):
+            self.spent = True
+            outcomes.clear()  # whose was which?
+            raise Trouble("data", 0, f"answers out of step: {code} {text}")
+        if not taken:  # an end of content now might send an empty message: hang up
+            self.spent = self.spent or code < 400
+            return
+        if code >= 400:
+            raise Trouble("data", code, text)
+        self.send_content(content)
+        patience = CONTENT_PATIENCE * self.settings.relay_reply_timeout
+        code, text = self.ask("content", seconds=patience)
+        if code >= 300:
+            self.spent = self.spent or code < 400  # whatever that means: it may have been taken
+            raise Trouble("content", code if code >= 400 else 0, text)
+        self.clean = True
+        outcomes.update(dict.fromkeys(taken, self.judge("content", code, text)))
 
     def send_content(self, content: Outgoing) -> None:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
-        latest, last, held = time.monotonic() + CONTENT_TIME, b"\r\n", b""
+        latest, last, stage = time.monotonic() + CONTENT_TIME, b"\r\n", "data"
         try:
             if self.wire.start != self.wire.end:
-                raise Trouble("data", 0, "an answer before the content")
+                raise OSError("an answer before the content")
             for block in content.blocks():
-                if held:
-                    self.send("data", held, latest)
-                held = (last[-1:] + block).replace(b"\n.", b"\n..")[1:]
+                patience = time.monotonic() + self.settings.relay_reply_timeout
+                self.wire.deadline = min(patience, latest)
+                self.wire.write((last[-1:] + block).replace(b"\n.", b"\n..")[1:])
                 last = (last + block)[-2:]
-            self.send("content", held + (b".\r\n" if last == b"\r\n" else b"\r\n.\r\n"), latest)
-        except Trouble as trouble:
-            self.spent, said = True, trouble
+            stage = "content"
+            self.wire.write(b".\r\n" if last == b"\r\n" else b"\r\n.\r\n")
+            self.wire.flush()
+        except (PeerGone, OSError, SealError) as e:  # no final dot: half a message would end in it
+            self.spent, trouble = True, Trouble(stage, 0, f"cannot send the content: {e}")
             with contextlib.suppress(Trouble):  # it may have said why before it hung up
-                code, text = self.reply("content", 1.0)
-                said = Trouble("content", code, text) if code >= 400 else trouble
-            raise said from None
-        except (OSError, SealError) as e:  # no end then: it would be the end of half a message
-            self.spent = True
-            raise Trouble("data", 0, f"cannot read the content: {e}") from None
+                code, text = self.ask("content", seconds=1.0)
+                trouble = Trouble("content", code, text) if code >= 400 else trouble
+            raise trouble from None
 
     def close(self) -> None:
         """Say QUIT, unless it is of no more use, and go; what it answers changes nothing."""
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError), self.wire.sock as sock:
             if not self.spent:
-                self.wire.sock.settimeout(1.0)
-                self.wire.sock.sendall(b"QUIT\r\n")
-        with contextlib.suppress(OSError, AttributeError):
-            self.wire.sock.close()
+                sock.settimeout(1.0)
+                sock.sendall(b"QUIT\r\n")
 
 
 # -- where to --
@@ -4485,8 +4389,8 @@ class Delivery:
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
         self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
         self.lock = threading.Lock()
-        self.idle: dict[Target, list[NextHop]] = {}
-        self.live: collections.Counter[Target] = collections.Counter()  # connections that are open
+        self.idle: list[NextHop] = []
+        self.live: set[NextHop] = set()  # those that are open
         self.avoided: dict[Target, float] = {}
         self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # of which file, and all
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
@@ -4501,8 +4405,7 @@ class Delivery:
     def usual(self) -> list[Target]:
         """The smart hosts of the settings."""
         s = self.settings
-        login = (s.relay_username, s.relay_password)
-        return [Target(*place, *login, most=recipient_limit(place[0]) or 0) for place in s.smart_hosts]
+        return [Target(*place, s.relay_username, s.relay_password) for place in s.smart_hosts]
 
     # -- where to --
 
@@ -4511,11 +4414,15 @@ class Delivery:
         many = self.settings.delivery == "mx" or self.accounts.configured()
         return UNSORTED if many else SMARTHOST
 
+    def account(self, message: Message) -> Account | None:
+        """Return the account a message came from, if it has a smart host of its own."""
+        account = self.accounts.get(message.user) if message.user else None
+        return account if account and account.relay_host else None
+
     def routes(self, message: Message) -> dict[str, list[Recipient]]:
         """Return the recipients that are still owed a message, by lane."""
-        pending = message.pending()
-        account = self.accounts.get(message.user) if message.user else None
-        if account and account.relay_host:
+        pending, account = message.pending(), self.account(message)
+        if account:
             return {f"{account.relay_host} ({account.name})": pending}
         if self.settings.delivery != "mx":
             return {SMARTHOST: pending}
@@ -4566,13 +4473,12 @@ class Delivery:
 
     def smart_hosts(self, message: Message) -> list[Target]:
         """Return where a message goes that is not sent by MX: an account's host, or ours."""
-        account = self.accounts.get(message.user) if message.user else None
-        if not account or not account.relay_host:
+        account = self.account(message)
+        if not account:
             return self.usual
         host, port = split_port(account.relay_host, "587")
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
-        login = account.relay_username, account.relay_password
-        return [Target(host, port, tls, *login, most=recipient_limit(host) or 0)]
+        return [Target(host, port, tls, account.relay_username, account.relay_password)]
 
     def mail_hosts(self, domain: str) -> list[MxHost]:
         """Return the hosts that take mail for a domain and are nearer to it than we are."""
@@ -4597,27 +4503,26 @@ class Delivery:
         s, routes = self.settings, self.routes(message)
         lanes, recipients = [lane], routes[lane]
         by_mx = s.delivery == "mx" and not lane.endswith(")")
-        if by_mx:
+        latest = time.monotonic() + GROUPING_TIME
+        for other in routes if by_mx else ():  # same hosts: sent together
             with contextlib.suppress(ResolveError):
-                latest, hosts = time.monotonic() + GROUPING_TIME, set(self.mail_hosts(lane))
-                for other in [o for o in routes if o != lane]:  # same hosts: sent together
-                    with contextlib.suppress(ResolveError):
-                        if time.monotonic() < latest and set(self.mail_hosts(other)) == hosts:
-                            lanes.append(other)
-            recipients = [*{id(r): r for name in lanes for r in routes[name]}.values()]
-        whose: dict[str, list[Recipient]] = {}  # by the address that stands for them
-        elsewhere = set()  # those whose other addresses are in other lanes
-        for r in recipients if self.rewrites else ():
-            for address in self.finals_owed(r):
-                if by_mx and domain_of(address) not in lanes:
-                    elsewhere.add(r.address)
-                else:
-                    whose.setdefault(address, []).append(r)
+                if other != lane and time.monotonic() < latest and (
+                        {*self.mail_hosts(other)} == {*self.mail_hosts(lane)}):
+                    lanes.append(other)
+                    recipients = [*recipients, *routes[other]]
         parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
-        for address, people in whose.items():
+        stands: dict[str, list[Recipient]] = {}  # for whom each address does
+        plan: list[tuple[Recipient, list[str], bool]] = []  # are others of his in other lanes?
+        for r in message.pending() if self.rewrites else ():
+            finals = self.finals_owed(r)
+            here = [a for a in finals if not by_mx or domain_of(a) in lanes]
+            plan += [(r, here, len(here) < len(finals))] if here else []
+            for address in here:
+                stands.setdefault(address, []).append(r)
+        for address, people in stands.items():
             changed = tuple(r.address for r in people if r.address != address)
-            same = next((r for r in people if r.address == address), None)
-            parcels.setdefault(changed, []).append(same or Recipient(address))
+            same = next((r for r in people if r.address == address), Recipient(address))
+            parcels.setdefault(changed, []).append(same)
         return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
         sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
         start, contents = file.tell(), []
@@ -4634,36 +4539,30 @@ class Delivery:
             outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
             attempt = Attempt({r.address: outcome for people, _ in contents for r in people}, None, [])
         if attempt.outcomes and self.rewrites:
-            return attempt._replace(outcomes=self.settled(message, whose, elsewhere, attempt.outcomes))
+            return attempt._replace(outcomes=self.settled(message, plan, attempt.outcomes))
         return attempt
 
-    def settled(self, message: Message, whose: Mapping[str, list[Recipient]],
-                elsewhere: Container[str], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    def settled(self, message: Message, plan: Iterable[tuple[Recipient, list[str], bool]],
+                outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
         """Return the outcomes of recipients from those of the addresses that stand for them.
 
         One with several has it when all were tried and one has it. In `passed` are those that need
         it no more, with "!" before them if they have refused it.
         """
-        theirs: dict[str, dict[str, Outcome]] = {}
-        for address, people in whose.items():
-            for r in people:
-                theirs.setdefault(r.address, {})[address] = outcomes[address]
         found = {}
-        for r in message.pending():
-            mine, out = theirs.get(r.address, {}), r.address in elsewhere
-            if len(mine) > 1 or out or r.passed:
-                for address, o in mine.items():
-                    if o.status is NEVER:
-                        self.log.warn("alias_refused", id=message.id, alias=address, reason=o)
-                    if o.status is not LATER:
-                        r.passed.append("!" + address if o.status is NEVER else address)
-            owed = [o for o in mine.values() if o.status is LATER]
-            if owed or mine and not out:
-                said = min(owed or mine.values(), key=lambda o: o.status is NEVER)
-                has = [address for address in r.passed if address[0] != "!"]
-                if has and said.status is NEVER:
-                    text = f"{has[0]} has it, refused by {said}"
-                    said = said._replace(status=Status.FORWARDED, code=250, reply=text)
+        for r, here, elsewhere in plan:
+            mine = [outcomes[address] for address in here]
+            for address, o in zip(here, mine) if len(here) > 1 or elsewhere or r.passed else ():
+                if o.status is NEVER:
+                    self.log.warn("alias_refused", id=message.id, alias=address, reason=o)
+                if o.status is not LATER:
+                    r.passed.append("!" + address if o.status is NEVER else address)
+            said = min(mine, key=lambda o: (LATER, Status.FORWARDED, NEVER).index(o.status))
+            has = [address for address in r.passed if address[0] != "!"]
+            if has and said.status is NEVER:
+                text = f"{has[0]} has it, refused by {said}"
+                said = said._replace(status=Status.FORWARDED, code=250, reply=text)
+            if said.status is LATER or not elsewhere:
                 found[r.address] = said
         return found
 
@@ -4709,39 +4608,50 @@ class Delivery:
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
         troubles: list[tuple[Target, Outcome]] = []
+        spoke = False
         targets = self.by_health(targets) if self.avoided else targets
         for target in itertools.islice(targets, TARGETS_MOST):
             started = time.monotonic()
-            attempt = self.attempt_at(target, message, parcels, reached)
-            lines += [f"-- {iso_time(time.time())} {target}", *attempt.transcript]
-            if attempt.crowded and not outcomes:
-                return attempt._replace(transcript=lines)
-            if attempt.trouble:
-                lines.append(f"!! {attempt.trouble}")
-                troubles.append((target, attempt.trouble))
+            lines.append(f"-- {iso_time(time.time())} {target}")
+            found = self.attempt_at(target, message, parcels, reached, lines)
+            trouble = next(iter(found.values()))
+            against = trouble.scope is Scope.HOST and all(
+                (o.status, o.scope) == (LATER, Scope.HOST) for o in found.values())
+            if against:
+                with self.lock:
+                    others = target in [hop.target for hop in self.live]
+                if trouble.code // 100 == 4 and others and not spoke:
+                    return Attempt({}, None, lines, crowded=True)
+                lines.append(f"!! {trouble}")
+                troubles.append((target, trouble))
+            else:
+                spoke = True
             took = time.monotonic() - started
-            if took > SLOW and (attempt.trouble or not all(o.code for o in attempt.outcomes.values())):
+            if took > SLOW and (against or not all(o.code for o in found.values())):
                 now = started + took
                 with self.lock:  # for as long as it took: at most half the time of a worker
                     self.avoided = {t: at for t, at in self.avoided.items() if at > now - AVOID_TIME}
                     self.avoided[target] = now + max(AVOID_TIME, took)
-            outcomes.update({a: o for a, o in attempt.outcomes.items()
-                             if a not in outcomes or (o.status, o.scope) != (NEVER, Scope.HOST)})
+            for address, o in found.items():
+                old = outcomes.get(address)  # what one said to the message itself is worth more
+                if not old or o.scope is not Scope.HOST or old.scope is Scope.HOST and (
+                        o.status is LATER or old.status is NEVER):
+                    outcomes[address] = o
             # Another is asked for whom this one has surely not taken it, and may not.
-            done = {a for a, o in outcomes.items()
-                    if o.lost or o.status is not LATER and o.scope is not Scope.HOST}
-            parcels = [([r for r in people if r.address not in done], c) for people, c in parcels]
-            if not any(people for people, _ in parcels):
+            left = {address for address, o in outcomes.items()
+                    if not o.lost and (o.status is LATER or o.scope is Scope.HOST)}
+            if not left:
                 break
-        for target, trouble in troubles if outcomes else troubles[:-1]:  # the last one throttles
+            parcels = [(owed, content) for people, content in parcels
+                       if (owed := [r for r in people if r.address in left])]
+        for target, trouble in troubles if spoke else troubles[:-1]:  # the last one throttles
             self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
-        if not outcomes:
+        if not spoke:
             nobody = Outcome(LATER, Scope.HOST, 0, "no smart host")
             return Attempt({}, troubles[-1][1] if troubles else nobody, lines)
-        for address, outcome in outcomes.items():  # no host can take it: for good if all said so
-            if outcome.scope is Scope.HOST:
-                unasked = troubles and outcome.status is NEVER
-                outcomes[address] = (troubles[-1][1] if unasked else outcome)._replace(scope=Scope.MESSAGE)
+        for address, o in outcomes.items():  # no host can take it: for good if all said so
+            if o.scope is Scope.HOST:
+                outcomes[address] = o._replace(scope=Scope.MESSAGE)
         return Attempt(outcomes, None, lines)
 
     def by_health(self, targets: Iterable[Target]) -> Iterator[Target]:
@@ -4760,84 +4670,93 @@ class Delivery:
         yield from last
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
-                   reached: Callable[[], None]) -> Attempt:
-        """Try one target; a connection that is full or stale is replaced without blame."""
+                   reached: Callable[[], None], transcript: list[str]) -> dict[str, Outcome]:
+        """Try one target, in portions where it has a limit; return an outcome for each recipient.
+
+        A connection that has had its fill, or was left, is replaced without blame.
+        """
         outcomes: dict[str, Outcome] = {}
-        transcript: list[str] = []
-        full = True
-        while full:
-            hop = self.take(target, fresh=bool(transcript))
+        work, stale = list(parcels), False
+        while work:
+            people, content = work.pop(0)
+            hop = self.take(target, fresh=stale)
+            found: dict[str, Outcome] = {}
+            stale = False
             try:
-                if not hop.ready:
+                if hop not in self.live:
                     hop.open()
                     with self.lock:
-                        self.live[target] += 1
+                        self.live.add(hop)
                 reached()
-                for people, content in parcels:
-                    owed = [r for r in people if r.address not in outcomes] if outcomes else people
-                    if owed and not hop.full:
-                        outcomes.update(hop.deliver(message, owed, content))
-            except Trouble as trouble:
-                self.part(hop)
-                judged, transcript = hop.judge(trouble), transcript + hop.transcript
-                if judged.scope is Scope.HOST and not outcomes:
-                    crowded = 400 <= trouble.code <= 499 and self.live[target] > 0
-                    return Attempt({}, None if crowded else judged, transcript, crowded)
-                judged = judged._replace(scope=Scope.MESSAGE)
-                everyone = [r.address for people, _ in parcels for r in people]
-                return Attempt({**dict.fromkeys(everyone, judged), **outcomes}, None, transcript)
+                most = hop.limits["RCPTMAX"] or len(people)
+                if most < len(people):
+                    work.insert(0, (people[most:], content))
+                    people = people[:most]
+                hop.transaction(message, people, content, found)
+                if hop.clean and len(people) > 1:  # the others next (RFC 5321 4.5.3.1.10)
+                    more = [r for r in people if found[r.address].code in (452, 552)]
+                    work = [(more, content), *work] if more else work
+            except Trouble as e:
+                stale = hop.sent > 1 and (e.stage == "rset" or e.stage == "mail" and e.code < 500
+                                          or e.code == 421 and e.stage != "content")
+                if stale:
+                    hop.spent = True
+                    work.insert(0, (people, content))
+                    continue
+                judged = hop.judge(*e.args)
+                if judged.lost:
+                    self.log.warn("possible_duplicate", id=message.id, host=target,
+                                  reason="no answer to the content")
+                for r in people:
+                    found.setdefault(r.address, judged)
+                if hop not in self.live or hop.spent and judged.status is LATER:  # so do the others
+                    rest = [r.address for others, _ in work for r in others]
+                    found.update(dict.fromkeys(rest, judged._replace(lost=False)))
+                    work = []
             except BaseException:  # content that cannot be read: it must not end in a final dot
                 hop.spent = True
-                self.part(hop)
                 raise
-            transcript, full = transcript + hop.transcript, hop.full
-            self.give(hop)
-        against = [o for o in outcomes.values() if (o.status, o.scope) == (LATER, Scope.HOST)]
-        if against and not [o for o in outcomes.values() if o.lost or o.status is Status.FORWARDED]:
-            return Attempt({}, against[0], transcript)
-        return Attempt(outcomes, None, transcript)  # whom it served must not be served again
+            finally:
+                transcript += hop.transcript
+                self.give(hop)
+            outcomes.update(found)
+        return outcomes
 
     def take(self, target: Target, fresh: bool) -> NextHop:
         """Return a kept connection, or a new one that is not open yet."""
+        latest = time.monotonic() - REUSE_IDLE
         with self.lock:
-            kept = self.idle.get(target)
-            hop = kept.pop() if kept and not fresh else None
-        if hop and time.monotonic() - hop.idle_since < REUSE_IDLE:
-            hop.transcript = []
-            return hop
-        if hop:
-            self.part(hop)
+            for hop in () if fresh else self.idle:
+                if hop.target == target and hop.idle_since > latest:
+                    self.idle.remove(hop)
+                    hop.transcript = []
+                    return hop
         return NextHop(self.settings, target, self.log, lambda: self.context)
 
     def give(self, hop: NextHop) -> None:
         """Keep a connection for the next message, unless it has done its share."""
         hop.idle_since = time.monotonic()
         with self.lock:
-            self.avoided.pop(hop.target, None)
-            keep = hop.sent < min(hop.uses, REUSE_MESSAGES) and not hop.spent and not self.stopped
+            uses = min(hop.limits.get("MAILMAX") or REUSE_MESSAGES, REUSE_MESSAGES)
+            keep = hop in self.live and hop.sent < uses and not hop.spent and not self.stopped
             if keep:
-                self.idle.setdefault(hop.target, []).append(hop)
+                self.avoided.pop(hop.target, None)
+                self.idle.append(hop)
         if not keep:
             self.part(hop)
 
     def part(self, hop: NextHop) -> None:
         """Close a connection."""
-        if hop.ready:
-            with self.lock:
-                self.live[hop.target] -= 1
-                if not self.live[hop.target]:
-                    del self.live[hop.target]
+        with self.lock:
+            self.live.discard(hop)
         hop.close()
 
     def drop_idle(self, older_than: float = 0.0) -> None:
         """Close connections that have been kept for longer than so many seconds."""
-        now, out = time.monotonic(), []
+        latest = time.monotonic() - older_than
         with self.lock:
-            for target, hops in list(self.idle.items()):
-                out += [h for h in hops if now - h.idle_since >= older_than]
-                self.idle[target] = [h for h in hops if h not in out]
-                if not self.idle[target]:
-                    del self.idle[target]
+            out = [hop for hop in self.idle if hop.idle_since <= latest]
+            self.idle = [hop for hop in self.idle if hop not in out]
         for hop in out:
             self.part(hop)
 
@@ -11416,7 +11335,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
         elif "auth" in hop.features:
             yield ("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
                    "set it, if the server refuses mail without")
-        theirs = number(hop.features.get("size", ""))
+        theirs = hop.limits.get("SIZE", 0)
         yield ("warn" if 0 < theirs < settings.max_size else "ok", "size",
                f"it takes {theirs or 'any number of'} octets, we accept {settings.max_size}",
                f"set SMTP_MAX_SIZE={theirs}")
