@@ -5154,7 +5154,7 @@ SECOND = [  # what the first host does, who gets it there, who at the second hos
 @pytest.mark.parametrize("row", SECOND, ids=lambda row: str(row[0]))
 def test_the_second_host_is_asked_for_those_concerned(row: tuple[Script, str, str, str, str]) -> None:
     script, first, second, *ends = row
-    with FakeHop(script) as one, FakeHop() as two, relaying(one, two, SMTP_RETRY_INITIAL_DELAY="1h") as relay:
+    with FakeHop(script) as one, FakeHop() as two, relaying(one, two, SMTP_RETRY_INITIAL_DELAY="1h", SMTP_BOUNCE="0") as relay:
         stem = send_to(relay, "a@x.test", "b@x.test")
         wait_until(lambda: list(statuses(relay, stem).values()) == ends, shown=lambda: record_of(relay, stem))
         assert taken(one, two) == [[*first], [*second]]
