@@ -729,7 +729,7 @@ def said_stem(relay: Any) -> str:
     """Send a message; return its stem once it is in the inbox."""
     id = said(relay)[0]
     relay.delivering.catch_up()
-    return str(relay.delivering.inbox.stem(id))
+    return str(relay.delivering.inbox.entry(id).stem)
 
 
 def receivers(relay: Program) -> list[int]:
@@ -10986,7 +10986,7 @@ def test_what_was_found_and_then_announced_is_sent_once(start: Any, hop: Any) ->
     relay.parts.link.announce(stem)
     last = said(relay)[0]
     d.catch_up()
-    wait_until(lambda: status(relay, d.inbox.stem(last)) is smtprelay.Status.FORWARDED)
+    wait_until(lambda: status(relay, d.inbox.entry(last).stem) is smtprelay.Status.FORWARDED)
     assert len(h.messages) == 2
 
 
@@ -11078,7 +11078,7 @@ def test_a_message_is_released_once(start: Any, hop: Any) -> None:
     d = relay.delivering
     queue_id = said(relay)[0]
     d.catch_up()
-    stem = d.inbox.stem(queue_id)
+    stem = d.inbox.entry(queue_id).stem
     task = d.scheduler.seize(stem)
     for change in (lambda: relay.delivering.postmaster.release(queue_id, []), lambda: relay.delivering.postmaster.remove([queue_id])):
         with pytest.raises(smtprelay.HttpError, match="just now"):
@@ -11428,7 +11428,7 @@ def test_half_a_line_in_the_link_is_no_message(start: Any) -> None:
     relay = start()
     os.write(relay.parts.link.writer, b"11-21/0123\n")
     stem = said_stem(relay)
-    assert [relay.delivering.inbox.stem(id) for id in relay.delivering.inbox.ids()] == [stem]
+    assert [relay.delivering.inbox.entry(id).stem for id in relay.delivering.inbox.ids()] == [stem]
 
 
 def test_a_second_signal_to_stop_gives_no_more_time(monkeypatch: Any) -> None:
