@@ -4795,7 +4795,7 @@ FIELD_MAX, REPLY_MAX = 900, 600  # octets; a line has 998 at most (RFC 5322 2.1.
 ENHANCED = r"(?:[0-9]{3}[ -])?([45]\.[0-9]{1,3}\.[0-9]{1,3})(?![0-9])"
 
 # What to do, by RFC 3463 status, else subject.detail, else subject, else reply code.
-ADVICE = {
+WHAT_TO_DO = {
     "5.4.1": "Mostly that means: no such address. Check it for a typing mistake.",  # Microsoft 365
     "1": "Their server does not know this address. Check it for a typing mistake.",
     "1.2": "There is no such mail domain. Check what stands after the @.",
@@ -4971,7 +4971,7 @@ def enhanced_status(recipient: Recipient) -> str:
 def advice_on(recipient: Recipient) -> str:
     status = enhanced_status(recipient)
     keys = (status, status[2:], status[2:].partition(".")[0], str(recipient.code), "")
-    return next(ADVICE[key] for key in keys if key in ADVICE)
+    return next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
 
 
 def mail_time(received_at: str) -> str:
@@ -6184,7 +6184,7 @@ def socket_text(sock: socket.socket) -> str:
 # reads mail raises for what the mail says; if it does, `read_safely` shows the one message
 # as unreadable. Time is linear in its size; depth, parts and header octets have limits.
 
-HEAD_LIMIT = 512 * KIB  # octets of the header fields that are kept, of all parts together
+HEADERS_MOST = 512 * KIB  # octets of the header fields that are kept, of all parts together
 TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
 SEARCH_LIMIT = 1024 * 1024  # octets in which words are looked for; of HTML made text
 PART_LIMIT = 1000
@@ -6335,7 +6335,7 @@ def addresses(value: str) -> list[Person]:
             for name, address in pairs]
 
 
-def read_headers(raw: bytes, start: int, end: int, limit: int = HEAD_LIMIT) -> tuple[Headers, int]:
+def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) -> tuple[Headers, int]:
     """Read a header block; give its fields with the offset of the body.
 
     A line that is no field costs itself alone where a field follows. A field that is not needed may
@@ -6525,7 +6525,7 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw), "")]
-    top, room = read_headers(raw, 0, len(raw)), HEAD_LIMIT
+    top, room = read_headers(raw, 0, len(raw)), HEADERS_MOST
     bodies: set[str] = set()
     for _ in range(PART_LIMIT):
         number, start, end, among = todo.pop()

@@ -12370,7 +12370,8 @@ def test_chapters_use_only_earlier_chapters() -> None:
         )
         for target in targets:
             name = str(getattr(target, "id", "") or getattr(target, "name", ""))
-            home.setdefault(name, chapter(node))
+            assert not name or name not in home, f"{name} is a name of two things"
+            home[name] = chapter(node)
     local = {name.arg for name in ast.walk(TREE) if isinstance(name, ast.arg)}
     local |= {n.id for f in FUNCTIONS for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     notes = [a.annotation for a in ast.walk(TREE) if isinstance(a, (ast.arg, ast.AnnAssign))] + [
