@@ -2535,7 +2535,7 @@ def test_the_name_of_the_record_says_how_it_stands(
     start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop], script: Script, status: str, suffix: str
 ) -> None:
     spool, next_hop = Spool(tmp_path / "spool"), hop(script=script)
-    said(start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_BOUNCE="0", **next_hop.settings()))
+    said(start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", SMTP_BOUNCE="0", **next_hop.settings()))
     record = spool.await_status(status)
     names = [path.name.partition(".")[2] for path in [*spool.files("*.json"), *spool.files("*.eml")]]
     assert sorted(names) == sorted([suffix[1:], "eml"])
@@ -2664,7 +2664,7 @@ def test_a_recipient_that_was_served_is_not_served_again(
     program: Callable[..., Program], hop: Callable[..., FakeHop]
 ) -> None:
     next_hop = hop(script={"rcpt carol@hop.test": "450 4.2.1 busy"})
-    relay = program(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings())
+    relay = program(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", **next_hop.settings())
     said(relay, to=("bob@hop.test", "carol@hop.test"))
     due = relay.spool.await_status("retrying")["next_attempt_at"]
     relay.stop(signal.SIGKILL)
@@ -3626,7 +3626,7 @@ def test_attempts_are_counted_and_end(start: Callable[..., Any], tmp_path: Path,
 
 def test_the_reason_is_that_of_who_is_still_owed_it(start: Any, tmp_path: Path, hop: Any) -> None:
     next_hop = hop(script={"rcpt no@hop.test": "550 5.1.1 who?", "rcpt busy@hop.test": "451 4.2.1 later"})
-    relay = start(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings())
+    relay = start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", **next_hop.settings())
     with hello(relay) as client:
         client.mail(MAIL, "ann@client.test", "no@hop.test", "busy@hop.test")
     assert "451 4.2.1 later" in Spool(tmp_path / "spool").await_status("retrying")["last_error"]
@@ -3635,7 +3635,7 @@ def test_the_reason_is_that_of_who_is_still_owed_it(start: Any, tmp_path: Path, 
 def test_who_failed_is_reported_at_once_and_each_just_once(start: Any, tmp_path: Path, hop: Any) -> None:
     script = {"rcpt no@hop.test": "550 5.1.1 who?", "rcpt busy@hop.test": ["451 4.2.1 later", "550 5.2.1 closed"]}
     next_hop = hop(script=script)
-    relay = start(SMTP_BOUNCE="1", SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings())
+    relay = start(SMTP_BOUNCE="1", SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", **next_hop.settings())
     with hello(relay) as client:
         reply = client.mail(MAIL, "ann@client.test", "no@hop.test", "busy@hop.test")
     wait_until(lambda: next_hop.delivered()["ann@client.test"] == 1)
@@ -4803,7 +4803,7 @@ LASTING = [  # (script, status and code of bob, of carol)
 def test_lasting_trouble(start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop], script: Script,
                          bob: tuple[str, int], carol: tuple[str, int], offers: str) -> None:  # fmt: skip
     spool, next_hop = Spool(tmp_path / "spool"), hop(script=script, offers=offers)
-    said(start(SMTP_RETRY_INITIAL_DELAY="1h", **next_hop.settings()), to=("bob@hop.test", "carol@hop.test"))
+    said(start(SMTP_RETRY_INITIAL_DELAY="1h", SMTP_RETRY_MAX_DELAY="1h", **next_hop.settings()), to=("bob@hop.test", "carol@hop.test"))
     whole = next(status for status in ("retrying", "failed", "forwarded") if status in (bob[0], carol[0]))
     record = spool.await_status(whole)
     assert [(r["status"], r["code"]) for r in record["recipients"]] == [bob, carol]
