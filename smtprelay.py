@@ -6718,8 +6718,8 @@ CODE_WORDS = (
     r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)")
 SAID_NEAR = r"(?i)" + CODE_WORDS
 CODE_TOKEN = (r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}"
-              r"|[A-Z]{1,3}-\d{4,8}|[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|[A-Za-z0-9]{4,10})"
-              r"(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)")
+              r"|[A-Z]{1,3}-\d{4,8}|(?=[A-Z]{4}-[A-Z]{4}|[A-Z-]*\d)[A-Z0-9]{3,5}-[A-Z0-9]{3,5}"
+              r"|(?=[A-Za-z]{0,9}\d)[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)")
 SAID_BEFORE = (rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
                r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$")
 SAID_AFTER = rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
@@ -6750,8 +6750,7 @@ def codes_in(text: str) -> list[str]:
     end, weight = 0, 0
     for match in re.finditer(CODE_TOKEN, flat):
         start = match.start()
-        listed = weight and not flat[end:start].strip(" \n,;|") and any(map(str.isdigit, match[0]))
-        if not listed:
+        if not weight or flat[end:start].strip(" \n,;|"):  # it is not one of a list
             before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
             weight = weigh_code(match.group(), before, after)
         end = match.end()
@@ -6763,15 +6762,12 @@ def codes_in(text: str) -> list[str]:
 
 def weigh_code(token: str, before: str, after: str) -> int:
     """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
-    if not any(c.isdigit() for c in token) and not re.fullmatch("[A-Z]{4}-[A-Z]{4}", token):
-        return 0
     if re.search(OTHER_BEFORE, before) or re.match(OTHER_AFTER, after):
         return 0
     if re.search(SAID_BEFORE, before) or re.match(SAID_AFTER, after):
         return 3
-    year = token.isdigit() and len(token) == 4 and token[:2] in ("19", "20")
-    postal = token.isdigit() and len(token) == 5 and before[-3:-1].isupper()
-    if year or postal or any(c.islower() for c in token):
+    year_or_word = re.fullmatch(r"(?:19|20)\d\d|.*[a-z].*", token)
+    if year_or_word or re.search(r"[A-Z]{2} \d{5}$", before[-3:] + token):  # a postal code
         return 0
     return 2 if re.search(SAID_NEAR, before) else int(bool(re.search(SAID_NEAR, after)))
 
@@ -7039,18 +7035,13 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
 
 
 class Entry:
-    """The state of one message, and what its list shows, packed."""
+    """A message in the inbox: its place, and what does not change of what is shown, packed."""
 
-    __slots__ = ("found", "id", "packed", "read", "sequence", "stem", "tags")
+    __slots__ = ("found", "id", "packed", "sequence", "stem")
 
     def __init__(self, stem: str, sequence: int) -> None:
-        self.id, self.stem, self.sequence = stem[11:27], stem, sequence
-        self.read, self.packed = False, b""
-        self.found: tuple[str, ...] = ()  # the tags that it came with, and those by rule
-        self.tags: list[str] | None = None  # those a person gave it in their place
-
-    def known_tags(self) -> list[str]:
-        return list(self.found) if self.tags is None else self.tags
+        self.id, self.stem, self.sequence, self.packed = stem[11:27], stem, sequence, b""
+        self.found: Sequence[str] = ()  # the tags that it came with, and those by rule
 
 
 class Listing(NamedTuple):
@@ -7075,26 +7066,25 @@ class Inbox:
         self.entries: dict[str, Entry] = {}  # oldest first
         self.last, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
-        # What a person did to messages, till they are found in the spool: whether read, and tags.
-        self.kept: dict[str, list[Any]] = {}
+        # What a person did: which messages are read, and the tags given in place of their own.
+        self.seen: set[str] = set()
+        self.given: dict[str, list[str]] = {}
         self.touched, self.saving = False, threading.Lock()
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SealError):  # torn
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
-                self.kept = {id: [bool(read), tags and clean_tags(tags)]
-                             for id, (read, tags) in kept.items()}
+                self.seen = {id for id, (read, _) in kept.items() if read}
+                self.given = {id: clean_tags(tags) for id, (_, tags) in kept.items()
+                              if tags is not None}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
         with self.changed:
-            entry = self.entries.get(stem[11:27])
-            if entry is None:
+            if stem[11:27] not in self.entries:
                 self.last += 1
-                entry = Entry(stem, self.last)
-                self.entries[entry.id] = entry
-                entry.read, entry.tags = self.kept.pop(entry.id, (False, None))
+                self.entries[stem[11:27]] = Entry(stem, self.last)
                 self.changed.notify_all()
-            return entry.sequence
+            return self.entries[stem[11:27]].sequence
 
     def entry(self, id: str) -> Entry:
         """Give the entry of a message, or of the `latest`; KeyError when it is gone."""
@@ -7108,10 +7098,13 @@ class Inbox:
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
         with self.changed:
-            gone = [entry for entry in self.chosen(ids) if self.entries.pop(entry.id, None)]
-            self.touched |= any(entry.read or entry.tags is not None for entry in gone)
+            gone = [id for id in self.chosen(ids) if self.entries.pop(id, None)]
+            for id in gone:
+                self.touched |= id in self.seen or id in self.given
+                self.seen.discard(id)
+                self.given.pop(id, None)
             self.deleted += len(gone)
-            return [entry.id for entry in gone]
+            return gone
 
     def ids(self) -> list[str]:
         """Give the ids of all messages, oldest first."""
@@ -7154,9 +7147,9 @@ class Inbox:
         newest_first = reversed(self.entries.values())
         return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
 
-    def chosen(self, ids: Iterable[str] | None) -> list[Entry]:
-        """The entries with these ids, all for None; the caller holds the lock."""
-        return [e for e in map(self.entries.get, self.entries if ids is None else ids) if e]
+    def chosen(self, ids: Iterable[str] | None) -> list[str]:
+        """Those of some ids that are here, all for None; the caller holds the lock."""
+        return list(self.entries if ids is None else filter(self.entries.__contains__, ids))
 
     def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
         for item in filter(None, map(self.shown, entries)):
@@ -7187,9 +7180,13 @@ class Inbox:
         return None
 
     def item(self, entry: Entry, values: list[Any]) -> Item:
-        return {**dict(zip(PACKED_FIELDS.split(), values)), "Read": entry.read, "Tags": entry.known_tags(),
-                "sequence": entry.sequence,
+        return {**dict(zip(PACKED_FIELDS.split(), values)), "Read": entry.id in self.seen,
+                "Tags": self.tags(entry), "sequence": entry.sequence,
                 "open": functools.partial(self.mail, entry.id, SEARCH_LIMIT)}
+
+    def tags(self, entry: Entry) -> list[str]:
+        """The tags of a message as far as known."""
+        return self.given.get(entry.id, list(entry.found))
 
     def raw(self, id: str) -> bytes:
         """Read a message's content; KeyError or OSError when it is gone."""
@@ -7217,7 +7214,7 @@ class Inbox:
         page = slice(start, start + limit if limit else None)
         if query == ALL:  # only the page itself needs summaries
             shown = list(self.matching(entries[page], ALL))
-            return Listing(shown, len(entries), sum(not e.read for e in entries))
+            return Listing(shown, len(entries), sum(e.id not in self.seen for e in entries))
         found = list(self.matching(entries, query))
         return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
@@ -7226,40 +7223,38 @@ class Inbox:
         self.summarise_rest(within=0.2)
         with self.changed:
             entries = self.after()
-        tags = collections.Counter(tag for entry in entries for tag in entry.known_tags())
-        return len(entries), sum(not e.read for e in entries), dict(sorted(tags.items()))
+        tags = collections.Counter(tag for entry in entries for tag in self.tags(entry))
+        unread = sum(entry.id not in self.seen for entry in entries)
+        return len(entries), unread, dict(sorted(tags.items()))
 
     def mark(self, ids: Iterable[str] | None, read: bool) -> None:
         """Mark messages read or unread, all for None."""
         with self.changed:
-            for entry in self.chosen(ids):
-                entry.read = read
+            change = self.seen.update if read else self.seen.difference_update
+            change(self.chosen(ids))
             self.touched = True
 
     def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
         """Replace the tags of messages."""
-        wanted = clean_tags(tags)
         with self.changed:
-            for entry in self.chosen(ids):
-                entry.tags = wanted
+            self.given.update(dict.fromkeys(self.chosen(ids), clean_tags(tags)))
             self.touched = True
 
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
         self.summarise_rest()
         with self.changed:
-            for entry in self.chosen(None):
-                tags = entry.known_tags()
-                if old.lower() in map(str.lower, tags):
-                    entry.tags = clean_tags(new if t.lower() == old.lower() else t for t in tags)
-            self.touched = True
+            entries = self.after()
+        for entry in entries:
+            tags = self.tags(entry)
+            if old.lower() in map(str.lower, tags):
+                self.tag([entry.id], (new if t.lower() == old.lower() else t for t in tags))
 
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
         deadline = time.monotonic() + within
         with self.changed:
-            newest = itertools.islice(reversed(self.entries.values()), most)
-            rest = [entry for entry in newest if not entry.packed]
+            rest = [entry for entry in self.after()[:most] if not entry.packed]
         for entry in rest:
             if self.closed or time.monotonic() > deadline:
                 break
@@ -7271,8 +7266,7 @@ class Inbox:
             return
         with self.changed:
             self.touched = False
-            done = {e.id: (e.read, e.tags) for e in self.after() if e.read or e.tags is not None}
-            kept = {**self.kept, **done}
+            kept = {id: (id in self.seen, self.given.get(id)) for id in {*self.seen, *self.given}}
         with self.saving:
             try:
                 sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
@@ -7514,10 +7508,9 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
     except ValueError:
         raise BadRequest(f"{path}.Content: not base64") from None
     kind, name = kind or type_of(content, name), safe_filename(name)
-    if not re.fullmatch(r"[!-.0-~]+/[ -~]{1,200}", kind) or kind.lower().startswith("multipart/"):
-        raise BadRequest(f"body: {path}.ContentType cannot be {kind[:100]!r}")
-    if not re.fullmatch(r"[!-;=?-~]{0,200}", cid):
-        raise BadRequest(f"{path}.ContentID: cannot be {cid[:100]!r}")
+    if not (re.fullmatch(r"(?!(?i:multipart)/)[!-.0-~]+/[ -~]{1,200}", kind)
+            and re.fullmatch(r"[!-;=?-~]{0,200}", cid)):
+        raise BadRequest(f"{path}: cannot be of ContentType {kind[:100]!r}, ContentID {cid[:100]!r}")
     head = (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: base64\r\n"
             f"Content-Disposition: {disposition('inline' if cid else 'attachment', name)}\r\n"
             + f"Content-ID: <{cid}>\r\n" * bool(cid))

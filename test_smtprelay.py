@@ -8488,7 +8488,9 @@ REFUSED_SENDS = [  # (change, error begins with)
     ({"Headers": {"X y": "x"}}, "Headers: cannot set 'X y'"),
     ({"Headers": {"Received": "x"}}, "Headers: cannot set 'Received'"),
     ({"Attachments": [{"Content": "*"}]}, "Attachments[0].Content: not base64"),
-    ({"Attachments": [{"Content": "", "ContentType": "\r\n"}]}, "body: "),
+    ({"Attachments": [{"Content": "", "ContentType": "\r\n"}]}, "Attachments[0]: cannot be of ContentType"),
+    ({"Attachments": [{"Content": "", "ContentType": "Multipart/mixed; boundary=x"}]}, "Attachments[0]: cannot be"),
+    ({"Attachments": [{"Content": "", "ContentID": "a>b"}]}, "Attachments[0]: cannot be"),
     ({"Text": "\ud800"}, "body: "),
 ]
 
