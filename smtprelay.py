@@ -7347,17 +7347,6 @@ def grouped(headers: Headers) -> dict[str, list[str]]:
     return values
 
 
-def info_json(inbox: Inbox, version: str, database: str, **stats: int) -> dict[str, Any]:
-    """Mailpit's AppInformation; `stats` are what is known of RuntimeStats."""
-    total, unread, tags = inbox.counts()
-    names = "Uptime", "Memory", "SMTPAccepted", "SMTPAcceptedSize", "SMTPRejected", "SMTPIgnored"
-    return {
-        "Version": version, "LatestVersion": version, "Database": database, "DatabaseSize": 0,
-        "Messages": total, "Unread": unread, "Tags": tags,
-        "RuntimeStats": {**dict.fromkeys(names, 0), "MessagesDeleted": inbox.deleted, **stats},
-    }
-
-
 def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
     """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
     def path(address: str) -> dict[str, Any]:
@@ -8549,18 +8538,17 @@ class HttpError(Exception):
 
 @dataclass
 class Answer:
-    """An HTTP answer: octets, text, or a value for JSON; after it a stream that ends with the connection."""
+    """An HTTP answer: octets, text, a value for JSON, or blocks that end with the connection."""
 
     body: Any = b""
     kind: str = "text/plain; charset=utf-8"
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    stream: Generator[bytes, None, None] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.body, (bytes, str)):
+        if not isinstance(self.body, (bytes, str, Generator)):
             self.kind = "application/json"
-            self.body = json.dumps(self.body, default=str, ensure_ascii=False)
+            self.body = json.dumps(self.body, default=vars, ensure_ascii=False)
         if isinstance(self.body, str):
             self.body = self.body.encode("utf-8", "replace")
 
@@ -8749,6 +8737,9 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise HttpError(404, "message not found")
         return item
 
+    def mail(self) -> Email:
+        return self.inbox.mail(self.item()["ID"])
+
     def login(self) -> tuple[str, str]:
         """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
         scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
@@ -8856,9 +8847,10 @@ class Request(http.server.BaseHTTPRequestHandler):
                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                   "Cross-Origin-Resource-Policy": "same-origin",
                   "Content-Security-Policy": CALM, **answer.headers}
-        self.close_connection |= bool(answer.stream)
-        if not answer.stream:
+        streamed = isinstance(answer.body, Generator)
+        if not streamed:
             fields["Content-Length"] = str(len(answer.body))
+        self.close_connection |= streamed
         if self.close_connection:
             fields["Connection"] = "close"
         for name, value in fields.items():
@@ -8869,13 +8861,12 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_header("WWW-Authenticate", f'{scheme} realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
-        blocks = itertools.chain([answer.body], answer.stream or ())
         try:
-            for block in blocks if self.command != "HEAD" else ():
+            for block in (answer.body if streamed else [answer.body]) if self.command != "HEAD" else ():
                 self.wfile.write(block)
         finally:
-            if answer.stream:
-                answer.stream.close()
+            if streamed:
+                answer.body.close()
             self.server.rest(self)
 
     def handle_expect_100(self) -> bool:
@@ -8952,9 +8943,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
        "writes; else 503 and why. `?verbose` gives the parts", OPEN)
 def show_health(request: Request) -> Answer:
     d = request.relay
-    ages = [time.monotonic() - beat for beat in d.metrics.each("alive") if beat]
+    beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
-    wrong = {"listeners": "" if ages and max(ages) < 5 else "no sign of life from the listeners",
+    wrong = {"listeners": "" if time.monotonic() - beat < 5 else "no sign of life from the listeners",
              "workers": f"dead: {', '.join(dead)}" if dead else "",
              "spool": "", "accounts": d.reception.trouble()}
     try:
@@ -9063,21 +9054,16 @@ def delete_messages(request: Request) -> bytes | None:
 @route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
        "`latest` is an id, and may come with a `query`")
 def show_message(request: Request) -> Any:
-    inbox, token, item = request.inbox, request.relay.settings.api_token, request.item()
+    inbox, item = request.inbox, request.item()
     id = item["ID"]
     inbox.mark([id], True)
     mail = inbox.mail(id)
-    shown, record = waited_json(item, mail), mail.record
-    if token:
-        shown["ViewKey"] = view_key(token, id)
-    delivery = {**vars(record), "recipients": [vars(r) for r in record.recipients]}
-    return {**shown, "Status": record.status, "Delivery": delivery}
+    return {**waited_json(item, mail), "Status": mail.record.status, "Delivery": mail.record,
+            "ViewKey": view_key(request.relay.settings.api_token, id)}
 
 
-@route("GET /api/v1/message/{id}/headers", "its header fields")
-def show_headers(request: Request) -> Any:
-    id = request.item()["ID"]
-    return headers_json(request.inbox.mail(id))
+route("GET /api/v1/message/{id}/headers", "its header fields")(
+    lambda request: headers_json(request.mail()))
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
@@ -9090,8 +9076,7 @@ def show_raw(request: Request) -> Answer:
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    parts = request.inbox.mail(request.item()["ID"]).parts
-    part = next((p for p in parts if p.number == request.names["part"]), None)
+    part = next((p for p in request.mail().parts if p.number == request.names["part"]), None)
     if part is None:
         raise HttpError(404, "part not found")
     return Answer(part.content, headers=part_headers(part))
@@ -9106,9 +9091,8 @@ def not_done(request: Request) -> Any:
 @route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", VIEW)
 @route("GET /view/{id}.txt", "its text")
 def view(request: Request) -> Any:
-    id = request.item()["ID"]
-    mail = request.inbox.mail(id)
-    request.inbox.mark([id], True)
+    mail = request.mail()
+    request.inbox.mark([mail.id], True)
     if request.path.endswith(".txt"):
         return mail.text
     if not mail.page:
@@ -9162,12 +9146,15 @@ def change_tag(request: Request) -> None:
 @route("GET /api/v1/info", "version, counts, memory")
 def show_info(request: Request) -> Any:
     d, m = request.relay, measured(request.relay)
-    hosts = ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)
+    total, unread, tags = d.inbox.counts()
     stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_figures()["Sys"],
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
-             "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total"))}
-    return {**info_json(d.inbox, __version__, d.settings.spool, **stats), "SMTPPort": d.port,
-            "Delivery": d.settings.delivery, "RelayHost": hosts}
+             "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total")),
+             "SMTPRejected": 0, "SMTPIgnored": 0, "MessagesDeleted": d.inbox.deleted}
+    return {"Version": __version__, "LatestVersion": __version__, "Database": d.settings.spool,
+            "DatabaseSize": 0, "Messages": total, "Unread": unread, "Tags": tags, "RuntimeStats": stats,
+            "SMTPPort": d.port, "Delivery": d.settings.delivery,
+            "RelayHost": ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)}
 
 
 @route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
@@ -9184,22 +9171,20 @@ def show_webui(request: Request) -> Any:
 @route("GET /api/v2/messages", "MailHog's list")
 @route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
 def mailhog_messages(request: Request) -> Any:
-    inbox, kind, wanted = request.inbox, request.query.get("kind", ""), request.words.lower()
-    if request.path.endswith("/messages"):
-        return mailhog_json(inbox, ALL, *request.page())
-    if kind not in ("from", "to", "containing") or not wanted:
-        raise BadRequest("expected a query, and a kind: from, to, containing")
+    inbox, kind, query = request.inbox, request.query.get("kind", ""), ALL
 
     def holds(item: Item) -> bool:
         mail = inbox.mail(item["ID"])
-        texts = [decode_words(header(mail.fields, kind))]
-        if kind == "containing":
-            texts += [decode_text(mail.raw), mail.text, mail.html, mail.subject]
-        else:
-            texts += mail.recipients if kind == "to" else [mail.reverse_path]
-        return wanted in "\n".join(texts).lower()
+        texts = {"from": [mail.reverse_path], "to": mail.recipients,
+                 "containing": [decode_text(mail.raw), mail.text, mail.html, mail.subject]}[kind]
+        texts = [*texts, decode_words(header(mail.fields, kind))]
+        return request.words.lower() in "\n".join(texts).lower()
 
-    return mailhog_json(inbox, ((holds, True),), *request.page())
+    if request.path.endswith("/search"):
+        if kind not in ("from", "to", "containing") or not request.words:
+            raise BadRequest("expected a query, and a kind: from, to, containing")
+        query = ((holds, True),)
+    return mailhog_json(inbox, query, *request.page())
 
 
 # -- waiting, events, queue, faults, accounts: ours --
@@ -9213,11 +9198,12 @@ def wait_for_message(request: Request) -> Any:
     timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
     if part not in ("", "code", "link"):
         raise BadRequest("with: expected code or link")
-    if blank := [name for name in ("to", "from", "subject") if q.get(name) == ""]:
+    names = "to", "subject", "from"
+    if blank := [name for name in names if q.get(name) == ""]:
         raise BadRequest(f"{blank[0]}: expected something")  # a variable that is not set is not anybody
 
     def fits(item: Item) -> bool:
-        meant = is_meant(q.get("to", ""), q.get("subject", ""), q.get("from", ""), item)
+        meant = is_meant(item, *(q.get(name, "") for name in names))
         return meant and (not part or bool(getattr(inbox.mail(item["ID"]), f"{part}s")))
 
     query = (*request.search(request.words), (fits, True))
@@ -9228,7 +9214,7 @@ def wait_for_message(request: Request) -> Any:
     return waited_json(item, inbox.mail(item["ID"]))
 
 
-def is_meant(to: str, subject: str, sender: str, item: Item) -> bool:
+def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
     """Tell whether a message is what is asked for; without @ a part of an address will do."""
     for wanted, people in (to, [*item["To"], *item["Cc"], *item["Bcc"]]), (sender, [item["From"]]):
         edge, known = " " * ("@" in wanted), " ".join(p["Address"] for p in people)
@@ -9250,6 +9236,7 @@ def show_events(request: Request) -> Answer:
         event: Any = {}
         said = ": hello"
         try:
+            yield b""  # to be closed, it must have begun
             while event is not None:
                 yield f"{said}\n\n".encode()
                 try:
@@ -9261,7 +9248,8 @@ def show_events(request: Request) -> Answer:
             feed.unsubscribe(events)
 
     begun = stream()
-    return Answer(next(begun), "text/event-stream", stream=begun)
+    next(begun)
+    return Answer(begun, "text/event-stream")
 
 
 route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(
@@ -11081,7 +11069,7 @@ class Relay:
         after that sequence number (`relay.sequence` before the mail is sent). TimeoutError, which tells what did
         arrive, when there is none within `timeout` seconds.
         """
-        query: Query = ((functools.partial(is_meant, to, subject, from_), True),)
+        query: Query = ((lambda item: is_meant(item, to, subject, from_), True),)
         item = self.delivering.inbox.wait(query, after.sequence if after else since, timeout)
         if not item:
             asked = {"to": to, "subject": subject, "from_": from_}
