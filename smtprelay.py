@@ -129,7 +129,6 @@ import stat
 import string
 import struct
 import tempfile
-import termios
 import threading
 import time
 import traceback
@@ -1264,8 +1263,8 @@ class Wire:
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
-    def fill(self, reading: bool = True) -> None:
-        """Send what waits; then read what there is, once.
+    def fill(self, reading: bool = True, most: int | None = None) -> None:
+        """Send what waits; then read what there is, once, and no more than so many octets.
 
         TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
         """
@@ -1286,7 +1285,7 @@ class Wire:
                 if out:
                     out = out[self.sock.send(out):]
                     continue
-                octets = self.sock.recv_into(memoryview(self.buffer)[self.end:])
+                octets = self.sock.recv_into(memoryview(self.buffer)[self.end:][:most])
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
             except OSError as e:
@@ -1303,9 +1302,7 @@ class Wire:
             size = min(4 * size, BLOCK_MOST)
         elif not self.bulk and len(unread) <= BLOCK_FIRST // 2:
             size = BLOCK_FIRST
-        if size != len(self.buffer):
-            self.buffer = bytearray(size)
-        self.buffer[:len(unread)] = unread
+        self.buffer = unread + bytes(size - len(unread))
         self.start, self.end = 0, len(unread)
 
     def line(self, limit: int = LINE_LIMIT) -> bytes:
@@ -1323,6 +1320,19 @@ class Wire:
                 self.start = self.end
             scanned = self.end - self.start
             self.fill()
+
+    def blocks(self, octets: int) -> Iterator[bytes]:
+        """Yield the next octets, so many, as they come; what follows them is not read."""
+        while octets:
+            if self.start == self.end:
+                self.fill(most=octets)
+            block = bytes(memoryview(self.buffer)[self.start:min(self.end, self.start + octets)])
+            self.start += len(block)
+            octets -= len(block)
+            yield block
+
+    def read(self, octets: int) -> bytes:
+        return b"".join(self.blocks(octets))
 
     def write(self, data: bytes) -> None:
         """Send this before the next read that would block, or now when much waits."""
@@ -1421,7 +1431,10 @@ class Content:
 
 
 def read_data(wire: Wire, content: Content) -> None:
-    """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it."""
+    """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it.
+
+    That of BDAT (RFC 3030 2) is in `blocks`, for `feed`.
+    """
     wire.start -= 2  # the CRLF that ended DATA: content may open with its own end
     skip = 2
     while True:
@@ -1439,60 +1452,31 @@ def read_data(wire: Wire, content: Content) -> None:
         wire.fill()
 
 
-def read_chunk(wire: Wire, content: Content, octets: int) -> None:
-    """Read exactly so many octets of content (BDAT, RFC 3030 2)."""
-    while octets:
-        if wire.start == wire.end:
-            wire.fill()
-        block = bytes(memoryview(wire.buffer)[wire.start:min(wire.end, wire.start + octets)])
-        wire.start += len(block)
-        octets -= len(block)
-        content.feed(block)
-
-
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
 
 
-def proxied_client(sock: socket.socket, deadline: float) -> str:
+def proxied_client(wire: Wire) -> str:
     """Read a balancer's PROXY header, v1 or v2, and not an octet more: TLS may begin after it.
 
     Returns the client's address, "" when the balancer speaks for itself; ValueError for
     anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
     """
-    head = read_exactly(sock, 6, deadline)
+    head = wire.read(6)
     if head == PROXY_V2[:6]:
-        head += read_exactly(sock, 10, deadline)
-        command, family, length = head[12], head[13], int.from_bytes(head[14:], "big")
-        if head[:12] != PROXY_V2 or command not in (0x20, 0x21) or length > 4096:
+        head += wire.read(10)
+        length = int.from_bytes(head[14:], "big")
+        if head[:12] != PROXY_V2 or head[12] not in (0x20, 0x21) or length > 4096:
             raise ValueError("not a PROXY header")
-        rest = read_exactly(sock, length, deadline)
-        octets = PROXY_OCTETS.get(family, 0) if command == 0x21 else 0
-        return str(ipaddress.ip_address(rest[:octets])) if octets else ""
+        address = wire.read(length)[:PROXY_OCTETS.get(head[13], 0) * (head[12] & 1)]
+        return str(ipaddress.ip_address(address)) if address else ""
     while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
-        head += read_exactly(sock, 1, deadline)
-    address = rb"TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+ [0-9]{1,5} [0-9]{1,5}"
-    found = re.fullmatch(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|%s)\r\n" % address, head)
+        head += wire.read(1)
+    addresses = rb"TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+(?: [0-9]{1,5}){2}"
+    found = re.fullmatch(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|%s)\r\n" % addresses, head)
     if not found:
         raise ValueError("not a PROXY header")
     return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
-
-
-def read_exactly(sock: socket.socket, octets: int, deadline: float) -> bytes:
-    """Read so many octets; PeerGone when they do not come."""
-    data = bytearray()
-    while len(data) < octets:
-        limit_calls(sock, time_left(deadline))
-        try:
-            block = sock.recv(min(octets - len(data), 64 * KIB))
-        except (TimeoutError, socket.timeout, BlockingIOError):
-            raise TimeoutError("deadline passed") from None
-        except OSError as e:
-            raise PeerGone(str(e)) from None
-        if not block:
-            raise PeerGone("closed by the peer")
-        data += block
-    return bytes(data)
 
 
 # === 06 GRAMMAR ==============================================================
@@ -5239,13 +5223,11 @@ class Link:
             if has_else() and not quiet.poll(1000 * LINK_QUIET):
                 yield []
                 continue
-            octets = fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4))
-            waiting = int.from_bytes(octets, sys.byteorder)
             block = os.read(self.reader, 1000 * LINK_LINE)
             if not block:
                 break
             *lines, rest = (rest + block.decode()).split("\n")
-            yield [*lines, LOOK] if waiting >= LINK_FULL else lines
+            yield [*lines, LOOK] if len(block) >= LINK_FULL else lines
             last, came = came, time.monotonic()
             if came - last < 2 * LINK_QUIET:  # fast: to be woken for each would cost both sides
                 time.sleep(LINK_QUIET)
@@ -5498,7 +5480,7 @@ class Session:
     def meet_balancer(self) -> None:
         """Learn from a balancer whose session this is; a bad header ends it without a word."""
         try:
-            named = proxied_client(self.wire.sock, self.wire.deadline)
+            named = proxied_client(self.wire)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
@@ -5849,7 +5831,8 @@ class Session:
         self.wire.bulk = True
         try:
             if chunk:
-                read_chunk(self.wire, content, int(chunk[1]))
+                for block in self.wire.blocks(int(chunk[1])):
+                    content.feed(block)
             else:
                 read_data(self.wire, content)
         except Exception:
@@ -9817,8 +9800,8 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             return
         sock, relay = self.request, self.server.relay
         try:
-            begun = time.monotonic() + relay.settings.command_timeout
-            words = read_exactly(sock, min(int(read_exactly(sock, 8, begun), 16), SUBMIT_WORDS), begun)
+            self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+            words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
             _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             status, said = do_errand(
                 words.decode("utf-8", "surrogateescape").split("\0")[:-1], user_name(uid), relay.settings.hostname,
@@ -9835,13 +9818,13 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 
     def read_letter(self) -> bytes:
         """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
-        settings, letter = self.server.relay.settings, bytearray()
-        deadline = time.monotonic() + settings.data_timeout
-        self.request.sendall(b">")
-        while more := int(read_exactly(self.request, 8, deadline), 16):
+        settings, letter, wire = self.server.relay.settings, bytearray(), self.wire
+        wire.deadline = time.monotonic() + settings.data_timeout
+        wire.write(b">")
+        while more := int(wire.read(8), 16):
             if len(letter) + more > settings.max_size:
                 raise Refused(TOO_BIG)
-            letter += read_exactly(self.request, more, deadline)
+            letter += wire.read(more)
         return bytes(letter)
 
 

@@ -1459,7 +1459,7 @@ class Pieces(smtprelay.Wire):
         self.sock.close()
         self.buffer[:6] = b"DATA\r\n"
 
-    def fill(self, reading: bool = True) -> None:
+    def fill(self, reading: bool = True, most: int | None = None) -> None:
         piece = self.pieces.pop(0)
         self.buffer[self.end : self.end + len(piece)] = piece
         self.end += len(piece)
