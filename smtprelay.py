@@ -9460,21 +9460,11 @@ class Complaint(Exception):
         self.status = status
 
 
-class Errand(NamedTuple):
-    """What sendmail was asked to do."""
+def read_errand(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
+    """Read sendmail's command line: what is to be done, the flags with their values, the recipients.
 
-    mode: str
-    sender: str | None
-    name: str
-    dot_ends: bool
-    from_headers: bool
-    notify: str  # RFC 3461, as is the next
-    ret: str
-    recipients: list[str]
-
-
-def read_errand(words: Sequence[str]) -> Errand:
-    """Read sendmail's command line; ValueError says what is wrong with it. What means nothing here is taken, too."""
+    ValueError says what is wrong with it. What means nothing here is taken, too.
+    """
     import getopt
 
     words = [word + "-" * bool(re.fullmatch(f"-[{ALONE}]*[{ATTACHED}]", word)) for word in words]
@@ -9482,19 +9472,17 @@ def read_errand(words: Sequence[str]) -> Errand:
         flags, recipients = getopt.gnu_getopt(words, ALONE + re.sub("(.)", r"\1:", ATTACHED + TAKEN))
     except getopt.GetoptError as e:
         raise ValueError(str(e)) from None
-    given = {"-r" if flag == "-f" else flag: value for flag, value in flags}
-    mode, sender, name = given.get("-b", "m"), given.get("-r"), given.get("-F", "")
+    given = {}
+    for flag, value in flags:
+        given["-i" if re.match("-o?i|-O(?i:ignoredots)", flag + value) else "-f" if flag == "-r" else flag] = value
+    mode = given.get("-b", "m")
     if mode not in SENDMAIL_MODES:
         hint = "; see the command serve" if mode in ("d", "D") else ""
         raise ValueError(f"-b{mode.rstrip('-')} is not done here{hint}")
-    for text in (sender or "", name, *recipients):
+    for text in (given.get("-f", ""), given.get("-F", ""), *recipients):
         if re.search("[\r\n\0]", text):  # it would be a command, or a header field, of the caller's own
             raise ValueError(f"{text!r} has a line end or a NUL")
-    dot_ends = not any(re.match("-o?i|-O(?i:ignoredots)", flag + value) for flag, value in flags)
-    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value)) for name, value in (
-        ("NOTIFY", given.get("-N", "").upper()), ("RET", given.get("-R", "").upper())))
-    return Errand("flush" if "-q" in given else "nothing" if "-I" in given else SENDMAIL_MODES[mode], sender, name,
-                  dot_ends, "-t" in given, notify, ret, recipients)
+    return "flush" if "-q" in given else "nothing" if "-I" in given else SENDMAIL_MODES[mode], given, recipients
 
 
 def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
@@ -9512,7 +9500,8 @@ def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
     return header[1].replace(b"\r", b" ").decode("utf-8", "surrogateescape"), body
 
 
-def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[Envelope, bytes]:
+def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me: str,
+                 hostname: str) -> tuple[Envelope, bytes]:
     """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody.
 
     A name alone, as cron's, is one of this machine's: so it stands in the envelope, and in From, To and Cc.
@@ -9521,17 +9510,24 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
         return [(name, address if "@" in address else f"{address}@{hostname}")
                 for name, address in read_addresses(text)]
 
-    head, body = split_header(raw, errand.dot_ends)
-    given = me if errand.sender is None else errand.sender.strip(" <>") and errand.sender
+    head, body = split_header(raw, "-i" not in flags)
+    given = flags.get("-f", me)
     author, sender = next(iter(people(given)), ("", ""))
-    if given and not sender:
+    if not sender and given.strip(" <>"):
         raise ValueError(f"{given!r} is no address")
-    fields = [(name, name.lower(), text) for name, text in
-              re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)]
-    resent = "resent-" * any(kind in ("resent-to", "resent-cc", "resent-bcc") for _, kind, _ in fields)
-    wanted, kept = [*errand.recipients], []
-    for name, kind, text in fields:
-        if errand.from_headers and kind in (resent + "to", resent + "cc", resent + "bcc"):
+    fields = re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)
+    known = {name.lower() for name, _ in fields}
+    for name, text in (
+            ("From", write_mailbox(flags.get("-F") or author, sender or f"{me}@{hostname}")),
+            ("Date", email.utils.formatdate(localtime=True)),
+            ("Message-ID", email.utils.make_msgid(domain=hostname))):
+        if name.lower() not in known:
+            fields.append((name, f" {text}"))
+    targets = known & {"resent-to", "resent-cc", "resent-bcc"} or {"to", "cc", "bcc"}
+    wanted, kept = [*wanted], []
+    for name, text in fields:
+        kind = name.lower()
+        if "-t" in flags and kind in targets:
             wanted.append(text)
         if kind in ("from", "to", "cc") and people(text) != read_addresses(text):
             text = " " + ",\n\t".join(write_mailbox(*person) for person in people(text))
@@ -9540,15 +9536,12 @@ def write_letter(raw: bytes, errand: Errand, me: str, hostname: str) -> tuple[En
     recipients = list(dict.fromkeys(address for text in wanted for _, address in people(text)))
     if not recipients:
         raise ValueError("nobody is named to send to")
-    added = {"From": write_mailbox(errand.name or author, sender or f"{me}@{hostname}"),
-             "Date": email.utils.formatdate(localtime=True), "Message-ID": email.utils.make_msgid(domain=hostname)}
-    kept += [f"{name}: {value}\n" for name, value in added.items()
-             if name.lower() not in (kind for _, kind, _ in fields)]
     content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
-    flags = ("8BITMIME",) * (not content.isascii())
-    flags += ("SMTPUTF8",) * (not all(address.isascii() for address in (sender, *recipients)))
-    notify = dict.fromkeys(recipients, errand.notify)
-    return Envelope(sender, "local", me, "local", "", flags, recipients, errand.ret, "", notify), content
+    asks = ("8BITMIME",) * (not content.isascii()) + ("SMTPUTF8",) * (not "".join([sender, *recipients]).isascii())
+    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value)) for name, value in (
+        ("NOTIFY", flags.get("-N", "").upper()), ("RET", flags.get("-R", "").upper())))  # RFC 3461
+    told = dict.fromkeys(recipients, notify)
+    return Envelope(sender, "local", me, "local", "", asks, recipients, ret, "", told), content
 
 
 def write_mailbox(name: str, address: str) -> str:
@@ -9600,7 +9593,7 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
     """
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     open_door = dataclasses.replace(
-        settings, storage="file", delivery="relay", auth_user="", users_file="", auth_any=False,
+        settings, delivery="relay", auth_user="", users_file="", auth_any=False,
         auth_required=False, tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
     log = Log(os.devnull, level="error")
     try:
@@ -9624,63 +9617,50 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
 
 def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> dict[str, str]:
     """Put a message into the spool, in portions; return the replies to those recipients that were refused."""
-    refused = {}
-    for bad, address in [(BAD_SENDER, envelope.reverse_path), *((BAD_RECIPIENT, a) for a in envelope.recipients)]:
+    refused, people, most = {}, envelope.recipients, reception.settings.max_recipients
+    for portion in (people[i:i + most] for i in range(0, len(people), most)):
         try:
-            parse_path(f"<{address}>")
-        except ValueError as e:
-            refused[address] = f"{bad}: {e}"
-    if envelope.reverse_path in refused:
-        return refused
-    good, most = [a for a in envelope.recipients if a not in refused], reception.settings.max_recipients
-    for i in range(0, len(good), most):
-        try:
-            reception.admit(dataclasses.replace(envelope, recipients=good[i:i + most]), [content])
-        except Refused as e:
-            refused.update(dict.fromkeys(good[i:i + most], str(e.reply)))
+            reception.admit(dataclasses.replace(envelope, recipients=portion), [content])
+        except (Refused, OSError) as e:
+            refused.update(dict.fromkeys(portion, str(e.reply if isinstance(e, Refused) else INTERNAL)))
     return refused
 
 
-def hand_over(envelope: Envelope, content: bytes, sock: socket.socket, settings: Settings) -> dict[str, str]:
-    """Send a message to the relay by SMTP; return the replies to those recipients that it refused.
+def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
+    """Send a message to the relay by SMTP, in portions; return the replies to those recipients that it refused.
 
-    OSError, of which smtplib's exceptions are, says that it was not sent at all.
+    OSError, of which smtplib's exceptions are, says that nobody knows that it was taken.
     """
     smtp = smtplib.SMTP(local_hostname=settings.hostname)
-    smtp.sock, smtp.command_encoding = sock, "utf-8"
-    sock.settimeout(settings.relay_reply_timeout)
-    reply = smtp.getreply()
-    if reply[0] != 220:
-        raise smtplib.SMTPConnectError(*reply)
+    smtp.sock = dial(settings.port[0], settings.relay_timeout)
+    smtp.sock.settimeout(settings.relay_reply_timeout)
+    greeting = smtp.getreply()
+    if greeting[0] != 220:
+        raise smtplib.SMTPConnectError(*greeting)
     smtp.ehlo()
     if settings.auth_user and smtp.has_extn("auth"):
         smtp.login(settings.auth_user, settings.auth_password)
     body = "8BITMIME" * ("8BITMIME" in envelope.flags)
-    parameters = asked(SIZE=str(len(content)), RET=envelope.ret, BODY=body)
-    parameters += " SMTPUTF8" * ("SMTPUTF8" in envelope.flags)
-    replies: dict[str, tuple[int, bytes]] = {}
+    options = asked(RET=envelope.ret, BODY=body).split() + ["SMTPUTF8"] * ("SMTPUTF8" in envelope.flags)
+    told: dict[str, str] = {}
     todo = envelope.recipients
     while todo:
-        reply = smtp.docmd(f"MAIL FROM:<{envelope.reverse_path}>{parameters}")
-        if reply[0] in (421, 530, 538):
-            raise smtplib.SMTPSenderRefused(*reply, envelope.reverse_path)
-        for address in todo:
-            rcpt = f"RCPT TO:<{address}>{asked(NOTIFY=envelope.notify[address])}"
-            replies[address] = smtp.docmd(rcpt) if reply[0] < 300 else reply
-        taken = [address for address in todo if replies[address][0] < 300]
-        # again for the others where it took a portion (RFC 5321 4.5.3.1.10)
-        todo = [address for address in todo if taken and replies[address][0] == 452]
-        if taken:
-            try:
-                reply = smtp.data(content)
-            except smtplib.SMTPDataError as e:
-                reply = e.smtp_code, cast(bytes, e.smtp_error)
-            except smtplib.SMTPServerDisconnected:
-                reply, todo = (451, b"no answer to the content: it may have been taken"), []
-            replies.update(dict.fromkeys(taken, reply))
+        portion, todo = todo, []
+        try:
+            refused = smtp.sendmail(f"<{envelope.reverse_path}>", portion, content, options,
+                                    asked(NOTIFY=envelope.notify[portion[0]]).split())
+            todo = [address for address, reply in refused.items() if reply[0] == 452]  # RFC 5321 4.5.3.1.10
+        except smtplib.SMTPRecipientsRefused as e:
+            refused = e.recipients
+        except smtplib.SMTPResponseException as e:
+            if e.smtp_code in (421, 530, 538):
+                raise
+            refused = dict.fromkeys(portion, (e.smtp_code, cast(bytes, e.smtp_error)))
+        told.update((address, f"{code} {text.decode('utf-8', 'replace')}")
+                    for address, (code, text) in refused.items() if address not in todo)
     with contextlib.suppress(OSError):
         smtp.quit()
-    return {a: f"{code} {text.decode('utf-8', 'replace')}" for a, (code, text) in replies.items() if code >= 300}
+    return told
 
 
 def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
@@ -9702,23 +9682,31 @@ def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str
     NotImplementedError for a dialogue, which only the whole program can hold.
     """
     try:
-        errand = read_errand(words)
-        if errand.mode == "smtp":
+        mode, flags, recipients = read_errand(words)
+        if mode == "smtp":
             raise NotImplementedError("a dialogue is for the whole program")
-        if errand.mode == "queue":
+        if mode == "queue":
             return 0, mailq(order("GET", "/api/v1/queue"))
-        if errand.mode == "flush":
+        if mode == "flush":
             order("POST", "/api/v1/queue/all/retry")
-        if errand.mode != "deliver":
+        if mode != "deliver":
             return 0, ""
-        refused = send(*write_letter(read(), errand, me, hostname))
+        envelope, content = write_letter(read(), flags, recipients, me, hostname)
     except Refused as e:
         return EX_UNAVAILABLE, f"sendmail: {e.reply}\n"
     except ValueError as e:
         return EX_USAGE, f"sendmail: {e}\n"
-    later = any(reply[0] == "4" for reply in refused.values())
-    return (EX_TEMPFAIL if later else EX_UNAVAILABLE if refused else 0,
-            "".join(f"{address}: {reply}\n" for address, reply in refused.items()))
+    refused = {}
+    for bad, address in (BAD_SENDER, envelope.reverse_path), *((BAD_RECIPIENT, a) for a in envelope.recipients):
+        try:
+            parse_path(f"<{address}>")
+        except ValueError as e:
+            refused[address] = f"{bad}: {e}"
+    envelope.recipients = [address for address in envelope.recipients if address not in refused]
+    if envelope.reverse_path not in refused:
+        refused.update(send(envelope, content))
+    status = {"4": EX_TEMPFAIL, "5": EX_UNAVAILABLE}.get(min(refused.values(), default="")[:1], 0)
+    return status, "".join(f"{address}: {reply}\n" for address, reply in refused.items())
 
 
 def complain(*lines: str) -> None:
@@ -9729,7 +9717,7 @@ def complain(*lines: str) -> None:
 def send(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
     """Hand a message over, to the relay or into the spool; return the replies to recipients that were refused."""
     try:
-        return hand_over(envelope, content, dial(settings.port[0], settings.relay_timeout), settings)
+        return hand_over(settings, envelope, content)
     except OSError as e:
         return admit_letter(own_reception(settings, e), envelope, content)
 

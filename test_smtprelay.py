@@ -10061,8 +10061,8 @@ def test_sendmails_flags_are_read_in_every_spelling(line: str, expected: Any) ->
         with pytest.raises(ValueError, match=expected):
             smtprelay.read_errand(line.split(" "))
         return
-    errand = smtprelay.read_errand(line.split(" "))
-    assert (errand.sender, errand.recipients, errand.from_headers, errand.dot_ends) == expected
+    _, flags, recipients = smtprelay.read_errand(line.split(" "))
+    assert (flags.get("-f"), recipients, "-t" in flags, "-i" not in flags) == expected
 
 
 INJECTED_PATH = "x@y.example>\r\nDATA"
@@ -10088,7 +10088,7 @@ SENDMAIL_MODES = [("-bp", "queue"), ("-bi", "nothing"), ("-I", "nothing"), ("-bv
 
 @pytest.mark.parametrize("flag, mode", SENDMAIL_MODES)
 def test_sendmails_modes(flag: str, mode: str) -> None:
-    assert smtprelay.read_errand([flag]).mode == mode
+    assert smtprelay.read_errand([flag])[0] == mode
 
 
 SENDMAIL_LETTERS = [  # what is written, flags: sender, who gets it, what must be in it, what must not
@@ -10129,7 +10129,7 @@ SENDMAIL_LETTERS = [  # what is written, flags: sender, who gets it, what must b
 @pytest.mark.parametrize("raw, flags, path, has, lacks", SENDMAIL_LETTERS)
 def test_a_message_is_completed(raw: bytes, flags: str, path: str, has: list[bytes], lacks: list[bytes]) -> None:
     errand = smtprelay.read_errand([word.replace("\u00a0", " ") for word in flags.split(" ")])
-    envelope, content = smtprelay.write_letter(raw, errand, "me", "box")
+    envelope, content = smtprelay.write_letter(raw, *errand[1:], "me", "box")
     assert " ".join([envelope.reverse_path, *envelope.recipients]) == path
     assert all(part in content for part in has), content
     assert not any(part in content for part in lacks), content
