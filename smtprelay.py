@@ -506,16 +506,6 @@ port_number = numeric(int, "a port from 0 to 65535", most=65535)
 duration.__name__, count.__name__ = "duration", "count"  # so argparse calls them
 
 
-def choice(allowed: str, also: Mapping[str, Any] = {}) -> Callable[[str], Any]:
-    """Return a parser for one of the words allowed, or for others that mean one; the empty word is 'not set'."""
-    def parse(text: str) -> Any:
-        table = {"": "", **{word: word for word in allowed.split()}, **also}
-        if text.lower() not in table:
-            raise ValueError("one of " + ", ".join(filter(None, table)))
-        return table[text.lower()]
-    return parse
-
-
 def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """Return a parser for a text that a pattern fits, or for none at all."""
     def parse(text: str) -> Any:
@@ -523,6 +513,14 @@ def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Calla
             raise ValueError(expected)
         return kind(text)
     return parse
+
+
+
+
+def choice(allowed: str, also: Mapping[str, Any] = {}) -> Callable[[str], Any]:
+    """Return a parser for one of the words allowed, or for others that mean one; the empty word is 'not set'."""
+    table = {"": "", **{word: word for word in allowed.split()}, **also}
+    return like("(?ai)" + "|".join(table), "one of " + ", ".join(filter(None, table)), lambda text: table[text.lower()])
 
 
 flag = choice("", FLAGS)
@@ -889,7 +887,7 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read(64 * KIB).rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        why = getattr(e, "strerror", "it is not UTF-8")
         raise ValueError(f"{name}_FILE={path!r}: expected a file that can be read: {why}") from None
 
 
@@ -2501,9 +2499,8 @@ def encoded(text: str) -> bytes:
 def derive(password: str, making: str) -> str:
     """Compute a key by scrypt:n:r:p:salt (RFC 7914), in hex."""
     _, n, r, p, salt = making.split(":")
-    room = 128 * int(r) * (int(n) + int(p) + 4)
     return hashlib.scrypt(encoded(password), salt=bytes.fromhex(salt), n=int(n), r=int(r), p=int(p),
-                          maxmem=room, dklen=32).hex()
+                          maxmem=256 * MIB, dklen=32).hex()
 
 
 def is_hash(stored: str) -> bool:
@@ -2759,11 +2756,7 @@ class Accounts:
         """
         secure = secure or self.settings.auth_insecure
         cram = self.settings.auth_any or not self.file.current().hashes
-        return [name for name, clear in MECHANISMS.items() if self.allows(name) and (secure if clear else cram)]
-
-    def allows(self, mechanism: str) -> bool:
-        """Tell whether SMTP_AUTH_METHODS names a mechanism, offered at the moment or not."""
-        return mechanism in MECHANISMS and mechanism.lower() in self.settings.auth_methods
+        return [name for name in map(str.upper, self.settings.auth_methods) if (cram if name == "CRAM-MD5" else secure)]
 
     def login(self, user: str, password: str) -> Login:
         """Check a user name with a password. Refused when no turn comes, or no memory is left."""
@@ -2800,7 +2793,8 @@ class Accounts:
 
 # -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
 
-MECHANISMS = {"PLAIN": True, "LOGIN": True, "CRAM-MD5": False}  # does who listens learn the password?
+# what each asks first; CRAM-MD5 alone hides the password from who listens
+MECHANISMS = {"PLAIN": "", "LOGIN": "Username:", "CRAM-MD5": "<{}@{}>"}
 
 
 def response(line: bytes) -> str:
@@ -2823,18 +2817,17 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
     def hear(challenge: str) -> str:
         return response(ask(base64.b64encode(challenge.encode()).decode()))
 
+    challenge = MECHANISMS[mechanism].format(secrets.token_hex(16), accounts.settings.hostname)
     # "=" is how an initial response of no octets is written
-    first = None if initial is None else response(b"" if initial == b"=" else initial)
+    first = hear(challenge) if initial is None else response(b"" if initial == b"=" else initial)
+    if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
+        return accounts.login(first, hear("Password:"))
     if mechanism == "CRAM-MD5":  # RFC 2195: the server speaks first, an initial response is an error
-        challenge = f"<{secrets.token_hex(16)}@{accounts.settings.hostname}>"
-        user, space, digest = ("" if first is not None else hear(challenge)).rpartition(" ")
-        if not space:
+        user, space, digest = first.rpartition(" ")
+        if initial is not None or not space:
             raise Refused(AUTH_MALFORMED)
         return accounts.login_cram(user, challenge, digest)
-    if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
-        user = hear("Username:") if first is None else first
-        return accounts.login(user, hear("Password:"))
-    parts = (hear("") if first is None else first).split("\0")  # PLAIN, RFC 4616
+    parts = first.split("\0")  # PLAIN, RFC 4616
     if len(parts) != 3:
         raise Refused(AUTH_MALFORMED)
     authzid, user, password = parts
@@ -2878,13 +2871,7 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
     """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if ip.version == 6 and not ip.ipv4_mapped:
-        return str(ipaddress.ip_network((ip, 64), strict=False))
-    return str(ip.ipv4_mapped if ip.version == 6 else ip)
+    return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
 
 
 class Buckets:
@@ -2899,23 +2886,17 @@ class Buckets:
         # not a dict: the more keys were removed, the longer it looks for its oldest
         self.full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
 
-    def take(self, key: str, per_minute: float, burst: int) -> bool:
-        """Take a token, if there is one."""
+    def take(self, key: str, per_minute: float, burst: int, n: int = 1) -> bool:
+        """Take a token, if there is one; with an n of -1, put one back."""
         each, now = 60.0 / per_minute, self._clock()
         with self._lock:
             full_at = max(self.full_at.pop(key, now), now)
             full_at = min(full_at, now + burst * each)  # no emptier than empty, if the clock was set back
-            granted = full_at - now <= (burst - 1) * each + 1e-6
-            self.full_at[key] = full_at + each if granted else full_at
+            granted = full_at - now <= (burst - n) * each + 1e-6
+            self.full_at[key] = full_at + n * each if granted else full_at
             if len(self.full_at) > self._size:
                 self.full_at.popitem(last=False)
         return granted
-
-    def give(self, key: str, per_minute: float) -> None:
-        """Put back a token that was not used."""
-        with self._lock:
-            if key in self.full_at:
-                self.full_at[key] -= 60.0 / per_minute
 
     def known(self) -> dict[str, float]:
         """Return when each bucket is full."""
@@ -2939,14 +2920,14 @@ class Quotas:
     def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
         self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
         self._lock = threading.RLock()
-        self._kept: Counts = collections.Counter()  # what today's file says
-        self._new: Counts = collections.Counter()  # what no file says yet
+        self._counts: Counts = collections.Counter()  # of today, and what no file says yet
+        self._saved: Counts = collections.Counter()  # what today's file says of them
         self._reserved: collections.Counter[str] = collections.Counter()
         self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
             self.save()
-            self.minutes.full_at.update((name, at) for (_, name, what), at in self._kept.items() if what == FULL_AT)
+            self.minutes.full_at.update((name, at) for (_, name, what), at in self._saved.items() if what == FULL_AT)
 
     def reserve(self, name: str, limit: int) -> bool:
         """Set one message aside at MAIL, unless the account's daily limit is spent."""
@@ -2966,19 +2947,19 @@ class Quotas:
         """Add one to today's figure for an account: received, sent or failed."""
         key = self._day(), name, what
         with self._lock:
-            has_room = key in self._kept or len(self._kept) + len(self._new) < USAGE_COUNTS
-            self._new[key if has_room else (key[0], "", what)] += 1
+            has_room = key in self._counts or len(self._counts) < USAGE_COUNTS
+            self._counts[key if has_room else (key[0], "", what)] += 1
 
     def today(self, name: str) -> dict[str, int]:
         """Give today's figures of an account."""
         day = self._day()
-        with self._lock:
-            return {what: n for what in USED if (n := self._kept[day, name, what] + self._new[day, name, what])}
+        return {what: self._counts[day, name, what] for what in USED if (day, name, what) in self._counts}
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
         found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(collections.Counter)
-        counts = self._new.copy()
+        with self._lock:
+            counts = self._counts - self._saved
         for day in {file[:10] for file in os.listdir(self._directory)} if self._directory else ():
             counts += self._read(day)
         for (day, who, what), n in sorted(counts.items()):
@@ -2991,9 +2972,10 @@ class Quotas:
         if not self._directory:
             return
         with self._lock:
-            new = self._new.copy()
+            was, today = self._counts.copy(), self._day()
+        new = was - self._saved
         with locked(self._directory):
-            for day in sorted({*(day for day, _, _ in new), self._day()}):
+            for day in (*{day for day, _, _ in new if day != today}, today):
                 added = collections.Counter({key: n for key, n in new.items() if key[0] == day})
                 kept = self._read(day) + added
                 if added:
@@ -3001,8 +2983,8 @@ class Quotas:
                         (day, name, FULL_AT): math.ceil(at) for name, at in self.minutes.known().items()})
                     rows = [[*key[1:], n] for key, n in kept.items()]
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
-                with self._lock:
-                    self._kept, self._new = kept, self._new - added
+            with self._lock:
+                self._counts, self._saved = kept + (self._counts - was), kept
             oldest = iso_second(int(self._now() - USAGE_DAYS * DAY))[:10]
             for file in os.listdir(self._directory):
                 if re.match(DATE, file) and file < oldest:
@@ -5682,10 +5664,10 @@ class Session:
             return SEQUENCE._replace(text="AUTH comes once, after EHLO, outside a transaction")
         if not accounts.configured():
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
-        if not accounts.allows(mechanism):
+        if mechanism.lower() not in self.settings.auth_methods:
             return UNKNOWN_MECHANISM
         safe = self.is_local or self.is_tls or self.settings.auth_insecure
-        if MECHANISMS[mechanism] and not safe:
+        if mechanism != "CRAM-MD5" and not safe:
             return MECHANISM_NEEDS_TLS
         fault = self.fault("auth")
         if fault:
@@ -5699,7 +5681,7 @@ class Session:
             login = authenticate(accounts, mechanism, initial or None, self.ask)
         finally:
             if not login or login.account:
-                reception.logins.give(who, rate)
+                reception.logins.take(who, rate, rate, -1)
         self.account, result = login.account, "success" if login.account else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
