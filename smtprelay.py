@@ -2365,9 +2365,9 @@ class Spool:
         """Return the octets that a message's content takes."""
         return self.store.size(f"{self.root}/{stem}.eml")
 
-    def finished(self, stem: str, status: Status) -> tuple[float, int]:
-        """Return when a message was finished, as Unix time, and the octets of its content."""
-        return self.store.written(f"{self.root}/{stem}.{status.value}.json"), self.size(stem)
+    def finished_at(self, stem: str, status: Status) -> float:
+        """Return when a message was finished, as Unix time."""
+        return self.store.written(f"{self.root}/{stem}.{status.value}.json")
 
     def probe(self) -> None:
         """Write a little and remove it; OSError when the spool takes no writes."""
@@ -3161,6 +3161,7 @@ AT_ONCE, SLOW = 0.01, 1.0  # seconds
 FEW = 8  # messages that a worker can do after the one in hand, where that is done at once
 IN_HAND = -1.0  # in place of when it is due: its turn came while a worker had it for another lane
 CROWDED_TIME = 60.0
+MISSED_MOST = 3  # messages in a row that a next hop left unanswered: then it is its own trouble
 QUICK, UNKNOWN, BAD = range(3)  # the rank of a lane
 NOWHERE: Mapping[str, float] = {}
 
@@ -3186,6 +3187,7 @@ class Lane:
         self.took = 0.0  # seconds, its last task
         self.throttled_until, self.steps, self.reason = 0.0, 0, ""
         self.crowded_until, self.room = 0.0, 0
+        self.missed: set[str] = set()  # messages in a row that got no answer
 
     def pace(self, now: float) -> float:
         """Return the seconds that a message takes: the last one, or what is longest in hand."""
@@ -3385,11 +3387,19 @@ class Scheduler:
     def release(self, name: str, throttled: bool = True) -> None:
         """Let more workers follow: the next hop answered; and one that was throttled took what it was sent."""
         lane = self.lanes[name]
+        if throttled:
+            lane.missed.clear()
         if not lane.proven and (throttled or not lane.steps):
             with self.lock:
                 lane.proven, lane.steps, lane.reason, lane.throttled_until = True, 0, "", 0.0
                 self.ready[name] = lane
                 self._stir()
+
+    def miss(self, name: str, stem: str) -> bool:
+        """Note that a message got no answer; tell if so many have that it is the next hop's trouble."""
+        lane = self.lanes[name]
+        lane.missed.add(stem)
+        return len(lane.missed) >= MISSED_MOST or lane.steps > 0
 
     def crowd(self, name: str) -> int:
         """Note that a next hop takes no more connections than it has: return how many, 0 if known."""
@@ -3430,9 +3440,6 @@ class Scheduler:
                      "reason": lane.reason, "until": iso_time(wall + lane.throttled_until - now) if lane.steps else ""}
                     for lane in self.lanes.values() if not lane.is_local]
         return stems, hops
-
-    def waits(self, stem: str, lane: str) -> bool:
-        return lane in self.waiting.get(stem, NOWHERE)
 
     def __len__(self) -> int:
         """Return how many messages are owed."""
@@ -5178,7 +5185,7 @@ def descriptors(wanted: int = 0) -> int:
 
 
 class Link:
-    """A pipe that carries stems from the receiving half to the delivering half.
+    """A pipe that carries words to the delivering half: stems, and marks.
 
     Writes are atomic and never block. A stem that finds no room lies in the spool, and whoever
     reads the pipe is told to look there (LOOK) when it was as good as full.
@@ -5187,34 +5194,27 @@ class Link:
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
+        self.poll, self.rest = select.poll(), ""
+        self.poll.register(self.reader, select.POLLIN)
 
-    def announce(self, stem: str, owed: bool = True) -> bool:
-        """Send a stem; False when there is no room, or nobody to hear it."""
+    def announce(self, word: str, owed: bool = True) -> bool:
+        """Send a word, which comes out when all before it have; False when there is no room, or nobody to hear it."""
         try:
-            return os.write(self.writer, stem.encode() + b"\n") > 0
+            return os.write(self.writer, word.encode() + b"\n") > 0
         except OSError:
             return False
 
-    mark = announce  # comes out when all that was announced before has
-
-    def lines(self, has_else: Callable[[], bool]) -> Iterator[list[str]]:
-        """Yield stems and marks until the other end closes; none while it is quiet and has_else."""
-        rest, quiet, came = "", select.poll(), 0.0
-        quiet.register(self.reader, select.POLLIN)
-        while True:
-            if has_else() and not quiet.poll(1000 * LINK_QUIET):
-                yield []
-                continue
-            block = os.read(self.reader, 1000 * LINK_LINE)
-            if not block:
-                break
-            *lines, rest = (rest + block.decode()).split("\n")
-            yield [*lines, LOOK] if len(block) >= LINK_FULL else lines
-            last, came = came, time.monotonic()
-            if came - last < 2 * LINK_QUIET:  # fast: to be woken for each would cost both sides
-                time.sleep(LINK_QUIET)
-        reader, self.reader = self.reader, -1
-        os.close(reader)
+    def read(self, patience: float | None = None) -> list[str] | None:
+        """Return the words that have come, none after so many seconds without any; None at their end."""
+        if not self.poll.poll(patience and 1000 * patience):
+            return []
+        block = os.read(self.reader, 64 * KIB)
+        if not block:
+            reader, self.reader = self.reader, -1
+            os.close(reader)
+            return None
+        *words, self.rest = (self.rest + block.decode()).split("\n")
+        return [*words, LOOK] if len(block) >= LINK_FULL else words
 
     def close(self) -> None:
         """End the pipe, once: its number may soon be somebody else's."""
@@ -9814,7 +9814,6 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 SWEEP_EVERY = 1.0
 CALM_TIME = 10.0  # seconds without a new message after which there is time for the inbox
 LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
-RENEW_EVERY = 3600.0  # look whether the self-signed pair is still good
 WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
@@ -9822,7 +9821,6 @@ NOWHERE_TO = "there is nowhere to send it: set SMTP_RELAY_HOST"
 BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
 CROWDED_PAUSE = 1.0
-MISSED_MOST = 3  # messages in a row that a next hop left unanswered: then it is its own trouble
 
 
 class Delivering:
@@ -9834,9 +9832,6 @@ class Delivering:
         self.metrics = reception.metrics
         reception.announce = self.adopt  # what this half makes itself needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, parts.port
-        self.renew_at = time.monotonic() + RENEW_EVERY
-        self.look_at, self.beside = time.monotonic() + LOOK_EVERY, self.spooled_beside()
-        self.calm = (-1, 0.0)  # the last message that had come, and when that was seen
         self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
         rules = [rule.partition("=") for rule in self.settings.tags.split(";") if "=" in rule]
@@ -9853,16 +9848,16 @@ class Delivering:
         self.lock = threading.Lock()
         self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
         self.held: dict[str, tuple[float, int]] = {}
-        self.owed: dict[str, tuple[float, int]] = {}  # only where SMTP_SPOOL_MAX_SIZE is set
+        self.owed: dict[str, tuple[float, int]] = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
         self.octets = self.octets_owed = 0
         self.sidecars: collections.deque[str] = collections.deque()
         self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
         self.stumbles: dict[str, tuple[int, str, float]] = {}  # stem: how often, why, until when
-        self.missed: dict[str, set[str]] = {}  # lane: messages in a row that got no answer
-        self.reports: collections.deque[float] = collections.deque()  # when, those of the last hour
+        self.reports = Buckets()
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
-        self.clock_set = CLOCK_WAS_SET
-        self.skew = time.time() - time.monotonic()
+        self.told: dict[str, str] = {}  # stem: the report that tells of it
+        self.look_at, self.came_at = time.monotonic() + LOOK_EVERY, 0.0
+        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
@@ -9905,28 +9900,27 @@ class Delivering:
 
     def read(self) -> None:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
-        while not self.stopping.is_set():
+        try:
+            self.find()
+        except Exception as e:
+            self.log.bug("find_bug", e)
+            self.look_at = 0.0
+        while (words := self.link.read(LINK_QUIET if self.sidecars else None)) is not None:
             try:
-                self.find()
-                break
-            except Exception as e:
-                self.log.bug("find_bug", e)
-                self.stopping.wait(WRITE_AGAIN)
-        for lines in self.link.lines(lambda: bool(self.sidecars)):
-            try:
-                if lines:
-                    known = self.inbox.last
-                    self.take_in([line for line in lines if len(line) == LINK_LINE - 1
-                                  and self.inbox.add(line) > known], self.settings.delivery != "hold")
-                for line in lines:
-                    if line == LOOK:
+                known = self.inbox.last
+                new = [word for word in words if len(word) == LINK_LINE - 1 and self.inbox.add(word) > known]
+                self.take_in(new, self.settings.delivery != "hold")
+                for word in words:
+                    if word == LOOK:
                         self.look_at = 0.0
-                    if line.startswith("="):  # a mark: all before it is in
-                        self.marks.pop(line, threading.Event()).set()
-                if not lines and self.sidecars:  # these can wait: they say what the .eml says
+                    elif word in self.marks:  # all before it is in
+                        self.marks.pop(word).set()
+                if not words and self.sidecars:  # these can wait: they say what the .eml says
                     message, content = self.spool.fetch(self.sidecars.popleft())
                     content.close()
                     self.spool.save_first(message)
+                if new:  # to be woken for each of many would cost both sides
+                    time.sleep(LINK_QUIET)
             except (KeyError, OSError, SpoolError) as e:
                 self.log.debug("sidecar_not_written", error=e)
             except Exception as e:
@@ -9940,11 +9934,11 @@ class Delivering:
                 self.hours[id_micros(stem[11:]) // 3600000000, "received"] += 1
             if done is None and stem not in self.held:
                 owed.append(stem)
-                if stem not in self.owed:
-                    self.weigh(stem)
+                if self.settings.spool_max_size and stem not in self.owed:
+                    self.shelve(stem, self.owed)
             elif done and stem not in self.finished:
-                with contextlib.suppress(OSError, KeyError):
-                    self.shelve(stem, self.finished, *self.spool.finished(stem, done))
+                with contextlib.suppress(OSError):
+                    self.shelve(stem, self.finished, self.spool.finished_at(stem, done))
         self.scheduler.put_all(owed, UNREAD)
         if owed:
             self.log.info("queue_found", messages=len(owed))
@@ -9957,24 +9951,25 @@ class Delivering:
 
     def take_in(self, stems: Sequence[str], owed: bool) -> None:
         """Queue messages that are new, or hold them."""
-        weighed = self.settings.spool_max_size > 0
         for stem in stems:
             if not owed:
-                self.shelve(stem, self.held, time.time(), self.spool.size(stem) if weighed else 0)
+                self.shelve(stem, self.held, time.time())
                 self.sidecars.append(stem)
-            elif weighed:
-                self.weigh(stem)
-            self.tell("received", stem, "", self.inbox.add(stem) if self.feed.listeners else 0)
-        if owed:
-            self.scheduler.put_all(stems, self.delivery.lane())
-        self.make_room()
+            elif self.settings.spool_max_size:
+                self.shelve(stem, self.owed)
+            self.tell("received", stem)
+        if stems:
+            self.came_at = time.monotonic()
+            if owed:
+                self.scheduler.put_all(stems, self.delivery.lane())
+            self.make_room()
 
     def catch_up(self) -> None:
         """Wait until all that was announced is taken in: who got a 250 may look for it now."""
         if not self.stopping.is_set():
             mark = f"={secrets.token_hex(8)}"
             seen = self.marks[mark] = threading.Event()
-            self.link.mark(mark)
+            self.link.announce(mark)
             if not seen.wait(1.0):
                 self.marks.pop(mark, None)
 
@@ -9982,53 +9977,46 @@ class Delivering:
         """Return a message's record as it is now, whether the disk has taken it or not."""
         return self.unwritten.get(stem) or self.spool.load(stem)
 
-    def tell(self, kind: str, stem: str, detail: str = "", sequence: int = 0) -> None:
+    def tell(self, kind: str, stem: str, detail: str = "") -> None:
         """Publish an event in the life of a message."""
         now = time.time()
         self.hours[int(now // 3600), kind] += 1
         if self.feed.listeners:
-            self.feed.publish({"type": kind, "id": stem[11:27], "seq": sequence, "at": iso_time(now),
-                               "detail": detail})
+            self.feed.publish({"type": kind, "id": stem[11:27], "at": iso_time(now), "detail": detail,
+                               "seq": self.inbox.add(stem) if kind == "received" else 0})
 
     # -- what is kept --
 
-    def weigh(self, stem: str) -> None:
-        """Note a message's octets as owed, where SMTP_SPOOL_MAX_SIZE needs their sum."""
-        if self.settings.spool_max_size:
-            with contextlib.suppress(OSError, KeyError):
-                self.shelve(stem, self.owed, 0.0, self.spool.size(stem))
-
-    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0,
-               size: int = 0) -> bool:
+    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0) -> bool:
         """Note where a message lies now (None: nowhere), and since when; tell if it lay anywhere."""
-        found = False
+        weighed, octets, found = self.settings.spool_max_size > 0, 0, False
+        if weighed and shelf is not None:
+            with contextlib.suppress(OSError):
+                octets = self.spool.size(stem)
         with self.lock:
             for other in (self.owed, self.held, self.finished):
                 if stem in other:
-                    found, octets = True, other.pop(stem)[1]
-                    self.octets -= octets
-                    self.octets_owed -= octets if other is self.owed else 0
+                    found, less = True, other.pop(stem)[1]
+                    self.octets -= less
+                    self.octets_owed -= less if other is self.owed else 0
             if shelf is not None:
-                shelf[stem] = at, size
-                self.octets += size
-                self.octets_owed += size if shelf is self.owed else 0
-            if self.settings.spool_max_size:
-                self.metrics.set("owed_bytes", self.octets_owed)
+                shelf[stem] = at, octets
+                self.octets += octets
+                self.octets_owed += octets if shelf is self.owed else 0
+        if weighed:
+            self.metrics.set("owed_bytes", self.octets_owed)
         return found
 
     def make_room(self) -> None:
         """Remove what is past SMTP_KEEP and, past the spool's limits, the oldest that is not owed."""
-        s, latest, many = self.settings, time.time() - self.settings.keep, 0
-        if s.spool_max_messages:
-            twice = [stem in self.held or stem in self.finished for stem in [*self.scheduler.active]]
-            many = len(self.scheduler) - sum(twice)  # one that is being held or finished counts once
+        s = self.settings
         for shelf in (self.finished, self.held) if s.delivery == "hold" else (self.finished,):
             while shelf:
                 with self.lock:
                     stem, (at, _) = next(iter(shelf.items()), ("", (math.inf, 0)))
-                    total = many + len(self.finished) + len(self.held)
-                if not (shelf is self.finished and max(at, self.clock_set) < latest
-                        or 0 < s.spool_max_messages < total or 0 < s.spool_max_size < self.octets):
+                is_old = shelf is self.finished and max(at, self.clock_set) < time.time() - s.keep
+                if not (is_old or 0 < s.spool_max_messages < len(self.inbox.entries)
+                        or 0 < s.spool_max_size < self.octets):
                     break
                 try:
                     if self.shelve(stem, None):  # else another thread was quicker
@@ -10064,100 +10052,144 @@ class Delivering:
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: what makes us stumble waits as after a refusal, and says why."""
+        stem = task.stem
         try:
-            if task.lane in LOCAL_LANES:
-                self.sort(task)
-            else:
-                self.deliver(task)
-            if self.stumbles:
-                self.stumbles.pop(task.stem, None)
+            (self.sort if task.lane in LOCAL_LANES else self.deliver)(task)
+            self.stumbles.pop(stem, None)
         except (SpoolError, SealError) as e:
-            self.spool.set_aside(task.stem + ".eml", str(e))
+            self.spool.set_aside(stem + ".eml", str(e))
         except Exception as e:
-            if isinstance(e, KeyError) and e.args == (task.stem,):  # removed while it waited
-                self.unwritten.pop(task.stem, None)
+            if isinstance(e, KeyError) and e.args == (stem,):  # removed while it waited
+                self.unwritten.pop(stem, None)
+                return
+            times = self.stumbles.get(stem, (0,))[0] + 1
+            delay = backoff(self.settings, times, self.scheduler.rng)
+            self.scheduler.put(stem, task.lane, delay)
+            self.stumbles[stem] = times, f"trouble here: {e}", time.time() + delay
+            if isinstance(e, OSError):
+                self.log.error("spool_error", stem=stem, error=e, seconds=round(delay, 1))
             else:
-                times = self.stumbles.get(task.stem, (0,))[0] + 1
-                again = backoff(self.settings, times, self.scheduler.rng)
-                self.scheduler.put(task.stem, task.lane, again)
-                self.stumbles[task.stem] = times, f"trouble here: {e}", time.time() + again
-                if isinstance(e, OSError):
-                    self.log.error("spool_error", stem=task.stem, error=e, seconds=round(again, 1))
-                else:
-                    self.log.bug("delivery_bug", e, stem=task.stem)
+                self.log.bug("delivery_bug", e, stem=stem)
         finally:
             self.scheduler.done(task)
 
     def sort(self, task: Task) -> None:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
-        stem = task.stem
-        message = self.record(stem)
-        in_hold_mode = self.settings.delivery == "hold" and "RELEASED" not in message.flags
-        unsettled = message.status not in SETTLED and not message.pending()
-        if message.status is Status.RECEIVED and in_hold_mode:
+        stem, message = task.stem, self.record(task.stem)
+        wrapped = message.owed or stem in self.unwritten or message.status not in SETTLED and not message.pending()
+        if (message.status is Status.RECEIVED and self.settings.delivery == "hold"
+                and "RELEASED" not in message.flags):
             for r in message.pending():
                 r.status = Status.HELD
             message.move(Status.HELD, HELD_BY_MODE)
+            wrapped = True
+        if wrapped:
             self.wrap_up(message)
-        elif message.owed or stem in self.unwritten or unsettled:
-            self.wrap_up(message)
-        elif message.status is Status.HELD:
-            self.shelve(stem, self.held, time.time(), message.size)
-            self.spool.save_first(message)
-        elif message.status in FINISHED:
-            self.shelve(stem, self.finished, time.time(), message.size)
+        elif message.status in SETTLED:
+            self.shelve(stem, self.finished if message.status in FINISHED else self.held, time.time())
+            if message.status is Status.HELD:
+                self.spool.save_first(message)
         if message.pending():
             wait = unix_time(message.next_attempt_at) - time.time()
-            delay = min(max(wait, 0.0), self.settings.retry_max_delay)
             for lane in self.delivery.routes(message):
-                if not self.scheduler.waits(stem, lane):
-                    self.scheduler.put(stem, lane, delay)
+                if lane not in self.scheduler.waiting[stem]:
+                    self.scheduler.put(stem, lane, min(wait, self.settings.retry_max_delay))
 
     def deliver(self, task: Task) -> None:
         """Make one attempt, and queue the message for the next where one is owed."""
-        if task.stem in self.finished or task.stem in self.held:
+        stem, lane = task
+        if stem in self.finished or stem in self.held:
             return  # told of twice, by the Link and by a look through the spool
-        message, content = self.spool.fetch(task.stem)
+        message, content = self.spool.fetch(stem)
         with content:
-            message = self.unwritten.get(task.stem, message)
+            message = self.unwritten.get(stem, message)
             for r in message.recipients if "RELEASED" not in message.flags else ():
                 if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
                     r.status, r.reply = Status.HELD, HELD_BY_RULE
-            routes = self.delivery.routes(message)
-            owed = routes.get(task.lane)
+            owed = self.delivery.routes(message).get(lane)
             if not owed:
-                if not message.pending() or task.stem in self.unwritten:
+                if not message.pending() or stem in self.unwritten:
                     self.wrap_up(message)
-                elif routes:  # an account's host has changed
-                    self.scheduler.put(task.stem, UNREAD)
+                if message.pending():  # an account's host has changed
+                    self.scheduler.put(stem, UNREAD)
                 return
-            if self.scheduler.is_throttled(task.lane) and self.expires(message, owed):
+            if self.scheduler.is_throttled(lane) and self.expires(message, owed):
                 return
             if message.status is not Status.FORWARDING:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
-                self.tell("forwarding", task.stem)
-            started, reached = time.monotonic(), functools.partial(self.scheduler.release, task.lane, False)
+                self.tell("forwarding", stem)
+            started, reached = time.monotonic(), functools.partial(self.scheduler.release, lane, False)
             try:
-                attempt = self.delivery.attempt(message, task.lane, content, reached)
+                attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
                 self.log.bug("attempt_bug", e, id=message.id)
                 trouble = Outcome(Status.RETRYING, Scope.MESSAGE, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
-            room = self.scheduler.crowd(task.lane)
+            room = self.scheduler.crowd(lane)
             if room:
-                self.log.warn("next_hop_crowded", next_hop=task.lane, connections=room)
-            others = len(self.scheduler.lanes[task.lane].running) > 1  # else another lane's are in its way
-            self.scheduler.put(task.stem, task.lane, 0.0 if others else CROWDED_PAUSE)
+                self.log.warn("next_hop_crowded", next_hop=lane, connections=room)
+            others = len(self.scheduler.lanes[lane].running) > 1  # else another lane's are in its way
+            self.scheduler.put(stem, lane, 0.0 if others else CROWDED_PAUSE)
             return
-        self.unwritten[task.stem] = message  # come what may
+        self.unwritten[stem] = message  # come what may
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
-        if attempt.trouble:
-            self.host_trouble(message, task, attempt.trouble)
-        else:
-            self.settle(message, task, attempt)
+        self.settle(message, lane, owed, attempt)
+
+    def settle(self, message: Message, lane: str, tried: Sequence[Recipient], attempt: Attempt) -> None:
+        """Enter an attempt's outcomes into the record; who was refused for now waits for the next.
+
+        Trouble with the next hop itself, or one that leaves several messages in a row unanswered,
+        throttles it; the first costs no attempt.
+        """
+        s, trouble, why, unanswered = self.settings, attempt.trouble, "", not attempt.trouble
+        owed: list[Recipient] = []
+        outcomes = dict.fromkeys([r.address for r in tried], trouble) if trouble else attempt.outcomes
+        for r in message.pending():
+            o = outcomes.get(r.address)
+            if o is None:
+                continue
+            r.code, r.reply, r.host, r.ip, r.tls, r.verified, r.dsn = (
+                o.code, o.reply, o.host, o.ip, o.tls, o.verified, o.dsn)
+            if not trouble:
+                r.status, r.attempts = o.status, r.attempts + 1
+            later = o.status is Status.RETRYING
+            if later and not owed or not why and o.status is Status.FAILED:
+                why = str(o)  # if anyone is still owed it, the reason is theirs
+            owed += [r] if later else []
+            unanswered = unanswered and later and o.code in (0, 421) and bool(o.host)
+        message.attempts = max(message.attempts, *[r.attempts for r in message.recipients])
+        if why:
+            self.metrics.inc("smtp_delivery_failures_total")
+            message.last_error = why
+        if not trouble and not unanswered:
+            self.scheduler.release(lane)
+        if not owed:
+            self.wrap_up(message)
+        elif not s.retry or not trouble and 0 < s.retry_max_attempts <= message.attempts:
+            self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
+        elif not self.expires(message, owed):
+            delay = backoff(s, max(r.attempts for r in owed), self.scheduler.rng)
+            if len(owed) < len(outcomes) and any(r.code in (452, 552) for r in owed):
+                delay = 0.0  # it takes them in portions, RFC 5321 4.5.3.1.10
+            if trouble or unanswered and self.scheduler.miss(lane, message.stem):
+                seconds, is_new = self.scheduler.throttle(lane, why)
+                if is_new:
+                    self.log.warn("next_hop_throttled", next_hop=lane, seconds=round(seconds, 1), reason=why)
+                delay = seconds if trouble else delay
+            message.next_attempt_at = iso_time(time.time() + delay)
+            message.move(Status.RETRYING, why)
+            self.metrics.inc("smtp_messages_deferred_total")
+            self.tell("retrying", message.stem, why)
+            self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=why)
+            self.wrap_up(message)
+            for name, recipients in self.delivery.routes(message).items():
+                if trouble and name == lane:
+                    self.scheduler.put(message.stem, lane)  # which holds it
+                elif not trouble and any(r in owed for r in recipients):
+                    self.scheduler.put(message.stem, name, delay)
 
     def expires(self, message: Message, recipients: Iterable[Recipient]) -> bool:
         """Give up on recipients of a message that has waited for too long; tell whether it has.
@@ -10165,12 +10197,13 @@ class Delivering:
         Times from before the clock was set prove nothing.
         """
         self.watch_clock()
-        now = time.time()
-        history = message.history
-        begun = max((i for i, entry in enumerate(history) if entry["detail"] in BY_HAND), default=0)
-        times = (unix_time(entry["at"]) for entry in history[begun:])
-        age = now - next((at for at in times if self.clock_set <= at <= now), now)
-        if age * self.settings.time_scale <= self.settings.retry_max_age:
+        since = now = time.time()
+        for entry in reversed(message.history):
+            at = unix_time(entry["at"])
+            since = min(since, at) if at >= self.clock_set else since
+            if entry["detail"] in BY_HAND:
+                break
+        if (now - since) * self.settings.time_scale <= self.settings.retry_max_age:
             return False
         self.metrics.inc("smtp_messages_expired_total")
         too_late = f"not delivered within {self.settings.retry_max_age:g} seconds"
@@ -10183,85 +10216,6 @@ class Delivering:
         message.last_error = reason
         self.wrap_up(message)
 
-    def host_trouble(self, message: Message, task: Task, trouble: Outcome) -> None:
-        """Throttle a next hop; the message waits in its lane, and no attempt is counted."""
-        self.metrics.inc("smtp_delivery_failures_total")
-        message.last_error = str(trouble)
-        owed = self.delivery.routes(message).get(task.lane, [])
-        for r in owed:
-            r.code, r.reply, r.host, r.ip = trouble.code, trouble.reply, trouble.host, trouble.ip
-        if not self.settings.retry:
-            return self.fail(message, owed, message.last_error)
-        if not self.expires(message, owed):
-            self.postpone(message, self.throttle(task.lane, message.last_error))
-            self.scheduler.put(task.stem, task.lane)
-
-    def throttle(self, lane: str, reason: str) -> float:
-        delay, first = self.scheduler.throttle(lane, reason)
-        if first:
-            seconds = round(delay, 1)
-            self.log.warn("next_hop_throttled", next_hop=lane, seconds=seconds, reason=reason)
-        return delay
-
-    def settle(self, message: Message, task: Task, attempt: Attempt) -> None:
-        """Enter an attempt's outcomes into the record; who was refused for now waits in their lanes."""
-        owed: list[Recipient] = []
-        tried, why, unanswered = 0, "", True
-        for r in message.recipients:
-            o = attempt.outcomes.get(r.address)
-            if o is None or r.status in SETTLED:
-                continue
-            r.status, r.code, r.reply, r.host = o.status, o.code, o.reply, o.host
-            r.ip, r.tls, r.verified, r.dsn = o.ip, o.tls, o.verified, o.dsn
-            tried, r.attempts = tried + 1, r.attempts + 1
-            message.attempts = max(message.attempts, r.attempts)
-            later = o.status is Status.RETRYING
-            if later and not owed or not why and o.status is Status.FAILED:
-                why = str(o)  # if anyone is still owed it, the reason is theirs
-            owed += [r] if later else []
-            unanswered = unanswered and later and o.code in (0, 421) and bool(o.host)
-        if why:
-            self.metrics.inc("smtp_delivery_failures_total")
-            message.last_error = why
-        self.judge(task, unanswered and tried > 0, why)
-        if not owed:
-            return self.wrap_up(message)
-        if not self.settings.retry or 0 < self.settings.retry_max_attempts <= message.attempts:
-            return self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
-        if self.expires(message, owed):
-            return
-        delay = backoff(self.settings, max(r.attempts for r in owed), self.scheduler.rng)
-        if len(owed) < tried and any(r.code in (452, 552) for r in owed):
-            delay = 0.0  # it takes them in portions, RFC 5321 4.5.3.1.10
-        self.postpone(message, delay)
-        for lane, recipients in self.delivery.routes(message).items():
-            if any(r in owed for r in recipients):
-                self.scheduler.put(message.stem, lane, delay)
-
-    def judge(self, task: Task, unanswered: bool, reason: str) -> None:
-        """Throttle a next hop that leaves several messages in a row unanswered; else let all go."""
-        if not unanswered:
-            self.missed.pop(task.lane, None)
-            self.scheduler.release(task.lane)
-            return
-        if len(self.missed) > 1000:
-            self.missed.clear()
-        missed = self.missed.setdefault(task.lane, set())
-        missed.add(task.stem)
-        if len(missed) >= MISSED_MOST or self.scheduler.is_throttled(task.lane):
-            self.throttle(task.lane, reason)
-
-    def postpone(self, message: Message, delay: float) -> None:
-        """Write down that a message is to be tried again after so many seconds."""
-        reason = message.last_error
-        message.next_attempt_at = iso_time(time.time() + delay)
-        message.move(Status.RETRYING, reason)
-        self.metrics.inc("smtp_messages_deferred_total")
-        self.tell("retrying", message.stem, reason)
-        self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts,
-                      reason=reason)
-        self.wrap_up(message)
-
     # -- what is owed here: reports, ends, records --
 
     def wrap_up(self, message: Message) -> None:
@@ -10270,13 +10224,18 @@ class Delivering:
         if message.status not in SETTLED and not message.pending():
             self.scheduler.drop(stem)
             self.finish(message)
-        told = wants_report(message) if self.settings.bounce else []
+        message.owed, untold = "", wants_report(message) if self.settings.bounce else []
+        if untold and stem not in self.told:
+            message.owed, delay = self.report(message, untold)
+            if delay and message.status in FINISHED:
+                message.next_attempt_at = iso_time(time.time() + delay)
+        report = self.told.pop(stem, "")
+        if untold and report:
+            for r in untold:
+                r.reported = True
+            message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
+            self.log.info("reported", id=message.id, report=report)
         try:
-            message.owed = ""
-            if told:
-                message.owed, delay = self.report(message, told)
-                if message.owed and message.status in FINISHED:
-                    message.next_attempt_at = iso_time(time.time() + delay)
             self.spool.save(message)
             self.unwritten.pop(stem, None)
         except OSError as e:  # kept, so that nothing is sent twice
@@ -10286,8 +10245,7 @@ class Delivering:
         if delay:
             self.scheduler.put(stem, UNREAD, delay)
         elif message.status in SETTLED:
-            shelf = self.held if message.status is Status.HELD else self.finished
-            self.shelve(stem, shelf, time.time(), message.size)
+            self.shelve(stem, self.held if message.status is Status.HELD else self.finished, time.time())
 
     def finish(self, message: Message) -> None:
         """Say that nobody is owed a message any more, or only those held back."""
@@ -10313,58 +10271,38 @@ class Delivering:
 
         Past the cap, what failed of one sender's messages goes into one report later.
         """
-        now, others = time.monotonic(), []
-        with self.lock:
-            while self.reports and now - self.reports[0] >= 3600:
-                self.reports.popleft()
-            wait = 3600 - (now - self.reports[0]) if len(self.reports) >= REPORTS_AN_HOUR else 0.0
-            if wait:
-                self.late.setdefault(message.reverse_path, set()).add(message.stem)
-            else:
-                self.reports.append(now)
-                late = self.late.pop(message.reverse_path, set()) - {message.stem}
-        if wait:
-            why = REPORTS_PUT_OFF
-            self.log.warn("report_put_off", id=message.id, seconds=round(wait), reason=why)
-            return why, wait
-        tasks = list(filter(None, map(self.scheduler.seize, sorted(late)[:REPORTED_AT_ONCE])))
+        stem, to, others, rate = message.stem, message.reverse_path, [], REPORTS_AN_HOUR / 60
+        if not self.reports.take("", rate, REPORTS_AN_HOUR):
+            self.late.setdefault(to, set()).add(stem)
+            self.log.warn("report_put_off", id=message.id, reason=REPORTS_PUT_OFF)
+            return REPORTS_PUT_OFF, 3600.0
+        for each in sorted(self.late.pop(to, set()) - {stem})[:REPORTED_AT_ONCE]:
+            with contextlib.suppress(KeyError, OSError, SpoolError):  # that reports for itself
+                other = self.record(each)
+                others += [other] if wants_report(other) else []
         try:
-            for task in tasks:
-                with contextlib.suppress(KeyError, OSError, SpoolError):  # that reports for itself
-                    other = self.record(task.stem)
-                    others += [other] if wants_report(other) else []
             self.metrics.inc("smtp_queue_depth", -1 - len(others))  # it takes the place of these
-            with self.spool.content(message.stem) as file:
+            with self.spool.content(stem) as file:
                 original = file.read(REPORT_FULL_MAX + 1)
-            to, host = message.reverse_path, self.settings.hostname
-            written = datetime.datetime.now(datetime.timezone.utc)
+            host, written = self.settings.hostname, datetime.datetime.now(datetime.timezone.utc)
             data = build_report(message, original, host, written, others, self.settings.max_size)
             flags = ("SMTPUTF8",) * (not to.isascii()) + ("8BITMIME",) * (not data.isascii())
             id = self.reception.admit(Envelope("", "local", host, "ESMTP", "", flags, [to]), [data])
-            for each in (message, *others):
-                for r in wants_report(each):
-                    r.reported = True
-                at = iso_time(time.time())
-                each.history.append({"at": at, "status": each.status.value, "detail": REPORTED})
-                self.log.info("reported", id=each.id, report=id)
-            self.unwritten.update((each.stem, each) for each in others)
-            return "", 0.0
         except Exception as e:
-            with self.lock:
-                self.reports.pop()
-            if isinstance(e, KeyError) and e.args == (message.stem,):
-                raise
-            if isinstance(e, (OSError, Refused)):
-                self.log.error("report_failed", id=message.id, error=e)
-                if isinstance(e, Refused) and e.reply.code >= 500 and not others:
-                    return "", 0.0  # it is too large, as short as it can be
-                return f"the report is not written: {e}", WRITE_AGAIN
-            self.log.bug("report_bug", e, id=message.id)
-            return f"the report is not written: {e!r}", self.settings.retry_max_delay
-        finally:
-            for task in tasks:
-                self.scheduler.put(task.stem, UNREAD)
-                self.scheduler.done(task)
+            self.reports.give("", rate)
+            why = f"the report is not written: {e}"
+            if not isinstance(e, (OSError, Refused)):
+                self.log.bug("report_bug", e, id=message.id)
+                return why, self.settings.retry_max_delay
+            self.log.error("report_failed", id=message.id, error=e)
+            if isinstance(e, Refused) and e.reply.code >= 500 and not others:
+                return "", 0.0  # it is too large, as short as it can be
+            return why, WRITE_AGAIN
+        for one in (message, *others):
+            self.told[one.stem] = id
+        for one in others:
+            self.scheduler.put(one.stem, UNREAD)
+        return "", 0.0
 
     # -- what goes on beside --
 
@@ -10372,7 +10310,7 @@ class Delivering:
         """Do what is done every second."""
         drop_idle = functools.partial(self.delivery.drop_idle, REUSE_IDLE)
         while not self.stopping.wait(SWEEP_EVERY):
-            for job in (drop_idle, self.make_room, self.look_again, self.watch_clock, self.renew,
+            for job in (drop_idle, self.watch_clock, self.make_room, self.look_again,
                         self.reception.quotas.save, self.inbox.save, self.sum_up):
                 try:
                     job()
@@ -10381,10 +10319,7 @@ class Delivering:
 
     def sum_up(self) -> None:
         """Read what nobody has looked at once nothing has come for a while: a search is quick then."""
-        arrived, now = self.inbox.last, time.monotonic()
-        if arrived != self.calm[0]:
-            self.calm = (arrived, now)
-        elif now - self.calm[1] > CALM_TIME:
+        if time.monotonic() - self.came_at > CALM_TIME:
             self.inbox.summarise_rest(within=0.2, most=10_000)
 
     def watch_clock(self) -> None:
@@ -10396,28 +10331,22 @@ class Delivering:
         self.skew = skew
 
     def look_again(self) -> None:
-        """Find what no Link told of: it was full, sendmail has spooled beside us, a half has died."""
-        beside = self.spooled_beside()
-        if beside != self.beside or time.monotonic() > self.look_at:
-            self.look_at, self.beside = time.monotonic() + LOOK_EVERY, beside
+        """Find what no Link told of: it was full, sendmail has spooled beside us, a half has died.
+
+        Now and then for the sake of it, and the self-signed pair is renewed in time; sessions reread it.
+        """
+        if self.spool.on_disk and os.path.exists(self.spool.path(ARRIVED)):
+            os.unlink(self.spool.path(ARRIVED))
+            self.look_at = 0.0
+        if time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_EVERY
             try:
                 self.find()
             except BaseException:
                 self.look_at = 0.0
                 raise
-
-    def spooled_beside(self) -> float:
-        """Return when sendmail has last put a message into the spool itself."""
-        with contextlib.suppress(OSError):
-            return os.stat(self.spool.path(ARRIVED)).st_mtime if self.spool.on_disk else 0.0
-        return 0.0
-
-    def renew(self) -> None:
-        """Renew the self-signed pair in time; sessions reread it."""
-        s = self.settings
-        if s.tls_self_signed and not s.tls_cert and time.monotonic() > self.renew_at:
-            self.renew_at = time.monotonic() + RENEW_EVERY
-            self_signed(os.path.dirname(self.pair[0]), s.hostname)
+            if self.settings.tls_self_signed and not self.settings.tls_cert:
+                self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
 
 
 class Postmaster:
@@ -10459,7 +10388,7 @@ class Postmaster:
                 _, reason, until = d.stumbles[m.stem]
                 due = iso_time(until)
             for hop in hops if not reason else ():
-                if hop["reason"] and d.scheduler.waits(m.stem, hop["name"]):
+                if hop["reason"] and hop["name"] in d.scheduler.waiting.get(m.stem, ()):
                     reason, due = hop["reason"], hop["until"]
             lists[is_held].append({
                 "id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
@@ -10543,8 +10472,7 @@ class Postmaster:
         try:
             message = d.record(stem)
             if message.status is status:
-                d.shelve(stem, None)
-                d.weigh(stem)
+                d.shelve(stem, d.owed if d.settings.spool_max_size else None)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is status else r.status
                 message.move(Status.RETRYING, detail)
@@ -10778,7 +10706,7 @@ class Supervisor:
                 role = self.children.pop(child, "")
                 if role and not self.stopping:
                     self.parts.log.error("half_died", role=role, status=status)
-                    self.parts.link.mark(LOOK)  # it may have kept a message and told nobody
+                    self.parts.link.announce(LOOK)  # it may have kept a message and told nobody
                     signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:
