@@ -10289,7 +10289,7 @@ class Delivering:
             flags = ("SMTPUTF8",) * (not to.isascii()) + ("8BITMIME",) * (not data.isascii())
             id = self.reception.admit(Envelope("", "local", host, "ESMTP", "", flags, [to]), [data])
         except Exception as e:
-            self.reports.give("", rate)
+            self.reports.take("", rate, REPORTS_AN_HOUR, -1)
             why = f"the report is not written: {e}"
             if not isinstance(e, (OSError, Refused)):
                 self.log.bug("report_bug", e, id=message.id)

@@ -11190,7 +11190,7 @@ def test_failures_past_the_cap_of_reports_go_into_one_report_later(start: Any, h
     ids = said(relay, *[MAIL] * 4, to=("no@hop.test",))
     wait_until(lambda: in_queue(relay) == [(smtprelay.REPORTS_PUT_OFF, True)] * 3)
     wait_until(lambda: metric(relay, "smtp_messages_failed_total") == 4 and len(h.messages) == 1)
-    relay.delivering.reports.give("", 1 / 60)  # an hour later
+    relay.delivering.reports.take("", 1 / 60, 1, -1)  # an hour later
     relay.delivering.scheduler.flush()
     wait_until(lambda: h.delivered() == {"ann@client.test": 2} and metric(relay, "smtp_queue_depth") == 0)
     told = h.messages[-1].content.decode()
