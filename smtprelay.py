@@ -11619,32 +11619,6 @@ class NoRelay(Exception):
     status = EX_UNAVAILABLE
 
 
-@contextlib.contextmanager
-def progress(text: str) -> Iterator[None]:
-    """Say on a terminal what is being waited for, once that has taken a second."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    timer = threading.Timer(1.0, print, (f"{text}...",), {"end": "", "file": sys.stderr, "flush": True})
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-COLOURS = {"ok": "32", "forwarded": "32", "warn": "33", "retrying": "33", "fail": "31", "failed": "31"}
-
-
-def coloured(word: str, width: int = 0) -> str:
-    """Return a word as wide as asked, in its colour on a terminal (no-color.org)."""
-    text = word.ljust(width)
-    if word not in COLOURS or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
-
-
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False, default=vars))
 
@@ -11714,8 +11688,7 @@ def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
     if method != "GET":
         parts.spool.open()
     try:
-        with progress("reading the spool"):
-            return act(parts.postmaster().half, method, path, 1 << 30), False
+        return act(parts.postmaster().half, method, path, 1 << 30), False
     except HttpError as e:
         raise Complaint(str(e)) from None
     finally:
@@ -11732,8 +11705,8 @@ def queue_(arguments: Arguments) -> int:
     for row in rows:
         age = time_shown(time.time() - unix_time(row["received_at"]))
         due = unix_time(row["next_attempt_at"]) - time.time()
-        status, size = coloured(row["status"], 10), size_shown(row["size"])
-        print(f"{row['id']}  {status}  {age:>4} {size:>5}  <{row['reverse_path']}> to {', '.join(row['recipients'])}")
+        size, to = size_shown(row["size"]), ", ".join(row["recipients"])
+        print(f"{row['id']}  {row['status']:<10}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}")
         why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" if due > 0 else "")))
         if why:
             print(f"    {why}")
@@ -11776,10 +11749,9 @@ def show(arguments: Arguments) -> int:
 def wait(arguments: Arguments) -> int:
     """Block until a message arrives; print it, or just the code or link of one that has any."""
     part = "code" if arguments.code else "link" if arguments.link else ""
-    with progress(f"waiting up to {arguments.timeout:g} s for mail"):
-        found = ask(read_environment(), "GET", "/api/v1/wait", arguments.timeout + 10, **{
-            "to": arguments.to, "subject": arguments.subject, "timeout": arguments.timeout, "with": part,
-            "since": arguments.since})
+    found = ask(read_environment(), "GET", "/api/v1/wait", arguments.timeout + 10, **{
+        "to": arguments.to, "subject": arguments.subject, "timeout": arguments.timeout, "with": part,
+        "since": arguments.since})
     if part:
         print(found[f"{part.title()}s"][0])
     elif arguments.json:
@@ -11811,12 +11783,10 @@ def user(arguments: Arguments) -> int:
         if (name in users) == (action == "add"):
             raise Complaint(f"account {name} {'is there already' if name in users else 'is not there'}")
         if action != "remove":
-            change = {"password": hash_password(ask_password())}
-            if action == "add":
-                change.update(allowed_domains=arguments.domain, quota_daily=arguments.daily,
-                              quota_per_minute=arguments.per_minute)
-            if arguments.api_key:
-                change["api_key"] = new_api_key()
+            change = given_keys({
+                "password": hash_password(ask_password()), "allowed_domains": arguments.domain,
+                "quota_daily": arguments.daily, "quota_per_minute": arguments.per_minute,
+                "api_key": new_api_key() if arguments.api_key else ""})
         change_users(path, {name: change}, Sealer(settings.spool_key))
     except (SettingsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
@@ -11832,7 +11802,7 @@ def doctor(arguments: Arguments) -> int:
         advice *= mark != "ok"
         found.append({"mark": mark, "about": about, "found": what, "advice": advice})
         if not arguments.json:
-            print(f"{coloured(mark, 4)} {about:<11} {what}{advice and f': {advice}'}", flush=True)
+            print(f"{mark:<4} {about:<11} {what}{advice and f': {advice}'}", flush=True)
     if arguments.json:
         print_json(found)
     return EX_NO if any(f["mark"] == "fail" for f in found) else 0
@@ -11883,9 +11853,8 @@ def serve_here(parts: Parts) -> int:
     notify_systemd("READY=1")
     heed_signals(*halves)
     notify_systemd("STOPPING=1")
-    end = time.monotonic() + STOP_PATIENCE
     for half in reversed(halves):
-        half.stop(max(0.0, end - time.monotonic()))
+        half.stop(STOP_PATIENCE / 2)
     return 0
 
 
@@ -11909,8 +11878,8 @@ def first_lines(parts: Parts) -> list[str]:
     where = {"hold": "held here until someone releases it",
              "relay": "to " + ", ".join(f"{host_port(*h[:2])} (TLS: {h[2]})" for h in s.smart_hosts),
              "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
-    bound = {"smtp": parts.smtp, "smtps": parts.smtps, "http": parts.http}
-    lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme, socks in bound.items() for sock in socks]
+    lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme in ("smtp", "smtps", "http")
+             for sock in getattr(parts, scheme)]
     lines.append(f"mail is {where}")
     place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
     lines.append(f"spool in {place}")
@@ -11918,7 +11887,6 @@ def first_lines(parts: Parts) -> list[str]:
         value = getattr(s, FIELDS[name].name)
         if value != FIELDS[name].default:
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
-    nobody = s.allow_networks == networks("loopback")
     beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
     web_is_open = not all(a.path or is_loopback(a.host) for a in s.health_addr)
     return lines + [f"warning: {words}" for holds, words in [
@@ -11931,7 +11899,8 @@ def first_lines(parts: Parts) -> list[str]:
          "clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)"),
         (web_is_open and s.api_networks == networks("loopback") and not s.api_token,
          "SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone"),
-        (is_open(s) and nobody, "this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there"),
+        (is_open(s) and s.allow_networks == networks("loopback"),
+         "this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there"),
     ] if holds]
 
 
@@ -11980,19 +11949,18 @@ def healthcheck(arguments: Arguments) -> int:
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
     begun, seen = time.time(), 0.0
-    with progress("waiting for the relay"):
-        while True:
-            try:
-                ask(settings, "GET", "/readyz", 5.0)
-                return 0
-            except (NoRelay, Complaint) as e:
-                why = str(e)
-            if not arguments.wait or time.time() > begun + HEALTH_PATIENCE:
-                raise Complaint(why)
-            seen = max(seen, last_seen(settings))
-            if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
-                raise Complaint(f"the relay has ended; {last_words(settings.log_file) or why}")
-            time.sleep(0.1)
+    while True:
+        try:
+            ask(settings, "GET", "/readyz", 5.0)
+            return 0
+        except (NoRelay, Complaint) as e:
+            why = str(e)
+        if not arguments.wait or time.time() > begun + HEALTH_PATIENCE:
+            raise Complaint(why)
+        seen = max(seen, last_seen(settings))
+        if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
+            raise Complaint(f"the relay has ended; {last_words(settings.log_file) or why}")
+        time.sleep(0.1)
 
 
 def last_seen(settings: Settings) -> float:
