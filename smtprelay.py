@@ -5293,34 +5293,20 @@ class Reception:
         nets = self.settings.proxy_networks
         return bool(nets) and client != "local" and in_networks(client, nets)
 
-    def enter(self, session: Session) -> bool:
-        """Count a session in; False when there are too many."""
-        self.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
-        fits = self.count_in(session, session.client) or self.is_balancer(session.client)
-        if fits and self.metrics.get("smtp_sessions_active") <= self.most_sessions:
-            return True
-        self.leave(session)
-        self.turned_away(session.client, TOO_MANY_SESSIONS)
-        return False
-
-    def count_in(self, session: Session, client: str) -> bool:
-        """Count a session for a client; False past its SMTP_MAX_CONNECTIONS_PER_CLIENT."""
-        limit = self.settings.max_connections_per_client
+    def crowded(self, session: Session, client: str) -> bool:
+        """Count a session for a client; tell whether that has too many, or all together have."""
+        limit = 0 if self.is_balancer(client) else self.settings.max_connections_per_client
         with self.lock:
-            others = [other.client for other in self.sessions - {session}] if limit else []
             session.client = client
             self.sessions.add(session)
-        return not 0 < limit <= sum(client_key(other) == client_key(client) for other in others)
+            keys = [client_key(other.client) for other in self.sessions] if limit else []
+        active = self.metrics.get("smtp_sessions_active")
+        return active > self.most_sessions or limit < keys.count(client_key(client))
 
     def leave(self, session: Session) -> None:
         with self.lock:
             self.sessions.discard(session)
         self.metrics.inc("smtp_sessions_active", -1)
-
-    def turned_away(self, client: str, reply: Reply) -> None:
-        """Note a connection that gets no service."""
-        self.metrics.inc("smtp_connections_refused_total")
-        self.audit.info("blocked", client=client, reason=reply.text)
 
     def refused(self, reply: Reply, client: str, user: str) -> None:
         """Count and note a refusal."""
@@ -5417,7 +5403,7 @@ class Session:
         self.is_tls, self.lenient = False, ""  # lenient: the host's name, to complete addresses
         self.account: Account | None = None
         self.failed_logins = self.errors = 0
-        self.crowded = self.over = self.quitting = False
+        self.over = self.quitting = False
         now = time.monotonic()
         self.latest = now + self.settings.session_timeout
         self.wire = Wire(sock, min(now + self.settings.command_timeout, self.latest))
@@ -5431,19 +5417,21 @@ class Session:
     def run(self) -> None:
         """Hold the whole dialogue."""
         reception = self.reception
+        reception.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
         reception.audit.info("session_start", client=self.client)
         try:
-            if reception.is_balancer(self.client):
-                self.meet_balancer()
-            if self.implicit_tls:
+            crowded = reception.crowded(self, self.client)
+            if not crowded and reception.is_balancer(self.client):
+                crowded = reception.crowded(self, self.meet_balancer())
+            if self.implicit_tls and not crowded:
                 self.handshake()
-            refusal = self.refusal()
+            refusal = TOO_MANY_SESSIONS if crowded else self.refusal()
             if refusal:
                 self.answer(refusal)
             else:
                 self.converse()
             self.wire.flush()
-            if not self.quitting:
+            if not (self.quitting or crowded):
                 self.linger()
         except Exception as e:  # the peer may no longer listen
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
@@ -5459,32 +5447,26 @@ class Session:
             self.forget()
             reception.audit.info("session_end", client=self.client, user=self.user, tls=self.tls_version)
 
-    def meet_balancer(self) -> None:
-        """Learn from a balancer whose session this is; a bad header ends it without a word."""
+    def meet_balancer(self) -> str:
+        """Learn from a balancer who the client is; a bad header ends the session without a word."""
         try:
             named = proxied_client(self.wire)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        self.crowded = not self.reception.count_in(self, plain_address(named or self.client))
-        self.is_local = bool(named) and is_loopback(self.client)  # one not named may be anybody
+        self.is_local = bool(named) and is_loopback(named)  # one not named may be anybody
+        return plain_address(named or self.client)
 
     def refusal(self) -> Reply | None:
         """Return why a client is not greeted, if so; where any login is good none is from afar."""
-        settings = self.settings
-        reply = TOO_MANY_SESSIONS if self.crowded else None
-        if not reply and self.client != "local" and (
-                settings.auth_any and not are_private(networks(self.client))
-                or not in_networks(self.client, settings.allow_networks)):
-            reply = NOT_ALLOWED
-        if reply:
-            self.reception.turned_away(self.client, reply)
-        elif settings.lenient:
-            named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
-            if self.is_local or in_networks(self.client, named):
-                self.lenient = settings.hostname
-        early = not reply and not self.implicit_tls and spoke_early(self.wire.sock)
-        return TALKED_EARLY if early else reply
+        settings, client = self.settings, self.client
+        if client != "local" and (settings.auth_any and not are_private(networks(client))
+                                  or not in_networks(client, settings.allow_networks)):
+            return NOT_ALLOWED
+        named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
+        if settings.lenient and (self.is_local or in_networks(client, named)):
+            self.lenient = settings.hostname
+        return TALKED_EARLY if not self.implicit_tls and spoke_early(self.wire.sock) else None
 
     def converse(self) -> None:
         """Greet, then answer commands to the end; what is unexpected is 451, and ends nothing."""
@@ -5542,7 +5524,9 @@ class Session:
             if self.errors > self.settings.max_errors:
                 reply = TOO_MANY_ERRORS
             self.over |= reply.code == 421  # RFC 5321 3.8
-            if reply in (TOO_MANY_ERRORS, TOO_MANY_LOGINS):
+            if reply in (TOO_MANY_SESSIONS, NOT_ALLOWED):
+                self.reception.metrics.inc("smtp_connections_refused_total")
+            if reply in (TOO_MANY_SESSIONS, NOT_ALLOWED, TOO_MANY_ERRORS, TOO_MANY_LOGINS):
                 self.reception.audit.info("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
@@ -5998,8 +5982,8 @@ class Listener(socketserver.ThreadingTCPServer):
         try:
             if not self.waiting:  # another thread must accept while this one is busy
                 self.start_thread()
-            session = Session(reception, request, client_address, self.tls)
-            if not reception.stopping and reception.enter(session):
+            if not reception.stopping:
+                session = Session(reception, request, client_address, self.tls)
                 try:
                     return self.finish_request(request, session)
                 finally:
@@ -6083,40 +6067,33 @@ def stop_server(server: socketserver.TCPServer) -> None:
     server.server_close()
 
 
-def bind(address: Address) -> socket.socket:
-    """Return a listening socket; OSError names the address."""
-    family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
-            if address.path and stat.S_ISSOCK(os.lstat(address.path).st_mode):
-                with socket.socket(socket.AF_UNIX) as probe:
-                    if probe.connect_ex(address.path) == 0:
-                        raise OSError(errno.EADDRINUSE, "")
-                os.unlink(address.path)
-        sock = socket.create_server(address.path or (address.host, address.port), family=family, backlog=BACKLOG)
-        if address.path:
-            os.chmod(address.path, 0o666)  # as open as a loopback port
-        return sock
-    except OSError as e:
-        raise OSError(e.errno, f"cannot listen on {address}: {os.strerror(e.errno or 0)}") from None
-
-
 def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socket.socket]:
-    """Bind a setting's addresses, port 0 the same on both families; a machine may lack IPv6."""
+    """Listen at a setting's addresses, port 0 the same on both families; OSError names one where it cannot be done."""
     bound: list[socket.socket] = []
-    chosen, lacks_ipv6 = 0, (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    port, lacks_ipv6 = 0, (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     for address in addresses:
-        if address.port == 0 and not address.path and address.host in ("::1", "::"):
-            address = address._replace(port=chosen)
+        path, is_v6 = address.path, ":" in address.host
+        family = socket.AF_UNIX if path else socket.AF_INET6 if is_v6 else socket.AF_INET
+        place = path or (address.host, address.port or port * (address.host in ("::1", "::")))
         try:
-            bound.append(bind(address))
+            with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
+                if path and stat.S_ISSOCK(os.lstat(path).st_mode):
+                    with socket.socket(family) as probe:
+                        if probe.connect_ex(path) == 0:
+                            raise OSError(errno.EADDRINUSE, "")
+                    os.unlink(path)
+            sock = socket.create_server(place, family=family, backlog=BACKLOG)
+            if path:
+                os.chmod(path, 0o666)  # as open as a loopback port
         except OSError as e:
-            if not (bound and ":" in address.host and e.errno in lacks_ipv6):
-                close_all(bound)
-                raise OSError(e.errno, f"{setting}: {e.strerror}") from None
-            log.warn("no_ipv6", address=address, error=e)
-        else:
-            chosen = 0 if address.path else bound[-1].getsockname()[1]
+            if bound and is_v6 and e.errno in lacks_ipv6:
+                log.warn("no_ipv6", address=address, error=e)
+                continue
+            close_all(bound)
+            why = os.strerror(e.errno or 0)
+            raise OSError(e.errno, f"{setting}: cannot listen on {address}: {why}") from None
+        bound.append(sock)
+        port = 0 if path else sock.getsockname()[1]
     return bound
 
 
