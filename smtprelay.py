@@ -8520,7 +8520,7 @@ ROUTES: list[Route] = []
 def route(where: str, does: str, access: str = ADMIN,
           takes: str | None = None) -> Callable[[Any], Any]:
     """Declare the routes of a function: "METHOD /path /path"."""
-    def declare(action: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def declare(action: Any) -> Any:
         method, *paths = where.split()
         ROUTES.extend(Route(method, path, does, access, takes, action) for path in paths)
         return action
@@ -8529,8 +8529,7 @@ def route(where: str, does: str, access: str = ADMIN,
 
 def view_key(token: str, id: str) -> str:
     """Return the key that opens one message's HTML: a sandboxed frame cannot send the token."""
-    text = f"view {id}".encode("utf-8", "replace")
-    return hmac.new(token.encode(), text, "sha256").hexdigest()[:32]
+    return hmac.new(token.encode(), f"view {id}".encode(), "sha256").hexdigest()[:32]
 
 
 # -- a connection's requests --
@@ -8572,13 +8571,13 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.words = self.query.get("query", "")
         self.path = path = re.sub(f"^/{root}(/|$)", "/", url.path)
-        method, error = self.command.replace("HEAD", "GET"), HttpError(404, "not found")
-        for found in ROUTES:
-            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", found.path.replace(".", r"\."))
+        error = HttpError(404, "not found")
+        for route in ROUTES:
+            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", route.path.replace(".", r"\."))
             if match := re.fullmatch(pattern, path):
-                if found.method == method:
-                    self.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
-                    return found
+                self.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+                if route.method == self.command.replace("HEAD", "GET"):
+                    return route
                 error = HttpError(405, "method not allowed")
         raise error
 
@@ -8589,15 +8588,14 @@ class Request(http.server.BaseHTTPRequestHandler):
         at all. Where a proxy stands between, its address is no proof of who asks.
         """
         s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
-        secret, host, key = self.login()[1], headers.get("Host", ""), self.query.get("key", "")
+        secret, host = self.login()[1], headers.get("Host", "")
         if access == OPEN:
             return
-        if access != SHELL:  # another site may link to our page, but not make a browser ask for more
-            if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-                raise HttpError(403, "requests from other sites are not taken")
-            origin = headers.get("Origin", f"://{host}").partition("://")[2]
-            if self.command not in ("GET", "HEAD") and origin != host:
-                raise HttpError(403, "changes from other origins are not taken")
+        site, origin = headers.get("Sec-Fetch-Site", "none"), headers.get("Origin", f"://{host}")
+        foreign = self.command not in ("GET", "HEAD") and origin.partition("://")[2] != host
+        # Another site may link to our page, but not make a browser ask for more.
+        if access != SHELL and (foreign or site not in ("same-origin", "none")):
+            raise HttpError(403, "requests from other sites are not taken")
         local, named = self.client == "local", s.api_networks != networks("loopback")
         trusted = ((local or is_loopback(self.client)) and not s.api_token
                    or named and not local and in_networks(self.client, s.api_networks))
@@ -8620,7 +8618,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise HttpError(403, "only this machine, and no proxy, is served until "
                             "SMTP_API_TOKEN is set")
         elif access != SHELL and (access != VIEW or not same_secret(
-                view_key(s.api_token, self.names["id"]), key)):
+                view_key(s.api_token, self.names["id"]), self.query.get("key", ""))):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
@@ -8828,8 +8826,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, sock: socket.socket, relay: Delivering) -> None:
-        super().__init__(("", 0), Request, bind_and_activate=False)
-        self.socket.close()
+        socketserver.BaseServer.__init__(self, ("", 0), Request)  # without a socket of its own
         self.socket, self.relay, self.lock = sock, relay, threading.Lock()
         # Each connection's client, and since when it asks nothing (inf: it is at work).
         self.callers: dict[Any, tuple[float, str]] = {}
@@ -9225,16 +9222,14 @@ def show_faults(request: Request) -> Any:
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
 def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
-    kinds = {"received": "received", "forwarded": "forwarded", "deferred": "retrying",
-             "failed": "failed"}
 
     def used(figures: Mapping[str, int]) -> dict[str, int]:
-        names = {"received": "received", "forwarded": "sent", "failed": "failed"}
-        return {k: figures.get(v, 0) for k, v in names.items()}
+        return {"received": 0, "failed": 0, **figures, "forwarded": figures.get("sent", 0)}
 
+    kinds = "received", "forwarded", "failed"
     return {
-        "hours": [{"at": iso_time(h * 3600), **{k: d.hours[h, v] for k, v in kinds.items()}}
-                  for h in range(now - 23, now + 1)],
+        "hours": [{"at": iso_time(h * 3600), "deferred": d.hours[h, "retrying"],
+                   **{kind: d.hours[h, kind] for kind in kinds}} for h in range(now - 23, now + 1)],
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()]}
