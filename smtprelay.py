@@ -3460,16 +3460,16 @@ class Scheduler:
 #
 # Each try has a connected UDP socket of its own, hence a random port, and a
 # random id: a datagram that does not echo both and the question is passed over.
-# A truncated answer is asked for again over TCP. The time of a call is shared
+# A truncated answer is asked for again over TCP. The time of a question is shared
 # out evenly: every server in turn, DNS_ROUNDS times. The readers are pure and take
 # hostile octets: a pointer only ever goes backwards, and the loops have limits.
 # The servers are trusted to recurse; checking DNSSEC is theirs too.
 #
-# One leaf lock guards the cache, which lets go of the oldest answer first. With
-# no servers given, resolv.conf is read for each question that the cache cannot
-# answer, so that a laptop may change networks.
+# The cache is a dict whose operations are whole by themselves, so there is no
+# lock. With no servers given, resolv.conf is read for each question that the cache
+# cannot answer, so that a laptop may change networks.
 
-A, CNAME, SOA, MX, AAAA = 1, 5, 6, 15, 28
+A, CNAME, MX, AAAA = 1, 5, 15, 28
 FAMILIES = {A: socket.AF_INET, AAAA: socket.AF_INET6}
 DNS_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 NXDOMAIN = 3
@@ -3479,8 +3479,9 @@ MAX_DNS_RECORDS = 512  # in one answer
 MAX_NAME_STEPS = 256  # labels and pointers in one name
 MAX_ALIASES = 8
 MAX_HOSTS = 16  # of a domain, and addresses of a host: to own more buys no more of our time
-MAX_CACHED_ANSWERS = 1000  # in the cache
-MAX_TTL, NEGATIVE_TTL, FAILURE_TTL = 3600.0, 300.0, 10.0  # seconds in the cache, at most
+MAX_CACHED_ANSWERS = 1000
+MAX_TTL, NEGATIVE_TTL, FAILURE_TTL = 3600.0, 60.0, 10.0  # seconds in the cache, at most
+HOST_NAME = r"(?!.{254})([a-z0-9_-]{1,63}\.)*(?![0-9]+$)[a-z0-9_-]{1,63}"  # 192.0.2.1 is none
 
 NULL_MX = Reply(556, "5.1.10", "takes no mail (null MX)")
 NO_DOMAIN = Reply(550, "5.1.2", "no such domain in DNS")
@@ -3501,125 +3502,87 @@ class ResolveError(Exception):
         super().__init__(self.reply.text)
 
 
-class MxHost(NamedTuple):
-    """A host that takes mail for a domain: a name, or a literal in its brackets."""
-
-    preference: int
-    name: str
-
-
 class DnsAnswer(NamedTuple):
     """What DNS says to a question."""
 
-    name: str  # where the aliases in it end
     records: list[tuple[int, str]]  # an MX's preference, else 0; an address or a name
     ttl: float
+    alias: str = ""  # a name that is to be asked for instead
     failure: Reply | None = None
-
-
-def is_host_name(name: str) -> bool:
-    """Tell whether a lower-case name can be a host's; `192.0.2.1` cannot."""
-    label = "[a-z0-9_-]{1,63}"
-    fits = len(name) < 254 and re.fullmatch(rf"{label}(?:\.{label})*", name)
-    return bool(fits) and not name.rpartition(".")[2].isdigit()
 
 
 def ascii_domain(domain: str) -> str:
     """Return a domain as DNS is asked for it: lower case, A-labels, no last dot."""
-    name = lower = domain[:-1].lower() if domain.endswith(".") else domain.lower()
-    try:
-        if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
-            name = lower.encode("idna").decode("ascii")
+    name = lower = domain.lower().removesuffix(".")
+    with contextlib.suppress(UnicodeError):
+        if not lower.isascii() and len(lower) < 254:  # the codec is quadratic (CVE-2022-45061)
+            form = lower.encode("idna")
             # IDNA 2003 takes faß.example to fass.example, which is someone else: refuse.
-            if name.encode().decode("idna") != unicodedata.normalize("NFC", lower):
-                name = ""
-    except UnicodeError:
-        name = ""
-    if not is_host_name(name):
+            if form.decode("idna") == unicodedata.normalize("NFC", lower):
+                name = form.decode()
+    if not re.fullmatch(HOST_NAME, name):
         raise ResolveError(BAD_DOMAIN if domain.isascii() else BAD_IDN, domain)
     return name
 
 
 def literal_address(literal: str) -> str:
     """Return the address in `[192.0.2.1]` or `[IPv6:2001:db8::1]` (RFC 5321 4.1.3)."""
-    tag, inside, bracket = literal[1:6].lower(), literal[1:-1], literal[-1:]
+    # a scope (%) is not for a stranger to name
+    found = re.fullmatch(r"\[(?i:(IPv6:))?([^]%]*)\]", literal)
     with contextlib.suppress(ValueError):
-        if bracket == "]" and tag != "ipv6:":
-            return str(ipaddress.IPv4Address(inside))
-        if bracket == "]" and "%" not in inside:  # a scope is not for a stranger to name
-            return str(ipaddress.IPv6Address(inside[5:]))
+        if found:
+            return str((ipaddress.IPv6Address if found[1] else ipaddress.IPv4Address)(found[2]))
     raise ResolveError(BAD_DOMAIN, literal)
 
 
-def system_dns_servers(path: str = "/etc/resolv.conf") -> list[tuple[str, int]]:
+def system_dns_servers(path: str = "/etc/resolv.conf") -> list[Address]:
     """Return resolv.conf's name servers, this host's where it names none."""
-    servers = []
+    servers: list[Address] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for words in map(str.split, file):
+        for name in re.findall(r"(?m)^[ \t]*nameserver[ \t]+(\S+)", file.read()):
             with contextlib.suppress(ValueError):
-                if words[:1] == ["nameserver"] and len(words) > 1:
-                    servers += [(a.host, a.port) for a in dns_servers(words[1])]
-    return servers[:3] or [("127.0.0.1", 53)]
+                servers += dns_servers(name)
+    return servers[:3] or [Address("127.0.0.1", 53)]
 
 
-def is_answer(message: bytes, query: bytes) -> bool:
-    """Tell whether a message is the response to this query: same id, same single question."""
-    # Of a question, lower() can change only the letters of its name.
-    asked, answered = ((text[:2], text[4:6], text[DNS_HEADER_SIZE:len(query)].lower())
-                       for text in (query, message))
-    return asked == answered and message[2] & 0xF8 == 0x80
+def parse_answer(message: bytes, name: str, asked_for: int) -> DnsAnswer:
+    """Read what a message says about its question (RFC 1035 4.1).
 
-
-def parse_answer(message: bytes) -> DnsAnswer:
-    """Read what a message says about its question (RFC 1035 4.1); ValueError if that is nothing."""
-    records: list[tuple[str, int, int, str]] = []  # owner, kind, preference, value
-    ttls = []
-    try:
-        flags, count, authority = struct.unpack_from("!xxHxxHH", message)
-        name, at = read_name(message, DNS_HEADER_SIZE)
-        (asked_for,) = struct.unpack_from("!H", message, at)
-        at += 4
-        if count + authority > MAX_DNS_RECORDS:
-            raise ValueError("too many records")
-        for _ in range(count + authority):
-            owner, at = read_name(message, at)
-            kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
-            start, at = at + 10, at + 10 + length
-            if kind not in (A, AAAA, CNAME, MX, SOA) or family != 1:
-                continue
-            data, end, preference = message[:at], at, 0
-            if kind in FAMILIES:
-                value = socket.inet_ntop(FAMILIES[kind], data[start:])
-            else:
-                if kind == MX:
-                    preference, start = int.from_bytes(data[start:start + 2], "big"), start + 2
-                value, end = read_name(data, start)
-            if kind == SOA:
-                _, end = read_name(data, end)
-                ttl = min(ttl, struct.unpack_from("!16xI", data, end)[0])  # RFC 2308 5
-                end += 20
-            if end != at:
-                raise ValueError("record of the wrong length")
-            records.append((owner, kind, preference, value))
-            ttls.append(ttl)
-    except (IndexError, struct.error):
-        raise ValueError("malformed answer") from None
+    ValueError, IndexError or struct.error if that is nothing.
+    """
+    records, alias = [], ""
+    longest, at = MAX_TTL, DNS_HEADER_SIZE + len(name) + 6
+    flags, count = struct.unpack_from("!2xH2xH", message)
     rcode = flags & 0x000F
-    if at > len(message):
-        raise ValueError("truncated answer")
     if rcode not in (0, NXDOMAIN):
         raise ValueError(DNS_RCODES.get(rcode, f"RCODE {rcode}"))
     if not flags & 0x0480:  # AA or RA: a mere referral looks like "no such record", which is final
         raise ValueError("server does not recurse")
-    aliases = {owner: value for owner, kind, _, value in records if kind == CNAME}
-    for _ in range(MAX_ALIASES):
-        name = aliases.get(name, name)
-    if name in aliases:
-        raise ValueError("too many aliases")
-    found = [record[2:] for record in records if record[:2] == (name, asked_for)]
-    found.sort(key=lambda record: record[0])
-    longest = MAX_TTL if found else NEGATIVE_TTL
-    return DnsAnswer(name, found[:MAX_HOSTS], min([longest, *ttls]) if ttls else 0.0,
+    if count > MAX_DNS_RECORDS:
+        raise ValueError("too many records")
+    for _ in range(count):
+        owner, at = read_name(message, at)
+        kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
+        start, at = at + 10, at + 10 + length
+        if owner != name or kind not in (asked_for, CNAME) or family != 1:
+            continue
+        longest, data, preference = min(longest, ttl), message[:at], 0
+        if kind in FAMILIES:
+            records.append((0, socket.inet_ntop(FAMILIES[kind], data[start:])))
+            continue
+        if kind == MX:
+            preference, start = int.from_bytes(data[start:start + 2], "big"), start + 2
+        value, end = read_name(data, start)
+        if end != at:
+            raise ValueError("record of the wrong length")
+        if kind == MX:
+            records.append((preference, value))
+        else:
+            alias = value
+    if at > len(message):
+        raise ValueError("truncated answer")
+    records.sort(key=lambda record: record[0])
+    return DnsAnswer(records[:MAX_HOSTS], longest if records else min(longest, NEGATIVE_TTL), alias,
                      NO_DOMAIN if rcode == NXDOMAIN else None)
 
 
@@ -3629,11 +3592,12 @@ def read_name(message: bytes, at: int) -> tuple[str, int]:
     start, end, size = at, 0, 1
     for _ in range(MAX_NAME_STEPS):
         length = message[at]
+        at += 1
         if length == 0:
-            return ".".join(labels).lower(), end or at + 1
+            return ".".join(labels).lower(), end or at
         if length >= 0xC0:
-            end = end or at + 2
-            at = (length & 0x3F) << 8 | message[at + 1]
+            end = end or at + 1
+            at = (length & 0x3F) << 8 | message[at]
             if at >= start:
                 raise ValueError("compression pointer not backwards")
             start = at
@@ -3641,154 +3605,123 @@ def read_name(message: bytes, at: int) -> tuple[str, int]:
         size += length + 1
         if length > 63 or size > 255:
             raise ValueError("over-long name")
-        label = message[at + 1 : at + 1 + length]
         # A dot inside a label must not make two of it; no host has a backslash.
-        labels.append(label.decode("ascii", "replace").replace(".", "\\"))
-        at += 1 + length  # beyond the message after a cut label: message[at] then raises
+        labels.append(message[at:at + length].decode("ascii", "replace").replace(".", "\\"))
+        at += length  # beyond the message after a cut label: message[at] then raises
     raise ValueError("name of too many parts")
-
-
-def preferred_to(own_name: str, hosts: Sequence[MxHost]) -> list[MxHost]:
-    """Return the hosts that come before our own name among them (RFC 5321 5.1)."""
-    own = [host.preference for host in hosts if host.name == own_name.lower()]
-    left = [host for host in hosts if not own or host.preference < min(own)]
-    if not left:
-        raise ResolveError(LOOPS_BACK, own_name)
-    return left
 
 
 class Resolver:
     """Answers where mail for a domain goes. Safe for many threads at once.
 
-    `servers` are (address, port), none for resolv.conf's; `timeout` is in seconds
-    for one call. Its methods raise only ResolveError.
+    With no `servers`, resolv.conf's; `own_name` is our own name among mail hosts; `timeout`
+    is in seconds for one question. Its methods raise only ResolveError.
     """
 
-    def __init__(self, servers: Sequence[tuple[str, int]] = (), timeout: float = 10.0,
-                 clock: Callable[[], float] = time.monotonic,
-                 rng: random.Random | None = None) -> None:
-        self._servers, self._timeout, self._clock = list(servers), timeout, clock
-        self._rng = rng or random.SystemRandom()
-        self._lock = threading.Lock()
+    def __init__(self, servers: Sequence[Address] = (), own_name: str = "", timeout: float = 6.0,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._servers, self._timeout, self._clock = servers, timeout, clock
+        self._own_name = own_name.lower()
         self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
 
-    def mx_hosts(self, domain: str) -> list[MxHost]:
-        """Return a domain's mail hosts, best first, equal ones shuffled (RFC 5321 5.1, 7505)."""
+    def mx_hosts(self, domain: str) -> list[tuple[int, str]]:
+        """Return preference and name of a domain's mail hosts, best first, equal ones shuffled (RFC 5321 5.1, 7505).
+
+        Only hosts before our own count; a literal is its own host.
+        """
         if domain.startswith("["):
             literal_address(domain)
-            return [MxHost(0, domain)]
+            return [(0, domain)]
         name = ascii_domain(domain)
-        records = self._records(name, MX, self._clock() + self._timeout)
-        if not records:
-            return [MxHost(0, name)]
-        if not any(value for _, value in records):
+        records = self._records(name, MX) or [(0, name)]
+        if not any(host for _, host in records):
             raise ResolveError(NULL_MX, name)
-        best = {value: preference for preference, value in reversed(records)}
-        hosts = [MxHost(best[host], host) for host in best if is_host_name(host)]
-        if not hosts:
+        best = {host: preference for preference, host in reversed(records) if re.fullmatch(HOST_NAME, host)}
+        if not best:
             raise ResolveError(NO_ADDRESS, name)
-        return sorted(hosts, key=lambda host: (host.preference, self._rng.random()))
+        own = best.get(self._own_name, math.inf)
+        hosts = [(preference, host) for host, preference in best.items() if preference < own]
+        if not hosts:
+            raise ResolveError(LOOPS_BACK, self._own_name)
+        return sorted(hosts, key=lambda host: (host[0], random.random()))
 
-    def addresses(self, host: str) -> list[str]:
-        """Return a host's addresses, IPv6 first and the families in turn."""
-        if host.startswith("["):
-            return [literal_address(host)]
-        name, deadline = ascii_domain(host), self._clock() + self._timeout
-        failure = ResolveError(NO_ADDRESS, name)
-        found: dict[int, list[str]] = {A: [], AAAA: []}
-        for kind in found:
-            try:
-                found[kind] = [value for _, value in self._records(name, kind, deadline)]
-            except ResolveError as error:
-                failure = error if failure.permanent else failure
-        # Where IPv6 does not work, that costs one connection attempt and not all of them.
-        pairs = itertools.zip_longest(found[AAAA], found[A])
-        addresses = [address for pair in pairs for address in pair if address]
-        if not addresses:
-            raise failure
-        return addresses[:MAX_HOSTS]
+    def targets(self, hosts: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+        """Yield each host with each address, looked up only when its turn comes: IPv6 first, the families in turn.
 
-    def targets(self, hosts: Sequence[MxHost]) -> Iterator[tuple[MxHost, str]]:
-        """Yield each host with each address, looked up only when its turn comes.
-
-        Raises ResolveError after the last host if none had an address: transient
-        if any lookup was.
+        Raises ResolveError after the last host if none had an address: transient if any lookup was.
         """
-        failure, found = ResolveError(NO_ADDRESS, hosts[0].name), False
-        for host in hosts:
-            try:
-                addresses = self.addresses(host.name)
-            except ResolveError as error:
-                failure = failure if error.permanent else error
-                continue
-            found = True
-            for address in addresses:
+        failure, found = ResolveError(NO_ADDRESS, hosts[0][1]), False
+        for _, host in hosts:
+            families = [[literal_address(host)]] if host.startswith("[") else []
+            for kind in () if families else (AAAA, A):
+                try:
+                    families.append([value for _, value in self._records(host, kind)])
+                except ResolveError as e:
+                    failure = failure if e.permanent else e
+            # Where IPv6 does not work, that costs one connection attempt and not all of them.
+            pairs = itertools.zip_longest(*families)
+            for address in [address for pair in pairs for address in pair if address][:MAX_HOSTS]:
+                found = True
                 yield host, address
         if not found:
             raise failure
 
-    def _records(self, name: str, kind: int, deadline: float) -> list[tuple[int, str]]:
+    def _records(self, name: str, kind: int) -> list[tuple[int, str]]:
         """Return the records of one kind, following aliases from answer to answer."""
         for _ in range(MAX_ALIASES):
-            answer = self._answer(name, kind, deadline)
+            expires, answer = self._cache.get((name, kind), (0.0, None))
+            if not answer or self._clock() >= expires:
+                answer = self._ask(name, kind)
+                if len(self._cache) >= MAX_CACHED_ANSWERS:
+                    self._cache.clear()
+                self._cache[name, kind] = self._clock() + answer.ttl, answer
+            if answer.alias:
+                name = ascii_domain(answer.alias)
+                continue
             if answer.failure:
                 raise ResolveError(answer.failure, name)
-            if answer.records or answer.name == name:
-                return answer.records
-            name = ascii_domain(answer.name)
+            return answer.records
         raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
 
-    def _answer(self, name: str, kind: int, deadline: float) -> DnsAnswer:
-        """Answer one question from the cache, or else from the first server that answers."""
-        with self._lock:
-            expires, answer = self._cache.get((name, kind), (0.0, None))
-        began = self._clock()
-        if answer and began < expires:
-            return answer
-        answer, tries = None, (self._servers or system_dns_servers()) * DNS_ROUNDS
+    def _ask(self, name: str, kind: int) -> DnsAnswer:
+        """Return what the first server says that answers."""
+        began, tries = self._clock(), [*(self._servers or system_dns_servers())] * DNS_ROUNDS
         labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
         for number, server in enumerate(tries, 1):
-            until = began + number * (deadline - began) / len(tries)
-            ident = self._rng.getrandbits(16)
-            query = struct.pack(f"!HHHxxxxxx{len(labels)}sxHH", ident, 0x0100, 1, labels, kind, 1)
+            until = began + number * self._timeout / len(tries)
+            query = secrets.token_bytes(2) + struct.pack(f"!HHxxxxxx{len(labels)}sxHH", 0x0100, 1, labels, kind, 1)
             try:
                 message = self._exchange(server, socket.SOCK_DGRAM, query, until)
                 if message[2] & 0x02:
                     message = self._exchange(server, socket.SOCK_STREAM, query, until)
-                answer = parse_answer(message)
-                break
-            except (OSError, ValueError) as error:
+                return parse_answer(message, name, kind)
+            except (OSError, ValueError, IndexError, struct.error) as error:
                 text = f"{DNS_FAILED.text} ({server[0]}: {error})"
-        answer = answer or DnsAnswer(name, [], FAILURE_TTL, DNS_FAILED._replace(text=text))
-        with self._lock:
-            self._cache.pop((name, kind), None)
-            if len(self._cache) >= MAX_CACHED_ANSWERS:
-                del self._cache[next(iter(self._cache))]
-            self._cache[name, kind] = self._clock() + answer.ttl, answer
-        return answer
+        return DnsAnswer([], FAILURE_TTL, failure=DNS_FAILED._replace(text=text))
 
-    def _exchange(self, server: tuple[str, int], kind: int, query: bytes, until: float) -> bytes:
+    def _exchange(self, server: Address, kind: int, query: bytes, until: float) -> bytes:
         """Return the server's answer to a query; OSError when there is none in time."""
-        found = socket.getaddrinfo(*server, type=kind, flags=socket.AI_NUMERICHOST)[0]
+        found = socket.getaddrinfo(*server[:2], type=kind, flags=socket.AI_NUMERICHOST)[0]
+        # On TCP a message stands behind its length (RFC 7766 8).
         stream, octets = kind == socket.SOCK_STREAM, b""
         with socket.socket(*found[:3]) as sock:
             sock.settimeout(max(0.001, until - self._clock()))
             sock.connect(found[4])
             sock.sendall(struct.pack("!H", len(query)) + query if stream else query)
-            while True:
-                left = until - self._clock()
-                if left <= 0:
-                    raise socket.timeout("timed out")
+            while (left := until - self._clock()) > 0:
                 sock.settimeout(left)
                 block = sock.recv(65535)
-                if not block:
-                    raise ConnectionError("connection closed")
-                octets = octets + block if stream else struct.pack("!H", len(block)) + block
-                end = 2 + int.from_bytes(octets[:2], "big")  # as on TCP (RFC 7766 8)
-                if len(octets) >= max(end, DNS_HEADER_SIZE + 2) and is_answer(octets[2:end], query):
-                    return octets[2:end]
-                if len(octets) >= end > 2:
-                    octets = octets[end:]
+                octets = octets + block if stream else block
+                if stream and block and len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+                    continue
+                message = octets[2:] if stream else octets
+                # the response to this query: same id, same single question, whose name may be in any case
+                if (message[:2] + message[4:6] + message[DNS_HEADER_SIZE:len(query)].lower()
+                        == query[:2] + query[4:6] + query[DNS_HEADER_SIZE:] and message[2] & 0xF8 == 0x80):
+                    return message
+                if stream:
+                    break
+        raise OSError("no answer")
 
 
 # === 13 DELIVERY =============================================================
@@ -4360,7 +4293,7 @@ class Delivery:
     def __init__(self, settings: Settings, log: Log, accounts: Accounts,
                  own: Sequence[int] = ()) -> None:
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
-        self.resolver = Resolver([(a.host, a.port) for a in settings.dns_server])
+        self.resolver = Resolver(settings.dns_server, settings.hostname)
         self.lock = threading.Lock()
         self.idle: list[NextHop] = []
         self.live: set[NextHop] = set()  # those that are open
@@ -4453,20 +4386,16 @@ class Delivery:
         tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
         return [Target(host, port, tls, account.relay_username, account.relay_password)]
 
-    def mail_hosts(self, domain: str) -> list[MxHost]:
-        """Return the hosts that take mail for a domain and are nearer to it than we are."""
-        return preferred_to(self.settings.hostname, self.resolver.mx_hosts(domain))
-
     def mx_targets(self, domain: str) -> Iterator[Target]:
         """Yield each address of each host of a domain, up to our own (RFC 5321 5.1)."""
         port, found = self.settings.mx_port, False
-        for host, ip in self.resolver.targets(self.mail_hosts(domain)):
+        for host, ip in self.resolver.targets(self.resolver.mx_hosts(domain)):
             if port in self.own and is_own_address(ip):
                 if not found:
-                    raise ResolveError(LOOPS_BACK, host.name)
+                    raise ResolveError(LOOPS_BACK, host)
                 return
             found = True
-            yield Target(host.name, port, self.settings.relay_tls, ip=ip)
+            yield Target(host, port, self.settings.relay_tls, ip=ip)
 
     # -- an attempt --
 
@@ -4480,7 +4409,7 @@ class Delivery:
         for other in routes if by_mx else ():  # same hosts: sent together
             with contextlib.suppress(ResolveError):
                 if other != lane and time.monotonic() < latest and (
-                        {*self.mail_hosts(other)} == {*self.mail_hosts(lane)}):
+                        {*self.resolver.mx_hosts(other)} == {*self.resolver.mx_hosts(lane)}):
                     lanes.append(other)
                     recipients = [*recipients, *routes[other]]
         parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
@@ -11210,18 +11139,18 @@ def examine_clock(greeting: str, now: float) -> Finding:
 
 def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
     """Examine the hosts that take mail for a domain."""
-    servers = [(a.host, a.port) for a in settings.dns_server] or system_dns_servers()
+    servers = settings.dns_server or system_dns_servers()
     try:
         resolver = Resolver(servers)
         hosts = resolver.mx_hosts(domain)
-        yield "ok", "MX", f"{domain}: {', '.join(f'{h.name} ({h.preference})' for h in hosts)}", ""
+        yield "ok", "MX", f"{domain}: {', '.join(f'{name} ({preference})' for preference, name in hosts)}", ""
         for host in hosts[:DOMAIN_HOSTS]:
-            addresses = resolver.addresses(host.name)
-            yield "ok", "name", f"{host.name} is {', '.join(addresses)}", ""
-            target = Target(host.name, settings.mx_port, settings.relay_tls, ip=addresses[0])
+            addresses = [ip for _, ip in resolver.targets([host])]
+            yield "ok", "name", f"{host[1]} is {', '.join(addresses)}", ""
+            target = Target(host[1], settings.mx_port, settings.relay_tls, ip=addresses[0])
             yield from examine_addresses(settings, target, addresses)
     except ResolveError as e:
-        asked = ", ".join(host_port(*server) for server in servers)
+        asked = ", ".join(map(str, servers))
         yield ("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
                "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
 
