@@ -1074,32 +1074,26 @@ EVENTS_WAITING = 1000
 
 
 class Feed:
-    """Hands events to whoever listens; one that does not keep up is dropped."""
+    """Hands events to whoever listens; one that does not keep up gets the end, None, and is dropped.
+
+    It needs no lock: each step on the set and on a queue is whole.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.listeners: set[queue.SimpleQueue[Any]] = set()
 
-    def subscribe(self, most: int) -> queue.SimpleQueue[Any]:
-        """Return a queue of events to come, None at their end; ValueError when `most` listen."""
+    def subscribe(self) -> queue.SimpleQueue[Any]:
+        """Return a queue of events to come; who has heard enough takes it from the listeners."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with self.lock:
-            if len(self.listeners) >= most:
-                raise ValueError("too many listen to events already")
-            self.listeners.add(events)
+        self.listeners.add(events)
         return events
 
-    def unsubscribe(self, events: queue.SimpleQueue[Any]) -> None:
-        with self.lock:
-            self.listeners.discard(events)
-
     def publish(self, event: dict[str, Any] | None) -> None:
-        with self.lock:
-            for events in [*self.listeners]:
-                lags = events.qsize() >= EVENTS_WAITING
-                if lags:
-                    self.listeners.discard(events)
-                events.put(None if lags else event)
+        for events in [*self.listeners]:
+            lags = events.qsize() >= EVENTS_WAITING
+            if lags:
+                self.listeners.discard(events)
+            events.put(None if lags else event)
 
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -2610,11 +2604,10 @@ def locked(directory: str) -> Iterator[None]:
         os.close(lock)
 
 
-def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
-                 sealer: Sealer | None = None) -> None:
-    """Merge changes into the users file, one caller at a time, making it if need be.
+def change_account(path: str, name: str, change: Mapping[str, Any] | None, sealer: Sealer) -> None:
+    """Merge a change into an account of the users file, one caller at a time, making it if need be.
 
-    None removes an account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
+    None removes the account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
     sealed, since it cannot be a hash. Raises SettingsError for a file that would
     not load, OSError for one that cannot be written.
     """
@@ -2622,41 +2615,37 @@ def change_users(path: str, changes: Mapping[str, Mapping[str, Any] | None],
     with locked(os.path.dirname(path)):
         users = read_users(path) if os.path.exists(path) else {}
         parse_users(users)
-        for name, change in changes.items():
-            if change is None:
-                users.pop(name, None)
-            else:
-                users[name] = given_keys({**users.get(name, {}), **change})
+        if change is None:
+            users.pop(name, None)
+        else:
+            users[name] = given_keys({**users.get(name, {}), **change})
         parse_users(users)
-        for name, fields in users.items():
+        for each, fields in users.items():
             password = fields.get("relay_password", "")
-            if sealer and password and not password.startswith(SEALED_TEXT):
-                fields["relay_password"] = sealer.seal_text(password, f"{name}/relay_password")
+            if password and not password.startswith(SEALED_TEXT):
+                fields["relay_password"] = sealer.seal_text(password, f"{each}/relay_password")
         replace_file(path, (json.dumps(users, indent=2, ensure_ascii=False) + "\n").encode(), sync=True)
-
-
-def file_stamp(path: str) -> tuple[int, ...]:
-    """Read what changes when a file does; () for a file that is not there."""
-    try:
-        now = os.stat(path)
-    except OSError:
-        return ()
-    return now.st_mtime_ns, now.st_size, now.st_ino
 
 
 class Watched:
     """What was read from files, and is read anew when one of them changes. Thread-safe.
 
-    What cannot be read is SettingsError or OSError at the start; later the last good value
-    stays, and `trouble` says why.
+    What cannot be read is SettingsError or OSError at the start, unless there is a value to begin
+    with; later the last good value stays, and `trouble` says why.
     """
 
-    def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log) -> None:
+    def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log, value: Any = None) -> None:
         self.name, self.paths, self.read, self.log, self.trouble = name, paths, read, log, ""
-        self.seen = self.stamps(), read()
+        self.seen = ([], value) if value is not None else (self.stamps(), read())
 
-    def stamps(self) -> list[tuple[int, ...]]:
-        return [file_stamp(path) for path in self.paths]
+    def stamps(self) -> list[tuple[int, int, int]]:
+        """Read what changes when a file does."""
+        found = []
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                now = os.stat(path)
+                found.append((now.st_mtime_ns, now.st_size, now.st_ino))
+        return found
 
     def current(self) -> Any:
         """Return what the files say now, or said when they were last good."""
@@ -4298,7 +4287,7 @@ class Delivery:
         self.idle: list[NextHop] = []
         self.live: set[NextHop] = set()  # those that are open
         self.avoided: dict[Target, float] = {}
-        self.aliases: tuple[object, dict[str, list[str]]] = (None, {})  # of which file, and all
+        self.aliases = Watched("aliases", [settings.aliases] * bool(settings.aliases), self.read_aliases, log, {})
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
         self.rewrites = bool(settings.relay_redirect_to or settings.local_to or settings.aliases)
         self.stopped = False
@@ -4343,7 +4332,7 @@ class Delivery:
         s = self.settings
         if s.relay_redirect_to or not self.rewrites:
             return [s.relay_redirect_to or address]
-        aliases, names, found, seen = self.read_aliases(), [(address, "")], [], set()
+        aliases, names, found, seen = self.aliases.current(), [(address, "")], [], set()
         for name, origin in names:  # grows meanwhile, by each alias once
             local, _, domain = name.rpartition("@") if "@" in name else (name, "", "localhost")
             known = local.strip('"').lower()
@@ -4364,14 +4353,7 @@ class Delivery:
         return [a for a in left if "!" + a not in passed] or left or finals[:1]
 
     def read_aliases(self) -> dict[str, list[str]]:
-        """Return what SMTP_ALIASES says; while it cannot be read, what it has said before."""
-        path = self.settings.aliases
-        with contextlib.suppress(OSError):
-            found = os.stat(path) if path else None
-            stamp = found and (found.st_mtime_ns, found.st_size, found.st_ino)
-            if found and stamp != self.aliases[0]:
-                self.aliases = stamp, read_aliases(read_whole(path).decode("utf-8", "replace"))
-        return self.aliases[1]
+        return read_aliases(read_whole(self.settings.aliases).decode("utf-8", "replace"))
 
     def is_allowed(self, recipient: Recipient) -> bool:
         found = self.finals(recipient.address) if self.rewrites else [recipient.address]
@@ -9094,10 +9076,9 @@ def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
 def show_events(request: Request) -> Answer:
     feed = request.relay.feed
-    try:
-        events = feed.subscribe(EVENT_STREAMS)
-    except ValueError as e:
-        raise HttpError(503, str(e)) from None
+    if len(feed.listeners) >= EVENT_STREAMS:
+        raise HttpError(503, "too many listen to events already")
+    events = feed.subscribe()
 
     def stream() -> Generator[bytes, None, None]:
         """Yield events as they come, and a comment now and then to find out who has gone."""
@@ -9113,7 +9094,7 @@ def show_events(request: Request) -> Answer:
                 except queue.Empty:
                     said = ": still here"
         finally:
-            feed.unsubscribe(events)
+            feed.listeners.discard(events)
 
     begun = stream()
     next(begun)
@@ -9195,7 +9176,7 @@ def change_user(request: Request) -> Any:
     if new:
         changed.setdefault("api_key", new_api_key())
     gone = request.command == "DELETE"
-    change_users(s.users_file, {name: None if gone else changed}, Sealer(s.spool_key))
+    change_account(s.users_file, name, None if gone else changed, Sealer(s.spool_key))
     return {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
 
 
@@ -9241,7 +9222,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
     while not d.stopping.is_set():
         event, trouble = events.get(), None
         if event is None:
-            events = d.feed.subscribe(1 << 30)
+            events = d.feed.subscribe()
             if not d.stopping.is_set():
                 d.log.warn("webhook_behind", url=shown)
             continue
@@ -9764,7 +9745,7 @@ class Delivering:
         """Start the threads; what the spool holds is found in the background."""
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
         if self.settings.webhook_url:
-            events = self.feed.subscribe(1 << 30)
+            events = self.feed.subscribe()
             jobs.append(("webhook", functools.partial(run_webhook, self, events)))
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
@@ -11688,7 +11669,7 @@ def user(arguments: Arguments) -> int:
                 "password": hash_password(ask_password()), "allowed_domains": arguments.domain,
                 "quota_daily": arguments.daily, "quota_per_minute": arguments.per_minute,
                 "api_key": new_api_key() if arguments.api_key else ""})
-        change_users(path, {name: change}, Sealer(settings.spool_key))
+        change_account(path, name, change, Sealer(settings.spool_key))
     except (SettingsError, SealError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     if change and arguments.api_key:
