@@ -6140,21 +6140,20 @@ def decode_text(octets: bytes, charset: str = "") -> str:
 
 def decode_jis(octets: bytes) -> bytes:
     """Turn ISO-2022-JP or EUC-JP into Shift_JIS, which has a codec with all that senders use."""
-    def shift(pair: re.Match[bytes]) -> bytes:
-        first, second = (octet & 0x7F for octet in pair[0][-2:])
+    def shift(found: re.Match[bytes]) -> bytes:
+        if not found[2]:  # half as wide; or of JIS X 0212, which Shift_JIS has not
+            return found[1] or b"?"
+        first, second = (octet & 0x7F for octet in found[2])
         second += (0x1F if second < 0x60 else 0x20) if first % 2 else 0x7E
         return bytes(((first + 1) // 2 + (0x70 if first < 0x5F else 0xB0), second))
 
-    if b"\x1b" not in octets:
-        octets = re.sub(rb"\x8e([\xa1-\xdf])|\x8f..", rb"\1", octets)
-        return re.sub(rb"[\xa1-\xfe]{2}", shift, octets)
-    start, *pieces = re.split(rb"\x1b(\$[@B]|\([BJI]|\$\([A-Z])", octets)
-    turned = [start]
-    for mode, piece in zip(pieces[::2], pieces[1::2]):
-        if mode in (b"$@", b"$B"):
-            piece = re.sub(rb"[!-~]{2}", shift, piece)
-        turned.append(bytes(octet | 0x80 for octet in piece) if mode == b"(I" else piece)
-    return b"".join(turned)
+    chunks = []
+    for mode, run in re.findall(rb"(?:\x1b(\$[@B]|\([BIJ]))?([^\x1b]+|\x1b)", octets):
+        if mode in (b"$@", b"$B", b"(I"):
+            mark = b"\x8e" * (mode == b"(I")
+            run = b"".join(mark + bytes([o | 0x80]) if o > 32 else bytes([o]) for o in run)
+        chunks.append(run)
+    return re.sub(rb"\x8e([\xa1-\xdf])|\x8f..|([\xa1-\xfe]{2})", shift, b"".join(chunks))
 
 
 def decode_words(value: str) -> str:
@@ -6300,25 +6299,30 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     return word, more
 
 
-ENDINGS = {
-    "text/plain": ".txt", "text/html": ".html", "text/calendar": ".ics", "text/x-amp-html": ".html",
-    "message/rfc822": ".eml", "application/pdf": ".pdf", "image/png": ".png", "image/jpeg": ".jpg",
-    "image/gif": ".gif", "image/webp": ".webp", "application/zip": ".zip", "text/csv": ".csv",
-    "text/vcard": ".vcf",
-}
-SIGNATURES = (  # how a file of each type begins
-    (rb"\x89PNG", "image/png"), (rb"\xff\xd8\xff", "image/jpeg"), (rb"GIF8", "image/gif"),
-    (rb"BM.{4}\0\0\0\0", "image/bmp"), (rb"RIFF.{4}WEBP", "image/webp"),
-    (rb".{4}ftypavif", "image/avif"),
-    (rb"%PDF-", "application/pdf"), (rb"PK\x03\x04", "application/zip"),
-    (rb"\x1f\x8b\x08", "application/x-gzip"), (rb"\s*(?:<!doctype html|<html)\b", "text/html"),
-    (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b", "image/svg+xml"),
-    (rb"\s*<\?xml", "text/xml"),
-)
+ENDINGS = """
+text/plain txt, text/html html, text/x-amp-html html, text/calendar ics, text/csv csv, text/vcard vcf,
+message/rfc822 eml, application/pdf pdf, application/zip zip,
+image/png png, image/jpeg jpg, image/gif gif, image/webp webp, """
+SIGNATURES = rb"""
+image/png \x89PNG
+image/jpeg \xff\xd8\xff
+image/gif GIF8
+image/bmp BM.{4}\0\0\0\0
+image/webp RIFF.{4}WEBP
+image/avif .{4}ftypavif
+application/pdf %PDF-
+application/zip PK\x03\x04
+application/x-gzip \x1f\x8b\x08
+text/html \s*(?:<!doctype html|<html)\b
+image/svg+xml \s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,300}?-->\s*)?<svg\b
+text/xml \s*<\?xml"""  # how a file of each type begins
 
 
 def first_octets_type(head: bytes) -> str:
-    return next((kind for start, kind in SIGNATURES if re.match(b"(?si)" + start, head)), "")
+    for kind, start in re.findall(rb"(\S+) (.+)", SIGNATURES):
+        if re.match(b"(?si)" + start, head):
+            return str(kind, "ascii")
+    return ""
 
 
 def true_type(part: Part) -> str:
@@ -6331,8 +6335,9 @@ def true_type(part: Part) -> str:
 
 def file_name(part: Part) -> str:
     """Name a part as a file."""
-    name = part.filename or part.content_id
-    return name or f"part-{part.number}" + ENDINGS.get(true_type(part), "")
+    ending = re.search(rf"\s{re.escape(true_type(part))} (\w+),", ENDINGS)
+    unnamed = f"part-{part.number}" + (f".{ending[1]}" if ending else "")
+    return part.filename or part.content_id or unnamed
 
 
 def describe_part(number: str, headers: Headers, among: str = "") -> Part:
@@ -6378,12 +6383,12 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw), "")]
-    top, room = read_headers(raw, 0, len(raw)), HEADERS_MOST
-    bodies: set[str] = set()
+    top: Headers = []
+    room = 4 * HEADERS_MOST
     for _ in range(PART_LIMIT):
         number, start, end, among = todo.pop()
-        headers, body = read_headers(raw, start, end, max(room // 4, 256)) if number else top
-        room -= body - start if number else 0
+        headers, body = read_headers(raw, start, end, max(room // 4, 256))
+        top, room = top or headers, room - (body - start)
         part = describe_part(number.rstrip(".") or "0", headers, among)
         multipart = part.content_type.startswith("multipart/")
         boundary, pieces = part.parameters.get("boundary"), []
@@ -6393,13 +6398,12 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
                  for n in range(len(pieces), 0, -1)]
         if not pieces:  # a multipart without parts is shown, not lost
             kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)
-            if role == "body" and part.filename and kind in bodies:
-                role = "attachment"  # the first text is the message, one more with a name a file
-            bodies |= {kind} if role == "body" else set()
+            if part.filename and any((p.role, p.content_type) == (role, kind) for p in parts):
+                role = "attachment" if role == "body" else role  # one more text with a name
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
             break
-    return top[0], parts
+    return top, parts
 
 
 class Email:
@@ -6425,20 +6429,17 @@ class Email:
 
     @functools.cached_property
     def people(self) -> dict[str, list[Person]]:
-        """Who is named in all fields of a name; From has one, if only in name."""
+        """Who is named in all fields of a name: From has one, Bcc those whom no field names, too."""
         people: dict[str, list[Person]] = {"from": [], "to": [], "cc": [], "bcc": [], "reply-to": []}
         for name, value in self.fields:
             if name.lower() in people:
                 people[name.lower()] += addresses(value)
         unread = decode_words(header(self.fields, "from"))[:1000]
         people["from"] = people["from"] or [{"Name": unread, "Address": ""}]
+        named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in people[name]}
+        people["bcc"] += [{"Name": "", "Address": address} for address in self.recipients
+                          if address.lower() not in named]
         return people
-
-    @property
-    def blind(self) -> list[str]:
-        """The recipients that no field names."""
-        named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in self.people[name]}
-        return [address for address in self.recipients if address.lower() not in named]
 
     @functools.cached_property
     def subject(self) -> str:
@@ -6629,8 +6630,7 @@ def safe_filename(name: str) -> str:
     """Turn a sender's file name into one of 100 characters that is safe to save under."""
     name = name.replace("\\", "/").rpartition("/")[2]
     name = "".join(c if c.isprintable() and c not in '<>:"|?*;%' else "_" for c in name)
-    stem, dot, suffix = name.strip(" .").rpartition(".")
-    return (stem[: 99 - len(suffix)] + dot + suffix)[:100] or "attachment"
+    return name.strip(" .")[-100:].strip(" .") or "attachment"
 
 
 def disposition(kind: str, filename: str) -> str:
@@ -6723,7 +6723,7 @@ PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username S
 
 
 def summarise(mail: Email) -> list[Any]:
-    """Give the values of PACKED_FIELDS; Bcc is every recipient that no field names."""
+    """Give the values of PACKED_FIELDS."""
     record, (sender, to, cc, bcc, reply_to) = mail.record, mail.people.values()
     start = strip_html(mail.page[:32000]) if mail.page.strip() else mail.plain[:32000]
     text = " ".join(start.split())
@@ -6731,8 +6731,7 @@ def summarise(mail: Email) -> list[Any]:
     whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
     return [
-        record.id, message_id or f"{record.id}@smtprelay", sender[0], to, cc,
-        bcc + [{"Name": "", "Address": address} for address in mail.blind], reply_to,
+        record.id, message_id or f"{record.id}@smtprelay", sender[0], to, cc, bcc, reply_to,
         mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
         text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
     ]
@@ -6782,12 +6781,14 @@ SEARCH_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
+def words_of(value: Any) -> str:
+    """Join what stands in a text, a person, or a list of them."""
+    values = value.values() if isinstance(value, dict) else value
+    return value if isinstance(value, str) else " ".join(map(words_of, values))
+
+
 def fields_hold(name: str, word: str, item: Item) -> bool:
-    """Whether a field holds a word: a text, a person, or a list of people."""
-    values = [item[field] for field in SEARCH_FIELDS[name].split()]
-    flat = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
-    text = " ".join(v if isinstance(v, str) else f"{v['Name']} {v['Address']}" for v in flat)
-    return holds(text, word)
+    return holds(words_of([item[field] for field in SEARCH_FIELDS[name].split()]), word)
 
 
 def mail_holds(word: str, item: Item) -> bool:
@@ -6826,9 +6827,8 @@ def compile_query(text: str, zone: str = "") -> Query:
 
 def split_terms(text: str) -> list[str]:
     """Split at spaces outside double quotes."""
-    parts = enumerate(text[:10000].replace("\0", "").split('"'))
-    joined = "".join(part if n % 2 else part.replace(" ", "\0") for n, part in parts)
-    return [term.strip() for term in joined.split("\0") if term.strip()]
+    terms = re.findall(r'(?:"[^"]*"?|[^\s"])+', text[:10000])
+    return [term.replace('"', "").strip() for term in terms if term.strip('"\t\n ')]
 
 
 def compile_term(term: str, zone: str) -> Test | None:
@@ -6869,8 +6869,6 @@ CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 def search_moment(value: str, zone: str = "", now: datetime.datetime | None = None) -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
     utc, here = datetime.timezone.utc, None
-    if re.fullmatch(r"\d{10}(\d{3})?", value):  # seconds or milliseconds since 1970
-        return datetime.datetime.fromtimestamp(int(value[:10]), utc).isoformat()[:19]
     with contextlib.suppress(ValueError, LookupError, OSError):
         import zoneinfo
 
@@ -6978,22 +6976,20 @@ class Inbox:
         the next. Without, the newest match that is there, or else the next to come. A caller
         that is `gone`, which is asked each second, is sent away.
         """
-        deadline = time.monotonic() + timeout
-        found, seen = self.look(query, since or 0, newest=since is None)
-        while not found and (left := deadline - time.monotonic()) > 0 and not gone():
+        deadline, newest, seen = time.monotonic() + timeout, since is None, since or 0
+        while True:
+            with self.changed:
+                last, fresh = self.last, self.after(seen)
+            found = next(self.matching(fresh if newest else fresh[::-1], query), None)
+            left = deadline - time.monotonic()
+            if found or left <= 0 or gone():
+                return found
+            newest, seen = False, last
             with self.changed:
                 if self.last <= seen and not self.closed:
                     self.changed.wait(min(left, 1.0))
                 if self.closed:
-                    break
-            found, seen = self.look(query, seen)
-        return found
-
-    def look(self, query: Query, since: int, newest: bool = False) -> tuple[Item | None, int]:
-        """Try the messages numbered above `since`; give the match with the last number tried."""
-        with self.changed:
-            last, fresh = self.last, self.after(since)
-        return next(self.matching(fresh if newest else fresh[::-1], query), None), last
+                    return None
 
     def after(self, since: int = 0) -> list[Entry]:
         """The entries numbered above `since`, newest first; the caller holds the lock."""
@@ -7055,7 +7051,7 @@ class Inbox:
     def get(self, id: str, query: Query = ALL) -> Item | None:
         """Find a message by its id; `latest` is the newest that matches the query."""
         if id == "latest":
-            return self.look(query, 0, newest=True)[0]
+            return self.wait(query, timeout=0)
         with self.changed:
             entry = self.entries.get(id)
         return self.shown(entry) if entry else None
@@ -7170,9 +7166,8 @@ def waited_json(item: Item, mail: Email) -> dict[str, Any]:
         "one click needs an https link": post and not one_click,
     }
     wrong = ", ".join(text for text, holds in errors.items() if holds and (listed or post))
-    shown = summary_json(item)
     return {
-        **{key: shown[key] for key in shown if key not in ("Read", "Created", "Snippet")},
+        **summary_json(item),
         "Subject": mail.subject, "Date": mail.date or item["Created"],
         "ReturnPath": mail.reverse_path, "HTML": mail.page, "Text": mail.plain or mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
@@ -7188,7 +7183,7 @@ def headers_json(mail: Email) -> dict[str, list[str]]:
     Return-Path and Bcc are there as the envelope has them, as in Mailpit.
     """
     fields = [(string.capwords(name, "-"), value) for name, value in mail.fields]
-    ours = {"Return-Path": f"<{mail.reverse_path}>", "Bcc": ", ".join(mail.blind)}
+    ours = {"Return-Path": f"<{mail.reverse_path}>", "Bcc": ", ".join(p["Address"] for p in mail.people["bcc"])}
     fields += [field for field in ours.items() if field[1] and field[0] not in dict(fields)]
     return grouped(sorted(fields, key=lambda field: field[0]))
 

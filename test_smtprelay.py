@@ -7618,7 +7618,8 @@ CHARSETS = [  # (label, octets, text)
     ("x-sjis", "①㈱髙".encode("cp932"), "①㈱髙"),
     ("iso-2022-jp", b"\x1b$B-!-j\x1b(B a", "①㈱ a"),
     ("iso-2022-jp", b"\x1b(I1\x1b(B", "ｱ"),
-    ("EUC-JP", b"\xad\xa1\xa4\xa2\x8e\xb1", "①あｱ"),
+    ("EUC-JP", b"\xad\xa1\xa4\xa2\x8e\xb1\x8e\xb2\xa4\xa2", "①あｱｲあ"),
+    ("iso-2022-jp", b"\x1b$B-!$\"\x1b(I12\x1b(B~a", "①あｱｲ~a"),
     ("ks_c_5601-1987", "똠".encode("cp949"), "똠"),
     ("GB_2312-80", "镕".encode("gb18030"), "镕"),
     ("big5", "嘅".encode("big5hkscs"), "嘅"),
@@ -7949,7 +7950,6 @@ SEARCHES = [  # (query, ids found)
     ("before:2026-11-20", "a"),
     ("after:2026-11-21T10:00:00Z", "dcb"),
     ("after:2026/11/22", "d"),
-    ("before:1700000000", ""),
     ("before:nonsense", ""),
     ('after:"2026-11-19 00:00" before:"2026-11-20 00:00"', "a"),
     ("far away", "a"),
@@ -8039,7 +8039,6 @@ def test_moment_knows_time_zones() -> None:
     assert smtprelay.search_moment("2026-11-21", "Pacific/Auckland") == "2026-11-20T11:00:00"
     assert smtprelay.search_moment("2026-11-21t10:00+02:00", "Mars/Olympus") == "2026-11-21T08:00:00"
     assert smtprelay.search_moment("2026-11-21", "../../etc/passwd") == smtprelay.search_moment("2026-11-21")
-    assert smtprelay.search_moment("1763719200000") == smtprelay.search_moment("1763719200") == "2025-11-21T10:00:00"
     assert [smtprelay.search_size(v) for v in ("2kb", "1.5m", "10", "1 m", "x", "1g")] == [
         2048,
         1572864,
@@ -8358,7 +8357,7 @@ def test_mailpit_json(four: Box) -> None:
     item = four.inbox.get("d")
     assert item
     whole = smtprelay.waited_json(item, four.inbox.mail("d"))
-    assert types(whole) == {**MESSAGE_TYPES, "Sequence": int, "Links": list, "Codes": list}
+    assert types(whole) == {**SUMMARY_TYPES, **MESSAGE_TYPES, "Sequence": int, "Links": list, "Codes": list}
     assert types(whole["ListUnsubscribe"]) == {
         "Header": str,
         "Links": list,
