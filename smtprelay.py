@@ -5679,31 +5679,27 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk = self.envelope, None
-        reply, accepted, scripted = None, False, self.reception.faults.on[0]
+        envelope, chunk, scripted = self.envelope, None, self.reception.faults.on[0]
         if argument:
             chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
             if not chunk:
                 return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
+        reply: Reply | None = NO_RECIPIENTS
         if self.settings.tls_required and not self.is_tls:
             reply = TLS_FIRST
-        elif envelope is None:
+        elif not envelope:
             reply = SEQUENCE._replace(text="Say MAIL first")
-        elif not envelope.recipients:
-            reply = NO_RECIPIENTS
-        elif not self.content:
-            reply = self.fault("data", *envelope.recipients) if scripted else None
-            if reply:
-                self.forget()
-            else:
+        elif envelope.recipients:
+            reply = self.fault("data", *envelope.recipients) if scripted and not self.content else None
+            if not (reply or self.content):
                 self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
-        content = self.content
-        if reply or not content:
-            content = Content(lambda block: None, 0)
+        if reply and (chunk or reply is not NO_RECIPIENTS):
+            self.forget()
         if not chunk:
             if reply:
                 return reply
             self.wire.write(reply_octets(GO_AHEAD))
+        content = self.content or Content(lambda block: None, 0)
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
         self.wire.bulk = True
         try:
@@ -5720,8 +5716,9 @@ class Session:
         if reply or chunk and not (chunk[2] or content.fault or content.error):
             return reply or CHUNK_OK
         assert envelope and self.draft
-        reply = self.fault("end", *envelope.recipients) if scripted else None
+        accepted = False
         try:
+            reply = self.fault("end", *envelope.recipients) if scripted else None
             if reply and reply is not LOST:
                 return reply
             id = self.reception.keep(self.draft, content, envelope)
