@@ -4891,7 +4891,7 @@ FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "d
                 "end": "from to"}
 FAULT_RULE = (
     rf"(?: (?P<stage>{'|'.join(FAULT_STAGES)}))?(?P<globs>(?: (?:to|from)=\S+)*)(?: delay (?P<delay>\S+))?"
-    r"(?: (?P<answer>accept|drop|drop kept|(?P<code>(?P<kind>[2-5])[0-9]{2})"
+    r"(?: (?P<answer>accept|drop|drop kept|(?P<code>(?P<kind>[45])[0-9]{2})"
     r"(?: (?P<status>(?P=kind)\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (?P<text>[ -~]{1,400}?))?))?"
     r"(?P<when>(?: (?:first|after|share) \S+)*)")
 FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotten
@@ -4924,13 +4924,13 @@ class Fault(NamedTuple):
 
 
 def parse_fault(rule: str, step: bool = False) -> Fault:
-    """Read a rule, or a step of a script, which may answer well and needs no stage for the end."""
+    """Read a rule, or a step of a script, which may let pass and needs no stage for the end."""
     match = re.fullmatch(FAULT_RULE, " " + " ".join(rule.split()))
     found = collections.defaultdict(str, match.groupdict("") if match else ())
     stage, answer, delay = found["stage"] or "end" * step, found["answer"], found["delay"]
     globs = dict(glob.lower().split("=", 1) for glob in found["globs"].split())
     if (not stage or not globs.keys() <= {*FAULT_STAGES[stage].split()} or not (answer or delay)
-            or not step and (answer == "accept" or found["kind"] not in "45")
+            or answer == "accept" and not step
             or answer == "drop kept" and stage != "end"):
         raise ValueError(f"a stage ({', '.join(FAULT_STAGES)}), to= and from= (not at the first two), delay TIME, "
                          "a code from 400 to 599 and printable ASCII or drop, then first, after, share")
@@ -10658,25 +10658,29 @@ class Taken(NamedTuple):
     raw: bytes
 
 
-class Upstream(socketserver.ThreadingTCPServer):
+class Upstream:
     """A smart host that answers by script: `relay.upstream.script("451 busy", "rcpt 550 who?")`.
 
-    A step is "accept", "drop" (hang up without an answer), or a reply, after a delay if it has one.
+    A step is "accept", "drop" (hang up without an answer), or a refusal, after a delay if it has one.
     It holds for the end of a message's content, unless a stage is before it: connect, mail, rcpt, data.
     Steps are taken in order, each when its stage comes; after the last one all is accepted.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        settings = Settings.read({
+            "SMTP_STORAGE": "memory", "SMTP_HOSTNAME": "upstream", "SMTP_MAX_SIZE": "4GiB",
+            "SMTP_MAX_RECIPIENTS": "1000000", "SMTP_MAX_ERRORS": "1000000"})
+        log = Log(os.devnull, level="error")
         self.changed = threading.Condition()
         self.steps: collections.deque[Fault] = collections.deque()
         self.received: list[Taken] = []
         self.attempts = 0  # MAIL commands seen
-        self.stopping = False
-        self.open: dict[socket.socket, threading.Thread] = {}
-        threading.Thread(target=self.serve_forever, name="upstream", daemon=True).start()
+        self.on = (True,)  # as Faults, in whose place it answers
+        self.spool, self.socket = Spool(settings, log), socket.create_server(("127.0.0.1", 0))
+        reception = Reception(settings, self.spool, Metrics(), log, self.take, Accounts(settings, log), None,
+                              Quotas("", log), cast(Faults, self))
+        self.receiving = Receiving(reception, [self.socket], [])
+        self.receiving.start()
 
     def script(self, *steps: str) -> None:
         """Add steps; ValueError for one that is none."""
@@ -10687,6 +10691,22 @@ class Upstream(socketserver.ThreadingTCPServer):
                 form = f"[{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply"
                 raise ValueError(f"{step!r} is not {form}") from None
 
+    def answer(self, stage: str, *_: str) -> Fault | None:
+        """Return the step that is to be played at a stage, None for the true answer."""
+        with self.changed:
+            self.attempts += stage == "mail"
+            return self.steps.popleft() if self.steps and self.steps[0].stage == stage else None
+
+    def take(self, stem: str, _: bool) -> bool:
+        """Note a message that was accepted."""
+        message, file = self.spool.fetch(stem)
+        raw = file.read()[-message.size:]  # what stands before it is the smart host's own Received
+        self.spool.remove(stem)
+        with self.changed:
+            self.received.append(Taken(message.reverse_path, [r.address for r in message.recipients], raw))
+            self.changed.notify_all()
+        return True
+
     def wait(self, count: int = 1, timeout: float = 5.0) -> list[Taken]:
         """Block until so many messages are taken, and return them; TimeoutError after so many seconds."""
         with self.changed:
@@ -10694,75 +10714,6 @@ class Upstream(socketserver.ThreadingTCPServer):
                 came = f"{len(self.received)} of {count} messages came within {timeout:g} s"
                 raise TimeoutError(f"{came}, in {self.attempts} attempts")
             return list(self.received)
-
-    def stop(self) -> None:
-        self.stopping = True
-        stop_server(self)
-        for sock, thread in list(self.open.items()):
-            shut(sock, socket.SHUT_RDWR)
-            thread.join(1.0)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        self.open[request] = threading.current_thread()
-        super().process_request_thread(request, client_address)
-        del self.open[request]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that was dropped, by script or by the relay, is no news."""
-
-
-class UpstreamHandler(socketserver.StreamRequestHandler):
-    """One connection to the simulated smart host."""
-
-    server: Upstream
-    disable_nagle_algorithm = True
-
-    def handle(self) -> None:
-        sender: str | None = None
-        recipients: list[str] = []
-        going = self.act("connect", "220 upstream ESMTP") < 400
-        while going:
-            line = self.rfile.readline(LINE_LIMIT).decode("utf-8", "replace").strip()
-            verb, path = line[:4].upper(), line.partition("<")[2].rpartition(">")[0]
-            if verb == "EHLO":
-                self.say("250-upstream\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 SIZE")
-            elif verb == "MAIL":
-                self.server.attempts += 1
-                sender, recipients = path if self.act("mail", "250 2.1.0 Ok") < 300 else None, []
-            elif verb in ("RCPT", "DATA") and sender is None:
-                self.say("503 5.5.1 Say MAIL first")
-            elif verb == "RCPT":
-                if self.act("rcpt", "250 2.1.5 Ok") < 300:
-                    recipients.append(path)
-            elif verb == "DATA" and not recipients:
-                self.say("554 5.5.1 No valid recipients")
-            elif verb == "DATA":
-                if self.act("data", "354 Go ahead") == 354:
-                    lines = list(iter(self.rfile.readline, b".\r\n"))
-                    raw = b"".join(line[line.startswith(b"."):] for line in lines)
-                    self.act("end", "250 2.0.0 Ok", Taken(sender or "", recipients, raw))
-            else:
-                going = verb not in ("QUIT", "")
-                self.say("250 2.0.0 Ok" if going else "221 2.0.0 Bye")
-
-    def say(self, reply: str) -> None:
-        self.wfile.write(reply.encode() + b"\r\n")
-
-    def act(self, stage: str, usual: str, message: Taken | None = None) -> int:
-        """Say the usual, or what the script wants; keep a message that is accepted. Returns the code."""
-        server = self.server
-        with server.changed:
-            step = server.steps.popleft() if server.steps and server.steps[0].stage == stage else None
-        scripted = step.play(lambda: server.stopping) if step else None
-        reply = str(scripted or usual)
-        if message and (scripted is LOST or reply.startswith("2")):
-            with server.changed:
-                server.received.append(message)
-                server.changed.notify_all()
-        if scripted is LOST:
-            raise PeerGone("dropped by script")
-        self.say(reply)
-        return int(reply[:3])
 
 
 class Relay:
@@ -10782,7 +10733,7 @@ class Relay:
         self.delivering.stop()
         self.parts.close()
         if self._upstream:
-            self._upstream.stop()
+            self._upstream.receiving.stop()
 
     def __enter__(self) -> Relay:
         return self
@@ -10884,7 +10835,7 @@ def start(**settings: object) -> Relay:
         return Relay(Settings.read({**defaults, **given}), log, upstream)
     except BaseException:
         if upstream:
-            upstream.stop()
+            upstream.receiving.stop()
         raise
 
 
