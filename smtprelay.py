@@ -7405,7 +7405,11 @@ h1:focus { outline: none; }
 h2 { font-size: 13px; font-weight: 600; }
 ol, ul { list-style: none; }
 a { color: var(--accent); text-underline-offset: 2px; }
-time, dt, th, .soft, nav span, #live, .hours, figcaption { color: var(--soft); }
+header, #strip, #tools, .row, [role=tablist], th, td, #side li { border-bottom: 1px solid var(--line); }
+header, nav, #tools, .row div, .acts, [role=tablist], .view, .title, .try { display: flex; }
+header, #tools, .view, .title { align-items: center; }
+time, dt, th, .soft, nav a, nav span, #live, .hours, figcaption, #tools span, .tag, button.plain,
+[role=tab], dialog p, dialog label { color: var(--soft); }
 time { white-space: nowrap; }
 pre, code, .mono { font: 12.5px/1.55 var(--mono); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -7417,15 +7421,14 @@ button:hover, input { border-color: var(--edge); }
 button[aria-pressed=true] { background: var(--pick); border-color: var(--accent); }
 button.main { color: var(--paper); background: var(--accent); border-color: transparent; }
 button.danger:hover { color: var(--bad); border-color: currentColor; }
-button.plain { padding: 4px 6px; color: var(--soft); background: none; border-color: transparent; }
+button.plain { padding: 4px 6px; background: none; border-color: transparent; }
 button.plain:hover { color: var(--ink); }
 .busy::after { content: " …"; }
 /* The bar */
-header { display: flex; gap: 4px 20px; align-items: center; padding: 8px 16px;
-  border-bottom: 1px solid var(--line); }
+header { gap: 4px 20px; padding: 8px 16px; }
 header b { font-weight: 650; letter-spacing: -.015em; }
-nav { display: flex; gap: 16px; }
-nav a { padding: 4px 0; color: var(--soft); text-decoration: none; }
+nav { gap: 16px; }
+nav a { padding: 4px 0; text-decoration: none; }
 nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
 nav span, #live, th { font-size: 12px; }
@@ -7442,7 +7445,7 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 #rail, #strip { background: var(--wash); }
 #rail { border-right: 1px solid var(--line); }
 #pane { overflow: auto; }
-#strip { min-height: 115px; padding: 14px 16px 10px; border-bottom: 1px solid var(--line); }
+#strip { min-height: 115px; padding: 14px 16px 10px; }
 #strip svg { display: block; width: 100%; height: 52px; shape-rendering: crispEdges; }
 #strip rect { fill: var(--tone, var(--edge)); }
 #strip .hit { fill: transparent; }
@@ -7452,14 +7455,12 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 .hours, figcaption { font-size: 11.5px; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
 figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space: nowrap; }
-#tools { display: flex; align-items: center; padding: 4px 10px 4px 16px; font-size: 12px;
-  border-bottom: 1px solid var(--line); }
-#tools span { flex: 1; color: var(--soft); }
+#tools { padding: 4px 10px 4px 16px; font-size: 12px; }
+#tools span, .title h1 { flex: 1; }
 #list { flex: 1; overflow-y: auto; outline-offset: -2px; }
 #rows { position: relative; }
-.row { position: absolute; left: 0; right: 0; height: 56px; padding: 8px 16px; contain: strict;
-  border-bottom: 1px solid var(--line); cursor: default; }
-.row div { display: flex; gap: 10px; align-items: baseline; white-space: nowrap; }
+.row { position: absolute; inset: 0 0 auto; height: 56px; padding: 8px 16px; contain: strict; }
+.row div { gap: 10px; align-items: baseline; white-space: nowrap; cursor: default; }
 .row .clip { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .row .clip bdi + bdi { margin-left: 6px; }
 .row :is(time, .status, .files) { font-size: 12px; }
@@ -7468,19 +7469,18 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 .row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
 .row:not(.unread) b { font-weight: inherit; }
 .row.unread time { color: var(--accent); }
-.tag { padding: 0 5px; margin-right: 4px; font-size: 11px; color: var(--soft); border-radius: 4px;
+.tag { padding: 0 5px; margin-right: 4px; font-size: 11px; border-radius: 4px;
   box-shadow: inset 0 0 0 1px var(--line); }
 /* A message */
 #head { padding: 18px 24px 12px; }
 #head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 16px; align-items: baseline;
   margin-top: 8px; }
-.acts { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 14px; }
+.acts { flex-wrap: wrap; gap: 6px; margin-top: 14px; }
 .code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
 dd button { padding: 0 8px; }
-[role=tablist] { display: flex; flex: none; gap: 20px; padding: 0 24px; overflow-x: auto;
-  border-bottom: 1px solid var(--line); }
-[role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none; color: var(--soft);
+[role=tablist] { flex: none; gap: 20px; padding: 0 24px; overflow-x: auto; }
+[role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none;
   outline-offset: -2px !important; }
 [role=tab]:is(:hover, [aria-selected=true]) { color: var(--ink); }
 [role=tab][aria-selected=true] { box-shadow: inset 0 -2px var(--accent); }
@@ -7488,7 +7488,7 @@ dd button { padding: 0 8px; }
 :is(#body, .sheet) h2 { margin: 26px 0 6px; }
 #body h2:first-child { margin-top: 0; }
 #body.html { display: flex; flex-direction: column; min-height: 360px; padding: 0; }
-.view { display: flex; gap: 6px; align-items: center; padding: 6px 24px; font-size: 12.5px; }
+.view { gap: 6px; padding: 6px 24px; font-size: 12.5px; }
 .view .soft { margin-right: auto; white-space: nowrap; }
 .view button { padding: 3px 9px; }
 .frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line);
@@ -7499,7 +7499,7 @@ iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
   box-shadow: 0 0 0 1px var(--line); }
 table { width: 100%; border-collapse: collapse; }
 th { font-weight: 500; text-align: left; }
-th, td { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: 7px 16px 7px 0; vertical-align: top; }
 td { min-width: 9ch; overflow-wrap: anywhere; }
 th:first-child { width: 30%; }
 td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
@@ -7509,14 +7509,13 @@ td.do button { margin-left: 6px; padding: 2px 9px; }
 /* Overview, queue, accounts */
 .sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
 .sheet p { margin-top: 6px; }
-.title { display: flex; gap: 8px; align-items: center; min-height: 32px; margin-bottom: 8px; }
-.title h1 { flex: 1; }
-.try { display: flex; gap: 8px; align-items: start; margin-top: 8px; }
-.try code { flex: 1; }
+.title { gap: 8px; min-height: 32px; margin-bottom: 8px; }
+.try { flex-wrap: wrap; gap: 8px; align-items: start; margin-top: 8px; }
+.try code { flex: 1 400px; }
 .try span { display: inline-block; max-width: 100%; }
 meter { width: 60px; height: 10px; }
 #side { padding: 14px 16px; overflow: auto; }
-#side li { padding: 8px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+#side li { padding: 8px 0; overflow-wrap: anywhere; }
 #side li div { display: flex; justify-content: space-between; gap: 12px; }
 #side table { margin-bottom: 20px; }
 #side td { padding: 3px 0; border: 0; }
@@ -7531,8 +7530,8 @@ dialog { width: min(440px, 92vw); margin: auto; padding: 20px 24px; color: inher
   background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
 dialog::backdrop { background: #0005; }
 dialog h2 { font-size: 16px; }
-dialog p { margin-top: 6px; color: var(--soft); overflow-wrap: anywhere; }
-dialog label { display: block; margin-top: 12px; font-size: 12px; color: var(--soft); }
+dialog p { margin-top: 6px; overflow-wrap: anywhere; }
+dialog label { display: block; margin-top: 12px; font-size: 12px; }
 dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
 dialog dl { gap: 6px 16px; margin: 12px 0; }
 kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); border-radius: 4px; }
@@ -7557,8 +7556,6 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); b
   .back { margin: -8px 0 4px -6px; }
   .acts { gap: 4px; }
   .acts button { padding: 4px 7px; }
-  .try { flex-wrap: wrap; }
-  .try code { flex-basis: 100%; }
   #pane thead { display: none; }
   #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
