@@ -6511,7 +6511,7 @@ class Email:
 
 # A comment, an element whose text is not shown, or a tag. What is not closed goes to the end.
 TAG = (r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
-       r"|<(/?[a-z][^\s<>/]*)([^<>]*)>?")
+       r"|<(/?[a-z][^\s<>/]*|[!?])([^<>]*)>?")
 BLOCK_ELEMENT = "/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
 URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"

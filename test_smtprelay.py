@@ -7570,7 +7570,7 @@ READ = [  # (content, text, attachments)
     (b"Content-Type: text/plain; charset=punycode\r\n\r\nabc", "abc", 0),
     (b"Content-Type: text/plain; charset=utf-16\r\n\r\n\xff\xfea\0", "a", 0),
     (
-        b"Content-Type: text/html\r\n\r\n<p>a<br>b</p><style>x{}</style><!-- <b>no --><td>c<td>d",
+        b"Content-Type: text/html\r\n\r\n<!DOCTYPE html><?xml x?><p>a<br>b</p><style>x{}</style><!-- <b>no --><td>c<td>d",
         "a\nb\nc d",
         0,
     ),
