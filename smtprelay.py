@@ -2846,13 +2846,11 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 
     A domain is matched exactly; "*.x" and ".x" match what is below x, not x.
     """
-    found = [label_key(label) for label in reverse_path.rpartition("@")[2].split(".")]
-    for pattern in account.allowed_domains:
-        wanted = [label_key(label) for label in pattern.lstrip("*.").split(".")]
-        below = pattern.startswith(("*", "."))
-        if found[-len(wanted):] == wanted and (len(found) > len(wanted)) is below:
-            return True
-    return not account.allowed_domains
+    def key(domain: str) -> str:
+        return ".".join(map(label_key, domain.split(".")))
+
+    found, wanted = key(reverse_path.rpartition("@")[2]), [key(each.lstrip("*")) for each in account.allowed_domains]
+    return not wanted or any(found.endswith(each) if each.startswith(".") else found == each for each in wanted)
 
 
 # -- how much --
@@ -3061,13 +3059,12 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     first line says what it was made for. Raises SettingsError, OSError.
     """
     os.makedirs(directory, 0o700, exist_ok=True)
-    pem = os.path.join(directory, "self-signed.pem")
-    today, names = iso_second(int(now()))[:10], subject_names(hostname)
-    made_for, _, renew_at = "", "", ""
+    pem, names = os.path.join(directory, "self-signed.pem"), subject_names(hostname)
+    today, renewal = (iso_second(int(now() + days * DAY))[:10] for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS))
+    made_for = renew_at = ""
     with contextlib.suppress(FileNotFoundError):
         made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
     if made_for != f"# {names}" or today >= renew_at:
-        renewal = iso_second(int(now() + (SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS) * DAY))[:10]
         replace_file(pem, f"# {names} renew {renewal}\n".encode() + make_pair(directory, names), sync=True)
     return pem, pem
 
