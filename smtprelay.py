@@ -189,7 +189,6 @@ BYE = Reply(221, "2.0.0", "Bye")
 OK = Reply(250, "2.0.0", "Ok")
 SENDER_OK = Reply(250, "2.1.0", "Sender ok")
 RECIPIENT_OK = Reply(250, "2.1.5", "Recipient ok")
-CHUNK_OK = Reply(250, "2.0.0", "Chunk received")
 CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify, but will take mail and try to deliver it")
 GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 
@@ -218,8 +217,7 @@ BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address")
 NOT_IMPLEMENTED = Reply(502, "5.5.1", "Not implemented")
 SEQUENCE = Reply(503, "5.5.1", "Out of order")
 AUTH_CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
-AUTH_BASE64 = Reply(501, "5.5.2", "Cannot decode that as base64")
-AUTH_MALFORMED = Reply(501, "5.5.2", "Not a response this mechanism knows")
+AUTH_MALFORMED = Reply(501, "5.5.2", "Not base64, or not a response this mechanism knows")
 UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Unknown authentication mechanism")
 LOGIN_FIRST = Reply(530, "5.7.0", "Log in first")
 TLS_FIRST = Reply(530, "5.7.0", "Say STARTTLS first")
@@ -230,8 +228,7 @@ TOO_BIG = Reply(552, "5.3.4", "Message is larger than this server takes")
 LOST = Reply(0, "", "")  # not sent: the connection ends in its place
 NEED_SMTPUTF8 = Reply(553, "5.6.7", "This address needs SMTPUTF8")
 NOT_SMTP = Reply(554, "5.5.1", "This is SMTP, not HTTP")
-TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting")
-TALKED_BEFORE_TLS = Reply(554, "5.5.1", "Nothing may follow STARTTLS before the handshake")
+TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting, or between STARTTLS and the handshake")
 NOT_ALLOWED = Reply(554, "5.7.1", "Your address may not use this server")
 NO_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
 LOOP = Reply(554, "5.4.6", "Too many Received headers: this message is looping")
@@ -2793,7 +2790,7 @@ def response(line: bytes) -> str:
             raise ValueError("cut short")
         return base64.b64decode(line, validate=True).decode("utf-8", "surrogateescape")
     except ValueError:
-        raise Refused(AUTH_CANCELLED if line == b"*" else AUTH_BASE64) from None
+        raise Refused(AUTH_CANCELLED if line == b"*" else AUTH_MALFORMED) from None
 
 
 def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
@@ -5064,6 +5061,7 @@ CROWD = 3  # threads at work from which on they keep to one processor
 # to 127 ms, with no message a second less; 8 and 16 at once changed nothing, 1 halved the rate. A
 # disk that takes 10 ms to sync still gets 400 a second from each process.
 COMMITS = 4
+NOBODY = Account("")
 DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
@@ -5309,7 +5307,7 @@ class Session:
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
         self.is_tls, self.lenient = False, ""  # lenient: the host's name, to complete addresses
-        self.account: Account | None = None
+        self.account = NOBODY
         self.failed_logins = self.errors = 0
         self.over = self.quitting = False
         now = time.monotonic()
@@ -5353,7 +5351,7 @@ class Session:
                     self.wire.flush()
         finally:
             self.forget()
-            reception.audit.info("session_end", client=self.client, user=self.user, tls=self.tls_version)
+            reception.audit.info("session_end", client=self.client, user=self.account.name, tls=self.tls_version)
 
     def meet_balancer(self) -> str:
         """Learn from a balancer who the client is; a bad header ends the session without a word."""
@@ -5427,7 +5425,7 @@ class Session:
     def answer(self, reply: Reply) -> None:
         """Write a reply, counting refusals; too many end the session."""
         if reply.code >= 400:
-            self.reception.refused(reply, self.client, self.user)
+            self.reception.refused(reply, self.client, self.account.name)
             self.errors += reply.code >= 500
             if self.errors > self.settings.max_errors:
                 reply = TOO_MANY_ERRORS
@@ -5460,17 +5458,13 @@ class Session:
 
     def forget(self, accepted: bool = False) -> None:
         """Drop the transaction (RFC 5321 4.1.1.5); one accepted is counted for its account."""
-        if self.envelope and self.account and self.account.quota_daily:
-            self.reception.quotas.settle(self.user, accepted)
+        if self.envelope and self.account.quota_daily:
+            self.reception.quotas.settle(self.account.name, accepted)
         elif accepted:
-            self.reception.quotas.count(self.user, "received")
+            self.reception.quotas.count(self.account.name, "received")
         if self.draft:
             self.draft.abort()
         self.envelope = self.draft = self.content = None
-
-    @property
-    def user(self) -> str:
-        return self.account.name if self.account else ""
 
     @property
     def tls_version(self) -> str:
@@ -5491,15 +5485,14 @@ class Session:
         self.helo, self.extended = name, extended
         if not extended:
             return Reply(250, "", settings.hostname)
-        lines = [f"{settings.hostname} greets {name}", f"SIZE {settings.max_size}", "8BITMIME",
-                 "SMTPUTF8", "PIPELINING", "CHUNKING", "ENHANCEDSTATUSCODES", "DSN", "HELP",
-                 f"LIMITS RCPTMAX={settings.max_recipients}"]
+        lines = (f"{settings.hostname} greets {name}\nSIZE {settings.max_size}\n8BITMIME\nSMTPUTF8\nPIPELINING\n"
+                 f"CHUNKING\nENHANCEDSTATUSCODES\nDSN\nHELP\nLIMITS RCPTMAX={settings.max_recipients}")
         if self.reception.tls and not self.is_tls:
-            lines.append("STARTTLS")
+            lines += "\nSTARTTLS"
         if accounts.configured() and (self.is_tls or not settings.tls_required):
-            mechanisms = accounts.offers(self.is_local or self.is_tls)
-            lines += [f"AUTH {' '.join(mechanisms)}"] if mechanisms else []
-        return Reply(250, "", "\n".join(lines))
+            mechanisms = " ".join(accounts.offers(self.is_local or self.is_tls))
+            lines += f"\nAUTH {mechanisms}" * bool(mechanisms)
+        return Reply(250, "", lines)
 
     def rset(self, argument: bytes) -> Reply:
         self.forget()
@@ -5523,12 +5516,12 @@ class Session:
             return SEQUENCE._replace(text="TLS is on already")
         if self.wire.start != self.wire.end:  # CVE-2011-0411
             self.over = True
-            return TALKED_BEFORE_TLS
+            return TALKED_EARLY
         self.answer(TLS_READY)
         self.wire.flush()
         self.forget()
         self.handshake()
-        self.helo, self.account = "", None
+        self.helo, self.account = "", NOBODY
         return None
 
     def handshake(self) -> None:
@@ -5552,7 +5545,7 @@ class Session:
         who, rate = client_key(self.client), self.settings.auth_failures
         first, _, initial = argument.partition(b" ")
         mechanism = first.decode("latin-1").upper()
-        if self.account or self.envelope or not self.extended:
+        if self.account.name or self.envelope or not self.extended:
             return SEQUENCE._replace(text="AUTH comes once, after EHLO, outside a transaction")
         if not accounts.configured():
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
@@ -5574,7 +5567,7 @@ class Session:
         finally:
             if not login or login.account:
                 reception.logins.take(who, rate, rate, -1)
-        self.account, result = login.account, "success" if login.account else "failure"
+        self.account, result = login.account or NOBODY, "success" if login.account else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
         reception.log.info("login", **told)
@@ -5598,12 +5591,12 @@ class Session:
         settings, reception = self.settings, self.reception
         if self.envelope is not None:
             return SEQUENCE._replace(text="A transaction is open already")
-        if self.account:  # it may be gone from the file, or its limits may have changed
-            self.account = reception.accounts.get(self.account.name)
+        if self.account.name:  # it may be gone from the file, or its limits may have changed
+            self.account = reception.accounts.get(self.account.name) or NOBODY
         needed = settings.auth_required
         if needed is None:
             needed = reception.accounts.configured() or not self.is_local
-        if needed and not self.account:
+        if needed and not self.account.name:
             return LOGIN_FIRST
         address, given = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
@@ -5615,18 +5608,15 @@ class Session:
             return NEED_SMTPUTF8
         if not reception.has_room(size):
             return SPOOL_FULL
-        if self.account and not may_send_as(self.account, address):
+        if self.account.allowed_domains and not may_send_as(self.account, address):
             return WRONG_DOMAIN
         limit = self.spent()
         if limit:
             return limit
-        flags = ("8BITMIME",) if given.get("BODY", "").upper() == "8BITMIME" else ()
-        protocol = "SMTP"  # RFC 3848, 6531
-        if self.extended:
-            protocol = "UTF8SMTP" if utf8 else "ESMTP"
-            protocol += "S" * self.is_tls + "A" * bool(self.account)
-        self.envelope = Envelope(address, self.client, self.helo, protocol, self.user,
-                                 (*flags, "SMTPUTF8") if utf8 else flags,
+        flags = ("8BITMIME",) * (given.get("BODY", "").upper() == "8BITMIME") + ("SMTPUTF8",) * utf8
+        protocol = "UTF8SMTP" if utf8 else "ESMTP"  # RFC 3848, 6531
+        protocol = protocol + "S" * self.is_tls + "A" * bool(self.account.name) if self.extended else "SMTP"
+        self.envelope = Envelope(address, self.client, self.helo, protocol, self.account.name, flags,
                                  ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
         fault = self.fault("mail")
         if fault:
@@ -5635,20 +5625,19 @@ class Session:
 
     def spent(self) -> Reply | None:
         """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        reception, s, name, who, minute, day = self.reception, self.settings, "", client_key(self.client), 0, 0
-        if self.account:
-            name, who = self.account.name, f"account {self.account.name}"
-            minute, day = self.account.quota_per_minute, self.account.quota_daily
+        reception, s, account = self.reception, self.settings, self.account
+        who = f"account {account.name}" if account.name else client_key(self.client)
+        minute, day = account.quota_per_minute, account.quota_daily
         if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst):
             limit, reply = "rate", RATE_SPENT
-        elif minute and not reception.quotas.minutes.take(name, minute, minute):
+        elif minute and not reception.quotas.minutes.take(account.name, minute, minute):
             limit, reply = "quota_per_minute", QUOTA_SPENT
-        elif day and not reception.quotas.reserve(name, day):
+        elif day and not reception.quotas.reserve(account.name, day):
             limit, reply = "quota_daily", QUOTA_SPENT
         else:
             return None
         reception.metrics.inc("smtp_rate_limited_total")
-        reception.audit.info("quota", client=self.client, user=name, limit=limit)
+        reception.audit.info("quota", client=self.client, user=account.name, limit=limit)
         return reply
 
     def rcpt(self, argument: bytes) -> Reply:
@@ -5711,7 +5700,7 @@ class Session:
         finally:
             self.wire.bulk = False
         if reply or chunk and not (chunk[2] or content.fault or content.error):
-            return reply or CHUNK_OK
+            return reply or OK
         assert envelope and self.draft
         accepted = False
         try:

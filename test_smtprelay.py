@@ -3225,7 +3225,7 @@ def test_responses_are_strict_base64(line: bytes, expected: str | None) -> None:
         return
     with pytest.raises(smtprelay.Refused) as error:
         smtprelay.response(line)
-    assert error.value.reply == (smtprelay.AUTH_CANCELLED if line == b"*" else smtprelay.AUTH_BASE64)
+    assert error.value.reply == (smtprelay.AUTH_CANCELLED if line == b"*" else smtprelay.AUTH_MALFORMED)
 
 
 def test_cram_md5_is_that_of_rfc_2195() -> None:
@@ -7075,6 +7075,15 @@ def test_rates_are_by_account_where_there_is_one(start: Callable[..., Any], tmp_
         with greeted(relay) as client:
             client.ask(login, "235")
             client.ask("MAIL FROM:<a@b.test>", want)
+
+
+def test_an_account_that_was_removed_sends_no_more(start: Callable[..., Any], tmp_path: Path) -> None:
+    path = users_file(tmp_path, USERS)
+    with greeted(start(SMTP_USERS_FILE=path)) as client:
+        client.ask(GOOD_LOGIN, "235")
+        assert client.mail().startswith("250")
+        users_file(tmp_path, {name: user for name, user in USERS.items() if name != "old"})
+        client.ask("MAIL FROM:<a@b.test>", "530 5.7.0")
 
 
 def test_a_quota_is_charged_at_the_250_alone(start: Callable[..., Any], tmp_path: Path) -> None:
