@@ -10899,6 +10899,7 @@ def time_shown(seconds: float) -> str:
 Finding = tuple[str, str, str, str]  # ok, warn or fail; what it is about; what was found; what to do unless it is ok
 HOSTNAME_ADVICE = "set SMTP_HOSTNAME to a name that DNS knows for this machine's address"
 ADVICE = {  # for how a dialogue ended: the stage, SMTP_RELAY_AUTH, the host, what it said
+    ".*: TLS failed: SMTP_RELAY_CA_FILE": "name a PEM file that can be read",
     ".*CERTIFICATE_VERIFY_FAILED": "if the certificate is one of your own, name its root in SMTP_RELAY_CA_FILE; "
     "else check the host's name and the clock",
     "connect": "a firewall or the provider may block this port; try another (587, 465, 2525) with SMTP_RELAY_PORT",
@@ -10956,6 +10957,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     for thread in threads:
         thread.join()
     reached = [a for a in addresses if (a, target.port) in opens]
+    yield "ok", "name", f"{target.host} is {', '.join(addresses)}", ""
     for label, six in (("IPv4", False), ("IPv6", True)):
         family = {a for a in addresses if (":" in a) == six}
         good = family & {*reached}
@@ -10974,21 +10976,16 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
 
 def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     """Connect, say hello, start TLS and log in, and tell what was seen on the way."""
-    patient = dataclasses.replace(settings, relay_timeout=min(DOCTOR_TIMEOUT, settings.relay_timeout))
-    try:
-        context = client_context(settings.relay_ca_file, settings.relay_tls_verify)
-    except SettingsError as e:
-        yield "fail", "TLS", str(e), "name a PEM file that can be read"
-        return
-    trouble, hop = None, NextHop(patient, target, Log(os.devnull, level="error"), lambda: context)
+    trouble, hop = None, NextHop(settings, target, Log(os.devnull, level="error"), functools.partial(
+        client_context, settings.relay_ca_file, settings.relay_tls_verify))
     try:
         hop.open()
     except Trouble as e:
         trouble = e
-    said = [line[3:] for line in hop.transcript if line.startswith("S: ")]
-    if said and said[0].startswith("220"):
-        yield "ok", "greeting", said[0], ""
-        yield examine_clock(said[0], time.time())
+    greeting = next((line[3:] for line in hop.transcript if line.startswith("S: 220")), "")
+    if greeting:
+        yield "ok", "greeting", greeting, ""
+        yield examine_clock(greeting, time.time())
     if hop.features:
         yield "ok", "EHLO", "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items()), ""
         if is_nameless(settings):
@@ -11044,47 +11041,39 @@ def examine_clock(greeting: str, now: float) -> Finding:
             "set it (timedatectl set-ntp true): mail is judged by its date")
 
 
-def examine_domain(settings: Settings, domain: str) -> Iterator[Finding]:
-    """Examine the hosts that take mail for a domain."""
-    servers = settings.dns_server or system_dns_servers()
-    try:
-        resolver = Resolver(servers)
-        hosts = resolver.mx_hosts(domain)
-        yield "ok", "MX", f"{domain}: {', '.join(f'{name} ({preference})' for preference, name in hosts)}", ""
-        for host in hosts[:DOMAIN_HOSTS]:
-            addresses = [ip for _, ip in resolver.targets([host])]
-            yield "ok", "name", f"{host[1]} is {', '.join(addresses)}", ""
-            target = Target(host[1], settings.mx_port, settings.relay_tls, ip=addresses[0])
-            yield from examine_addresses(settings, target, addresses)
-    except ResolveError as e:
-        asked = ", ".join(map(str, servers))
-        yield ("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
-               "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
-
-
 def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
-    """Yield all findings for the smart hosts that are set, or for the hosts of a domain."""
+    """Yield all findings for the smart hosts that are set, or for the hosts that take mail for a domain."""
     yield examine_spool(settings)
     if settings.delivery == "mx" and not domain:
         domain = "gmail.com"
         yield ("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all: "
                "name another domain to examine: doctor example.com", "")
     if domain:
-        yield from examine_domain(settings, domain)
+        servers = settings.dns_server or system_dns_servers()
+        try:
+            resolver = Resolver(servers)
+            hosts = resolver.mx_hosts(domain)
+            yield "ok", "MX", f"{domain}: {', '.join(f'{name} ({preference})' for preference, name in hosts)}", ""
+            for host in hosts[:DOMAIN_HOSTS]:
+                addresses = [ip for _, ip in resolver.targets([host])]
+                target = Target(host[1], settings.mx_port, settings.relay_tls, ip=addresses[0])
+                yield from examine_addresses(settings, target, addresses)
+        except ResolveError as e:
+            asked = ", ".join(map(str, servers))
+            yield ("fail", "DNS", f"{e} (asked: {asked})", "check the domain's spelling" if e.permanent else
+                   "check SMTP_DNS_SERVER or /etc/resolv.conf: straight to the recipients' hosts needs DNS")
         return
     if settings.delivery == "hold":
         yield "warn", "delivery", "mail is held here, nothing is sent", "set SMTP_RELAY_HOST to name a smart host"
-    for host, port, tls in settings.smart_hosts if settings.delivery == "relay" else ():
+    for name, port, tls in settings.smart_hosts:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as e:  # UnicodeError: a name that IDNA does not take
-            yield ("fail", host_port(host, port), f"the name is not found: {e}",
+            yield ("fail", host_port(name, port), f"the name is not found: {e}",
                    "check SMTP_RELAY_HOST, and this machine's DNS (/etc/resolv.conf)")
             continue
-        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
-        yield "ok", "name", f"{host} is {', '.join(addresses)}", ""
-        target = Target(host, port, tls, settings.relay_username, settings.relay_password)
-        yield from examine_addresses(settings, target, addresses)
+        target = Target(name, port, tls, settings.relay_username, settings.relay_password)
+        yield from examine_addresses(settings, target, [*dict.fromkeys(str(place[4][0]) for place in found)])
 
 
 # === 25 INSTALL ==============================================================
