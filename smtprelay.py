@@ -3399,16 +3399,14 @@ class Scheduler:
         """Make everything due now, and try throttled next hops at once."""
         with self.lock:
             self._ripen(math.inf)
-            for lane in self.lanes.values():
-                lane.throttled_until = 0.0
-            self._stir()
+            self.probe(self.lanes)
 
-    def hurry(self, stem: str) -> None:
-        """Make a message that waits for itself due now, and a throttled next hop that it waits for."""
+    def probe(self, names: Iterable[str]) -> None:
+        """Let next hops that are throttled be tried at once."""
         with self.lock:
-            for name in self.waiting.get(stem, NOWHERE):
-                self._enter(stem, name)
+            for name in [name for name in names if name in self.lanes]:
                 self.lanes[name].throttled_until = 0.0
+                self._enter("", name)
             self._stir()
 
     # -- for people --
@@ -9675,7 +9673,7 @@ WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
 NOWHERE_TO = "there is nowhere to send it: set SMTP_RELAY_HOST"
-BY_HAND = ("released", "retried by hand")  # from then on, a message's age counts anew
+BY_HAND = {Status.HELD: "released", Status.FAILED: "retried by hand"}  # from then on its age counts anew
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
 CROWDED_PAUSE = 1.0
 
@@ -9688,11 +9686,10 @@ class Delivering:
         self.link, self.pair, self.reception = parts.link, parts.pair, reception
         self.metrics = reception.metrics
         reception.announce = self.adopt  # what this half makes itself needs no Link
-        self.audit, self.faults, self.port = reception.audit, reception.faults, parts.port
+        self.audit, self.faults, self.port = reception.audit, reception.faults, (*parts.own, 0)[0]
         self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
-        rules = [rule.partition("=") for rule in self.settings.tags.split(";") if "=" in rule]
-        tags = [(tag, words) for tag, _, words in rules]
+        tags = re.findall("([^=;]+)=([^;]*)", self.settings.tags)
         self.inbox = Inbox(self.spool, self.log, int(time.time()) * 1000, tags)
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
@@ -10058,7 +10055,7 @@ class Delivering:
         for entry in reversed(message.history):
             at = unix_time(entry["at"])
             since = min(since, at) if at >= self.clock_set else since
-            if entry["detail"] in BY_HAND:
+            if entry["detail"] in BY_HAND.values():
                 break
         if (now - since) * self.settings.time_scale <= self.settings.retry_max_age:
             return False
@@ -10083,7 +10080,7 @@ class Delivering:
             self.finish(message)
         message.owed, untold = "", wants_report(message) if self.settings.bounce else []
         if untold and stem not in self.told:
-            message.owed, delay = self.report(message, untold)
+            message.owed, delay = self.report(message)
             if delay and message.status in FINISHED:
                 message.next_attempt_at = iso_time(time.time() + delay)
         report = self.told.pop(stem, "")
@@ -10123,7 +10120,7 @@ class Delivering:
                              recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, "failed" if failed else "sent")
 
-    def report(self, message: Message, told: Sequence[Recipient]) -> tuple[str, float]:
+    def report(self, message: Message) -> tuple[str, float]:
         """Tell a message's sender whom it did not reach, once; or return why not yet, and for how long.
 
         Past the cap, what failed of one sender's messages goes into one report later.
@@ -10264,34 +10261,13 @@ class Postmaster:
             d.scheduler.flush()
             return len(d.scheduler)
         if id in ("all", "held"):
-            if id == "held" and not self.can_release:
-                raise HttpError(400, NOWHERE_TO)
-            stems = d.held.copy() if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
+            stems = [*d.held] if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
             chosen = [m for m in self.records(stems) if (m.status is Status.HELD) == (id == "held")]
-            for message in chosen:
-                if id == "held":
-                    self.owe_again(message.stem, Status.HELD, "released")
-                else:
-                    self.note_due(message)
-            return len(chosen)
-        message = self.load(id)
-        if message.status is Status.FORWARDED:
-            raise HttpError(409, "it was forwarded already; release it to send a copy")
-        if message.status is Status.HELD:
-            self.release(message.id, [])
-        elif message.status is Status.FAILED:
-            self.owe_again(message.stem, Status.FAILED, "retried by hand")  # if in hand, it is owed
         else:
-            d.scheduler.put_all([message.stem], UNREAD)  # if it is not known any more, its record is read
-            d.scheduler.hurry(message.stem)
-            self.note_due(message)
-        return 1
-
-    def note_due(self, message: Message) -> None:
-        """Where no relay runs, write down that a message is due."""
-        if message.next_attempt_at and not self.half.threads:
-            message.next_attempt_at = ""
-            self.half.spool.save(message)
+            chosen = [self.load(id)]
+        for message in chosen:
+            self.owe(message.stem, id != "all")  # what is in hand is tried just now
+        return len(chosen)
 
     @property
     def can_release(self) -> bool:
@@ -10307,7 +10283,7 @@ class Postmaster:
         message = self.load(id)
         own = [r.address for r in message.recipients]
         if message.status is Status.HELD and (not to or to == own):
-            if not self.owe_again(message.stem, Status.HELD, "released"):
+            if not self.owe(message.stem):
                 raise HttpError(409, f"being delivered just now: {id}")
             return
         barred = [a for a in to if a not in own and not self.half.delivery.is_allowed(Recipient(a))]
@@ -10320,22 +10296,29 @@ class Postmaster:
         with self.half.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
 
-    def owe_again(self, stem: str, status: Status, detail: str) -> bool:
-        """Make a message that is held, or has failed, owed again; False when it is in hand."""
+    def owe(self, stem: str, again: bool = True) -> bool:
+        """Make a message due now, and owed `again` if it is held or has failed; False when it is in hand."""
         d = self.half
         task = d.scheduler.seize(stem)
         if not task:
             return False
         try:
             message = d.record(stem)
-            if message.status is status:
+            was = message.status
+            if was is Status.FORWARDED:
+                raise HttpError(409, "it was forwarded already; release it to send a copy")
+            if was is Status.HELD and not self.can_release:
+                raise HttpError(400, NOWHERE_TO)
+            if was in SETTLED and again:
                 d.shelve(stem, d.owed if d.settings.spool_max_size else None)
                 for r in message.recipients:
-                    r.status = Status.RETRYING if r.status is status else r.status
-                message.move(Status.RETRYING, detail)
-                message.next_attempt_at = message.finished_at = message.owed = ""
-                d.spool.reopen(message)
-                d.unwritten.pop(stem, None)
+                    r.status = Status.RETRYING if r.status is was else r.status
+                message.move(Status.RETRYING, BY_HAND[was])
+                message.finished_at = message.owed = ""
+            message.next_attempt_at = ""
+            d.spool.reopen(message)
+            d.unwritten.pop(stem, None)
+            d.scheduler.probe(d.delivery.routes(message))
         finally:
             d.scheduler.put(stem, UNREAD)  # whoever reads it next knows what to do
             d.scheduler.done(task)
@@ -10377,15 +10360,14 @@ class Parts:
         self.spool = Spool(settings, log)
         self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
         self.metrics.set("started", time.monotonic())
+        self.opened = contextlib.ExitStack()
         self.smtp: list[socket.socket] = []
         self.smtps: list[socket.socket] = []
         self.http: list[socket.socket] = []
         self.submit: list[socket.socket] = []  # sendmail's launchers
-        self.temporary: tempfile.TemporaryDirectory[str] | None = None
         self.shared_quotas: Quotas | None = None
         self.pair = (settings.tls_cert, settings.tls_key)
-        self.port = 0  # the first of SMTP's TCP ports
-        self.own: list[int] = []
+        self.own: list[int] = []  # SMTP's TCP ports
 
     def open(self, inherit: bool = True) -> None:
         """Take the spool, then make or inherit the sockets; SpoolBusy or OSError says what is taken."""
@@ -10394,26 +10376,22 @@ class Parts:
         except OSError as e:
             place = e.filename or self.settings.spool
             raise OSError(e.errno, f"SMTP_SPOOL: cannot open {place}: {e.strerror}") from None
-        try:
-            s, log = self.settings, self.log
-            given = inherited_sockets() if inherit else {}
-            self.submit = given.get("submit", [])
-            self.smtp = given.get("smtp") or bind_all("SMTP_PORT", s.port, log)
-            self.smtps = given.get("smtps") or bind_all("SMTP_SMTPS_PORT", s.smtps_port, log)
-            self.http = given.get("http") or bind_all("SMTP_HEALTH_ADDR", s.health_addr, log)
-            ports, more = ([sock.getsockname()[1] for sock in socks if sock.family != socket.AF_UNIX]
-                           for socks in (self.smtp, self.smtps))
-            self.own, self.port = ports + more, (*ports, 0)[0]
+        with contextlib.ExitStack() as stack:  # which closes all, unless all goes well
+            stack.callback(self.spool.close)
+            s, given = self.settings, inherited_sockets() if inherit else {}
+            for name, socks, setting, addresses in (
+                    ("smtp", self.smtp, "SMTP_PORT", s.port), ("smtps", self.smtps, "SMTP_SMTPS_PORT", s.smtps_port),
+                    ("http", self.http, "SMTP_HEALTH_ADDR", s.health_addr), ("submit", self.submit, "", ())):
+                bound = given.get(name) or bind_all(setting, addresses, self.log)
+                socks += map(stack.enter_context, bound)
+            self.own = [sock.getsockname()[1] for sock in self.smtp + self.smtps if sock.family != socket.AF_UNIX]
             if s.tls_self_signed and not s.tls_cert:
                 place = self.spool.path("tls")
                 if not self.spool.on_disk:
-                    self.temporary = tempfile.TemporaryDirectory(prefix="smtprelay-")
-                    place = self.temporary.name
+                    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="smtprelay-"))
                 self.pair = self_signed(place, s.hostname)
             self.open_doors()
-        except BaseException:
-            self.close()
-            raise
+            self.opened = stack.pop_all()
         self.link = Link()
 
     def open_doors(self) -> None:
@@ -10442,14 +10420,11 @@ class Parts:
             raise SettingsError(problems)
 
     def close(self) -> None:
-        close_all([*self.smtp, *self.smtps, *self.http, *self.submit])
+        self.opened.close()
         for address in (*self.settings.port, *self.settings.smtps_port, *self.settings.health_addr):
             if address.path:
                 with contextlib.suppress(OSError):
                     os.unlink(address.path)
-        if self.temporary:
-            self.temporary.cleanup()
-        self.spool.close()
 
     def postmaster(self) -> Postmaster:
         """Return the verbs over a spool whose relay does not run; to change it, its lock must be ours."""
@@ -10501,7 +10476,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS_HANDLED = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD, signal.SIGALRM)
 STOP_AFTER = 9
 RESTART_PAUSE = 0.5
-STACKS = {"receive": 256 * KIB, "deliver": 4 * MIB}  # not the usual 8 MiB; deep JSON takes 2
 
 
 def stop_signals() -> tuple[int, ...]:
@@ -10555,16 +10529,14 @@ class Supervisor:
 
     def reap(self) -> None:
         """Note which children have ended; one that should not have is made anew in a moment."""
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                child, status = os.waitpid(-1, os.WNOHANG)
-                if not child:
-                    return
-                role = self.children.pop(child, "")
-                if role and not self.stopping:
-                    self.parts.log.error("half_died", role=role, status=status)
-                    self.parts.link.announce(LOOK)  # it may have kept a message and told nobody
-                    signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
+        for child, role in list(self.children.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                del self.children[child]
+            if ended and not self.stopping:
+                self.parts.log.error("half_died", role=role, status=status)
+                self.parts.link.announce(LOOK)  # it may have kept a message and told nobody
+                signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:
         """Fork the halves that are not there: without threads here, what they inherit is whole."""
@@ -10597,7 +10569,7 @@ class Supervisor:
         os.close(self.alive_pipe[1])
         threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
         self.parts.spool.maker = f"{self.roles.index(role) % 16:x}{secrets.token_hex(1)}"  # no two make the same id
-        kind, _, number = role.partition(" ")
+        number = role.partition(" ")[2]
         if number:
             self.parts.metrics.row(RECEIVING_ROW + int(number)).set("smtp_sessions_active", 0)
             close_all([*self.parts.http, *self.parts.submit])
@@ -10605,7 +10577,7 @@ class Supervisor:
         else:
             close_all([*self.parts.smtp, *self.parts.smtps])
             half = self.parts.delivering()
-        threading.stack_size(STACKS[kind])
+        threading.stack_size(256 * KIB if number else 4 * MIB)  # not the usual 8 MiB; deep JSON takes 2
         half.start()
         heed_signals(half)
         half.stop()
