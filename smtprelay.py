@@ -622,6 +622,7 @@ PRESETS = {
 }
 
 
+@functools.lru_cache(maxsize=64)
 def recipient_limit(host: str) -> int | None:
     """Return how many recipients a provider takes in one transaction, 0 if unknown; None for another host."""
     return next((most for known, most in PRESETS.values() if fnmatch.fnmatch(host.lower(), known.split(":")[0])), None)
@@ -3735,9 +3736,6 @@ LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
 ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RFC 2045 6)
 
 LATER, NEVER = Status.RETRYING, Status.FAILED
-OPENING = ("connect", "greeting", "hello", "starttls", "login")
-LOGIN_CODES = (530, 534, 535, 538)  # it wants a login, or a better one: not this message's fault
-AUTO_AUTH = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
 class Trouble(Exception):
@@ -3748,20 +3746,25 @@ class Trouble(Exception):
         self.stage, self.code, self.reply = stage, code, reply
 
 
-def classify(stage: str, code: int, reply: str, name: str = "") -> tuple[Status, Scope]:
-    """Return what an answer means, and for whom; `name` is what EHLO said."""
-    ours = stage in ("mail", "rcpt") and code >= 500 and (
-        re.search(r"\b(helo|ehlo)\b", reply, re.IGNORECASE)
-        or code == 504 and name and f"<{name}>" in reply)
-    if 200 <= code <= 299:
-        return Status.FORWARDED, Scope.MESSAGE
-    if stage in OPENING or code in LOGIN_CODES or ours:  # against us, no verdict on a recipient
-        return LATER, Scope.HOST
-    if stage == "offers":  # too little for this message: another host may have more
-        return NEVER, Scope.HOST
-    scope = Scope.RECIPIENT if stage == "rcpt" and code else Scope.MESSAGE
-    never = code >= 500 and (stage, code) != ("rcpt", 552)  # an old 452 (RFC 5321 4.5.3.1.10)
-    return NEVER if never else LATER, scope
+# A stage, the code of the answer there (0: none) and its text; what it means, and for whom. The
+# first that fits counts. What a host has against us is no verdict on a recipient; <helo> is our name.
+MEANINGS = (
+    (r"(connect|greeting|hello|starttls|login) |\w+ 53[0458]", LATER, Scope.HOST),
+    (r"(mail|rcpt) 5.*\b(helo|ehlo)\b", LATER, Scope.HOST),
+    (r"offers", NEVER, Scope.HOST),  # it lacks what this message needs: another may have it
+    (r"rcpt (4|552)", LATER, Scope.RECIPIENT),  # 552 is an old 452 (RFC 5321 4.5.3.1.10)
+    (r"rcpt 5", NEVER, Scope.RECIPIENT),
+    (r"\w+ 5", NEVER, Scope.MESSAGE),
+    (r"", LATER, Scope.MESSAGE),
+)
+STALE = r"rset|mail [0-4]|(rcpt|data) 421"  # what a connection says that is of no more use
+
+
+def classify(stage: str, code: int, reply: str, name: str) -> tuple[Status, Scope]:
+    """Return what an answer that is no success means, and for whom; `name` is what EHLO said."""
+    case = f"{stage} {code} {reply}".replace(f"<{name}>", "<helo>")
+    return next((status, scope) for pattern, status, scope in MEANINGS
+                if re.match("(?is)" + pattern, case))
 
 
 class Target(NamedTuple):
@@ -3790,8 +3793,6 @@ class Outgoing:
 
     def blocks(self) -> Iterable[bytes]:
         self.file.seek(self.start)
-        if self.size <= 64 * KIB:
-            return [self.head + self.file.read()]
         return itertools.chain([self.head], iter(functools.partial(self.file.read, 64 * KIB), b""))
 
     def survey(self) -> Outgoing:
@@ -3851,10 +3852,6 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         quoted = re.sub(rb"\r?\n", b"\r\n", binascii.b2a_qp(plain, istext=True))
         if kind.startswith(b"text/") and len(quoted) <= 2 * len(plain) + KIB:  # else hardly ASCII
             body, encoding = quoted, b"quoted-printable"
-        if whole and b"content-type" not in fields:
-            utf8 = "\ufffd" not in plain.decode("utf-8", "replace")  # else see RFC 1428
-            charset = b"utf-8" if utf8 else b"unknown-8bit"
-            head = with_field(head, b"Content-Type", b"text/plain; charset=" + charset)
     if encoding != before and (encoding != b"7bit" or body.isascii()):
         head = with_field(head, b"Content-Transfer-Encoding", encoding)
         if whole and b"mime-version" not in fields:
@@ -3902,7 +3899,7 @@ class NextHop:
         self.settings, self.target, self.log, self.context = settings, target, log, context
         self.name = settings.hostname  # that it knows us by
         self.features: dict[str, str] = {}
-        self.limits: dict[str, int] = {}  # SIZE, RCPTMAX, MAILMAX, as far as it has one
+        self.limits: dict[str, int] = {}  # SIZE and RCPTMAX, as far as it has one
         self.transcript: list[str] = []
         self.sent, self.idle_since = 0, 0.0
         self.clean, self.spent = True, False
@@ -3923,7 +3920,7 @@ class NextHop:
         self.wire = Wire(sock, 0.0)  # each command and reply has a deadline of its own
         if target.tls == "tls":
             self.secure("connect")
-        self.expect("greeting")
+        self.ask("greeting", below=300)
         self.hello()
         alone = is_loopback(target.host) and not target.ip  # nobody listens there
         if target.tls == "starttls" or target.tls == "opportunistic" and not alone:
@@ -3936,9 +3933,9 @@ class NextHop:
         deadline, trouble = time.monotonic() + self.settings.relay_timeout, OSError("no address")
         name, port = self.target.ip or self.target.host, self.target.port
         places = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-        for i, place in enumerate(places):
+        for left, place in zip(range(len(places), 0, -1), places):
             try:
-                share = time_left(deadline) / (len(places) - i)
+                share = time_left(deadline) / left
                 return socket.create_connection((str(place[4][0]), port), share)
             except OSError as e:
                 trouble = e
@@ -3971,9 +3968,8 @@ class NextHop:
             name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
             name = name.lower()
             self.features[name] = " ".join([self.features.get(name, ""), *argument]).strip()
-        self.limits = {"RCPTMAX": recipient_limit(self.target.host) or 0}
-        limit = r"(?m)(?:^| )(SIZE|RCPTMAX|MAILMAX)[ =]+([0-9]{1,18})(?![0-9])"  # RFC 1870, 9422
-        self.limits.update((name, int(most)) for name, most in re.findall(limit, text.upper()))
+        limit = r"(?m)(?:^| )(SIZE|RCPTMAX)[ =]+([0-9]{1,18})(?![0-9])"  # RFC 1870, 9422
+        self.limits = {name: int(most) for name, most in re.findall(limit, text.upper())}
 
     def start_tls(self) -> None:
         """STARTTLS (RFC 3207); nothing said before the handshake counts after it."""
@@ -3995,7 +3991,8 @@ class NextHop:
         The smart host's password is reread from its file: a token does not last.
         """
         s, user, password = self.settings, self.target.username, self.target.password
-        offered, wanted = self.features.get("auth", "").upper().split(), (s.relay_auth.upper(),)
+        offered = self.features.get("auth", "").upper().split()
+        wanted = {"auto": "CRAM-MD5 PLAIN LOGIN"}.get(s.relay_auth, s.relay_auth.upper())
         reply = f"no common AUTH mechanism: offered {' '.join(offered) or 'none'}"
         refused = Trouble("login", 0, reply)
         try:
@@ -4007,17 +4004,14 @@ class NextHop:
             responses = {  # the initial one, and those to each 334
                 "PLAIN": [plain, plain], "XOAUTH2": [token, ""],
                 "LOGIN": ["", user, password], "CRAM-MD5": ["", user]}
-            for mechanism in AUTO_AUTH if wanted == ("AUTO",) else wanted:
-                if mechanism not in offered:
-                    continue
+            for mechanism in [m for m in wanted.split() if m in offered]:
                 opening, text = f"AUTH {mechanism} ".encode(), ""
                 for response in responses[mechanism]:
                     if mechanism == "CRAM-MD5" and response:
                         challenge = base64.b64decode(text)
                         response += " " + hmac.new(password.encode(), challenge, "md5").hexdigest()
                     secret = base64.b64encode(response.encode())
-                    shown = (opening + b"***" if secret else opening).rstrip()
-                    code, text = self.ask("login", (opening + secret).rstrip(), shown=shown)
+                    code, text = self.ask("login", (opening + secret).rstrip())
                     opening = b""
                     if code // 100 != 3:
                         break
@@ -4032,20 +4026,22 @@ class NextHop:
             raise (refused if refused.code else trouble) from None
         raise refused
 
-    def ask(self, stage: str, *lines: bytes, shown: bytes = b"",
+    def ask(self, stage: str, *lines: bytes, below: int = 600,
             seconds: float = 0.0) -> tuple[int, str]:
         """Send command lines, if any, in one segment; return the code and text of the next reply.
 
-        Trouble when there is none that parses. Whatever went into a line, it cannot become two.
+        Trouble when there is none that parses, or its code is not below one. Whatever went into a
+        line, it cannot become two.
         """
         wire, data, raw, text, line = self.wire, b"\r\n".join((*lines, b"")), b"", b"", b"   -"
-        if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
+        if len(data) - len(data.translate(None, b"\r\n\0")) != 2 * len(lines):
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
         try:
             if lines:
                 if wire.start != wire.end:  # it would be taken for the answer to this
                     raise OSError("it said what nobody asked for")
-                self.note("C: ", shown or data)
+                secret = rb"^(AUTH \S+ )?\S+(?=\r)"
+                self.note("C: ", re.sub(secret, rb"\1***", data) if stage == "login" else data)
             wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
             wire.write(data)
             while line[3:4] == b"-":
@@ -4063,15 +4059,11 @@ class NextHop:
         except (PeerGone, OSError) as e:
             self.spent = True
             raise Trouble(stage, 0, f"connection lost: {e}") from None
-        code = int(line[:3])
+        code, said = int(line[:3]), text[:-1].decode("utf-8", "replace")
         self.spent = self.spent or code == 421
-        return code, text[:-1].decode("utf-8", "replace")
-
-    def expect(self, stage: str, *lines: bytes) -> None:
-        """Send command lines, if any; read a reply that is to say yes."""
-        code, text = self.ask(stage, *lines)
-        if code >= 300:
-            raise Trouble(stage, code, text)
+        if code >= below:
+            raise Trouble(stage, code, said)
+        return code, said
 
     def note(self, who: str, octets: bytes) -> None:
         """Keep lines for the transcript."""
@@ -4083,10 +4075,12 @@ class NextHop:
 
     def judge(self, stage: str, code: int, reply: str) -> Outcome:
         """Return what an answer means, and how it was come by."""
-        means, verified = classify(stage, code, reply, self.name), self.settings.relay_tls_verify
+        means: tuple[Status, Scope] = (Status.FORWARDED, Scope.MESSAGE)
+        if code // 100 != 2:
+            means = classify(stage, code, reply, self.name)
+        verified = bool(self.tls) and self.settings.relay_tls_verify
         return Outcome(*means, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
-                       bool(self.tls) and verified, "dsn" in self.features,
-                       lost=stage == "content" and not code)
+                       verified, "dsn" in self.features, lost=stage == "content" and not code)
 
     def spelled(self, address: str) -> str | None:
         """Return an address as this next hop takes it, with A-labels at need, or None."""
@@ -4131,14 +4125,13 @@ class NextHop:
                 if len(orcpt.encode()) > ORCPT_MAX:  # it grew in ASCII: better none than a 501
                     orcpt = ""
                 lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt)
-        if "size" in offered:
-            lines[0] += f" SIZE={content.size}"
-        if "8bitmime" in offered and (content.eight or "8BITMIME" in message.flags):
-            lines[0] += " BODY=8BITMIME"
-        if "smtputf8" in offered and (utf8 or not sender.isascii()):
-            lines[0] += " SMTPUTF8"
-        if "dsn" in offered:
-            lines[0] += asked(RET=message.ret, ENVID=message.envid)
+        parameters = {
+            "size": f" SIZE={content.size}",
+            "8bitmime": " BODY=8BITMIME" if content.eight or "8BITMIME" in message.flags else "",
+            "smtputf8": " SMTPUTF8" if utf8 or not sender.isascii() else "",
+            "dsn": asked(RET=message.ret, ENVID=message.envid),
+        }
+        lines[0] += "".join([text for name, text in parameters.items() if name in offered])
         return there, [line.encode("utf-8", "surrogateescape") for line in (*lines, "DATA")]
 
     def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing,
@@ -4159,11 +4152,11 @@ class NextHop:
             if poll.poll(0):  # an answer to nothing would be taken for that to a command
                 raise Trouble("mail", 0, "it said what nobody asked for, or hung up")
         if not self.clean:
-            self.expect("rset", b"RSET")
+            self.ask("rset", b"RSET", below=300)
         self.clean = False
         self.spent = pipelined = "pipelining" in self.features  # if refused: answers are under way
         now = len(lines) if pipelined else 1
-        self.expect("mail", *lines[:now])
+        self.ask("mail", *lines[:now], below=300)
         self.spent = False
         for address in there:
             code, text = self.ask("rcpt", *lines[now:][:1])
@@ -4227,12 +4220,10 @@ class NextHop:
 
 def is_own_address(ip: str) -> bool:
     """Tell whether an address is one of this machine's."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
-            probe.bind((ip, 0))
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with contextlib.suppress(OSError), socket.create_server((ip, 0), family=family):
         return True
-    except OSError:
-        return False
+    return False
 
 
 def is_nameless(settings: Settings) -> bool:
@@ -4242,10 +4233,8 @@ def is_nameless(settings: Settings) -> bool:
 
 def read_aliases(text: str) -> dict[str, list[str]]:
     """Read a file like /etc/aliases: names and addresses, without files and programs."""
-    aliases = {}
-    lines = [line for line in re.sub(r"(?m)(?:^|\s)#.*$", "", text).split("\n") if line.strip()]
-    for entry in re.split(r"\n(?![ \t])", "\n".join(lines)):
-        name, _, value = entry.partition(":")
+    aliases, bare = {}, re.sub(r"(?m)(?:^|\s)#.*$", "", text)
+    for name, value in re.findall(r"(?m)^([^\s:][^:\n]*):((?:.*\n+[ \t])*.*)", bare):
         targets = [target.strip().strip('"') for target in re.findall(r'(?:"[^"]*"|[^,"])+', value)]
         aliases[name.strip().strip('"').lower()] = [t for t in targets if t and t[0] not in "/|:\\"]
     return aliases
@@ -4298,21 +4287,24 @@ class Delivery:
 
     def lane(self) -> str:
         """Return the lane of a message of which no more than the name is known."""
-        many = self.settings.delivery == "mx" or self.accounts.configured()
-        return UNSORTED if many else SMARTHOST
+        several = self.settings.delivery == "mx" or self.accounts.configured()
+        return UNSORTED if several else SMARTHOST
 
-    def account(self, message: Message) -> Account | None:
-        """Return the account a message came from, if it has a smart host of its own."""
+    def smart(self, message: Message) -> tuple[str, Iterable[Target]] | None:
+        """Return lane and hosts of a message that is not sent by MX: its account's, or ours."""
         account = self.accounts.get(message.user) if message.user else None
-        return account if account and account.relay_host else None
+        if account and account.relay_host:
+            host, port = split_port(account.relay_host, "587")
+            tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
+            target = Target(host, port, tls, account.relay_username, account.relay_password)
+            return f"{account.relay_host} ({account.name})", [target]
+        return None if self.settings.delivery == "mx" else (SMARTHOST, self.usual)
 
     def routes(self, message: Message) -> dict[str, list[Recipient]]:
         """Return the recipients that are still owed a message, by lane."""
-        pending, account = message.pending(), self.account(message)
-        if account:
-            return {f"{account.relay_host} ({account.name})": pending}
-        if self.settings.delivery != "mx":
-            return {SMARTHOST: pending}
+        pending, smart = message.pending(), self.smart(message)
+        if smart:
+            return {smart[0]: pending}
         found: dict[str, list[Recipient]] = {}
         for r in pending:
             for domain in dict.fromkeys(map(domain_of, self.finals_owed(r))):
@@ -4348,17 +4340,8 @@ class Delivery:
         return read_aliases(read_whole(self.settings.aliases).decode("utf-8", "replace"))
 
     def is_allowed(self, recipient: Recipient) -> bool:
-        found = self.finals(recipient.address) if self.rewrites else [recipient.address]
-        return all(map(self.settings.relay_allowed_recipients.search, found))
-
-    def smart_hosts(self, message: Message) -> list[Target]:
-        """Return where a message goes that is not sent by MX: an account's host, or ours."""
-        account = self.account(message)
-        if not account:
-            return self.usual
-        host, port = split_port(account.relay_host, "587")
-        tls = "tls" if port == 465 else "opportunistic" if is_loopback(host) else "starttls"
-        return [Target(host, port, tls, account.relay_username, account.relay_password)]
+        allowed = self.settings.relay_allowed_recipients.search
+        return all(map(allowed, self.finals(recipient.address)))
 
     def mx_targets(self, domain: str) -> Iterator[Target]:
         """Yield each address of each host of a domain, up to our own (RFC 5321 5.1)."""
@@ -4376,11 +4359,10 @@ class Delivery:
     def attempt(self, message: Message, lane: str, file: BinaryIO,
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
-        s, routes = self.settings, self.routes(message)
+        s, smart, routes = self.settings, self.smart(message), self.routes(message)
         lanes, recipients = [lane], routes[lane]
-        by_mx = s.delivery == "mx" and not lane.endswith(")")
         latest = time.monotonic() + GROUPING_TIME
-        for other in routes if by_mx else ():  # same hosts: sent together
+        for other in () if smart else routes:  # same hosts: sent together
             with contextlib.suppress(ResolveError):
                 if other != lane and time.monotonic() < latest and (
                         {*self.resolver.mx_hosts(other)} == {*self.resolver.mx_hosts(lane)}):
@@ -4391,7 +4373,7 @@ class Delivery:
         plan: list[tuple[Recipient, list[str], bool]] = []  # are others of his in other lanes?
         for r in message.pending() if self.rewrites else ():
             finals = self.finals_owed(r)
-            here = [a for a in finals if not by_mx or domain_of(a) in lanes]
+            here = [a for a in finals if smart or domain_of(a) in lanes]
             plan += [(r, here, len(here) < len(finals))] if here else []
             for address in here:
                 stands.setdefault(address, []).append(r)
@@ -4406,14 +4388,15 @@ class Delivery:
             file.seek(start)
             contents.append((people, self.content(message, file, changed)))
         try:
-            targets = self.mx_targets(lane) if by_mx else self.smart_hosts(message)
+            targets = smart[1] if smart else self.mx_targets(lane)
             attempt = self.try_each(targets, sent, contents, reached)
         except ResolveError as e:
             said = f"{e.reply.enhanced} {e.reply.text}"
             if not e.permanent:
                 return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
             outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
-            attempt = Attempt({r.address: outcome for people, _ in contents for r in people}, None, [])
+            everyone = [r.address for people in parcels.values() for r in people]
+            attempt = Attempt(dict.fromkeys(everyone, outcome), None, [])
         if attempt.outcomes and self.rewrites:
             return attempt._replace(outcomes=self.settled(message, plan, attempt.outcomes))
         return attempt
@@ -4485,9 +4468,15 @@ class Delivery:
         lines: list[str] = []
         troubles: list[tuple[Target, Outcome]] = []
         spoke = False
-        targets = self.by_health(targets) if self.avoided else targets
+        now = time.monotonic()
+        if self.avoided:  # what lately took long to fail comes last
+            targets = sorted(targets, key=lambda target: self.avoided.get(target, 0.0) > now)
         for target in itertools.islice(targets, TARGETS_MOST):
             started = time.monotonic()
+            if target in self.avoided:  # if its time is up, one caller tries it
+                with self.lock:
+                    until = started + max(AVOID_TIME, 2 * self.settings.relay_reply_timeout)
+                    self.avoided[target] = until
             lines.append(f"-- {iso_time(time.time())} {target}")
             found = self.attempt_at(target, message, parcels, reached, lines)
             trouble = next(iter(found.values()))
@@ -4525,25 +4514,7 @@ class Delivery:
         if not spoke:
             nobody = Outcome(LATER, Scope.HOST, 0, "no smart host")
             return Attempt({}, troubles[-1][1] if troubles else nobody, lines)
-        for address, o in outcomes.items():  # no host can take it: for good if all said so
-            if o.scope is Scope.HOST:
-                outcomes[address] = o._replace(scope=Scope.MESSAGE)
         return Attempt(outcomes, None, lines)
-
-    def by_health(self, targets: Iterable[Target]) -> Iterator[Target]:
-        """Yield targets in order, at the end those that lately took long to fail."""
-        last = []
-        for target in targets:
-            now = time.monotonic()
-            with self.lock:
-                until = self.avoided.get(target, 0.0)
-                if 0 < until <= now:  # its time is up: one caller tries it
-                    self.avoided[target] = now + max(AVOID_TIME, 2 * self.settings.relay_reply_timeout)
-            if until > now:
-                last.append(target)
-            else:
-                yield target
-        yield from last
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None], transcript: list[str]) -> dict[str, Outcome]:
@@ -4564,7 +4535,7 @@ class Delivery:
                     with self.lock:
                         self.live.add(hop)
                 reached()
-                most = hop.limits["RCPTMAX"] or len(people)
+                most = hop.limits.get("RCPTMAX") or recipient_limit(target.host) or len(people)
                 if most < len(people):
                     work.insert(0, (people[most:], content))
                     people = people[:most]
@@ -4573,8 +4544,7 @@ class Delivery:
                     more = [r for r in people if found[r.address].code in (452, 552)]
                     work = [(more, content), *work] if more else work
             except Trouble as e:
-                stale = hop.sent > 1 and (e.stage == "rset" or e.stage == "mail" and e.code < 500
-                                          or e.code == 421 and e.stage != "content")
+                stale = hop.sent > 1 and re.match(STALE, f"{e.stage} {e.code}") is not None
                 if stale:
                     hop.spent = True
                     work.insert(0, (people, content))
@@ -4613,12 +4583,11 @@ class Delivery:
         """Keep a connection for the next message, unless it has done its share."""
         hop.idle_since = time.monotonic()
         with self.lock:
-            uses = min(hop.limits.get("MAILMAX") or REUSE_MESSAGES, REUSE_MESSAGES)
-            keep = hop in self.live and hop.sent < uses and not hop.spent and not self.stopped
-            if keep:
+            done = hop.spent or self.stopped or hop.sent >= REUSE_MESSAGES or hop not in self.live
+            if not done:
                 self.avoided.pop(hop.target, None)
                 self.idle.append(hop)
-        if not keep:
+        if done:
             self.part(hop)
 
     def part(self, hop: NextHop) -> None:
@@ -4717,11 +4686,13 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     of with it. RFC 3464, 6522, 6533.
     """
     told = [r for m in (message, *others) for r in wants_report(m)]
+    more = len(told) - REPORT_RECIPIENTS_MAX
+    del told[REPORT_RECIPIENTS_MAX:]
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
     earlier = sum(r.reported for r in message.recipients)
     parts = [
-        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname, others)),
+        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname, others, more)),
         mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
     ]
     room = most - REPORT_FRAME - sum(map(len, parts))
@@ -4729,7 +4700,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     # No part can hold its own hash, so no original can end the report early.
     boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
     lost = any(r.status is Status.FAILED for r in told)
-    head = {
+    head = header_lines({
         "From": f"Mail Delivery System <MAILER-DAEMON@{hostname}>",
         "To": f"<{message.reverse_path}>",
         "Subject": "Your message could not be delivered" if lost else "Your message has left",
@@ -4738,34 +4709,35 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
         "Auto-Submitted": "auto-replied",
         "MIME-Version": "1.0",
         "Content-Type": f'multipart/report; report-type={kind}; boundary="{boundary}"',
-    }
-    opening, closing = f"\r\n--{boundary}\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
-    return header_lines(head, utf8) + b"".join(opening + part for part in parts) + closing
+    }, utf8)
+    between = f"\r\n--{boundary}".encode()
+    return (between + b"\r\n").join([head, *parts]) + between + b"--\r\n"
 
 
 def report_text(message: Message, told: Sequence[Recipient], hostname: str,
-                others: Sequence[Message]) -> bytes:
+                others: Sequence[Message], more: int) -> bytes:
     """Tell a person who did not get the message, why, what to do."""
+    arrived = mail_date(int(unix_time(message.received_at)))
     lines = [f"This is the mail server {hostname}.", "",
-             f"It is about your message of {mail_time(message.received_at)} ({message.size} octets)."]
+             f"It is about your message of {arrived} ({message.size} octets)."]
     if others:
         ids = ", ".join(m.id for m in others)
-        more = f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."
-        lines += [*wrapped(more), ""]
+        also = f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."
+        lines += [*wrapped(also), ""]
     lost, passed = ([r for r in told if r.status is s] for s in (Status.FAILED, Status.FORWARDED))
     if lost:
         lines += ["It did not reach these recipients, and will not be tried again:"]
-    for recipient in lost[:REPORT_RECIPIENTS_MAX]:
-        spoke = recipient.host and recipient.code
-        said = f"The mail server {recipient.host} said:" if spoke else "What went wrong:"
-        lines += ["", recipient.address, f"    {said}"]
-        lines += [f"        {line}" for line in wrapped(words_said(recipient))]
-        lines += [f"    {line}" for line in wrapped(f"What to do: {advice_on(recipient)}")]
-    if len(lost) > REPORT_RECIPIENTS_MAX:
-        lines += ["", f"and {len(lost) - REPORT_RECIPIENTS_MAX} more."]
+    for r in lost:
+        said, _, advice = verdict(r)
+        spoke = r.host and r.code
+        lines += ["", r.address,
+                  f"    The mail server {r.host} said:" if spoke else "    What went wrong:",
+                  *wrapped(said, 8), *wrapped(f"What to do: {advice}", 4)]
     if passed:
         lines += ["", "For these it was passed on to a mail server that reports no delivery:", ""]
-        lines += [f"{r.address} ({r.host})" for r in passed[:REPORT_RECIPIENTS_MAX]]
+        lines += [f"{r.address} ({r.host})" for r in passed]
+    if more > 0:
+        lines += ["", f"and {more} more."]
     lines += ["", f"The original follows, where it fits. Its queue id here was {message.id}."]
     return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
 
@@ -4775,16 +4747,18 @@ def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: 
     groups = [{
         "Reporting-MTA": f"dns; {host}",
         "Original-Envelope-Id": decode_xtext(message.envid),
-        "Arrival-Date": mail_time(message.received_at),
+        "Arrival-Date": mail_date(int(unix_time(message.received_at))),
     }]
-    groups += [{  # RFC 3464 2.3
-        "Original-Recipient": original_recipient(r.orcpt, utf8),
-        "Final-Recipient": final_recipient(r.address, utf8),
-        "Action": "failed" if r.status is Status.FAILED else "relayed",
-        "Status": enhanced_status(r),
-        "Remote-MTA": r.host and f"dns; {r.host}",
-        "Diagnostic-Code": f"{'smtp' if r.host and r.code else 'x-smtprelay'}; {words_said(r)}",
-    } for r in told[:REPORT_RECIPIENTS_MAX]]
+    for r in told:  # RFC 3464 2.3
+        said, status, _ = verdict(r)
+        groups.append({
+            "Original-Recipient": original_recipient(r.orcpt, utf8),
+            "Final-Recipient": final_recipient(r.address, utf8),
+            "Action": "failed" if r.status is Status.FAILED else "relayed",
+            "Status": status,
+            "Remote-MTA": r.host and f"dns; {r.host}",
+            "Diagnostic-Code": f"{'smtp' if r.host and r.code else 'x-smtprelay'}; {said}",
+        })
     return b"\r\n".join(header_lines(group, utf8) for group in groups)
 
 
@@ -4792,10 +4766,9 @@ def returned_parts(message: Message, original: bytes) -> Iterator[bytes]:
     """Write the part that gives the original back: whole if asked for; its headers."""
     head = original.partition(b"\r\n\r\n")[0] + b"\r\n"
     text = head[:REPORT_HEAD_MAX].rpartition(b"\r\n")[0].decode("utf-8", "replace")
-    ends = {original.count(end) for end in (b"\r", b"\n", b"\r\n")}
-    fits_8bit = (len(original) <= REPORT_FULL_MAX and b"\0" not in original and len(ends) == 1
-                 and max(map(len, original.split(b"\r\n"))) <= LINE_MOST)  # RFC 2045 2.8
-    if message.ret == "FULL" and fits_8bit:
+    no_8bit = rb"(?m)\0|\r(?!\n)|(?<!\r)\n|^[^\r\n]{999}"  # RFC 2045 2.8
+    fits = len(original) <= REPORT_FULL_MAX and not re.search(no_8bit, original)
+    if message.ret == "FULL" and fits:
         plain = text.isascii() or "\ufffd" in text
         yield mime_part("message/rfc822" if plain else "message/global", original)
     kind = "text/rfc822-headers" if text.isascii() else "message/global-headers"
@@ -4810,11 +4783,10 @@ def mime_part(media_type: str, body: bytes) -> bytes:
 
 def header_lines(fields: Mapping[str, str], utf8: bool) -> bytes:
     """Write header fields of whatever values, but for empty ones: the guard against injection."""
-    lines = []
-    for name, value in fields.items():
-        text = value if utf8 else value.encode("ascii", "backslashreplace").decode()
-        lines += ["\r\n ".join(wrapped(one_line(f"{name}: {text}"))) + "\r\n"] if value else []
-    return "".join(lines).encode()
+    lines = [f"{name}: {value}" for name, value in fields.items() if value]
+    if not utf8:
+        lines = [line.encode("ascii", "backslashreplace").decode() for line in lines]
+    return "".join("\r\n ".join(wrapped(one_line(line))) + "\r\n" for line in lines).encode()
 
 
 def one_line(text: str, octets: int = FIELD_MAX) -> str:
@@ -4823,38 +4795,27 @@ def one_line(text: str, octets: int = FIELD_MAX) -> str:
     return printable.encode()[:octets].decode("utf-8", "ignore")
 
 
-def wrapped(text: str) -> list[str]:
+def wrapped(text: str, indent: int = 0) -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
+    before = " " * indent
+    return textwrap.wrap(text, 76 + indent, initial_indent=before, subsequent_indent=before,
+                         break_long_words=False, break_on_hyphens=False)
 
 
-def words_said(recipient: Recipient) -> str:
-    """Return the reply word for word, its code in front."""
-    bare = not recipient.code or recipient.reply.startswith(str(recipient.code))
-    said = recipient.reply if bare else f"{recipient.code} {recipient.reply}"
-    return one_line(said or "no answer", REPLY_MAX)
+def verdict(r: Recipient) -> tuple[str, str, str]:
+    """Return the reply word for word, code in front; its status by RFC 3463; what to do about it.
 
-
-def enhanced_status(recipient: Recipient) -> str:
-    """Return the reply's enhanced code, or one that says no more than its code (RFC 3463)."""
-    found = re.match(ENHANCED, recipient.reply)
-    if found and recipient.code // 100 in (0, int(found[1][0])):
-        return found[1]
-    return {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(recipient.code // 100, "5.0.0")
-
-
-def advice_on(recipient: Recipient) -> str:
-    status = enhanced_status(recipient)
-    keys = (status, status[2:], status[2:].partition(".")[0], str(recipient.code), "")
-    return next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
-
-
-def mail_time(received_at: str) -> str:
-    """Write a record's time as headers have it (RFC 5322 3.3); empty if it is none."""
-    at = unix_time(received_at)
-    utc = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
-    return email.utils.format_datetime(utc) if at else ""
+    The status is the reply's enhanced code, or one that says no more than its code.
+    """
+    kind, code, found = r.code // 100, str(r.code), re.match(ENHANCED, r.reply)
+    said = r.reply if not r.code or r.reply.startswith(code) else f"{code} {r.reply}"
+    status = {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0")
+    if found and kind in (0, int(found[1][0])):
+        status = found[1]
+    keys = (status, status[2:], status[2:].partition(".")[0], code, "")
+    advice = next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
+    return one_line(said or "no answer", REPLY_MAX), status, advice
 
 
 # === 15 FAULTS ===============================================================

@@ -5196,13 +5196,6 @@ def test_a_limit_of_recipients_means_several_transactions(offers: str) -> None:
         assert [len(rcpts) for rcpts, _ in hop.mails] == [2, 2, 1] and hop.connections == 1
 
 
-def test_a_limit_of_transactions_ends_a_connection_in_time() -> None:
-    with FakeHop(offers="LIMITS=MAILMAX=2") as hop, relaying(hop, SMTP_RELAY_CONNECTIONS="1") as relay:
-        for name in "abcd":
-            finished(relay, send_to(relay, f"{name}@x.test"))
-        assert [got.connection for got in hop.messages] == [1, 1, 2, 2]
-
-
 def test_a_provider_is_known_to_have_a_limit() -> None:
     assert smtprelay.recipient_limit("email-smtp.eu-west-1.amazonaws.com") == 50
     assert not smtprelay.recipient_limit("mail.example.com")
