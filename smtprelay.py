@@ -8304,7 +8304,6 @@ HTTP_TIME = 30.0  # for the whole of a request, and for its answer
 HTTP_CONNECTIONS = 220
 HTTP_WORKING, HTTP_PER_CLIENT = 200, 150  # of them asking for more than health and metrics
 HTTP_BODY = 32 * MIB
-EVENT_STREAMS = 32
 HEARTBEAT = 15.0
 CALM = "default-src 'none'; frame-ancestors 'none'"
 VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
@@ -8559,7 +8558,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     def tried(self) -> Answer:
         """Find the route, let the caller through, read the body, act; return what comes of it."""
         found, headers = None, self.headers
-        unread = headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
+        unread = "Content-Length" in headers or "Transfer-Encoding" in headers
         try:
             self.route = found = self.find_route()
             self.admit()
@@ -8774,22 +8773,22 @@ route("GET /livez", "200 while the process answers", OPEN)(lambda request: "OK\n
 
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
-def matching(request: Request, words: str) -> list[str]:
-    """Return the messages that a search finds; one for nothing, which finds all, is refused."""
-    query = request.search(words)
-    if query == ALL:
-        raise BadRequest("query: expected what to look for; "
-                        "for everything there is /api/v1/messages")
-    return [item["ID"] for item in request.inbox.search(query, 0, 0).items]
-
-
 def chosen(request: Request, *others: str) -> list[str] | None:
-    """Return the messages that a body names by IDs or a Search; None, where it has neither: all."""
+    """Return the messages of a search, or that a body names by IDs or a Search; None for neither: all.
+
+    A search for nothing, which finds all, is refused.
+    """
     given, ids, words = request.fields, request.strings("IDs"), take_field(request.fields, "Search", "")
     if given and not given.keys() & {"ids", "search", *others} or ids and words:
         raise BadRequest("body: expected IDs or a Search, not both")
-    asked = words or "search" in given and not others and not ids
-    return matching(request, words) if asked else ids or None
+    searched = request.path.endswith("/search")
+    if not searched and not words and ("search" not in given or others or ids):
+        return ids or None
+    query = request.search(request.words if searched else words)
+    if query == ALL:
+        raise BadRequest("query: expected what to look for; "
+                         "for everything there is /api/v1/messages")
+    return [item["ID"] for item in request.inbox.search(query, 0, 0).items]
 
 
 def status_of(inbox: Inbox, id: str) -> str:
@@ -8822,10 +8821,7 @@ def mark_messages(request: Request) -> None:
     request.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
 
 
-route("DELETE /api/v1/search", "delete what `query` finds")(
-    lambda request: request.relay.postmaster.remove(matching(request, request.words)))
-
-
+@route("DELETE /api/v1/search", "delete what `query` finds")
 @route("DELETE /api/v1/messages", "delete `IDs`, or what a `Search` finds (neither: all)")
 @route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
 def delete_messages(request: Request) -> bytes | None:
@@ -9010,17 +9006,12 @@ def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
 def show_events(request: Request) -> Answer:
     feed = request.relay.feed
-    if len(feed.listeners) >= EVENT_STREAMS:
-        raise HttpError(503, "too many listen to events already")
-    events = feed.subscribe()
 
     def stream() -> Generator[bytes, None, None]:
         """Yield events as they come, and a comment now and then to find out who has gone."""
-        event: Any = {}
-        said = ": hello"
+        events, said = feed.subscribe(), ": hello"
         try:
-            yield b""  # to be closed, it must have begun
-            while event is not None:
+            while said:
                 yield f"{said}\n\n".encode()
                 try:
                     event = events.get(timeout=HEARTBEAT)
@@ -9030,9 +9021,7 @@ def show_events(request: Request) -> Answer:
         finally:
             feed.listeners.discard(events)
 
-    begun = stream()
-    next(begun)
-    return Answer(begun, "text/event-stream")
+    return Answer(stream(), "text/event-stream")
 
 
 route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(

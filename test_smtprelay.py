@@ -9341,6 +9341,13 @@ def test_connections_are_kept_and_heads_have_no_body(start: Callable[..., Any]) 
     assert heard.count(b"HTTP/1.1 200") == 3 and b"<html" not in heard and heard.endswith(b"OK\n")
 
 
+def test_what_is_refused_is_no_request_of_its_own(start: Callable[..., Any]) -> None:
+    """The body that two lengths frame differently ends with the connection."""
+    head = b"DELETE /api/v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 23\r\n\r\n"
+    heard = watch_events(start(SMTP_STORAGE="memory"), head + b"GET /livez HTTP/1.1\r\n\r\n")
+    assert heard.startswith(b"HTTP/1.1 400") and heard.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in heard
+
+
 def test_continue_is_said_only_to_who_may_go_on(start: Callable[..., Any]) -> None:
     relay = start(SMTP_STORAGE="memory")
     head = b"PUT /api/v1/messages HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
@@ -9428,11 +9435,13 @@ def test_no_descriptors_for_http(start: Callable[..., Any]) -> None:
     assert time.monotonic() - begun >= 0.29 and fetch(relay, "/livez")[0] == 200
 
 
-def test_event_streams_are_bounded_and_end(start: Callable[..., Any]) -> None:
+def test_event_streams_are_bounded_and_end(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtprelay, "HTTP_PER_CLIENT", 5)
     relay = start(SMTP_STORAGE="memory")
-    for _ in range(smtprelay.EVENT_STREAMS + 2):
+    for _ in range(7):
         assert fetch(relay, "/api/v1/events", "HEAD")[0] == 200  # leaves none behind
-    streams = [http.client.HTTPConnection(relay.http_url[7:], timeout=8) for _ in range(smtprelay.EVENT_STREAMS)]
+    assert not relay.delivering.feed.listeners
+    streams = [http.client.HTTPConnection(relay.http_url[7:], timeout=8) for _ in range(5)]
     for stream in streams:
         stream.request("GET", "/api/v1/events")
     answers = [stream.getresponse() for stream in streams]
