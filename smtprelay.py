@@ -549,7 +549,7 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    return tuple(w for w in re.split(r"[,\s]+", text) if w)
+    return tuple(re.findall(r"[^,\s]+", text))
 
 
 def split_port(text: str, default: str) -> tuple[str, int]:
@@ -802,8 +802,8 @@ class Settings:
                 wrong_names.add(name)
                 problems.append(str(e))
         settings = cls(**values)._derived()
-        problems += [text for wrong, text in CONFLICTS  # what follows from a mistake is not said, too
-                     if wrong(settings) and not wrong_names.intersection(re.findall("SMTP_[A-Z_]+", text))]
+        problems += [text for wrong, text in conflicts(settings)  # what follows from a mistake is not said, too
+                     if wrong and not wrong_names.intersection(re.findall("SMTP_[A-Z_]+", text))]
         if problems:
             raise SettingsError(problems)
         return settings
@@ -839,7 +839,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+        return host.lower().rpartition(".")[2] == "localhost"
 
 
 def is_open(settings: Settings) -> bool:
@@ -847,30 +847,36 @@ def is_open(settings: Settings) -> bool:
     return not all(a.path or is_loopback(a.host) for a in (*settings.port, *settings.smtps_port))
 
 
-CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
-    (lambda s: s.delivery == "relay" and not s.relay_host,
-     "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
-    (lambda s: s.delivery != "mx" and any(is_loopback(host) and any(port == a.port for a in (*s.port, *s.smtps_port))
-                                          for host, port, _ in s.smart_hosts),
-     "SMTP_RELAY_HOST: expected another server than this one"),
-    (lambda s: s.delivery == "mx" and s.relay_tls == "tls",
-     "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
-    (lambda s: bool(s.relay_username) and not s.relay_password,
-     "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
-    (lambda s: not s.port, "SMTP_PORT='': expected a place to listen"),
-    (lambda s: is_open(s) and s.allow_networks == networks("loopback") and not (s.auth_user or s.users_file),
-     "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, since this listens beyond loopback"),
-    (lambda s: is_open(s) and s.auth_any and (
-        s.allow_networks == networks("loopback") or not are_private(s.allow_networks)),
-     "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, or private networks alone in "
-     "SMTP_ALLOW_NETWORKS, since it lets anybody in"),
-    (lambda s: bool(s.auth_user) != bool(s.auth_password),
-     "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD (or SMTP_AUTH_PASSWORD_FILE) beside it, and the other way round"),
-    (lambda s: bool(s.tls_cert) != bool(s.tls_key),
-     "SMTP_TLS_CERT: expected SMTP_TLS_KEY beside it, and the other way round"),
-    (lambda s: bool(s.tls_required or s.smtps_port) and not (s.tls_cert or s.tls_self_signed),
-     "SMTP_TLS_REQUIRED, SMTP_SMTPS_PORT: expected SMTP_TLS_CERT and SMTP_TLS_KEY, or SMTP_TLS_SELF_SIGNED=1"),
-]
+def conflicts(s: Settings) -> list[tuple[object, str]]:
+    """Return what settings may not say together: whether they do, and what is expected."""
+    listening, open_ = (*s.port, *s.smtps_port), is_open(s)
+    nobody = s.allow_networks == networks("loopback")
+    return [
+        (s.delivery == "relay" and not s.relay_host,
+         "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
+        (s.delivery != "mx" and any(is_loopback(host) and port in [a.port for a in listening]
+                                    for host, port, _ in s.smart_hosts),
+         "SMTP_RELAY_HOST: expected another server than this one"),
+        (s.delivery == "mx" and s.relay_tls == "tls",
+         "SMTP_RELAY_TLS='tls': expected starttls, opportunistic or none with SMTP_DELIVERY=mx"),
+        (s.relay_username and not s.relay_password,
+         "SMTP_RELAY_USERNAME: expected SMTP_RELAY_PASSWORD (or SMTP_RELAY_PASSWORD_FILE) beside it"),
+        (not s.port, "SMTP_PORT: expected a place to listen"),
+        (open_ and nobody and not (s.auth_user or s.users_file),
+         "SMTP_PORT: expected accounts, or SMTP_ALLOW_NETWORKS to name who may come, "
+         "since this listens beyond loopback"),
+        (open_ and s.auth_any and (nobody or not are_private(s.allow_networks)),
+         "SMTP_AUTH_ANY=1: expected loopback addresses alone in SMTP_PORT, or private networks alone in "
+         "SMTP_ALLOW_NETWORKS, since it lets anybody in"),
+        (bool(s.auth_user) != bool(s.auth_password),
+         "SMTP_AUTH_USER: expected SMTP_AUTH_PASSWORD (or SMTP_AUTH_PASSWORD_FILE) beside it, and the other way round"),
+        (bool(s.tls_cert) != bool(s.tls_key),
+         "SMTP_TLS_CERT: expected SMTP_TLS_KEY beside it, and the other way round"),
+        ((s.tls_required or s.smtps_port) and not (s.tls_cert or s.tls_self_signed),
+         "SMTP_TLS_REQUIRED, SMTP_SMTPS_PORT: expected SMTP_TLS_CERT and SMTP_TLS_KEY, or SMTP_TLS_SELF_SIGNED=1"),
+    ]
+
+
 FIELDS = {f"SMTP_{f.name.upper()}": f for f in dataclasses.fields(Settings)}
 
 
@@ -898,21 +904,6 @@ def read_setting(env: Mapping[str, str], name: str) -> Any:
     except ValueError as e:
         shown = "(a secret)" if meta["secret"] else repr(shown_url(text) if "://" in text else text)
         raise ValueError(f"{name}={shown}: expected {e}") from None
-
-
-def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return a line for each SMTP_* name that is no setting: mistakes, then what may be an application's own.
-
-    A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
-    """
-    real = [*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])]
-    first_words = collections.Counter(name.split("_")[1] for name in FIELDS)
-    found: tuple[list[str], list[str]] = ([], [])
-    for name in sorted(n for n in env if n.startswith("SMTP_") and n not in real):
-        word, more, _ = name[5:].partition("_")
-        mistake = bool(more) and first_words[word] > 1
-        found[not mistake].append(f"{name} is not a setting{nearest(name, real, 0.5)}")
-    return found
 
 
 MAILPITS = dict(line.split(None, 1) for line in """\
@@ -955,14 +946,26 @@ MH_INVITE_JIM                    SMTP_FAULTS
 """.splitlines())  # the settings of Mailpit and MailHog, with ours
 
 
-def foreign_settings(env: Mapping[str, str]) -> list[str]:
-    """Return a line for each setting of Mailpit's or MailHog's: which of ours does it."""
-    lines = []
-    for name in sorted(n for n in env if n.startswith(("MP_", "MH_"))):
-        ours = MAILPITS.get(name) or next((n for n in FIELDS if n.endswith(name[3:].removeprefix("SMTP_"))), "")
-        whose = "Mailpit's" if name.startswith("MP_") else "MailHog's"
-        lines.append(f"{name} is {whose}: {f'set {ours}' if ours else 'nothing here is like it'}")
-    return lines
+def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return a line for each SMTP_* name that is no setting: mistakes, then what may be an application's own.
+
+    A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
+    Then there are Mailpit's and MailHog's settings: which of ours does it.
+    """
+    real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])}
+    first_words = collections.Counter(name.split("_")[1] for name in FIELDS)
+    found: tuple[list[str], list[str]] = ([], [])
+    others = {"MP": "Mailpit's", "MH": "MailHog's"}
+    for name in sorted(env.keys() - real):
+        whose, _, rest = name.partition("_")
+        word, more, _ = rest.partition("_")
+        if whose == "SMTP":
+            mistake = bool(more) and first_words[word] > 1
+            found[not mistake].append(f"{name} is not a setting{nearest(name, real, 0.5)}")
+        elif whose in others:
+            ours = MAILPITS.get(name) or next((n for n in FIELDS if n.endswith(rest.removeprefix("SMTP_"))), "")
+            found[1].append(f"{name} is {others[whose]}: {f'set {ours}' if ours else 'nothing here is like it'}")
+    return found
 
 
 def nearest(name: str, names: Iterable[str], likeness: float) -> str:
@@ -11378,7 +11381,7 @@ def read_environment(say: bool = True) -> Settings:
             said = f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"
         if say:
             complain(said)
-    complain(*unknown_settings(env)[1], *foreign_settings(env))
+    complain(*unknown_settings(env)[1])
     return Settings.read(env)
 
 
@@ -11519,7 +11522,7 @@ def doctor(arguments: Arguments) -> int:
 
 def serve(arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
-    warnings = [f"warning: {text}" for text in (*unknown_settings(os.environ)[1], *foreign_settings(os.environ))]
+    warnings = [f"warning: {text}" for text in unknown_settings(os.environ)[1]]
     settings = Settings.read(os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)  # kept so by all threads and children
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
