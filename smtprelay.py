@@ -8751,9 +8751,9 @@ def show_health(request: Request) -> Answer:
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
        "`?format=prometheus`", OPEN)
 def show_metrics(request: Request) -> Any:
-    m, accept = measured(request.relay), request.headers.get("Accept", "")
-    asked = "prometheus" if re.search("text/plain|openmetrics", accept) else "json"
-    if request.query.get("format", asked) == "prometheus":
+    m = measured(request.relay)
+    form = request.query.get("format", request.headers.get("Accept", ""))
+    if re.search("prometheus|text/plain|openmetrics", form):
         return Answer(prometheus(m), "text/plain; version=0.0.4; charset=utf-8")
     return expvar(m)
 
@@ -9042,17 +9042,15 @@ route("GET /api/v1/queue", "what is owed, what is held, and the next hops", take
 @route("PUT /api/v1/chaos", "set them; one that is not named is off")
 def show_faults(request: Request) -> Any:
     faults, chaos, fields = request.relay.faults, request.path.endswith("/chaos"), request.fields
-    try:
-        if request.command == "PUT" and chaos:
-            given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
-            faults.change(with_chaos(faults.text, given))
-        elif request.command == "PUT":
-            if "rules" not in fields:
-                raise ValueError("rules: expected a list of rules")
-            faults.change("\n".join(request.strings("rules")))
-    except ValueError as e:
-        raise BadRequest(str(e)) from None
-    return to_chaos(faults.text) if chaos else {"rules": [fault.rule for fault in read_faults(faults.text)]}
+    if request.command == "PUT":
+        if not chaos and "rules" not in fields:
+            raise BadRequest("rules: expected a list of rules")
+        given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
+        try:
+            faults.change(with_chaos(faults.text, given) if chaos else "\n".join(request.strings("rules")))
+        except ValueError as e:
+            raise BadRequest(str(e)) from None
+    return to_chaos(faults.text) if chaos else {"rules": faults.text.splitlines()}
 
 
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
