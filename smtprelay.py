@@ -3904,7 +3904,7 @@ class NextHop:
         self.features: dict[str, str] = {}
         self.limits: dict[str, int] = {}  # SIZE and RCPTMAX, as far as it has one
         self.transcript: list[str] = []
-        self.sent, self.idle_since = 0, 0.0
+        self.sent, self.since = 0, time.monotonic()  # when it was last taken, or given back
         self.clean, self.spent = True, False
         self.ip = self.tls = ""
 
@@ -4039,14 +4039,14 @@ class NextHop:
         wire, data, raw, text, line = self.wire, b"\r\n".join((*lines, b"")), b"", b"", b"   -"
         if len(data) - len(data.translate(None, b"\r\n\0")) != 2 * len(lines):
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
+        wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
         try:
             if lines:
                 if wire.start != wire.end:  # it would be taken for the answer to this
                     raise OSError("it said what nobody asked for")
                 secret = rb"^(AUTH \S+ )?\S+(?=\r)"
                 self.note("C: ", re.sub(secret, rb"\1***", data) if stage == "login" else data)
-            wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
-            wire.write(data)
+                wire.write(data)
             while line[3:4] == b"-":
                 end = wire.buffer.find(b"\n", wire.start, wire.end) + 1
                 if len(raw) + (end or wire.end) - wire.start > REPLY_LIMIT:
@@ -4101,7 +4101,7 @@ class NextHop:
                  outcomes: dict[str, Outcome]) -> tuple[list[str], list[bytes]]:
         """Return whom a transaction can be for, and its lines with the parameters offered.
 
-        Who needs what is not offered gets an outcome; it is Trouble when that is everybody.
+        Who needs what is not offered gets an outcome.
         """
         offered, limit = self.features, self.limits.get("SIZE", 0)
         if 0 < limit < content.size:
@@ -4110,15 +4110,12 @@ class NextHop:
         sender, utf8, head = self.spelled(message.reverse_path), "SMTPUTF8" in message.flags, b""
         if utf8 and "smtputf8" not in offered:
             head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
-        reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
-        lacking = Trouble("offers", 553, reply)
-        if sender is None or not head.isascii():
-            raise lacking
         there, lines = [], [f"MAIL FROM:<{sender}>"]
         for r in recipients:
             address = self.spelled(r.address)
-            if address is None:
-                outcomes[r.address] = self.judge(*lacking.args)
+            if sender is None or address is None or not head.isascii():
+                reply = "5.6.7 it needs SMTPUTF8, which the next hop does not offer"
+                outcomes[r.address] = self.judge("offers", 553, reply)
                 continue
             there.append(r.address)
             lines.append(f"RCPT TO:<{address}>")
@@ -4131,7 +4128,7 @@ class NextHop:
         parameters = {
             "size": f" SIZE={content.size}",
             "8bitmime": " BODY=8BITMIME" if content.eight or "8BITMIME" in message.flags else "",
-            "smtputf8": " SMTPUTF8" if utf8 or not sender.isascii() else "",
+            "smtputf8": " SMTPUTF8" if utf8 or not lines[0].isascii() else "",
             "dsn": asked(RET=message.ret, ENVID=message.envid),
         }
         lines[0] += "".join([text for name, text in parameters.items() if name in offered])
@@ -4140,11 +4137,11 @@ class NextHop:
     def transaction(self, message: Message, recipients: Sequence[Recipient], content: Outgoing,
                     outcomes: dict[str, Outcome]) -> None:
         """Carry out one transaction, entering outcomes; Trouble is that of who has none."""
-        if content.eight and "8bitmime" not in self.features:
-            content = content.seven
-            if content.eight:
-                self.log.warn("sent_as_it_came", id=message.id, host=self.target,
-                              reason="8-bit content, no 8BITMIME")
+        eight = "8bitmime" in self.features
+        content = content.seven if content.eight and not eight else content
+        if content.long or content.eight and not eight:
+            self.log.warn("sent_as_it_came", id=message.id, host=self.target, eight=content.eight,
+                          long=content.long)  # lines of more than 998 octets
         there, lines = self.commands(message, recipients, content, outcomes)
         if not there:
             return
@@ -4457,49 +4454,32 @@ class Delivery:
             head, start = head + first[:top] + added + fields, start + end
         file.seek(start)
         out = Outgoing(file, head)
-        if s.relay_repair and out.survey().long:
-            out = out.mended(seven=False)
-            if out.long:
-                self.log.warn("sent_as_it_came", id=message.id,
-                              reason="a line of more than 998 octets")
-        return out
+        return out.mended(seven=False) if s.relay_repair and out.survey().long else out
 
     def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
                  reached: Callable[[], None]) -> Attempt:
         """Try target after target for whom none has taken or refused for good (RFC 5321 5.1)."""
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
-        troubles: list[tuple[Target, Outcome]] = []
-        spoke = False
-        now = time.monotonic()
+        trouble, passed, spoke = Outcome(LATER, Scope.HOST, 0, "no smart host"), "", False
         if self.avoided:  # what lately took long to fail comes last
+            now = time.monotonic()
             targets = sorted(targets, key=lambda target: self.avoided.get(target, 0.0) > now)
         for target in itertools.islice(targets, TARGETS_MOST):
-            started = time.monotonic()
-            if target in self.avoided:  # if its time is up, one caller tries it
-                with self.lock:
-                    until = started + max(AVOID_TIME, 2 * self.settings.relay_reply_timeout)
-                    self.avoided[target] = until
+            if passed:
+                self.log.warn("next_hop_passed_over", id=message.id, host=passed, reason=trouble)
             lines.append(f"-- {iso_time(time.time())} {target}")
             found = self.attempt_at(target, message, parcels, reached, lines)
-            trouble = next(iter(found.values()))
-            against = trouble.scope is Scope.HOST and all(
-                (o.status, o.scope) == (LATER, Scope.HOST) for o in found.values())
-            if against:
+            first, passed = next(iter(found.values())), ""
+            if first.scope is Scope.HOST and all(
+                    (o.status, o.scope) == (LATER, Scope.HOST) for o in found.values()):
+                trouble, passed = first, str(target)
                 with self.lock:
                     others = target in [hop.target for hop in self.live]
                 if trouble.code // 100 == 4 and others and not spoke:
                     return Attempt({}, None, lines, crowded=True)
                 lines.append(f"!! {trouble}")
-                troubles.append((target, trouble))
-            else:
-                spoke = True
-            took = time.monotonic() - started
-            if took > SLOW and (against or not all(o.code for o in found.values())):
-                now = started + took
-                with self.lock:  # for as long as it took: at most half the time of a worker
-                    self.avoided = {t: at for t, at in self.avoided.items() if at > now - AVOID_TIME}
-                    self.avoided[target] = now + max(AVOID_TIME, took)
+            spoke = spoke or not passed
             for address, o in found.items():
                 old = outcomes.get(address)  # what one said to the message itself is worth more
                 if not old or o.scope is not Scope.HOST or old.scope is Scope.HOST and (
@@ -4512,12 +4492,7 @@ class Delivery:
                 break
             parcels = [(owed, content) for people, content in parcels
                        if (owed := [r for r in people if r.address in left])]
-        for target, trouble in troubles if spoke else troubles[:-1]:  # the last one throttles
-            self.log.warn("next_hop_passed_over", id=message.id, host=target, reason=trouble)
-        if not spoke:
-            nobody = Outcome(LATER, Scope.HOST, 0, "no smart host")
-            return Attempt({}, troubles[-1][1] if troubles else nobody, lines)
-        return Attempt(outcomes, None, lines)
+        return Attempt(outcomes, None, lines) if spoke else Attempt({}, trouble, lines)
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None], transcript: list[str]) -> dict[str, Outcome]:
@@ -4573,20 +4548,28 @@ class Delivery:
 
     def take(self, target: Target, fresh: bool) -> NextHop:
         """Return a kept connection, or a new one that is not open yet."""
-        latest = time.monotonic() - REUSE_IDLE
+        now = time.monotonic()
         with self.lock:
             for hop in () if fresh else self.idle:
-                if hop.target == target and hop.idle_since > latest:
+                if hop.target == target and hop.since > now - REUSE_IDLE:
                     self.idle.remove(hop)
-                    hop.transcript = []
+                    hop.transcript, hop.since = [], now
                     return hop
+            if target in self.avoided:  # its time is up: one caller tries it
+                patience = 2 * self.settings.relay_reply_timeout
+                self.avoided[target] = now + max(AVOID_TIME, patience)
         return NextHop(self.settings, target, self.log, lambda: self.context)
 
     def give(self, hop: NextHop) -> None:
         """Keep a connection for the next message, unless it has done its share."""
-        hop.idle_since = time.monotonic()
+        now = time.monotonic()
+        took, hop.since = now - hop.since, now
         with self.lock:
-            done = hop.spent or self.stopped or hop.sent >= REUSE_MESSAGES or hop not in self.live
+            failed = hop.spent or hop not in self.live
+            done = failed or self.stopped or hop.sent >= REUSE_MESSAGES
+            if failed and took > SLOW:  # for as long as it took: at most half the time of a worker
+                self.avoided = {t: at for t, at in self.avoided.items() if at > now - AVOID_TIME}
+                self.avoided[hop.target] = now + max(AVOID_TIME, took)
             if not done:
                 self.avoided.pop(hop.target, None)
                 self.idle.append(hop)
@@ -4603,7 +4586,7 @@ class Delivery:
         """Close connections that have been kept for longer than so many seconds."""
         latest = time.monotonic() - older_than
         with self.lock:
-            out = [hop for hop in self.idle if hop.idle_since <= latest]
+            out = [hop for hop in self.idle if hop.since <= latest]
             self.idle = [hop for hop in self.idle if hop not in out]
         for hop in out:
             self.part(hop)
