@@ -449,6 +449,8 @@ class Outcome(NamedTuple):
 class SettingsError(Exception):
     """One or more settings are wrong; `problems` has a line for each."""
 
+    status = EX_CONFIG
+
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = list(problems)
@@ -1966,6 +1968,8 @@ class SpoolError(Exception):
 
 class SpoolBusy(Exception):
     """Another process has this spool."""
+
+    status = EX_TEMPFAIL
 
 
 # -- what a message opens with --
@@ -8655,8 +8659,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
-        socketserver.BaseServer.__init__(self, ("", 0), Request)  # without a socket of its own
+    def __init__(self, sock: socket.socket, relay: Delivering,
+                 handler: type[socketserver.BaseRequestHandler] = Request) -> None:
+        socketserver.BaseServer.__init__(self, ("", 0), handler)  # without a socket of its own
         self.socket, self.relay, self.lock = sock, relay, threading.Lock()
         # Each connection's client, and since when it asks nothing (inf: it is at work).
         self.callers: dict[Any, tuple[float, str]] = {}
@@ -9153,7 +9158,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
 # sendmail's command, for programs that know no other way to send: cron, PHP,
 # mutt, git send-email, s-nail. There are two ways. LAUNCHER is what stands in
 # sendmail's place on a machine where the relay is installed: it costs no time, and
-# hands what it was given to SubmitServer in the delivering half, where the caller is
+# hands what it was given to SubmitHandler in the delivering half, where the caller is
 # who the kernel says. Where no relay answers, the whole program does the errand: by
 # SMTP to the relay after all, else into the spool, by the same rules. A relay that
 # starts later finds it there; one that runs is told through the file ARRIVED.
@@ -9480,7 +9485,7 @@ def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str
     return status, "".join(f"{address}: {reply}\n" for address, reply in refused.items())
 
 
-def complain(*lines: str) -> None:
+def complain(*lines: object) -> None:
     for line in lines:
         print(f"smtprelay: {line}", file=sys.stderr)
 
@@ -9532,32 +9537,20 @@ def mailq(listed: Mapping[str, Any]) -> str:
     return "\n".join([*lines, total if rows else "Mail queue is empty"]) + "\n"
 
 
-class SubmitServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Does sendmail's errands for so many launchers at once; one more is hung up on, and does it by itself."""
-
-    daemon_threads = True
-
-    def __init__(self, sock: socket.socket, relay: Delivering) -> None:
-        super().__init__("", SubmitHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.relay, self.room = sock, relay, threading.Semaphore(SUBMIT_CALLERS)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        self.relay.log.warn("no_thread_for_sendmail", error=sys.exc_info()[1])
-
-
 class SubmitHandler(socketserver.BaseRequestHandler):
-    """One launcher: what it was asked to do, the message where one is wanted, and how it went."""
+    """One launcher: what it was asked to do, the message where one is wanted, and how it went.
 
-    server: SubmitServer
+    One more than SUBMIT_CALLERS is hung up on, and does it by itself.
+    """
+
+    server: HttpServer
 
     def handle(self) -> None:
-        if not self.server.room.acquire(blocking=False):
-            return
-        sock, relay = self.request, self.server.relay
+        sock, server, relay = self.request, self.server, self.server.relay
+        with server.lock:
+            if len(server.callers) >= SUBMIT_CALLERS:
+                return
+            server.callers[sock] = math.inf, "local"
         try:
             self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
             words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
@@ -9572,8 +9565,6 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             relay.log.debug("submit_failed", error=e)
         except Exception as e:
             relay.log.bug("submit_bug", e)
-        finally:
-            self.server.room.release()
 
     def read_letter(self) -> bytes:
         """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
@@ -9629,8 +9620,8 @@ class Delivering:
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web: list[HttpServer | SubmitServer] = [HttpServer(sock, self) for sock in parts.http]
-        self.web += [SubmitServer(sock, self) for sock in parts.submit]
+        self.web = [HttpServer(sock, self) for sock in parts.http]
+        self.web += [HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
@@ -11427,7 +11418,7 @@ def show(arguments: Arguments) -> int:
     """Print a message: its record, then its content."""
     settings, path = read_environment(), f"/api/v1/message/{arguments.id}"
     (content, _), (message, _) = order(settings, "GET", path + "/raw"), order(settings, "GET", path)
-    record = {"id": message["ID"], **message["Delivery"]}
+    record = message["Delivery"]
     if arguments.json:
         print_json(record)
         return 0
@@ -11512,14 +11503,11 @@ def serve(arguments: Arguments) -> int:
         parts = Parts(settings, log)
         parts.open()
         lines = [*first_lines(parts), *warnings]
-    except SettingsError as e:
-        lines, status = e.problems, EX_CONFIG
-    except SpoolBusy as e:
-        lines, status = [str(e)], EX_TEMPFAIL
-    except OSError as e:
-        lines, status = [e.strerror or str(e)], EX_UNAVAILABLE
+    except (SettingsError, SpoolBusy, OSError) as e:
+        status = getattr(e, "status", EX_UNAVAILABLE)
+        lines = getattr(e, "problems", [getattr(e, "strerror", "") or str(e)])
         if isinstance(e, PermissionError) and os.path.abspath(settings.spool) in str(e):
-            lines = [f"{e}; the spool belongs to {user_name(os.stat(settings.spool).st_uid)}"]
+            lines[0] += f"; the spool belongs to {user_name(os.stat(settings.spool).st_uid)}"
     name = "smtprelay" if status else f"smtprelay {__version__}"
     log.greet([f"{name}: {line}" for line in lines])
     if status:
@@ -11951,14 +11939,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as e:  # argparse has said why
         return EX_USAGE if e.code else 0
-    except SettingsError as e:
-        complain(*e.problems)
-        return EX_CONFIG
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except (Complaint, NoRelay, SpoolBusy, SpoolError, OSError) as e:
-        complain(str(e))
+    except (Complaint, NoRelay, SettingsError, SpoolBusy, SpoolError, OSError) as e:
+        complain(*getattr(e, "problems", [e]))
         return getattr(e, "status", EX_TEMPFAIL)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -10282,7 +10282,7 @@ class Submit:
         self.sock.bind(self.path)
         self.sock.listen(200)
         half = self.relay.delivering
-        self.server = smtprelay.SubmitServer(self.sock, half)
+        self.server = smtprelay.HttpServer(self.sock, half, smtprelay.SubmitHandler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         (path / "program").write_text('#!/bin/sh\necho "$@"\ncat\nexit 75\n')
         (path / "program").chmod(0o755)
@@ -10352,10 +10352,10 @@ def test_the_launcher_says_what_was_refused(launch: Callable[..., Submit]) -> No
     assert sorted(len(record.recipients) for record, _ in mails(s.relay)) == [1, 2]
 
 
-def test_where_no_relay_answers_the_launcher_runs_the_program(launch: Callable[..., Submit]) -> None:
+def test_where_no_relay_answers_the_launcher_runs_the_program(launch: Callable[..., Submit], monkeypatch: Any) -> None:
     s = launch()
     assert s.run("-bs", stdin=b"QUIT\r\n") == (75, "sendmail -bs\nQUIT\r\n", "")  # a dialogue is not for the relay
-    s.server.room = threading.Semaphore(0)
+    monkeypatch.setattr(smtprelay, "SUBMIT_CALLERS", 0)
     assert s.run("-t", "a b", stdin=b"x\n" * 99) == (75, "sendmail -t a b\n" + "x\n" * 99, "")
     os.unlink(s.path)
     assert s.run(name="mailq") == (75, "sendmail -bp\n", "")
