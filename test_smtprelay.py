@@ -4743,7 +4743,7 @@ def dnsmasq() -> Iterator[tuple[str, int]]:
             time.sleep(0.02)
         yield server
     finally:
-        process.terminate()
+        process.kill()
         process.wait(10)
 
 
@@ -6001,7 +6001,7 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
             wait_until(lambda: len(delivered(top)) == before + 2, 10)
             assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
     finally:
-        server.terminate()
+        server.kill()
         server.wait()
 
 
