@@ -1217,10 +1217,10 @@ def prometheus(metrics: Metrics) -> str:
 # === 05 WIRE =================================================================
 #
 # A connection as both sides of the program see it: lines and blocks in, replies
-# out, until a deadline, which is a moment on the monotonic clock. One buffer is
-# read into and searched in place; what is written waits until the next read would
-# block, so a pipelined burst is answered with one segment (RFC 2920), but never
-# more than OUT_MOST of it. Each Wire belongs to one thread.
+# out, until a deadline, which is a moment on the monotonic clock. What is written
+# waits until the next read would block, so a pipelined burst is answered with one
+# segment (RFC 2920), but never more than OUT_MOST of it. Each Wire belongs to one
+# thread.
 #
 # Content is handled in whole blocks. Between blocks the longest tail that could
 # belong to a line end or to CRLF.CRLF is held back, so that the end is found at any
@@ -1231,7 +1231,7 @@ BLOCK_FIRST, BLOCK_MOST, OUT_MOST = 8 * KIB, 256 * KIB, 64 * KIB
 END = b"\r\n.\r\n"
 UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")  # a block's end that the next may change
 HEAD_LIMIT = 128 * KIB
-MAX_RECEIVED = 100  # RFC 5321 6.3
+MAX_RECEIVED = 100
 
 
 class PeerGone(Exception):
@@ -1251,25 +1251,19 @@ class Wire:
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline = sock, deadline
-        self.buffer = bytearray(BLOCK_FIRST)
-        self.start = self.end = 0  # of what is unread
+        self.buffer = b""  # what has come and is not taken yet
         self.out: list[bytes] = []
         self.waiting = 0  # octets in it
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
-    def fill(self, reading: bool = True, most: int | None = None) -> None:
+    def fill(self, reading: bool = True, most: int = BLOCK_MOST) -> None:
         """Send what waits; then read what there is, once, and no more than so many octets.
 
         TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
         """
         out = memoryview(b"".join(self.out))
         self.out, self.waiting = [], 0
-        if reading and self.start == self.end:
-            self.start = self.end = 0
-        size = len(self.buffer)
-        if reading and (self.end == size or size > BLOCK_FIRST and not self.bulk):
-            self.make_room()
         while out or reading:
             left = self.deadline - time.monotonic()
             if not min(left / 4, 10.0) <= self.timeout <= left:
@@ -1280,49 +1274,38 @@ class Wire:
                 if out:
                     out = out[self.sock.send(out):]
                     continue
-                octets = self.sock.recv_into(memoryview(self.buffer)[self.end:][:most])
+                block = self.sock.recv(min(most, BLOCK_MOST if self.bulk else BLOCK_FIRST))
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
             except OSError as e:
                 raise PeerGone(str(e)) from None
-            if not octets:
+            if not block:
                 raise PeerGone("closed by the peer")
-            self.end += octets
+            self.buffer += block
             return
-
-    def make_room(self) -> None:
-        """Move what is unread to the front of a buffer: larger for content or a long line alone."""
-        unread, size = self.buffer[self.start:self.end], len(self.buffer)
-        if self.end == size and (self.bulk or len(unread) > size // 2):
-            size = min(4 * size, BLOCK_MOST)
-        elif not self.bulk and len(unread) <= BLOCK_FIRST // 2:
-            size = BLOCK_FIRST
-        self.buffer = unread + bytes(size - len(unread))
-        self.start, self.end = 0, len(unread)
 
     def line(self, limit: int = LINE_LIMIT) -> bytes:
         """Return the next line with its end; Refused once one that is too long has passed by."""
         scanned, too_long = 0, False
         while True:
-            at = self.buffer.find(b"\n", self.start + scanned, self.end) + 1
-            too_long = too_long or (at or self.end) - self.start > limit - (not at)
+            at = self.buffer.find(b"\n", scanned) + 1
+            too_long = too_long or (at or len(self.buffer)) > limit - (not at)
             if at:
-                start, self.start = self.start, at
+                line, self.buffer = self.buffer[:at], self.buffer[at:]
                 if too_long:
                     raise Refused(LINE_TOO_LONG)
-                return bytes(self.buffer[start:at])
+                return line
             if too_long:
-                self.start = self.end
-            scanned = self.end - self.start
+                self.buffer = b""
+            scanned = len(self.buffer)
             self.fill()
 
     def blocks(self, octets: int) -> Iterator[bytes]:
         """Yield the next octets, so many, as they come; what follows them is not read."""
         while octets:
-            if self.start == self.end:
+            if not self.buffer:
                 self.fill(most=octets)
-            block = bytes(memoryview(self.buffer)[self.start:min(self.end, self.start + octets)])
-            self.start += len(block)
+            block, self.buffer = self.buffer[:octets], self.buffer[octets:]
             octets -= len(block)
             yield block
 
@@ -1371,10 +1354,10 @@ class Content:
         self.size = 0
         self.fault: Reply | None = None
         self.error: OSError | None = None
-        self.head: bytearray | None = bytearray()
+        self.head: bytearray | None = bytearray(b"\r\n")
         self.carry = b""
 
-    def take(self, block: bytes, stuffed: bool = False, skip: int = 0) -> None:
+    def take(self, block: bytes, stuffed: bool = False, skip: int = 0, last: bool = False) -> None:
         """Take a block that does not end between CR and LF, but for what it opens with (`skip`).
 
         `stuffed`: its transparency is to be undone (RFC 5321 4.5.2).
@@ -1395,9 +1378,12 @@ class Content:
             self.fault = TOO_BIG
         if self.head is not None:
             self.head += block
-            if b"\r\n\r\n" in self.head or len(self.head) > HEAD_LIMIT:
-                self.count_received()
-        if not self.fault and not self.error:
+            if last or b"\r\n\r\n" in self.head or len(self.head) > HEAD_LIMIT:
+                section = self.head.partition(b"\r\n\r\n")[0].lower()
+                if section.count(b"\r\nreceived:") > MAX_RECEIVED:  # RFC 5321 6.3
+                    self.fault = self.fault or LOOP
+                self.head = None
+        if block and not self.fault and not self.error:
             try:
                 self.write(block)
             except OSError as e:  # the rest must be read all the same: the session stays in step
@@ -1412,17 +1398,7 @@ class Content:
 
     def finish(self) -> None:
         """Judge what is still held when the content is over."""
-        if self.carry:
-            self.take(self.carry)
-        if self.head is not None:
-            self.count_received()
-
-    def count_received(self) -> None:
-        """Count the Received fields, once the header section is over (RFC 5321 6.3)."""
-        section = (b"\r\n" + (self.head or b"")).split(b"\r\n\r\n", 1)[0].lower()
-        if section.count(b"\r\nreceived:") > MAX_RECEIVED:
-            self.fault = self.fault or LOOP
-        self.head = None
+        self.take(self.carry, last=True)
 
 
 def read_data(wire: Wire, content: Content) -> None:
@@ -1430,19 +1406,19 @@ def read_data(wire: Wire, content: Content) -> None:
 
     That of BDAT (RFC 3030 2) is in `blocks`, for `feed`.
     """
-    wire.start -= 2  # the CRLF that ended DATA: content may open with its own end
-    skip = 2
+    wire.buffer, skip = b"\r\n" + wire.buffer, 2  # what ended DATA: content may open with its own end
     while True:
-        at = wire.buffer.find(END, wire.start, wire.end)
+        data = wire.buffer
+        at = data.find(END)
         stop = at + 2
         if at < 0:
-            tail = UNDECIDED.search(wire.buffer, max(wire.end - 4, wire.start), wire.end)
-            stop = tail.start() if tail else wire.end
-        if stop > wire.start:
-            content.take(bytes(memoryview(wire.buffer)[wire.start:stop]), True, skip)
-            wire.start, skip = stop, 0
+            tail = UNDECIDED.search(data, max(len(data) - 4, 0))
+            stop = tail.start() if tail else len(data)
+        if stop:
+            content.take(data[:stop], True, skip)
+            skip = 0
+        wire.buffer = data[stop if at < 0 else at + len(END):]
         if at >= 0:
-            wire.start = at + len(END)
             return
         wire.fill()
 
@@ -3987,7 +3963,7 @@ class NextHop:
             if self.target.tls == "starttls" or self.spent:
                 raise Trouble("starttls", code, text)
             return  # nothing was started: in clear, as if it had not been offered
-        if self.wire.start != self.wire.end:
+        if self.wire.buffer:
             raise Trouble("starttls", 0, "something was sent between STARTTLS and the handshake")
         self.secure("starttls")
         self.hello()
@@ -4046,19 +4022,19 @@ class NextHop:
         wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
         try:
             if lines:
-                if wire.start != wire.end:  # it would be taken for the answer to this
+                if wire.buffer:  # it would be taken for the answer to this
                     raise OSError("it said what nobody asked for")
                 secret = rb"^(AUTH \S+ )?\S+(?=\r)"
                 self.note("C: ", re.sub(secret, rb"\1***", data) if stage == "login" else data)
                 wire.write(data)
             while line[3:4] == b"-":
-                end = wire.buffer.find(b"\n", wire.start, wire.end) + 1
-                if len(raw) + (end or wire.end) - wire.start > REPLY_LIMIT:
+                end = wire.buffer.find(b"\n") + 1
+                if len(raw) + (end or len(wire.buffer)) > REPLY_LIMIT:
                     raise OSError("reply does not end")
                 if not end:
                     wire.fill()
                     continue
-                line, wire.start = bytes(wire.buffer[wire.start:end]), end
+                line, wire.buffer = wire.buffer[:end], wire.buffer[end:]
                 raw, text = raw + line, text + line[4:].strip() + b"\n"
             self.note("S: ", raw)
             if not line[:3].isdigit() or not b"200" <= line[:3] <= b"599":
@@ -4173,7 +4149,7 @@ class NextHop:
         if not taken and not pipelined:
             return
         code, text = self.ask("data", *lines[now:])
-        if code < 300 or bytes(self.wire.buffer[self.wire.start:self.wire.end][:1]) in (b"2", b"3"):
+        if code < 300 or self.wire.buffer[:1] in (b"2", b"3"):
             self.spent = True
             outcomes.clear()  # whose was which?
             raise Trouble("data", 0, f"answers out of step: {code} {text}")
@@ -4195,7 +4171,7 @@ class NextHop:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
         latest, last, stage = time.monotonic() + CONTENT_TIME, b"\r\n", "data"
         try:
-            if self.wire.start != self.wire.end:
+            if self.wire.buffer:
                 raise OSError("an answer before the content")
             for block in content.blocks():
                 patience = time.monotonic() + self.settings.relay_reply_timeout
@@ -5402,7 +5378,7 @@ class Session:
         with contextlib.suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
             for _ in range(1000):
-                self.wire.start = self.wire.end
+                self.wire.buffer = b""
                 self.wire.fill()
 
     def forget(self, accepted: bool = False) -> None:
@@ -5463,7 +5439,7 @@ class Session:
             return NOT_IMPLEMENTED._replace(text="There is no TLS here")
         if self.is_tls:
             return SEQUENCE._replace(text="TLS is on already")
-        if self.wire.start != self.wire.end:  # CVE-2011-0411
+        if self.wire.buffer:  # CVE-2011-0411
             self.over = True
             return TALKED_EARLY
         self.answer(TLS_READY)
