@@ -1956,7 +1956,7 @@ def mail_date(seconds: int) -> str:
     return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
-def asked(**parameters: str) -> str:
+def asked(**parameters: str | None) -> str:
     """Return what the sender asked about reports, as it stands behind a path."""
     return "".join(f" {name}={value}" for name, value in parameters.items() if value)
 
@@ -1978,26 +1978,24 @@ def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
     trace = (f"Received: from {e.helo or 'unknown'} ([{'IPv6:' if ':' in e.client else ''}{e.client}])\r\n"
              f"\tby {hostname} (smtprelay) with {e.protocol} id {id}" + (f"\r\n\tfor <{only}>" if only else "")
              + f";\r\n\t{mail_date(id_micros(id) // 1000000)}\r\n").encode("utf-8", "surrogateescape")
-    told = {r: asked(NOTIFY=e.notify.get(r, ""), ORCPT=e.orcpt.get(r, "")) for r in {*e.notify, *e.orcpt}}
     lines = [f"X-Envelope-Trace: {len(trace)}", f"X-Envelope-Id: {id}",
-             f"X-Envelope-From: <{e.reverse_path}>" + (asked(RET=e.ret, ENVID=e.envid) if e.ret or e.envid else ""),
-             *[f"X-Envelope-To: <{r}>{told.get(r, '')}" for r in e.recipients],
+             f"X-Envelope-From: <{e.reverse_path}>{asked(RET=e.ret, ENVID=e.envid)}",
+             *[f"X-Envelope-To: <{r}>{asked(NOTIFY=e.notify.get(r), ORCPT=e.orcpt.get(r))}" for r in e.recipients],
              *([f"X-Envelope-Flags: {' '.join(e.flags)}"] if e.flags else []),
              f"X-Envelope-Client: {e.client}", f"X-Envelope-Helo: {e.helo}",
              f"X-Envelope-Protocol: {e.protocol}", f"X-Envelope-User: {e.user}", ""]
     return "\r\n".join(lines).encode("utf-8", "surrogateescape") + trace
 
 
-def read_block(file: BinaryIO) -> dict[str, list[str]]:
+def read_block(file: BinaryIO) -> list[tuple[str, str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
-    found: dict[str, list[str]] = {}
-    length = 0
+    block, length = [], 0
     while (line := file.readline(8192)).startswith(b"X-Envelope-"):
         length += len(line)
         name, _, value = line[11:].decode("utf-8", "surrogateescape").partition(":")
-        found.setdefault(name.lower(), []).append(value.strip(" \r\n"))
+        block.append((name.lower(), value.strip(" \r\n")))
     file.seek(length)
-    return found
+    return block
 
 
 def first_record(file: BinaryIO) -> Message:
@@ -2006,7 +2004,7 @@ def first_record(file: BinaryIO) -> Message:
     file.seek(0)
     block = read_block(file)
     try:
-        one = {name: values[0] for name, values in block.items()}
+        one = dict(block)
         rest = length - file.tell() - int(one["trace"])
         size = rest if one["size"] == TO_THE_END else int(one["size"])
         if rest < size or size < 0:
@@ -2015,7 +2013,7 @@ def first_record(file: BinaryIO) -> Message:
         status = Status.HELD if "HOLD" in flags else Status.RECEIVED
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
-        recipients = [Recipient(path, status, **of) for path, of in map(read_asked, block["to"])]
+        recipients = [Recipient(path, status, **of) for path, of in (read_asked(v) for k, v in block if k == "to")]
         return Message(
             one["id"], status, received, reverse_path, recipients, size,
             one["client"], one["helo"], one["protocol"], one["user"], flags, **told,
@@ -2075,8 +2073,10 @@ def replace_file(path: str, content: bytes, sync: bool = False) -> None:
 
 
 def remove_file(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        """It is gone already."""
 
 
 def read_whole(path: str) -> bytes:
@@ -2089,20 +2089,16 @@ def open_small(path: str) -> BinaryIO:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         start = os.read(fd, READ_AT_ONCE)
-        if len(start) == READ_AT_ONCE:
-            os.lseek(fd, 0, os.SEEK_SET)
-            return open(os.dup(fd), "rb")
-        return io.BytesIO(start)
     finally:
         os.close(fd)
+    return io.BytesIO(start) if len(start) < READ_AT_ONCE else open(path, "rb")
 
 
 class Disk:
     """Where a spool's files are: what is asked of them, which can be asked of Memory, too."""
 
     read, write, remove = staticmethod(open_small), staticmethod(write_file), staticmethod(remove_file)
-    rename, names = staticmethod(os.rename), staticmethod(os.listdir)
-    size, written = staticmethod(os.path.getsize), staticmethod(os.path.getmtime)
+    rename, names, size = staticmethod(os.rename), staticmethod(os.listdir), staticmethod(os.path.getsize)
 
 
 class Memory:
@@ -2112,8 +2108,6 @@ class Memory:
         self.files: dict[str, bytes] = {}
 
     def read(self, path: str) -> BinaryIO:
-        if path not in self.files:
-            raise FileNotFoundError(path)
         return io.BytesIO(self.files[path])
 
     def write(self, path: str, data: bytes, how: int = 0) -> None:
@@ -2129,9 +2123,6 @@ class Memory:
 
     def size(self, path: str) -> int:
         return len(self.files[path])
-
-    def written(self, _: str) -> float:
-        return time.time()
 
     def names(self, folder: str) -> Iterable[str]:
         depth = folder.count("/") + 1
@@ -2153,9 +2144,8 @@ def check_spool(path: str) -> None:
             and all(map(NAME.fullmatch, os.listdir(f"{path}/{n}")))}
     strange = sorted(names - days - {*KEPT_NAMES, "lost+found"})
     if strange:
-        some = ", ".join(strange[:3] + ["..."] * (len(strange) > 3))
         raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
-                             f"this one holds {some}"])
+                             f"this one holds {', '.join(strange[:3])}"])
 
 
 class Spool:
@@ -2171,7 +2161,7 @@ class Spool:
         self.sealer = open_sealer(settings) if self.on_disk else Sealer()
         self.lock, self.last_id = threading.Lock(), 0
         self.maker, self.run = secrets.token_hex(2)[:3], secrets.token_hex(4)
-        self.day = ""  # whose directory is surely there
+        self.folder = ""  # a date's directory that is surely there
         self.tidying = False
         self.lock_file = -1
 
@@ -2197,7 +2187,6 @@ class Spool:
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
         if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
             replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
-            sync_directory(self.root)
 
     def close(self) -> None:
         if self.lock_file >= 0:
@@ -2230,9 +2219,10 @@ class Spool:
             except OSError as e:
                 self.log.error("spool_unreadable", directory=day, error=e)
                 continue
-            popped = (names.pop() for _ in range(len(names)))  # a great many names are not kept twice
-            for start, group in itertools.groupby(popped, key=lambda name: name[:33]):
-                ends = [name[33:] for name in group]
+            while names:  # a great many are not kept twice
+                start, ends = names[-1][:33], []
+                while names and names[-1].startswith(start):
+                    ends.append(names.pop()[33:])
                 if self.tidying:
                     self.tidy(f"{day}/{start}", ends)
                 if ".eml" in ends and NAME.fullmatch(start + ".eml"):
@@ -2267,7 +2257,7 @@ class Spool:
         try:
             file = self.store.read(f"{self.root}/{stem}{end}")
             return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError):
             raise KeyError(stem) from None
         except SealError as e:
             raise SpoolError(str(e)) from None
@@ -2314,22 +2304,17 @@ class Spool:
     def save(self, message: Message) -> None:
         """Write a message's record, under the name that its status calls for."""
         path, is_done = self.path(message.stem), message.status in FINISHED and not message.owed
+        end = f".{message.status._value_}.json" if is_done else ".json"
         self.store.write(path + ".tmp", self.sealer.seal(message.to_json(), message.stem + ".json"))
-        self.store.rename(path + ".tmp", f"{path}.{message.status._value_}.json" if is_done else path + ".json")
-        if is_done:  # torn by a power cut or not, its name says all that counts
-            self.store.remove(path + ".json")
+        self.store.rename(path + ".tmp", path + end)  # torn by a power cut or not, its name says all that counts
+        for other in {*SIDECARS} - {end}:
+            self.store.remove(path + other)
 
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
         name = message.stem + ".json"
         with contextlib.suppress(FileExistsError):  # it was delivered, or tried, in the meantime
             self.store.write(self.path(name), self.sealer.seal(message.to_json(), name), os.O_EXCL)
-
-    def reopen(self, message: Message) -> None:
-        """Make a finished message owed again: its record changes its name, and is never missing."""
-        self.save(message)
-        for end in DONE:
-            self.store.remove(self.path(message.stem + end))
 
     def remove(self, stem: str) -> None:
         """Remove a message; content first, so that what is cut off is never mistaken for one owed."""
@@ -2341,8 +2326,8 @@ class Spool:
         return self.store.size(f"{self.root}/{stem}.eml")
 
     def finished_at(self, stem: str, status: Status) -> float:
-        """Return when a message was finished, as Unix time."""
-        return self.store.written(f"{self.root}/{stem}.{status.value}.json")
+        """Return when a message was finished, as Unix time; OSError in memory, where nothing is found by its name."""
+        return os.path.getmtime(f"{self.root}/{stem}.{status.value}.json")
 
     def probe(self) -> None:
         """Write a little and remove it; OSError when the spool takes no writes."""
@@ -2359,39 +2344,32 @@ class Draft:
         self.final = f"{spool.root}/{self.stem}.eml"
         self.part = f"{spool.root}/{self.stem}.{spool.run}.part"
         self.seal = SealWriter(spool.sealer, self.stem + ".eml") if spool.sealer.lib else None
-        self.parts = [envelope_block(envelope, id, spool.settings.hostname)]
-        self.size = self.waiting = 0
-        self.fd = -1
+        self.waiting, self.size, self.fd = io.BytesIO(), 0, -1
+        self.waiting.write(envelope_block(envelope, id, spool.settings.hostname))
 
     def write(self, block: bytes) -> None:
-        self.parts.append(block)
-        self.size += len(block)
-        self.waiting += len(block)
-        if self.waiting >= DRAFT_BLOCK and self.spool.on_disk:
+        self.size += self.waiting.write(block)
+        if self.waiting.tell() >= DRAFT_BLOCK and self.spool.on_disk:
             self.flush()
 
     def flush(self, last: bool = False) -> None:
         """Write what waits to the .part, which the first call makes and opens with the size, where that is known."""
-        spool, day = self.spool, self.stem[:10]
+        spool, folder = self.spool, self.spool.path(self.stem[:10])
+        data, self.waiting = self.waiting.getvalue(), io.BytesIO()
         if self.fd < 0:
             size = b"%-12s" % TO_THE_END.encode() if self.seal else b"%012d" % self.size
-            self.parts.insert(0, b"X-Envelope-Size: %s\r\n" % size)
-        while self.fd < 0 and spool.on_disk:
-            if spool.day != day:
-                os.makedirs(spool.path(day), 0o700, exist_ok=True)
-                if spool.settings.fsync:
-                    sync_directory(spool.root)
-                spool.day = day
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                self.fd = os.open(self.part, flags, 0o600)
-            except FileNotFoundError:  # someone tidied the spool by hand
-                spool.day = ""
-        data, self.parts, self.waiting = b"".join(self.parts), [], 0
-        if spool.on_disk:
-            write_all(self.fd, self.seal.update(data, last) if self.seal else data)
-        else:
+            data = b"X-Envelope-Size: %s\r\n%s" % (size, data)
+        if not spool.on_disk:
             spool.store.write(self.final, data)
+            return
+        if self.fd < 0:
+            if spool.folder != folder or not os.path.isdir(folder):
+                os.makedirs(folder, 0o700, exist_ok=True)
+                sync_directory(spool.root)
+                spool.folder = folder
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.fd = os.open(self.part, flags, 0o600)
+        write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def commit(self) -> str:
         """Make the message durable, its name included, and return its stem; OSError when it is not kept."""
@@ -2414,7 +2392,6 @@ class Draft:
 
     def abort(self) -> None:
         """Forget the message; harmless after commit."""
-        self.parts.clear()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):  # what stays is set aside at the next start
@@ -10217,7 +10194,7 @@ class Postmaster:
                 message.move(Status.RETRYING, BY_HAND[was])
                 message.finished_at = message.owed = ""
             message.next_attempt_at = ""
-            d.spool.reopen(message)
+            d.spool.save(message)
             d.unwritten.pop(stem, None)
             d.scheduler.probe(d.delivery.routes(message))
         finally:

@@ -2805,9 +2805,9 @@ def test_a_record_is_never_missing_while_it_is_reopened(tmp_path: Path, monkeypa
     message.move(smtprelay.Status.FAILED)
     spool.save(message)
     message.move(smtprelay.Status.RETRYING)
-    monkeypatch.setattr(spool, "save", mock.Mock(side_effect=OSError(28, "full")))
+    monkeypatch.setattr(spool.store, "rename", mock.Mock(side_effect=OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        spool.reopen(message)
+        spool.save(message)
     assert spool.load(message.stem).status is smtprelay.Status.FAILED
     spool.close()
 
@@ -12817,7 +12817,7 @@ def test_break_by_a_failing_disk(
     with BookHop() as hop, relay_at(tmp_path, hop) as relay:
         for n, (name, error, code) in enumerate(DISK_FAULTS):
             faulty.trouble[name] = error
-            relay.parts.spool.day = ""  # as at midnight
+            relay.parts.spool.folder = ""  # as at midnight
             assert submit(relay, f"bad{n}", size) == code, (name, errno.errorcode[error])
             if name in ("open", "write"):
                 assert readiness(relay) == (503, f"spool: cannot write: {os.strerror(error)}\n")
