@@ -1682,6 +1682,20 @@ def bare_address(text: str) -> str:
     return text.strip("' \\" if "[" in text[1:] else "' \\[]")
 
 
+def with_a_labels(domain: str) -> str:
+    """Return a domain in lower case with A-labels; in NFC, where it is not certain which they are.
+
+    Python's IDNA is that of 2003, in which straße.example is strasse.example: they are two.
+    """
+    name = unicodedata.normalize("NFC", domain.lower())
+    with contextlib.suppress(UnicodeError):
+        if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
+            form = name.encode("idna")
+            if form.decode("idna") == name:
+                return form.decode()
+    return name
+
+
 # === 07 SEALING ==============================================================
 #
 # Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by
@@ -2783,32 +2797,17 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
 
 # -- who may send as whom --
 
-def label_key(label: str) -> str:
-    """Bring a label to the form it is compared in: lower case, Unicode, NFC.
-
-    A-labels are decoded, not U-labels encoded: Python's IDNA is that of 2003, in which
-    straße.example and strasse.example are one domain. They are two.
-    """
-    key = unicodedata.normalize("NFC", label.lower())
-    if not key.startswith("xn--") or len(key) > 63:
-        return key
-    try:
-        decoded = key[4:].encode("ascii").decode("punycode")
-    except UnicodeError:
-        return key
-    return key if decoded.isascii() else decoded
-
-
 def may_send_as(account: Account, reverse_path: str) -> bool:
     """Tell whether an account may use a reverse-path; with a domain list never the null one.
 
     A domain is matched exactly; "*.x" and ".x" match what is below x, not x.
     """
-    def key(domain: str) -> str:
-        return ".".join(map(label_key, domain.split(".")))
-
-    found, wanted = key(reverse_path.rpartition("@")[2]), [key(each.lstrip("*")) for each in account.allowed_domains]
-    return not wanted or any(found.endswith(each) if each.startswith(".") else found == each for each in wanted)
+    found = with_a_labels(reverse_path.rpartition("@")[2])
+    for each in account.allowed_domains:
+        wanted = with_a_labels(each.lstrip("*."))
+        if found.endswith("." + wanted) if each.startswith(("*", ".")) else found == wanted:
+            return True
+    return not account.allowed_domains
 
 
 # -- how much --
@@ -2865,8 +2864,8 @@ class Quotas:
     def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
         self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
         self._lock = threading.RLock()
-        self._counts: Counts = collections.Counter()  # of today, and what no file says yet
-        self._saved: Counts = collections.Counter()  # what today's file says of them
+        self._counts = Counts()  # of today, and what no file says yet
+        self._saved = Counts()  # what today's file says of them
         self._reserved: collections.Counter[str] = collections.Counter()
         self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
         if directory:
@@ -2921,10 +2920,10 @@ class Quotas:
         new = was - self._saved
         with locked(self._directory):
             for day in (*{day for day, _, _ in new if day != today}, today):
-                added = collections.Counter({key: n for key, n in new.items() if key[0] == day})
+                added = Counts({key: n for key, n in new.items() if key[0] == day})
                 kept = self._read(day) + added
                 if added:
-                    kept |= collections.Counter({
+                    kept |= Counts({
                         (day, name, FULL_AT): math.ceil(at) for name, at in self.minutes.known().items()})
                     rows = [[*key[1:], n] for key, n in kept.items()]
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
@@ -2943,13 +2942,13 @@ class Quotas:
         path = f"{self._directory}/{day}.json"
         try:
             rows = json.loads(read_whole(path))
-            return collections.Counter({(day, who + "", what + ""): int(n) for who, what, n in rows})
+            return Counts({(day, who + "", what + ""): int(n) for who, what, n in rows})
         except FileNotFoundError:
             pass
         except (ValueError, TypeError) as error:
             self._log.error("counts_lost", file=path, error=error)
             os.unlink(path)
-        return collections.Counter()
+        return Counts()
 
 
 # === 10 TLS ==================================================================
@@ -3455,13 +3454,7 @@ class DnsAnswer(NamedTuple):
 
 def ascii_domain(domain: str) -> str:
     """Return a domain as DNS is asked for it: lower case, A-labels, no last dot."""
-    name = lower = domain.lower().removesuffix(".")
-    with contextlib.suppress(UnicodeError):
-        if not lower.isascii() and len(lower) < 254:  # the codec is quadratic (CVE-2022-45061)
-            form = lower.encode("idna")
-            # IDNA 2003 takes faß.example to fass.example, which is someone else: refuse.
-            if form.decode("idna") == unicodedata.normalize("NFC", lower):
-                name = form.decode()
+    name = with_a_labels(domain.removesuffix("."))
     if not re.fullmatch(HOST_NAME, name):
         raise ResolveError(BAD_DOMAIN if domain.isascii() else BAD_IDN, domain)
     return name

@@ -895,10 +895,15 @@ def test_forms_of_values(name: str, right: list[str], wrong: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["SMTP_RELAY_REDIRECT", "SMTP_SPOOL_DIR", "SMTP_TLS_CERTIFICATE", "SMTP_MAX_MESSAGE"])
-def test_a_name_that_begins_like_ours_stops_the_start(name: str) -> None:
-    for verb in ("serve", "check"):
-        done = run(verb, **{name: "x", "SMTP_HOST": "an.application", "SMTP_PORT": "0"})
-        assert (done.returncode, f"{name} is not a setting; did you mean SMTP_" in done.stderr) == (78, True), done
+def test_a_name_that_begins_like_ours_is_a_mistake(name: str) -> None:
+    with pytest.raises(smtprelay.SettingsError, match=f"^{name} is not a setting; did you mean SMTP_[A-Z_]+[?]$"):
+        settings_of(**{name: "x", "SMTP_HOST": "an.application"})
+
+
+@pytest.mark.parametrize("verb", ["serve", "check"])
+def test_a_name_that_begins_like_ours_stops_the_start(verb: str) -> None:
+    done = run(verb, SMTP_RELAY_REDIRECT="x", SMTP_HOST="an.application", SMTP_PORT="0")
+    assert (done.returncode, "SMTP_RELAY_REDIRECT is not a setting" in done.stderr) == (78, True), done
 
 
 @pytest.mark.parametrize("name", ["SMTP_HOST", "SMTP_USER", "SMTP_TLS", "SMTP_FROM_NAME"])
@@ -3311,7 +3316,7 @@ def test_labels_of_random_letters_never_raise() -> None:
     source = random.Random(4)
     for _ in range(1000):
         word = "".join(source.choice("abz019-\xfc\ud800.") for _ in range(source.randrange(80)))
-        assert isinstance(smtprelay.label_key("xn--" + word), str)
+        assert isinstance(smtprelay.with_a_labels("xn--" + word), str)
 
 
 # -- how much --
