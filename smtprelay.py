@@ -8234,7 +8234,7 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
 # turns strangers away, DNS rebinding by the Host header (a rebinding page cannot
 # know the token), other sites' pages by Origin and Sec-Fetch-Site, and whoever
 # comes through a proxy without the token. Each connection has a thread, each request
-# a deadline. HttpServer.lock is a leaf.
+# a deadline.
 
 HTTP_TIME = 30.0  # for the whole of a request, and for its answer
 HTTP_CONNECTIONS = 220
@@ -8339,7 +8339,12 @@ class Request(http.server.BaseHTTPRequestHandler):
             return line
 
         self.rfile.readline = read_line
-        self.server.rest(self)
+        self.since = time.monotonic()  # it asks nothing since then; inf: it is at work
+        self.server.callers.add(self)
+
+    def finish(self) -> None:
+        self.server.callers.discard(self)
+        super().finish()
 
     def find_route(self) -> Route:
         """Find the route of a request, under SMTP_WEB_ROOT or not; note its path's names and query."""
@@ -8501,8 +8506,10 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.body, unread = self.read_body(), False
             self.fields = self.read_fields()
             if found.access != OPEN:
-                if not self.server.enter(self):
+                working = [caller.client for caller in [*self.server.callers] if caller.since == math.inf]
+                if len(working) >= HTTP_WORKING or working.count(self.client) >= HTTP_PER_CLIENT:
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
+                self.since = math.inf
                 self.relay.catch_up()
             value = found.action(self)
             return value if isinstance(value, Answer) else Answer("ok" if value is None else value)
@@ -8587,7 +8594,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         finally:
             if streamed:
                 answer.body.close()
-            self.server.rest(self)
+            self.since = time.monotonic()
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -8608,45 +8615,21 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def __init__(self, sock: socket.socket, relay: Delivering,
                  handler: type[socketserver.BaseRequestHandler] = Request) -> None:
         socketserver.BaseServer.__init__(self, ("", 0), handler)  # without a socket of its own
-        self.socket, self.relay, self.lock = sock, relay, threading.Lock()
-        # Each connection's client, and since when it asks nothing (inf: it is at work).
-        self.callers: dict[Any, tuple[float, str]] = {}
+        self.socket, self.relay = sock, relay
+        self.callers: set[Request] = set()  # without a lock: each step on it is whole
 
     def get_request(self) -> tuple[socket.socket, Any]:
         return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
-
-    def enter(self, request: Request) -> bool:
-        """Let a request begin its work, unless there are too many."""
-        with self.lock:
-            working = [client for since, client in self.callers.values() if since == math.inf]
-            if len(working) >= HTTP_WORKING or working.count(request.client) >= HTTP_PER_CLIENT:
-                return False
-            self.callers[request.connection] = math.inf, request.client
-            return True
-
-    def rest(self, request: Request) -> None:
-        """Note that a connection asks nothing from now on."""
-        with self.lock:
-            self.callers[request.connection] = time.monotonic(), request.client
 
     def service_actions(self) -> None:
         """Cut off who takes too long to ask, and, where places run out, who has asked nothing for longest.
 
         A time for each read would be anew with each octet.
         """
-        end = time.monotonic() - HTTP_TIME
-        with self.lock:
-            idle = sorted(self.callers, key=self.callers.__getitem__)
-            late = [caller for n, caller in enumerate(idle, HTTP_CONNECTIONS)
-                    if n < len(idle) or self.callers[caller][0] < end]
-        for caller in late:
-            shut(caller, socket.SHUT_RDWR)
-
-    def shutdown_request(self, request: Any) -> None:
-        """End a connection, and give its place away."""
-        with self.lock:
-            self.callers.pop(request, None)
-        super().shutdown_request(request)
+        end, idle = time.monotonic() - HTTP_TIME, sorted(self.callers, key=lambda caller: caller.since)
+        for n, caller in enumerate(idle, HTTP_CONNECTIONS):
+            if n < len(idle) or caller.since < end:
+                shut(caller.connection, socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log that no thread was to be had, or a bug; that a client went away is no news."""

@@ -9413,11 +9413,11 @@ def test_idle_connections_shut_nobody_out(start: Callable[..., Any], monkeypatch
         waiting = [stack.enter_context(socket.create_connection((host, int(port)), 8)) for _ in range(10)]
         for client in waiting:
             client.sendall(b"GET /api/v1/wait?timeout=60&to=nobody HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: [since for since, _ in callers.values()] == [math.inf] * 10)
+        wait_until(lambda: [caller.since for caller in [*callers]] == [math.inf] * 10)
         assert fetch(relay, "/metrics")[0] == 200 and fetch(relay, "/api/v1/messages")[0] == 503
         late = [stack.enter_context(socket.create_connection((host, int(port)), 8)) for _ in range(20)]
         assert fetch(relay, "/metrics")[0] == 200 and len(late) == 20
-        assert [since for since, _ in callers.values()].count(math.inf) == 10  # and who is at work stays
+        assert [caller.since for caller in [*callers]].count(math.inf) == 10  # and who is at work stays
         for client in waiting:
             client.close()  # and they who have hung up wait no more
         wait_until(lambda: fetch(relay, "/api/v1/messages")[0] == 200)
