@@ -8616,7 +8616,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                  handler: type[socketserver.BaseRequestHandler] = Request) -> None:
         socketserver.BaseServer.__init__(self, ("", 0), handler)  # without a socket of its own
         self.socket, self.relay = sock, relay
-        self.callers: set[Request] = set()  # without a lock: each step on it is whole
+        self.callers: set[Any] = set()  # without a lock: each step on it is whole
 
     def get_request(self) -> tuple[socket.socket, Any]:
         return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
@@ -9473,13 +9473,13 @@ class SubmitHandler(socketserver.BaseRequestHandler):
     """
 
     server: HttpServer
+    since = math.inf  # always at work
 
     def handle(self) -> None:
         sock, server, relay = self.request, self.server, self.server.relay
-        with server.lock:
-            if len(server.callers) >= SUBMIT_CALLERS:
-                return
-            server.callers[sock] = math.inf, "local"
+        if len(server.callers) >= SUBMIT_CALLERS:
+            return
+        server.callers.add(self)
         try:
             self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
             words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
@@ -9494,6 +9494,9 @@ class SubmitHandler(socketserver.BaseRequestHandler):
             relay.log.debug("submit_failed", error=e)
         except Exception as e:
             relay.log.bug("submit_bug", e)
+
+    def finish(self) -> None:
+        self.server.callers.discard(self)
 
     def read_letter(self) -> bytes:
         """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
