@@ -3324,9 +3324,6 @@ class Scheduler:
                 lane.queue = collections.deque(sorted(lane.queue, key=first_young.__lt__))  # the old can but fail
             return lane.throttled_until - now, first
 
-    def is_throttled(self, name: str) -> bool:
-        return self.lanes[name].steps > 0
-
     def release(self, name: str, throttled: bool = True) -> None:
         """Let more workers follow: the next hop answered; and one that was throttled took what it was sent."""
         lane = self.lanes[name]
@@ -9573,20 +9570,13 @@ class Delivering:
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
         jobs = [("reader", self.read), ("sweeper", self.sweep)]
-        if self.settings.webhook_url:
-            events = self.feed.subscribe()
-            jobs.append(("webhook", functools.partial(run_webhook, self, events)))
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
+        if self.settings.webhook_url:
+            jobs.append(("webhook", functools.partial(run_webhook, self, self.feed.subscribe())))
         for name, job in jobs:
             thread = threading.Thread(target=job, name=name, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as e:
-                if not any(t.name == "worker-0" for t in self.threads):
-                    raise
-                self.log.warn("fewer_workers", without=name, reason=e)
-                break
+            thread.start()
             self.threads.append(thread)
 
     def stop(self, patience: float = STOP_PATIENCE) -> None:
@@ -9787,16 +9777,15 @@ class Delivering:
     def sort(self, task: Task) -> None:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
         stem, message = task.stem, self.record(task.stem)
-        wrapped = message.owed or stem in self.unwritten or message.status not in SETTLED and not message.pending()
+        unsettled = message.status not in SETTLED
         if (message.status is Status.RECEIVED and self.settings.delivery == "hold"
                 and "RELEASED" not in message.flags):
             for r in message.pending():
                 r.status = Status.HELD
             message.move(Status.HELD, HELD_BY_MODE)
-            wrapped = True
-        if wrapped:
+        if message.owed or stem in self.unwritten or unsettled and not message.pending():
             self.wrap_up(message)
-        elif message.status in SETTLED:
+        elif not unsettled:
             self.shelve(stem, self.finished if message.status in FINISHED else self.held, time.time())
             if message.status is Status.HELD:
                 self.spool.save_first(message)
@@ -9810,22 +9799,19 @@ class Delivering:
         """Make one attempt, and queue the message for the next where one is owed."""
         stem, lane = task
         if stem in self.finished or stem in self.held:
-            return  # told of twice, by the Link and by a look through the spool
+            return None  # told of twice, by the Link and by a look through the spool
         message, content = self.spool.fetch(stem)
         with content:
             message = self.unwritten.get(stem, message)
             for r in message.recipients if "RELEASED" not in message.flags else ():
                 if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
                     r.status, r.reply = Status.HELD, HELD_BY_RULE
+            self.unwritten[stem] = message  # come what may
             owed = self.delivery.routes(message).get(lane)
-            if not owed:
-                if not message.pending() or stem in self.unwritten:
-                    self.wrap_up(message)
-                if message.pending():  # an account's host has changed
-                    self.scheduler.put(stem, UNREAD)
-                return
-            if self.scheduler.is_throttled(lane) and self.expires(message, owed):
-                return
+            if not owed:  # it is held back, or an account's host has changed
+                return self.scheduler.put(stem, UNREAD)
+            if self.scheduler.lanes[lane].steps and self.expires(message, owed):
+                return None
             if message.status is not Status.FORWARDING:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
@@ -9842,12 +9828,10 @@ class Delivering:
             if room:
                 self.log.warn("next_hop_crowded", next_hop=lane, connections=room)
             others = len(self.scheduler.lanes[lane].running) > 1  # else another lane's are in its way
-            self.scheduler.put(stem, lane, 0.0 if others else CROWDED_PAUSE)
-            return
-        self.unwritten[stem] = message  # come what may
+            return self.scheduler.put(stem, lane, 0.0 if others else CROWDED_PAUSE)
         self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
-        self.settle(message, lane, owed, attempt)
+        return self.settle(message, lane, owed, attempt)
 
     def settle(self, message: Message, lane: str, tried: Sequence[Recipient], attempt: Attempt) -> None:
         """Enter an attempt's outcomes into the record; who was refused for now waits for the next.
@@ -9965,17 +9949,15 @@ class Delivering:
             self.log.info("held", id=message.id, reason=HELD_BY_RULE)
             return message.move(Status.HELD, HELD_BY_RULE)
         failed = Status.FAILED in statuses
-        word, event = ("failed", "failed") if failed else ("forwarded", "delivered")
-        detail = message.last_error if failed else ""
-        message.move(Status(word), detail)
+        word, event, counted = ("failed",) * 3 if failed else ("forwarded", "delivered", "sent")
+        message.move(Status(word), message.last_error * failed)
         self.metrics.inc(f"smtp_messages_{event}_total")
-        self.tell(word, message.stem, detail)
-        self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply,
-                      attempts=message.attempts)
+        self.tell(word, message.stem, message.last_error * failed)
+        self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
         if self.audit.sink:
             self.audit.info(event, id=message.id, user=message.user,
                              recipients=[vars(r) for r in message.recipients])
-        self.reception.quotas.count(message.user, "failed" if failed else "sent")
+        self.reception.quotas.count(message.user, counted)
 
     def report(self, message: Message) -> tuple[str, float]:
         """Tell a message's sender whom it did not reach, once; or return why not yet, and for how long.
@@ -10300,10 +10282,11 @@ class Parts:
         return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts,
                          self.tls, quotas, self.faults)
 
-    def receiving(self, number: int = 0) -> Receiving:
+    def receiving(self, row: int = RECEIVING_ROW) -> Receiving:
         """Make a receiving half: one of SMTP_PROCESSES, which share the listening sockets."""
-        reception = self.reception(self.metrics.row(RECEIVING_ROW + number))
-        reception.pick = number
+        reception = self.reception(self.metrics.row(row))
+        reception.metrics.set("smtp_sessions_active", 0)  # those of one that died
+        reception.pick = row - RECEIVING_ROW
         return Receiving(reception, self.smtp, self.smtps)
 
     def delivering(self) -> Delivering:
@@ -10313,11 +10296,10 @@ class Parts:
 def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
     """Return the sockets from systemd, by FileDescriptorName, else smtp's (sd_listen_fds(3))."""
     found: dict[str, list[socket.socket]] = {"smtp": [], "smtps": [], "http": [], "submit": []}
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-        for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
-            name = names[i] if i < len(names) and names[i] in found else "smtp"
-            found[name].append(socket.socket(fileno=first + i))
+    many = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * many
+    for i in range(many):
+        found.get(names[i], found["smtp"]).append(socket.socket(fileno=first + i))
     return found
 
 
@@ -10341,12 +10323,14 @@ def stop_signals() -> tuple[int, ...]:
 
 
 class Supervisor:
-    """Runs the halves as processes, passes signals on to them, and makes one that died anew."""
+    """Runs the halves as processes, passes signals on to them, and makes one that died anew.
+
+    A child is known by its row of the counters: the first delivers, the others receive.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.roles = ["deliver", *(f"receive {number}" for number in range(parts.settings.processes))]
-        self.children: dict[int, str] = {}
+        self.children: dict[int, int] = {}  # process: its row of the counters
         self.alive_pipe = os.pipe()
         self.stopping, self.stop_signals = False, stop_signals()
 
@@ -10386,38 +10370,39 @@ class Supervisor:
 
     def reap(self) -> None:
         """Note which children have ended; one that should not have is made anew in a moment."""
-        for child, role in list(self.children.items()):
+        for child, row in list(self.children.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 del self.children[child]
             if ended and not self.stopping:
-                self.parts.log.error("half_died", role=role, status=status)
+                self.parts.log.error("half_died", row=row, status=status)
                 self.parts.link.announce(LOOK)  # it may have kept a message and told nobody
                 signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
 
     def spawn_missing(self) -> None:
         """Fork the halves that are not there: without threads here, what they inherit is whole."""
-        for role in [role for role in self.roles if role not in self.children.values()]:
+        for row in {*range(RECEIVING_ROW + self.parts.settings.processes)} - {*self.children.values()}:
             try:
                 child = os.fork()
             except OSError as e:  # no process to be had: try again later
-                self.parts.log.error("half_not_started", role=role, error=e)
+                self.parts.log.error("half_not_started", row=row, error=e)
                 signal.setitimer(signal.ITIMER_REAL, RESTART_PAUSE)
                 continue
             if child:
-                self.children[child] = role
+                self.children[child] = row
                 continue
             status = EX_TEMPFAIL
             try:
-                self.be(role)
+                self.be(row)
                 status = 0
             except BaseException as e:
-                self.parts.log.bug("half_failed", e, role=role)
+                self.parts.log.bug("half_failed", e, row=row)
             finally:
                 os._exit(status)
 
-    def be(self, role: str) -> None:
+    def be(self, row: int) -> None:
         """Be a half of the program until told to stop, or end at once when the supervisor is gone."""
+        parts = self.parts
 
         def outlive_nobody() -> None:
             os.read(self.alive_pipe[0], 1)
@@ -10425,16 +10410,11 @@ class Supervisor:
 
         os.close(self.alive_pipe[1])
         threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
-        self.parts.spool.maker = f"{self.roles.index(role) % 16:x}{secrets.token_hex(1)}"  # no two make the same id
-        number = role.partition(" ")[2]
-        if number:
-            self.parts.metrics.row(RECEIVING_ROW + int(number)).set("smtp_sessions_active", 0)
-            close_all([*self.parts.http, *self.parts.submit])
-            half: Receiving | Delivering = self.parts.receiving(int(number))
-        else:
-            close_all([*self.parts.smtp, *self.parts.smtps])
-            half = self.parts.delivering()
-        threading.stack_size(256 * KIB if number else 4 * MIB)  # not the usual 8 MiB; deep JSON takes 2
+        parts.spool.maker = f"{row % 16:x}{secrets.token_hex(1)}"  # no two make the same id
+        receives = row >= RECEIVING_ROW
+        close_all(parts.http + parts.submit if receives else parts.smtp + parts.smtps)
+        half: Receiving | Delivering = parts.receiving(row) if receives else parts.delivering()
+        threading.stack_size(256 * KIB if receives else 4 * MIB)  # not the usual 8 MiB; deep JSON takes 2
         half.start()
         heed_signals(half)
         half.stop()
