@@ -163,7 +163,7 @@ class Reply(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return " ".join(part for part in (str(self.code), self.enhanced, self.text) if part)
+        return " ".join(filter(None, (str(self.code), self.enhanced, self.text)))
 
 
 class Refused(Exception):
@@ -179,12 +179,11 @@ def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
     mark = f"{reply.enhanced} " if reply.enhanced else ""
     *lines, last = reply.text.split("\n")
-    text = f"{reply.code} {mark}{last}\r\n"
-    for line in reversed(lines):
-        text = f"{reply.code}-{mark}{line}\r\n{text}"
+    text = "".join(f"{reply.code}-{mark}{line}\r\n" for line in lines) + f"{reply.code} {mark}{last}\r\n"
     return text.encode("utf-8", "replace")
 
 
+HELP = Reply(214, "2.0.0", "HELO EHLO MAIL RCPT DATA BDAT STARTTLS AUTH RSET NOOP QUIT VRFY EXPN HELP: see RFC 5321")
 BYE = Reply(221, "2.0.0", "Bye")
 OK = Reply(250, "2.0.0", "Ok")
 SENDER_OK = Reply(250, "2.1.0", "Sender ok")
@@ -1331,7 +1330,7 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
     and write, and the interpreter's lock is given away around it.
     """
     seconds = max(seconds, 0.001)  # none at all would be no limit
-    if hasattr(socket, "SO_RCVTIMEO") and os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
+    if not isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError):  # Python and this kernel differ on the size of the time
             limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -4784,7 +4783,7 @@ FAULT_COUNTS_MOST = 10_000  # recipients remembered; then the oldest is forgotte
 HANG_UP = Reply(0, "", "drop")  # not sent, as LOST
 # Mailpit's triggers, each with its stage and usual code
 CHAOS = {"Sender": ("mail", 451), "Recipient": ("rcpt", 451), "Authentication": ("auth", 535)}
-CHAOS_RULE = r"(mail|rcpt|auth) ([45][0-9]{2}) Chaos share ([0-9]{1,3})"
+CHAOS_RULE = r"(?m)^%s ([0-9]+) Chaos share ([0-9]+)$"
 
 
 class Fault(NamedTuple):
@@ -4845,23 +4844,23 @@ def read_faults(text: str) -> list[Fault]:
 
 def to_chaos(rules: str) -> dict[str, Any]:
     """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
-    made = {stage: (code, share) for stage, code, share in re.findall(f"(?m)^{CHAOS_RULE}$", rules)}
-    shown = {name: made.get(stage, (usual, 0)) for name, (stage, usual) in CHAOS.items()}
-    return {name: {"ErrorCode": int(code), "Probability": int(share)}
-            for name, (code, share) in shown.items()}
+    shown = {}
+    for name, (stage, usual) in CHAOS.items():
+        made = re.search(CHAOS_RULE % stage, rules)
+        code, share = made.groups() if made else (usual, 0)
+        shown[name] = {"ErrorCode": int(code), "Probability": int(share)}
+    return shown
 
 
 def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
     """Return the rules with other chaos triggers; ValueError names one that is wrong."""
-    kept = re.sub(f"(?m)^{CHAOS_RULE}$", "", rules)
     for name, (stage, usual) in CHAOS.items():
         trigger = {k.lower(): v for k, v in triggers[name].items()}
         code, share = trigger.get("errorcode", usual), trigger.get("probability", 0)
         if {type(code), type(share)} != {int} or not (400 <= code <= 599 and 0 <= share <= 100):
-            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, "
-                             "a Probability from 0 to 100")
-        kept += f"\n{stage} {code} Chaos share {share}" if share else ""
-    return kept
+            raise ValueError(f"{name}: expected an ErrorCode from 400 to 599, a Probability from 0 to 100")
+        rules = re.sub(CHAOS_RULE % stage, "", rules) + f"\n{stage} {code} Chaos share {share}" * bool(share)
+    return rules
 
 
 class Faults:
@@ -5198,7 +5197,7 @@ class Session:
         self.reception, self.settings = reception, reception.settings
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
-        self.is_tls, self.lenient = False, ""  # lenient: the host's name, to complete addresses
+        self.tls = self.lenient = ""  # its version; lenient: the host's name, to complete addresses
         self.account = NOBODY
         self.failed_logins = self.errors = 0
         self.over = self.quitting = False
@@ -5225,6 +5224,8 @@ class Session:
                 self.handshake()
             refusal = TOO_MANY_SESSIONS if crowded else self.refusal()
             if refusal:
+                reception.metrics.inc("smtp_connections_refused_total")
+                self.over = True
                 self.answer(refusal)
             else:
                 self.converse()
@@ -5243,7 +5244,7 @@ class Session:
                     self.wire.flush()
         finally:
             self.forget()
-            reception.audit.info("session_end", client=self.client, user=self.account.name, tls=self.tls_version)
+            reception.audit.info("session_end", client=self.client, user=self.account.name, tls=self.tls)
 
     def meet_balancer(self) -> str:
         """Learn from a balancer who the client is; a bad header ends the session without a word."""
@@ -5264,7 +5265,10 @@ class Session:
         named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
         if settings.lenient and (self.is_local or in_networks(client, named)):
             self.lenient = settings.hostname
-        return TALKED_EARLY if not self.implicit_tls and spoke_early(self.wire.sock) else None
+        with contextlib.suppress(OSError):  # nobody has spoken; the socket blocks (`limit_calls`)
+            if not self.implicit_tls and self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return TALKED_EARLY
+        return None
 
     def converse(self) -> None:
         """Greet, then answer commands to the end; what is unexpected is 451, and ends nothing."""
@@ -5303,7 +5307,7 @@ class Session:
             return NOT_SMTP if self.over else UNKNOWN_COMMAND
         if not argument.isascii() and name not in UTF8_VERBS:
             return BAD_LINE
-        if self.settings.tls_required and not verb.before_tls and not self.is_tls:
+        if self.settings.tls_required and not verb.before_tls and not self.tls:
             return TLS_FIRST
         wanted = verb.syntax.partition(" ")[2]
         if bool(argument) != bool(wanted) and wanted[:1] != "[":
@@ -5322,9 +5326,7 @@ class Session:
             if self.errors > self.settings.max_errors:
                 reply = TOO_MANY_ERRORS
             self.over |= reply.code == 421  # RFC 5321 3.8
-            if reply in (TOO_MANY_SESSIONS, NOT_ALLOWED):
-                self.reception.metrics.inc("smtp_connections_refused_total")
-            if reply in (TOO_MANY_SESSIONS, NOT_ALLOWED, TOO_MANY_ERRORS, TOO_MANY_LOGINS):
+            if self.over and reply not in (STOPPING, TIMED_OUT):
                 self.reception.audit.info("blocked", client=self.client, reason=reply.text)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
@@ -5358,11 +5360,6 @@ class Session:
             self.draft.abort()
         self.envelope = self.draft = self.content = None
 
-    @property
-    def tls_version(self) -> str:
-        sock = self.wire.sock
-        return (sock.version() or "") if isinstance(sock, ssl.SSLSocket) else ""
-
     # -- hello, and commands that change nothing --
 
     def hello(self, argument: bytes, extended: bool) -> Reply:
@@ -5379,10 +5376,10 @@ class Session:
             return Reply(250, "", settings.hostname)
         lines = (f"{settings.hostname} greets {name}\nSIZE {settings.max_size}\n8BITMIME\nSMTPUTF8\nPIPELINING\n"
                  f"CHUNKING\nENHANCEDSTATUSCODES\nDSN\nHELP\nLIMITS RCPTMAX={settings.max_recipients}")
-        if self.reception.tls and not self.is_tls:
+        if self.reception.tls and not self.tls:
             lines += "\nSTARTTLS"
-        if accounts.configured() and (self.is_tls or not settings.tls_required):
-            mechanisms = " ".join(accounts.offers(self.is_local or self.is_tls))
+        if accounts.configured() and (self.tls or not settings.tls_required):
+            mechanisms = " ".join(accounts.offers(self.is_local or bool(self.tls)))
             lines += f"\nAUTH {mechanisms}" * bool(mechanisms)
         return Reply(250, "", lines)
 
@@ -5394,17 +5391,13 @@ class Session:
         self.over = self.quitting = True
         return BYE
 
-    def help(self, argument: bytes) -> Reply:
-        lines = ["Commands:", *(verb.syntax for verb in VERBS.values())]
-        return Reply(214, "2.0.0", "\n".join(lines))
-
     # -- closed doors --
 
     def starttls(self, argument: bytes) -> Reply | None:
         """STARTTLS (RFC 3207): what came before the handshake counts for nothing after it."""
         if self.reception.tls is None:
             return NOT_IMPLEMENTED._replace(text="There is no TLS here")
-        if self.is_tls:
+        if self.tls:
             return SEQUENCE._replace(text="TLS is on already")
         if self.wire.buffer:  # CVE-2011-0411
             self.over = True
@@ -5428,7 +5421,7 @@ class Session:
         except OSError as e:
             self.reception.log.info("tls_failed", client=self.client, error=e)
             raise PeerGone(f"TLS: {e}") from None
-        self.is_tls = True
+        self.tls = sock.version() or "TLS"
         self.reception.metrics.inc("smtp_tls_sessions_total")
 
     def auth(self, argument: bytes) -> Reply:
@@ -5443,7 +5436,7 @@ class Session:
             return NOT_IMPLEMENTED._replace(text="There are no accounts here")
         if mechanism.lower() not in self.settings.auth_methods:
             return UNKNOWN_MECHANISM
-        safe = self.is_local or self.is_tls or self.settings.auth_insecure
+        safe = self.is_local or self.tls or self.settings.auth_insecure
         if mechanism != "CRAM-MD5" and not safe:
             return MECHANISM_NEEDS_TLS
         fault = self.fault("auth")
@@ -5463,7 +5456,7 @@ class Session:
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
         told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
         reception.log.info("login", **told)
-        reception.audit.info("login", **told, tls=self.tls_version)
+        reception.audit.info("login", **told, tls=self.tls)
         if not login.account:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
@@ -5507,7 +5500,7 @@ class Session:
             return limit
         flags = ("8BITMIME",) * (given.get("BODY", "").upper() == "8BITMIME") + ("SMTPUTF8",) * utf8
         protocol = "UTF8SMTP" if utf8 else "ESMTP"  # RFC 3848, 6531
-        protocol = protocol + "S" * self.is_tls + "A" * bool(self.account.name) if self.extended else "SMTP"
+        protocol = protocol + "S" * bool(self.tls) + "A" * bool(self.account.name) if self.extended else "SMTP"
         self.envelope = Envelope(address, self.client, self.helo, protocol, self.account.name, flags,
                                  ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
         fault = self.fault("mail")
@@ -5546,7 +5539,7 @@ class Session:
             return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
+        fault = self.fault("rcpt", address)
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -5557,18 +5550,18 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk, scripted = self.envelope, None, self.reception.faults.on[0]
+        envelope, chunk = self.envelope, None
         if argument:
             chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
             if not chunk:
                 return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
         reply: Reply | None = NO_RECIPIENTS
-        if self.settings.tls_required and not self.is_tls:
+        if self.settings.tls_required and not self.tls:
             reply = TLS_FIRST
         elif not envelope:
             reply = SEQUENCE._replace(text="Say MAIL first")
         elif envelope.recipients:
-            reply = self.fault("data", *envelope.recipients) if scripted and not self.content else None
+            reply = self.fault("data", *envelope.recipients) if not self.content else None
             if not (reply or self.content):
                 self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
         if reply and (chunk or reply is not NO_RECIPIENTS):
@@ -5596,7 +5589,7 @@ class Session:
         assert envelope and self.draft
         accepted = False
         try:
-            reply = self.fault("end", *envelope.recipients) if scripted else None
+            reply = self.fault("end", *envelope.recipients)
             if reply and reply is not LOST:
                 return reply
             id = self.reception.keep(self.draft, content, envelope)
@@ -5631,7 +5624,7 @@ VERBS = {verb.syntax.partition(" ")[0]: verb for verb in (
     Verb("QUIT", Session.quit, before_tls=True),
     Verb("VRFY text", CANNOT_VERIFY),
     Verb("EXPN text", NOT_IMPLEMENTED._replace(text="There are no lists here")),
-    Verb("HELP [text]", Session.help))}
+    Verb("HELP [text]", HELP))}
 
 
 def padded(line: bytes) -> bytes:
@@ -5671,14 +5664,6 @@ def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
     return any(address in network for network in networks)
 
 
-def spoke_early(sock: socket.socket) -> bool:
-    """Tell whether a client has spoken before it was greeted; its socket blocks (`limit_calls`)."""
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except OSError:
-        return False
-
-
 # === 17 LISTENER =============================================================
 #
 # Where connections come from and how they end. A Listener is a socketserver over a
@@ -5716,8 +5701,7 @@ class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections on one bound socket; each thread holds the session that it accepted."""
 
     def __init__(self, sock: socket.socket, reception: Reception, tls: bool) -> None:
-        super().__init__(("", 0), SessionHandler, bind_and_activate=False)
-        self.socket.close()
+        socketserver.BaseServer.__init__(self, ("", 0), SessionHandler)  # without a socket of its own
         self.socket = sock
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
