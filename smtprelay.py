@@ -3735,9 +3735,9 @@ class Target(NamedTuple):
 class Outgoing:
     """Content as it leaves: octets of ours, then a file from where it stands; `size` is of both."""
 
-    def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
-        self.file, self.head, self.start = file, head, file.tell()
-        self.size = len(head) + file.seek(0, os.SEEK_END) - self.start
+    def __init__(self, file: BinaryIO, head: bytes = b"", start: int = 0) -> None:
+        self.file, self.head, self.start = file, head, start
+        self.size = len(head) + file.seek(0, os.SEEK_END) - start
         self.long = self.eight = False  # as far as survey() has looked
 
     def blocks(self) -> Iterable[bytes]:
@@ -3908,15 +3908,14 @@ class NextHop:
                 break
         if code >= 300:
             raise Trouble("hello", code, text)
-        first, *lines = text.split("\n")
-        if self.target.ip and first.partition(" ")[0].lower() == self.settings.hostname.lower():
+        if self.target.ip and text.lower().split()[:1] == [self.settings.hostname.lower()]:
             reply = f"{LOOPS_BACK.enhanced} {self.target}: {LOOPS_BACK.text}"
             raise Trouble("loop", LOOPS_BACK.code, reply)
         self.features = {}
-        for line in lines:
-            name, *argument = re.split("[ =]+", line, maxsplit=1)  # AUTH= is how AUTH was said once
-            name = name.lower()
-            self.features[name] = " ".join([self.features.get(name, ""), *argument]).strip()
+        offers = re.findall(r"(?m)^([^ =\n]+)[ =]*(.*)", text.partition("\n")[2])  # AUTH=, too
+        for name, argument in offers:
+            known = self.features.get(name.lower(), "")
+            self.features[name.lower()] = f"{known} {argument}".strip()
         limit = r"(?m)(?:^| )(SIZE|RCPTMAX)[ =]+([0-9]{1,18})(?![0-9])"  # RFC 1870, 9422
         self.limits = {name: int(most) for name, most in re.findall(limit, text.upper())}
 
@@ -3994,18 +3993,14 @@ class NextHop:
                 self.note("C: ", re.sub(secret, rb"\1***", data) if stage == "login" else data)
                 wire.write(data)
             while line[3:4] == b"-":
-                end = wire.buffer.find(b"\n") + 1
-                if len(raw) + (end or len(wire.buffer)) > REPLY_LIMIT:
-                    raise OSError("reply does not end")
-                if not end:
-                    wire.fill()
-                    continue
-                line, wire.buffer = wire.buffer[:end], wire.buffer[end:]
+                line = wire.line(REPLY_LIMIT)
                 raw, text = raw + line, text + line[4:].strip() + b"\n"
+                if len(raw) > REPLY_LIMIT:
+                    raise OSError("reply does not end")
             self.note("S: ", raw)
             if not line[:3].isdigit() or not b"200" <= line[:3] <= b"599":
                 raise OSError(f"not a reply: {line[:100]!r}")
-        except (PeerGone, OSError) as e:
+        except (PeerGone, Refused, OSError) as e:
             self.spent = True
             raise Trouble(stage, 0, f"connection lost: {e}") from None
         code, said = int(line[:3]), text[:-1].decode("utf-8", "replace")
@@ -4024,11 +4019,10 @@ class NextHop:
 
     def judge(self, stage: str, code: int, reply: str) -> Outcome:
         """Return what an answer means, and how it was come by."""
-        means: tuple[Status, Scope] = (Status.FORWARDED, Scope.MESSAGE)
-        if code // 100 != 2:
-            means = classify(stage, code, reply, self.name)
+        status, scope = (Status.FORWARDED, Scope.MESSAGE) if code // 100 == 2 else classify(
+            stage, code, reply, self.name)
         verified = bool(self.tls) and self.settings.relay_tls_verify
-        return Outcome(*means, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
+        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
                        verified, "dsn" in self.features, lost=stage == "content" and not code)
 
     def spelled(self, address: str) -> str | None:
@@ -4068,9 +4062,8 @@ class NextHop:
             utf8 = utf8 or not address.isascii()
             if "dsn" in offered:  # RFC 3461 5.2.1
                 orcpt = encode_unitext(r.orcpt, utf8="smtputf8" in offered)
-                if len(orcpt.encode()) > ORCPT_MAX:  # it grew in ASCII: better none than a 501
-                    orcpt = ""
-                lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt)
+                fits = len(orcpt.encode()) <= ORCPT_MAX  # it grew in ASCII: none, not a 501
+                lines[-1] += asked(NOTIFY=r.notify, ORCPT=orcpt if fits else "")
         parameters = {
             "size": f" SIZE={content.size}",
             "8bitmime": " BODY=8BITMIME" if content.eight or "8BITMIME" in message.flags else "",
@@ -4329,10 +4322,8 @@ class Delivery:
             parcels.setdefault(changed, []).append(same)
         return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
         sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
-        start, contents = file.tell(), []
-        for changed, people in parcels.items():
-            file.seek(start)
-            contents.append((people, self.content(message, file, changed)))
+        contents = [(people, self.content(message, file, changed))
+                    for changed, people in parcels.items()]
         try:
             targets = smart[1] if smart else self.mx_targets(lane)
             attempt = self.try_each(targets, sent, contents, reached)
@@ -4357,8 +4348,8 @@ class Delivery:
         found = {}
         for r, here, elsewhere in plan:
             mine = [outcomes[address] for address in here]
-            for address, o in zip(here, mine) if len(here) > 1 or elsewhere or r.passed else ():
-                if o.status is NEVER:
+            for address, o in zip(here, mine):
+                if o.status is NEVER and address != r.address:
                     self.log.warn("alias_refused", id=message.id, alias=address, reason=o)
                 if o.status is not LATER:
                     r.passed.append("!" + address if o.status is NEVER else address)
@@ -4377,7 +4368,8 @@ class Delivery:
         What is added stands below our Received. A message with a DKIM signature is not repaired:
         it may cover what is not there, too.
         """
-        s, start = self.settings, file.tell()
+        s, begin = self.settings, file.tell()
+        start = begin
         head = b"".join([b"X-Original-To: %s\r\n" % a.encode("utf-8", "surrogateescape")
                          for a in originals])
         first = file.read(HEAD_LIMIT) if s.relay_repair or s.relay_from else b""
@@ -4398,8 +4390,8 @@ class Delivery:
             if not (signed or first.startswith(b"\r\n", end) or top < end == len(first)):
                 fields += b"\r\n"  # what follows is no field: it is the body
             head, start = head + first[:top] + added + fields, start + end
-        file.seek(start)
-        out = Outgoing(file, head)
+        out = Outgoing(file, head, start)
+        file.seek(begin)
         return out.mended(seven=False) if s.relay_repair and out.survey().long else out
 
     def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
