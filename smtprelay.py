@@ -8380,8 +8380,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
-                expected = takes or "no parameters"
-                raise BadRequest(f"{name[:100]}: not known here; expected {expected}")
+                raise BadRequest(f"{name[:100]}: not known here; expected {takes or 'no parameters'}")
 
     def read_fields(self) -> dict[str, Any]:
         """Read the body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
@@ -8882,8 +8881,8 @@ def wait_for_message(request: Request) -> Any:
     query = (*request.search(request.words), (fits, True))
     item = inbox.wait(query, since, timeout, lambda: request.heard() == b"")
     if item is None:
-        what = f"message with a {part}" if part else "message"
-        raise HttpError(408, f"no {what} matched within {timeout:g} seconds")
+        part = f" with a {part}" if part else ""
+        raise HttpError(408, f"no message{part} matched within {timeout:g} seconds")
     return waited_json(item, inbox.mail(item["ID"]))
 
 
@@ -8982,8 +8981,8 @@ def change_user(request: Request) -> Any:
     if not s.users_file:
         raise BadRequest("there is no accounts file: set SMTP_USERS_FILE")
     if new == (name in [a.name for a in request.relay.reception.accounts.listed()]):
-        status, trouble = (409, "is there already") if new else (404, "not found")
-        raise HttpError(status, f"account {name!r} {trouble}")
+        trouble = f"account {name!r} {'is there already' if new else 'not found'}"
+        raise HttpError(409 if new else 404, trouble)
     changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS and k != "password"}
     if password := take_field(given, "password", ""):
         changed["password"] = hash_password(password)
@@ -9033,12 +9032,13 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
     for handler in (web.ProxyHandler(proxies), web.HTTPHandler(), web.HTTPSHandler(),
                     web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
-    while not d.stopping.is_set():
+    while True:
         event, trouble = events.get(), None
+        if d.stopping.is_set():
+            return
         if event is None:
             events = d.feed.subscribe()
-            if not d.stopping.is_set():
-                d.log.warn("webhook_behind", url=shown)
+            d.log.warn("webhook_behind", url=shown)
             continue
         wanted = event["type"] in ("received", "forwarded", "failed")
         for pause in (0.0, *WEBHOOK_PAUSES) if wanted else ():
