@@ -2928,7 +2928,7 @@ class Quotas:
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
             with self._lock:
                 self._counts, self._saved = kept + (self._counts - was), kept
-            oldest = iso_second(int(self._now() - USAGE_DAYS * DAY))[:10]
+            oldest = iso_time(self._now() - USAGE_DAYS * DAY)[:10]
             for file in os.listdir(self._directory):
                 if re.match(DATE, file) and file < oldest:
                     os.unlink(f"{self._directory}/{file}")
@@ -3016,7 +3016,7 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     pem, names = os.path.join(directory, "self-signed.pem"), subject_names(hostname)
-    today, renewal = (iso_second(int(now() + days * DAY))[:10] for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS))
+    today, renewal = (iso_time(now() + days * DAY)[:10] for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS))
     made_for = renew_at = ""
     with contextlib.suppress(FileNotFoundError):
         made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
