@@ -2638,11 +2638,7 @@ class Watched:
 
 # -- the store --
 
-class Login(NamedTuple):
-    """How one AUTH ended. No account: a wrong password. user is for the log, never an api_key."""
-
-    user: str
-    account: Account | None
+Login = tuple[Account, bool]  # who it is, with a name fit for the log, and whether that was proved
 
 
 class Known(NamedTuple):
@@ -2724,7 +2720,7 @@ class Accounts:
         account = named(known.logins, user)
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
         if self.settings.auth_any or ticket in known.proved:
-            return Login(account.name, account)
+            return account, True
         if not self._turns.acquire(timeout=TURN_PATIENCE):
             raise Refused(ACCOUNTS_NOT_NOW)
         try:
@@ -2740,7 +2736,7 @@ class Accounts:
             self._turns.release()
         if good:
             known.proved.add(ticket)
-        return Login(account.name, account if good else None)
+        return account, good
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
@@ -2748,7 +2744,7 @@ class Accounts:
         for secret in (account.password, account.api_key):
             wanted = hmac.digest(encoded(secret), encoded(challenge), "md5").hex()
             good |= same_secret(wanted, digest) and secret != "" and not is_hash(secret)
-        return Login(account.name, account if good else None)
+        return account, good
 
 
 # -- SASL (RFC 4954): a mechanism asks, the session carries the lines --
@@ -5438,21 +5434,21 @@ class Session:
             return TOO_MANY_LOGINS
         if self.lenient:  # with "=" old devices wish to be asked
             initial = b"" if initial == b"=" else padded(initial)
-        login = None
+        good = True
         try:
-            login = authenticate(accounts, mechanism, initial or None, self.ask)
+            account, good = authenticate(accounts, mechanism, initial or None, self.ask)
         finally:
-            if not login or login.account:
+            if good:
                 reception.logins.take(who, rate, rate, -1)
-        self.account, result = login.account or NOBODY, "success" if login.account else "failure"
+        self.account, result = account if good else NOBODY, "success" if good else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
-        told = {"client": self.client, "user": login.user, "mechanism": mechanism, "result": result}
+        told = {"client": self.client, "user": account.name, "mechanism": mechanism, "result": result}
         reception.log.info("login", **told)
         reception.audit.info("login", **told, tls=self.tls)
-        if not login.account:
+        if not good:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
-        return AUTH_OK if login.account else AUTH_WRONG
+        return AUTH_OK if good else AUTH_WRONG
 
     def ask(self, challenge: str) -> bytes:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""

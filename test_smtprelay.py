@@ -3018,7 +3018,7 @@ def test_account_of_the_environment(tmp_path: Path) -> None:
     settings: Any = {"auth_user": "env", "auth_password": "x"}
     both = store(tmp_path, {"a": {"password": "y", "api_key": "", "allowed_domains": []}}, **settings)
     assert both.get("a") == smtprelay.Account("a", "y")  # empty is not set
-    assert [each.name for each in both.listed()] == ["a", "env"] and both.login("env", "x").account
+    assert [each.name for each in both.listed()] == ["a", "env"] and both.login("env", "x")[1]
     with pytest.raises(smtprelay.SettingsError, match="SMTP_AUTH_USER has the same name"):
         store(tmp_path, {"env": {"password": "y"}}, **settings)
     assert not smtprelay.Accounts(smtprelay.Settings(), LOG).configured()
@@ -3144,9 +3144,9 @@ def test_logins_and_the_work_that_each_costs(tmp_path: Path, hashed: list[str]) 
     accounts = store(tmp_path, USERS)
     for user, password, name in LOGINS:
         hashed.clear()
-        login = accounts.login(user, password)
-        assert (login.account.name if login.account else None) == name, user
-        assert not {API_KEY, "mp_live_99999"} & {login.user} and login.user.isprintable()
+        account, good = accounts.login(user, password)
+        assert (account.name if good else None) == name, user
+        assert not {API_KEY, "mp_live_99999"} & {account.name} and account.name.isprintable()
         assert len(hashed) == 1 if name is None else len(hashed) <= 1
         assert all(making.startswith("scrypt:1024:8:1:") for making in hashed)
 
@@ -3154,10 +3154,10 @@ def test_logins_and_the_work_that_each_costs(tmp_path: Path, hashed: list[str]) 
 def test_a_login_is_remembered_until_the_file_changes(tmp_path: Path, hashed: list[str]) -> None:
     accounts = store(tmp_path, USERS)
     for tries in range(3):
-        assert accounts.login("app", "grün").account and len(hashed) == 1, tries
-    assert not accounts.login("app", "gru\0n").account
+        assert accounts.login("app", "grün")[1] and len(hashed) == 1, tries
+    assert not accounts.login("app", "gru\0n")[1]
     users_file(tmp_path, {"app": {"password": cheap_hash("new")}})
-    assert not accounts.login("app", "grün").account and accounts.login("app", "new").account
+    assert not accounts.login("app", "grün")[1] and accounts.login("app", "new")[1]
 
 
 def test_logins_that_cannot_be_checked_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3211,7 +3211,8 @@ def sasl_talk(accounts: Any, mechanism: str, *lines: bytes | None) -> Any:
         return line
 
     try:
-        return challenges, smtprelay.authenticate(accounts, mechanism, lines[0], ask).account
+        account, good = smtprelay.authenticate(accounts, mechanism, lines[0], ask)
+        return challenges, account if good else None
     except smtprelay.Refused as e:
         return challenges, e.reply
 
@@ -3233,7 +3234,7 @@ def test_responses_are_strict_base64(line: bytes, expected: str | None) -> None:
 def test_cram_md5_is_that_of_rfc_2195() -> None:
     accounts = smtprelay.Accounts(smtprelay.Settings(auth_user="tim", auth_password="tanstaaftanstaaf"), LOG)
     challenge, digest = "<1896.697170952@postoffice.reston.mci.net>", "b913a602c7eda7a495b4e6e7334d3890"
-    assert accounts.login_cram("tim", challenge, digest).account == smtprelay.Account("tim", "tanstaaftanstaaf")
+    assert accounts.login_cram("tim", challenge, digest) == (smtprelay.Account("tim", "tanstaaftanstaaf"), True)
 
 
 CRAMS = [
@@ -3256,7 +3257,7 @@ def test_cram_md5(tmp_path: Path, user: str, secret: str, good: bool) -> None:
         assert re.fullmatch(rb"<[0-9a-f]{32}@relay.example>", text)
         return b64(f"{user} {hmac.new(secret.encode(), text, 'md5').hexdigest()}")
 
-    assert bool(smtprelay.authenticate(accounts, "CRAM-MD5", None, answer).account) is good
+    assert smtprelay.authenticate(accounts, "CRAM-MD5", None, answer)[1] is good
 
 
 def test_cram_md5_challenges_differ(tmp_path: Path) -> None:
