@@ -1725,11 +1725,6 @@ class SealError(Exception):
     """What is sealed cannot be read, or nothing can be sealed."""
 
 
-def is_sealed(data: bytes) -> bool:
-    """Tell whether a file that opens with `data` was sealed, even one cut in its first octets."""
-    return bool(data) and MAGIC.startswith(data[:len(MAGIC)])
-
-
 def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
     """Derive 32 octets from `key` with HKDF-SHA256 (RFC 5869 2)."""
     return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
@@ -1868,7 +1863,7 @@ class Sealer:
         SealError, from here or from any read: the key is wrong, or the file is not what was sealed.
         """
         head = file.read(HEAD_SIZE)
-        if not is_sealed(head):
+        if not head or not MAGIC.startswith(head[:len(MAGIC)]):  # sealed ones may be cut, even in the first octets
             file.seek(0)
             return file
         if self.lib is None:
@@ -1895,12 +1890,9 @@ class Sealer:
         if not text.startswith(SEALED_TEXT):
             return text
         try:
-            data = base64.b64decode(text[len(SEALED_TEXT):], validate=True)
+            return self.unseal(base64.b64decode(text[len(SEALED_TEXT):], validate=True), name).decode()
         except ValueError:
-            data = b""
-        if not is_sealed(data):
-            raise SealError(f"{name} was altered")
-        return self.unseal(data, name).decode()
+            raise SealError(f"{name} was altered") from None
 
 
 def open_sealer(settings: Settings) -> Sealer:
@@ -2054,7 +2046,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 def write_file(path: str, data: bytes, how: int = os.O_TRUNC, sync: bool = False) -> None:
     """Write a small private file whole."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_NOFOLLOW, 0o600)
     try:
         write_all(fd, data)
         if sync:
@@ -2099,7 +2091,7 @@ def read_whole(path: str) -> bytes:
 
 def open_small(path: str) -> BinaryIO:
     """Open a file; a small one is read at once, which costs fewer system calls."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         start = os.read(fd, READ_AT_ONCE)
     finally:
@@ -2184,7 +2176,7 @@ class Spool:
             return
         for path in (self.root, self.path("bad")):
             os.makedirs(path, 0o700, exist_ok=True)
-        self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self.lock_file = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         for _ in range(20):  # the halves of a relay that was killed have a moment to notice
             try:
                 fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2239,7 +2231,7 @@ class Spool:
                 if self.tidying:
                     self.tidy(f"{day}/{start}", ends)
                 if ".eml" in ends and NAME.fullmatch(start + ".eml"):
-                    yield f"{day}/{start}", next((DONE[end] for end in ends if end in DONE), None)
+                    yield f"{day}/{start}", next(filter(None, map(DONE.get, ends)), None)
         self.tidying = False  # later, what looks left over is being written just now, here or by sendmail
 
     def tidy(self, stem: str, ends: Sequence[str]) -> None:
@@ -2380,8 +2372,7 @@ class Draft:
                 os.makedirs(folder, 0o700, exist_ok=True)
                 sync_directory(spool.root)
                 spool.folder = folder
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.fd = os.open(self.part, flags, 0o600)
+            self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def commit(self) -> str:
@@ -3612,10 +3603,10 @@ class Resolver:
 
     def _ask(self, name: str, kind: int) -> DnsAnswer:
         """Return what the first server says that answers."""
-        began, tries = self._clock(), [*(self._servers or system_dns_servers())] * DNS_ROUNDS
+        tries = [*(self._servers or system_dns_servers())] * DNS_ROUNDS
         labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
-        for number, server in enumerate(tries, 1):
-            until = began + number * self._timeout / len(tries)
+        for server in tries:
+            until = self._clock() + self._timeout / len(tries)
             query = secrets.token_bytes(2) + struct.pack(f"!HHxxxxxx{len(labels)}sxHH", 0x0100, 1, labels, kind, 1)
             try:
                 message = self._exchange(server, socket.SOCK_DGRAM, query, until)
@@ -10606,46 +10597,37 @@ def start(**settings: object) -> Relay:
 # -- pytest: `-p smtprelay`, or `from smtprelay import smtp_relay` in a conftest --
 
 pytest: Any = sys.modules.get("pytest")
-FIXTURES = ("smtp_relay", "smtp_relay_session")
 MAILS_SHOWN = 10
 
 
 def relay_fixture(request: Any) -> Iterator[Relay]:
     """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
-    marker = request.node.get_closest_marker("smtp_relay")
-    report_mail(request.config.pluginmanager)
-    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
-        yield relay
-
-
-def report_mail(plugins: Any) -> None:
-    """Have a failing test's report show the mail that its relay received."""
+    marker, plugins = request.node.get_closest_marker("smtp_relay"), request.config.pluginmanager
     if not plugins.has_plugin("smtprelay-mail"):
         plugin = types.ModuleType("smtprelay_mail")
         vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
         plugins.register(plugin, "smtprelay-mail")
+    with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
+        yield relay
 
 
 def add_mail(item: Any) -> Iterator[None]:
-    """Add a section to the report of a test that failed (pytest_runtest_makereport)."""
+    """Add the mail that its relays received to the report of a test that failed (pytest_runtest_makereport)."""
     outcome: Any = yield
     report = outcome.get_result()
-    relays = [item.funcargs[name] for name in FIXTURES if name in getattr(item, "funcargs", ())]
+    relays = [relay for relay in getattr(item, "funcargs", {}).values() if isinstance(relay, Relay)]
     if report.when == "call" and report.failed and relays:
         mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
-        left_out = [f"and {len(mails) - MAILS_SHOWN} more"] if len(mails) > MAILS_SHOWN else []
-        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN] + left_out) or "none"
+        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN]) or "none"
         report.sections.append((f"mail received ({len(mails)})", text))
-
-
-def configure_pytest(config: Any) -> None:
-    config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
 
 
 if pytest:
     smtp_relay = pytest.fixture(name="smtp_relay")(relay_fixture)
     smtp_relay_session = pytest.fixture(name="smtp_relay_session", scope="session")(relay_fixture)
-    pytest_configure = configure_pytest
+
+    def pytest_configure(config: Any) -> None:
+        config.addinivalue_line("markers", 'smtp_relay(SMTP_...="..."): settings of the test\'s relay')
 
 
 # === 24 DOCTOR ===============================================================
