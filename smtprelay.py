@@ -9240,7 +9240,7 @@ def enter_spool(settings: Settings) -> None:
     try:
         owner = os.stat(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no spool at {path}") from None
+        raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE) from None
     except PermissionError:
         owner = os.stat(os.path.dirname(path))
     if os.geteuid() == 0 and owner.st_uid:
@@ -9248,7 +9248,7 @@ def enter_spool(settings: Settings) -> None:
         os.seteuid(owner.st_uid)
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         who = user_name(owner.st_uid)
-        raise PermissionError(f"the spool {path} belongs to {who}: be {who}, or root")
+        raise Complaint(f"no relay answers, and the spool {path} belongs to {who}: be {who}, or root", EX_UNAVAILABLE)
 
 
 def own_reception(settings: Settings, trouble: OSError) -> Reception:
@@ -9258,8 +9258,7 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
     """
     # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     open_door = dataclasses.replace(
-        settings, delivery="relay", auth_user="", users_file="", auth_any=False,
-        auth_required=False, tls_required=False, rate_limit=0, audit_log="", debug=False, faults="")
+        settings, delivery="relay", users_file="", auth_required=False, tls_required=False, rate_limit=0, audit_log="")
     log = Log(os.devnull, level="error")
     try:
         if settings.storage == "memory":
@@ -9268,7 +9267,7 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
             os.makedirs(settings.spool, 0o700, exist_ok=True)
         enter_spool(settings)
         spool = Spool(open_door, log)
-    except (OSError, SettingsError) as e:
+    except (Complaint, OSError, SettingsError) as e:
         raise Complaint(f"cannot take the message now: relay: {trouble}; spool: {e}", EX_TEMPFAIL) from None
 
     def announce(stem: str, owed: bool) -> bool:
@@ -9302,8 +9301,7 @@ def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[st
     greeting = smtp.getreply()
     if greeting[0] != 220:
         raise smtplib.SMTPConnectError(*greeting)
-    smtp.ehlo()
-    if settings.auth_user and smtp.has_extn("auth"):
+    if settings.auth_user:
         smtp.login(settings.auth_user, settings.auth_password)
     body = "8BITMIME" * ("8BITMIME" in envelope.flags)
     options = asked(RET=envelope.ret, BODY=body).split() + ["SMTPUTF8"] * ("SMTPUTF8" in envelope.flags)
@@ -9420,7 +9418,7 @@ def mailq(listed: Mapping[str, Any]) -> str:
     rows, lines = [*listed["messages"], *listed["held"]], []
     for row in rows:
         lines += [f"{row['id']} {row['size']:>8} {row['received_at'][:19]}  {row['reverse_path'] or 'MAILER-DAEMON'}",
-                  f"    ({Status(row['status']).value}) {row['reason']}",
+                  f"    ({row['status']}) {row['reason']}",
                   *(f"    {address}" for address in row["recipients"])]
     total = f"-- {-(-sum(row['size'] for row in rows) // KIB)} Kbytes in {len(rows)} Request{'s' * (len(rows) != 1)}."
     return "\n".join([*lines, total if rows else "Mail queue is empty"]) + "\n"
@@ -10730,7 +10728,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
                    "each connection may lose time on it; mend the route")
     at = [str(port) for port in PORTS_TRIED if (addresses[0], port) in opens]
     yield ("ok" if reached else "warn" if at else "fail", "egress",
-           f"of the usual ports {', '.join(map(str, PORTS_TRIED))}, open: {', '.join(at) or 'none'}",
+           f"of the usual ports {PORTS_TRIED}, open: {', '.join(at) or 'none'}",
            f"try SMTP_RELAY_PORT={at[-1]}" if at else
            "nothing of that host can be reached: is this machine on the network, and may it send mail?")
     if reached:
@@ -11228,11 +11226,7 @@ def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
     try:
         return ask(settings, method, path), True
     except NoRelay:
-        pass
-    try:
         enter_spool(settings)
-    except OSError as e:
-        raise Complaint(f"no relay answers, and {e}", EX_UNAVAILABLE) from None
     quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
     parts = Parts(quiet, open_log(quiet))
     if method != "GET":
@@ -11759,7 +11753,7 @@ def completion(shell: str) -> str:
     cases = []
     for name, (_, arguments) in COMMANDS.items():
         words = [*re.findall(r"(?m)^ *(--\S+)", arguments), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
-        cases += [f'        {name})  words="{" ".join(words)}";;'] if words else []
+        cases.append(f'        {name})  words="{" ".join(words)}";;')
     first = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return first + BASH.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
 
