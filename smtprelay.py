@@ -11004,14 +11004,6 @@ def read_assignments(path: str) -> dict[str, str]:
     return {name: value for name, _, value in lines}
 
 
-def installed_environment() -> dict[str, str]:
-    """Return the environment of the installed service; OSError when there is none, or none for this user to read."""
-    found = {"SMTP_SPOOL": f"{STATE}/spool", **read_assignments(ENVIRONMENT_FILE)}
-    if os.path.exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in found:
-        found.setdefault("SMTP_RELAY_PASSWORD_FILE", PASSWORD_FILE)
-    return found
-
-
 def assigned(text: str, changes: Mapping[str, str]) -> str:
     """Set settings in the text of an environment file, in the place of those that are there or commented out."""
     import shlex
@@ -11065,8 +11057,9 @@ def install(arguments: argparse.Namespace) -> int:
     (root, live), password, taken = chosen_root(arguments), "", []
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
-    given = {"SMTP_RELAY_HOST": arguments.relay, "SMTP_RELAY_USERNAME": arguments.user, "SMTP_PORT": arguments.port}
-    changes = {name: value for name, value in given.items() if value}
+    changes = {name: value for name, value in (
+        ("SMTP_RELAY_HOST", arguments.relay), ("SMTP_RELAY_USERNAME", arguments.user), ("SMTP_PORT", arguments.port))
+        if value}
     if arguments.user:
         password = "..." if arguments.dry_run else ask_password(f"Password of {arguments.user} at {arguments.relay}: ")
     if changes:  # else what is there may be as it is: an upgrade must not fail on it
@@ -11079,7 +11072,7 @@ def install(arguments: argparse.Namespace) -> int:
         mode = 0o600 if path in (ENVIRONMENT_FILE, PASSWORD_FILE) else 0o755 if text.startswith("#!") else 0o644
         print(f"{root}{path} ({mode:o})")
         if arguments.dry_run:
-            print(f"    (this file, {len(text)} characters)\n" if path == INSTALLED else f"{text}\n", end="")
+            print(f"    (this file, {len(text)} characters)" if path == INSTALLED else text)
             continue
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         replace_file(root + path, text.encode())
@@ -11168,7 +11161,7 @@ class NoRelay(Exception):
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=vars))
+    print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
@@ -11205,15 +11198,17 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
 
 def read_environment(say: bool = True) -> Settings:
     """Read the settings from the environment; where it names none, from the installed service's file."""
-    env = dict(os.environ)
-    if not any(name in FIELDS or name.endswith("_FILE") and name[:-5] in FIELDS for name in env):
+    env, spool = dict(os.environ), {"SMTP_SPOOL": f"{STATE}/spool"}
+    if not any(name.removesuffix("_FILE") in FIELDS for name in env):
         try:
-            env.update(installed_environment())
+            env.update({**spool, **read_assignments(ENVIRONMENT_FILE)})
+            if os.path.exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in env:
+                env.setdefault("SMTP_RELAY_PASSWORD_FILE", PASSWORD_FILE)
             said = f"settings are those of {ENVIRONMENT_FILE}"
         except FileNotFoundError:
             say = False  # nothing is installed
         except OSError as e:
-            env["SMTP_SPOOL"] = f"{STATE}/spool"
+            env.update(spool)
             said = f"{ENVIRONMENT_FILE}: {e.strerror}; the defaults are taken"
         if say:
             complain(said)

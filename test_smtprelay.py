@@ -12178,7 +12178,7 @@ def test_healthcheck_does_not_wait_for_a_relay_that_has_ended(tmp_path: Path) ->
 def test_verbs_do_without_standard_streams(streams: str, tmp_path: Path) -> None:
     env = clean_env(SMTP_SPOOL=str(tmp_path / "no"), SMTP_HEALTH_ADDR=free_place(), SMTP_USERS_FILE=str(tmp_path / "u"))
     for words, status in (("help", 0), ("queue", 69), ("user add ann", 65), ("bogus", 64), ("check", 78)):
-        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {words} {streams}', sys.executable, str(PROGRAM)], env=env,
+        done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {words} {streams}', sys.executable, ONE_LINER], env=env,
                               input="", capture_output=True, text=True, timeout=20)  # fmt: skip
         assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done.stderr)
 
