@@ -199,8 +199,7 @@ TOO_MANY_SESSIONS = Reply(421, "4.3.2", "Too many sessions, try again later")
 TIMED_OUT = Reply(421, "4.4.2", "Timed out waiting for you")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 TOO_MANY_LOGINS = Reply(421, "4.7.0", "Too many failed logins, try again later")
-RATE_SPENT = Reply(450, "4.7.1", "Too many messages, try again later")
-QUOTA_SPENT = Reply(450, "4.7.1", "The account's quota is spent, try again later")
+RATE_SPENT = Reply(450, "4.7.1", "Too many messages for now, try again later")
 INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
 SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
@@ -5024,6 +5023,7 @@ class Turns:
                 self.free += 1
 
 
+@dataclass(eq=False)
 class Reception:
     """The only way into the spool, for sessions and every other entrance: accounts, limits, counts.
 
@@ -5031,13 +5031,19 @@ class Reception:
     False: it could not.
     """
 
-    def __init__(self, settings: Settings, spool: Spool, metrics: Metrics, log: Log,
-                 announce: Callable[[str, bool], bool], accounts: Accounts, tls: Watched | None,
-                 quotas: Quotas, faults: Faults) -> None:
-        self.settings, self.spool, self.metrics, self.log = settings, spool, metrics, log
-        self.accounts, self.tls, self.quotas, self.faults = accounts, tls, quotas, faults
-        self.watched = [accounts.file, tls] if tls else [accounts.file]
-        self.announce = announce
+    settings: Settings
+    spool: Spool
+    metrics: Metrics
+    log: Log
+    announce: Callable[[str, bool], bool]
+    accounts: Accounts
+    tls: Watched | None
+    quotas: Quotas
+    faults: Faults
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.watched = [file for file in (self.accounts.file, self.tls) if file]
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
         self.audit = open_audit(settings)
@@ -5064,14 +5070,10 @@ class Reception:
 
     # -- who is here --
 
-    def is_balancer(self, client: str) -> bool:
-        """Tell whether a connection from here opens with a PROXY header."""
-        nets = self.settings.proxy_networks
-        return bool(nets) and client != "local" and in_networks(client, nets)
-
     def crowded(self, session: Session, client: str) -> bool:
         """Count a session for a client; tell whether that has too many, or all together have."""
-        limit = 0 if self.is_balancer(client) else self.settings.max_connections_per_client
+        proxied = in_networks(client, self.settings.proxy_networks)
+        limit = 0 if proxied else self.settings.max_connections_per_client
         with self.lock:
             session.client = client
             self.sessions.add(session)
@@ -5197,7 +5199,7 @@ class Session:
         reception.audit.info("session_start", client=self.client)
         try:
             crowded = reception.crowded(self, self.client)
-            if not crowded and reception.is_balancer(self.client):
+            if not crowded and in_networks(self.client, self.settings.proxy_networks):
                 crowded = reception.crowded(self, self.meet_balancer())
             if self.implicit_tls and not crowded:
                 self.handshake()
@@ -5444,7 +5446,6 @@ class Session:
     def ask(self, challenge: str) -> bytes:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""
         self.wire.write(b"334 " + challenge.encode() + b"\r\n")
-        self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
         line = self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
         return padded(line) if self.lenient else line
 
@@ -5492,17 +5493,14 @@ class Session:
         reception, s, account = self.reception, self.settings, self.account
         who = f"account {account.name}" if account.name else client_key(self.client)
         minute, day = account.quota_per_minute, account.quota_daily
-        if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst):
-            limit, reply = "rate", RATE_SPENT
-        elif minute and not reception.quotas.minutes.take(account.name, minute, minute):
-            limit, reply = "quota_per_minute", QUOTA_SPENT
-        elif day and not reception.quotas.reserve(account.name, day):
-            limit, reply = "quota_daily", QUOTA_SPENT
-        else:
+        limit = ("rate" if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst) else
+                 "quota_per_minute" if minute and not reception.quotas.minutes.take(account.name, minute, minute) else
+                 "quota_daily" if day and not reception.quotas.reserve(account.name, day) else "")
+        if not limit:
             return None
         reception.metrics.inc("smtp_rate_limited_total")
         reception.audit.info("quota", client=self.client, user=account.name, limit=limit)
-        return reply
+        return RATE_SPENT
 
     def rcpt(self, argument: bytes) -> Reply:
         """RCPT TO (RFC 5321 4.1.1.3)."""
@@ -5510,12 +5508,12 @@ class Session:
         assert envelope is not None
         address, given = read_path("RCPT", argument, self.extended, self.lenient)
         utf8, orcpt = "SMTPUTF8" in envelope.flags, given.get("ORCPT", "")
-        if orcpt and not original_recipient(orcpt, utf8) or not utf8 and not orcpt.isascii():
+        if not utf8 and not (address + orcpt).isascii():
+            return NEED_SMTPUTF8
+        if orcpt and not original_recipient(orcpt, utf8):
             return BAD_ARGUMENT._replace(text=PARAMETERS["ORCPT"][2])
         if not address:
             return BAD_RECIPIENT
-        if not utf8 and not address.isascii():
-            return NEED_SMTPUTF8
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
         fault = self.fault("rcpt", address)
@@ -5639,8 +5637,7 @@ def plain_address(text: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
-    address = ipaddress.ip_address(client)
-    return any(address in network for network in networks)
+    return client != "local" and any(ipaddress.ip_address(client) in network for network in networks)
 
 
 # === 17 LISTENER =============================================================

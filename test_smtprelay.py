@@ -1939,7 +1939,7 @@ def test_orcpt_is_raw_utf8_only_after_smtputf8(holding: Any) -> None:
     assert not smtprelay.original_recipient("utf-8;b\udcc3b@example.com", True)
     assert not smtprelay.original_recipient("utf-8;" + "\xe9" * 248, True)
     with hello(holding) as client:
-        for smtputf8, want in (("", "501"), (" SMTPUTF8", "250")):
+        for smtputf8, want in (("", "553 5.6.7"), (" SMTPUTF8", "250")):
             client.ask(f"MAIL FROM:<a@b.test>{smtputf8}", "250")
             client.ask("RCPT TO:<b@c.test> ORCPT=utf-8;b\xf6b@c.test", want)
             client.ask("RCPT TO:<b@c.test> ORCPT=utf-8;b+F6b@c.test", "501 5.5.4")
