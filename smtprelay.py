@@ -8395,7 +8395,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"{name}: expected a list of {name.lower()}")
         return values
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: Any) -> Any:
         """Return a number of the query; what is none is ignored as Mailpit does, or refused."""
         text = self.query.get(name, "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
@@ -8788,15 +8788,15 @@ route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")(
 @route("PUT /api/v1/tags/{tag}", "rename to `Name`")
 @route("DELETE /api/v1/tags/{tag}", "take it off all messages")
 def change_tag(request: Request) -> None:
-    known, old = {tag.lower(): tag for tag in request.inbox.counts()[2]}, request.names["tag"]
-    renamed, new = request.command == "PUT", ""
-    if renamed:
-        new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
+    known, old = {tag.lower() for tag in request.inbox.counts()[2]}, request.names["tag"]
+    new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
     if old.lower() not in known:
         raise BadRequest(f"tag not found: {old[:100]}")
-    if renamed and (not new or new.lower() in known.keys() - {old.lower()}):
-        raise BadRequest(f"tag already exists: {new}" if new else "Name: expected a tag")
-    request.inbox.rename_tag(known[old.lower()], new)
+    if request.command == "PUT" and not new:
+        raise BadRequest("Name: expected a tag")
+    if new.lower() in known - {old.lower()}:
+        raise BadRequest(f"tag already exists: {new}")
+    request.inbox.rename_tag(old, new)
 
 
 @route("GET /api/v1/info", "version, counts, memory")
@@ -8850,8 +8850,8 @@ def mailhog_messages(request: Request) -> Any:
        "With its links and codes", takes="to from subject query with since timeout tz")
 def wait_for_message(request: Request) -> Any:
     q, inbox = request.query, request.inbox
-    since = int(request.number("since", 0)) if q.get("since") else None
-    timeout, part = min(request.number("timeout", 10), 300.0), q.get("with", "")
+    since, timeout = request.number("since", None), min(request.number("timeout", 10), 300.0)
+    part = q.get("with", "")
     if part not in ("", "code", "link"):
         raise BadRequest("with: expected code or link")
     names = "to", "subject", "from"
