@@ -3753,7 +3753,7 @@ class Outgoing:
 Parcels = Sequence[tuple["list[Recipient]", Outgoing]]  # who is to have what
 
 
-def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
+def mend(part: bytes, seven: bool, depth: int = 0) -> bytes:
     """Return a message, or a part of one, with short lines and, where asked for, in seven bits.
 
     What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3).
@@ -3772,12 +3772,12 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
         named = re.search(
             rb"""(?im)^content-type[ \t]*:.*?\bboundary=("[^"]+"|[^\s;"]+)""", unfolded)
         if kind.startswith(b"message/"):
-            body = mend(body, seven, True, depth + 1)
+            body = mend(body, seven, depth + 1)
         elif named:
             mark = b"--" + re.escape(named[1].strip(b'"'))
             inner = rb"(?s)((?:^|\r\n)%s[ \t]*)(?=\r\n)(.*?)(?=\r\n%s(?:--)?[ \t]*(?:\r\n|\Z)|\Z)"
             body = re.sub(inner % (mark, mark), lambda found: found[1] + b"\r\n" + mend(
-                found[2][2:], seven, False, depth + 1), body)
+                found[2][2:], seven, depth + 1), body)
         encoding = b"7bit" if encoding == b"8bit" else encoding
     elif encoding == b"base64":
         body = b"\r\n".join(re.findall(rb".{1,76}", b"".join(body.split()))) + b"\r\n"
@@ -3789,7 +3789,7 @@ def mend(part: bytes, seven: bool, whole: bool = True, depth: int = 0) -> bytes:
             body, encoding = quoted, b"quoted-printable"
     if encoding != before and (encoding != b"7bit" or body.isascii()):
         head = with_field(head, b"Content-Transfer-Encoding", encoding)
-        if whole and b"mime-version" not in fields:
+        if b"mime-version" not in fields:
             head = with_field(head, b"MIME-Version", b"1.0")
     lines: list[bytes] = []
     for line in head.split(b"\r\n"):
@@ -4596,20 +4596,16 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     of with it. RFC 3464, 6522, 6533.
     """
     told = [r for m in (message, *others) for r in wants_report(m)]
-    more = len(told) - REPORT_RECIPIENTS_MAX
-    del told[REPORT_RECIPIENTS_MAX:]
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
     earlier = sum(r.reported for r in message.recipients)
-    parts = [
-        mime_part("text/plain; charset=utf-8", report_text(message, told, hostname, others, more)),
-        mime_part(f"message/{kind}", status_fields(message, told, hostname, utf8)),
-    ]
+    lost = any(r.status is Status.FAILED for r in told)
+    words, fields = told_of(message, told, hostname, others, utf8)
+    parts = [mime_part("text/plain; charset=utf-8", words), mime_part(f"message/{kind}", fields)]
     room = most - REPORT_FRAME - sum(map(len, parts))
     parts += [part for part in returned_parts(message, original) if len(part) <= room][:1]
     # No part can hold its own hash, so no original can end the report early.
     boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
-    lost = any(r.status is Status.FAILED for r in told)
     head = header_lines({
         "From": f"Mail Delivery System <MAILER-DAEMON@{hostname}>",
         "To": f"<{message.reverse_path}>",
@@ -4624,52 +4620,56 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     return (between + b"\r\n").join([head, *parts]) + between + b"--\r\n"
 
 
-def report_text(message: Message, told: Sequence[Recipient], hostname: str,
-                others: Sequence[Message], more: int) -> bytes:
-    """Tell a person who did not get the message, why, what to do."""
+def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: Sequence[Message],
+            utf8: bool) -> tuple[bytes, bytes]:
+    """Tell who did not get the message, why, what to do: in words for people, fields for programs.
+
+    A status (RFC 3463) is the reply's enhanced code, or one that says no more than its code.
+    """
     arrived = mail_date(int(unix_time(message.received_at)))
-    lines = [f"This is the mail server {hostname}.", "",
+    words = [f"This is the mail server {hostname}.", "",
              f"It is about your message of {arrived} ({message.size} octets)."]
     if others:
         ids = ", ".join(m.id for m in others)
         also = f"It is also about {len(others)} more of your messages, by their queue ids: {ids}."
-        lines += [*wrapped(also), ""]
-    lost, passed = ([r for r in told if r.status is s] for s in (Status.FAILED, Status.FORWARDED))
-    if lost:
-        lines += ["It did not reach these recipients, and will not be tried again:"]
-    for r in lost:
-        said, _, advice = verdict(r)
-        spoke = r.host and r.code
-        lines += ["", r.address,
-                  f"    The mail server {r.host} said:" if spoke else "    What went wrong:",
-                  *wrapped(said, 8), *wrapped(f"What to do: {advice}", 4)]
-    if passed:
-        lines += ["", "For these it was passed on to a mail server that reports no delivery:", ""]
-        lines += [f"{r.address} ({r.host})" for r in passed]
-    if more > 0:
-        lines += ["", f"and {more} more."]
-    lines += ["", f"The original follows, where it fits. Its queue id here was {message.id}."]
-    return "".join(f"{one_line(line)}\r\n" for line in lines).encode()
-
-
-def status_fields(message: Message, told: Sequence[Recipient], host: str, utf8: bool) -> bytes:
-    """Write the fields for programs: a group on the message, one on each recipient."""
-    groups = [{
-        "Reporting-MTA": f"dns; {host}",
-        "Original-Envelope-Id": decode_xtext(message.envid),
-        "Arrival-Date": mail_date(int(unix_time(message.received_at))),
-    }]
-    for r in told:  # RFC 3464 2.3
-        said, status, _ = verdict(r)
-        groups.append({
+        words += [*wrapped(also), ""]
+    lost: list[str] = []
+    passed: list[str] = []
+    groups = [{"Reporting-MTA": f"dns; {hostname}", "Original-Envelope-Id": decode_xtext(message.envid),
+               "Arrival-Date": arrived}]
+    for r in told[:REPORT_RECIPIENTS_MAX]:
+        code, kind, found = str(r.code), r.code // 100, re.match(ENHANCED, r.reply)
+        spoke, failed = r.host and r.code, r.status is Status.FAILED
+        bare = not r.code or r.reply.startswith(code)
+        said = one_line((r.reply if bare else f"{code} {r.reply}") or "no answer", REPLY_MAX)
+        status = {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0")
+        if found and kind in (0, int(found[1][0])):
+            status = found[1]
+        keys = (status, status[2:], status[2:].partition(".")[0], code, "")
+        advice = next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
+        if failed:
+            lost += ["", r.address,
+                     f"    The mail server {r.host} said:" if spoke else "    What went wrong:",
+                     *wrapped(said, 8), *wrapped(f"What to do: {advice}", 4)]
+        else:
+            passed.append(f"{r.address} ({r.host})")
+        groups.append({  # RFC 3464 2.3
             "Original-Recipient": original_recipient(r.orcpt, utf8),
             "Final-Recipient": final_recipient(r.address, utf8),
-            "Action": "failed" if r.status is Status.FAILED else "relayed",
+            "Action": "failed" if failed else "relayed",
             "Status": status,
             "Remote-MTA": r.host and f"dns; {r.host}",
-            "Diagnostic-Code": f"{'smtp' if r.host and r.code else 'x-smtprelay'}; {said}",
+            "Diagnostic-Code": f"{'smtp' if spoke else 'x-smtprelay'}; {said}",
         })
-    return b"\r\n".join(header_lines(group, utf8) for group in groups)
+    if lost:
+        words += ["It did not reach these recipients, and will not be tried again:", *lost]
+    if passed:
+        words += ["", "For these it was passed on to a mail server that reports no delivery:", "", *passed]
+    if len(told) > REPORT_RECIPIENTS_MAX:
+        words += ["", f"and {len(told) - REPORT_RECIPIENTS_MAX} more."]
+    words += ["", f"The original follows, where it fits. Its queue id here was {message.id}."]
+    return ("".join(f"{one_line(line)}\r\n" for line in words).encode(),
+            b"\r\n".join(header_lines(group, utf8) for group in groups))
 
 
 def returned_parts(message: Message, original: bytes) -> Iterator[bytes]:
@@ -4711,21 +4711,6 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
     before = " " * indent
     return textwrap.wrap(text, 76 + indent, initial_indent=before, subsequent_indent=before,
                          break_long_words=False, break_on_hyphens=False)
-
-
-def verdict(r: Recipient) -> tuple[str, str, str]:
-    """Return the reply word for word, code in front; its status by RFC 3463; what to do about it.
-
-    The status is the reply's enhanced code, or one that says no more than its code.
-    """
-    kind, code, found = r.code // 100, str(r.code), re.match(ENHANCED, r.reply)
-    said = r.reply if not r.code or r.reply.startswith(code) else f"{code} {r.reply}"
-    status = {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0")
-    if found and kind in (0, int(found[1][0])):
-        status = found[1]
-    keys = (status, status[2:], status[2:].partition(".")[0], code, "")
-    advice = next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
-    return one_line(said or "no answer", REPLY_MAX), status, advice
 
 
 # === 15 FAULTS ===============================================================
