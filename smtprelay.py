@@ -1594,40 +1594,28 @@ def final_recipient(address: str, utf8: bool) -> str:
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 ENCODED_WORD = r"=\?[^?\s]*\?[bBqQ]\?[^?]*\?="
-# A bracket belongs to an atom with its end, as in a name or an address literal, or alone.
+IN_COMMENT = r"[^()\\]|\\."
+# A bracket belongs to an atom with its end, as in a name or an address literal, or alone. A comment may
+# hold others, and those others. "<a@x, b@y>" has lost an end: what there is of it is another's.
 ADDRESS_TOKEN = (
     rf'(?s)(?P<atom>(?:{QUOTED}(?=@)|{ENCODED_WORD}|\[[^][<>@]*\]|\\.|[^\s"(),:;<>\\[])+)'
-    rf'|(?P<quoted>{QUOTED})|<(?P<angle>(?:{QUOTED}|[^<>"])*)>|(?P<space>\s+)|.')
+    rf'|(?P<quoted>{QUOTED})|<(?![^<>",]+@[^<>",]*,)(?P<angle>(?:{QUOTED}|[^<>"])*)>|(?P<space>\s+)'
+    rf"|\((?P<comment>(?:{IN_COMMENT}|\((?:{IN_COMMENT}|\((?:{IN_COMMENT})*\))*\))*)\)|.")
 LOCAL_PART_ALONE = r"[^\s@\"()<>:,;\\=?]*\w[^\s@\"()<>:,;\\=?]*"
 
 
 def address_tokens(text: str) -> Iterator[tuple[str, str]]:
     """Cut an address list into (kind, token). What opens and never ends is no more than a space."""
-    at, groups_end, pattern = 0, text.rfind(";"), re.compile(ADDRESS_TOKEN)
-    while at < len(text):
-        token = pattern.match(text, at)
-        assert token
-        kind, value, end = token.lastgroup or token[0], token[token.lastgroup or 0], token.end()
-        if kind == "angle" and "," in value and "@" in value.partition(",")[0][1:]:
-            kind, value, end = "space", " ", at + 1  # its end is lost, and what was found is another's
-        elif kind == "(":
-            depth = 0
-            for mark in re.compile(r"(?s)\\.|[()]").finditer(text, at):
-                depth += {"(": 1, ")": -1}.get(mark[0], 0)
-                if not depth:
-                    kind, value, end = "comment", text[at + 1:mark.start()], mark.end()
-                    break
-        if kind in '("':  # what has no end is looked for once, so the time stays linear
-            text = text[:at] + re.sub({"(": "[()]", '"': '"'}[kind], " ", text[at:])
-            continue
-        if kind in "<>)[":
+    groups_end = text.rfind(";")
+    for token in re.finditer(ADDRESS_TOKEN, text):
+        kind, value = token.lastgroup or token[0], token[token.lastgroup or 0]
+        if kind in '<>()["':
             kind, value = "space", " "
-        if kind == "atom" and "@" in value.strip("@"):
+        elif kind == "atom" and "@" in value.strip("@"):
             kind = "address"
         elif kind == "quoted":
             value = re.sub(r"(?s)\\(.)", r"\1", value[1:-1])
-        yield "group" if kind == ":" and at < groups_end else kind, value
-        at = end
+        yield "group" if kind == ":" and token.start() < groups_end else kind, value
 
 
 def read_addresses(text: str) -> list[tuple[str, str]]:
