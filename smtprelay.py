@@ -1105,16 +1105,8 @@ LABELS: dict[str, Sequence[str]] = {  # every value of each
     "le": ("sum", *map(str, BUCKETS), "+Inf", "count")}  # of a histogram: from a value's bucket on all are counted up
 
 
-class Metric(NamedTuple):
-    """A counter, gauge or histogram."""
-
-    name: str
-    kind: str
-    help: str
-    label: str
-
-
-METRICS = [Metric(*line.split("|")) for line in """\
+# name, kind, help, label
+METRICS = [line.split("|") for line in """\
 smtp_messages_received_total|counter|Messages that got their 250.|
 smtp_messages_queued_total|counter|Messages accepted to be delivered.|
 smtp_messages_delivered_total|counter|Messages forwarded to every recipient.|
@@ -1139,7 +1131,7 @@ smtp_uptime_seconds|gauge|Time since start.|
 smtp_build_info|gauge|1, labelled with the version.|version
 """.splitlines()]
 CELLS = {key: i for i, key in enumerate([  # the place in a row of each metric and label value
-    *((m.name, value) for m in METRICS for value in LABELS[m.label]),
+    *((name, value) for name, _, _, label in METRICS for value in LABELS[label]),
     # not shown: what the halves tell each other by the same means
     ("owed_bytes", ""), ("alive", ""), ("started", "")])}
 
@@ -1178,8 +1170,8 @@ class Metrics:
         value = sum(self.cells[CELLS[name, label]::len(CELLS)])
         return int(value) if value == int(value) else value
 
-    def values(self, metric: Metric) -> dict[str, float]:
-        return {value: self.get(metric.name, value) for value in LABELS[metric.label]}
+    def values(self, name: str, label: str) -> dict[str, float]:
+        return {value: self.get(name, value) for value in LABELS[label]}
 
     def each(self, name: str) -> list[float]:
         """Return every process's part of a metric."""
@@ -1189,7 +1181,7 @@ class Metrics:
 def expvar(metrics: Metrics) -> dict[str, Any]:
     """Return the metrics as Go's expvar does: one flat object, a map where there is a label."""
     return {"cmdline": sys.argv, "memstats": memory_figures(),
-            **{m.name: metrics.values(m) if m.label else metrics.get(m.name) for m in METRICS}}
+            **{name: metrics.values(name, label) if label else metrics.get(name) for name, _, _, label in METRICS}}
 
 
 def memory_figures() -> dict[str, int]:
@@ -1202,13 +1194,13 @@ def memory_figures() -> dict[str, int]:
 def prometheus(metrics: Metrics) -> str:
     """Return the metrics in Prometheus's text format, version 0.0.4."""
     lines = []
-    for m in METRICS:
-        lines += [f"# HELP {m.name} {m.help}", f"# TYPE {m.name} {m.kind}"]
-        for label, value in metrics.values(m).items():
-            mark = f'{{{m.label}="{label}"}}' if label else ""
-            if m.kind == "histogram":
-                mark = f"_{label}" if label in ("sum", "count") else f"_bucket{mark}"
-            lines.append(f"{m.name}{mark} {value}")
+    for name, kind, help, label in METRICS:
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        for at, value in metrics.values(name, label).items():
+            mark = f'{{{label}="{at}"}}' if label else ""
+            if kind == "histogram":
+                mark = f"_{at}" if at in ("sum", "count") else f"_bucket{mark}"
+            lines.append(f"{name}{mark} {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -11547,8 +11539,8 @@ def http_table() -> Iterator[Row]:
 
 def metrics_table() -> Iterator[Row]:
     yield "metric", "kind", "meaning"
-    for m in METRICS:
-        yield m.name + (f"{{{m.label}}}" if m.label else ""), m.kind, m.help
+    for name, kind, help, label in METRICS:
+        yield name + (f"{{{label}}}" if label else ""), kind, help
 
 
 SPOOL_TABLE = """\
