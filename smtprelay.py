@@ -371,12 +371,15 @@ class Message:
         if status not in MOVES[self.status]:
             raise ValueError(f"{self.id} cannot go from {self.status.value} to {status.value}")
         self.status = status
-        at = iso_time(time.time())
-        self.history.append({"at": at, "status": status._value_, "detail": detail})
+        self.note(detail)
+        if status in FINISHED:
+            self.finished_at, self.next_attempt_at = self.history[-1]["at"], ""
+
+    def note(self, detail: str) -> None:
+        """Add to the history."""
+        self.history.append({"at": iso_time(time.time()), "status": self.status._value_, "detail": detail})
         if len(self.history) > HISTORY_KEPT:  # keep how it began, lose the middle
             del self.history[HISTORY_KEPT // 2]
-        if status in FINISHED:
-            self.finished_at, self.next_attempt_at = at, ""
 
     @property
     def stem(self) -> str:
@@ -396,8 +399,7 @@ class Message:
         """Read a record; ValueError says what is wrong with it."""
         try:
             raw = json.loads(data)
-            known = {f.name for f in dataclasses.fields(cls)}
-            message = cls(**{k: v for k, v in raw.items() if k in known})
+            message = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
             message.status = Status(message.status)
             message.flags = tuple(message.flags)
             message.recipients = [
@@ -3076,10 +3078,9 @@ NOWHERE: Mapping[str, float] = {}
 
 def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     """Return the seconds to wait after so many attempts: exponential, capped, with jitter."""
-    first, most = settings.retry_initial_delay, settings.retry_max_delay
-    steps = min(attempts - 1, 1000) * math.log(settings.retry_multiplier)
-    longest = math.log(max(most, 1e-9) / max(first, 1e-9))
-    delay = most if steps >= longest else first * math.exp(steps)
+    delay = settings.retry_max_delay
+    with contextlib.suppress(OverflowError):
+        delay = min(delay, settings.retry_initial_delay * settings.retry_multiplier ** (attempts - 1))
     return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
 
@@ -4946,7 +4947,7 @@ class Link:
 
     def read(self, patience: float | None = None) -> list[str] | None:
         """Return the words that have come, none after so many seconds without any; None at their end."""
-        if not self.poll.poll(patience and 1000 * patience):
+        if patience is not None and not self.poll.poll(1000 * patience):
             return []
         block = os.read(self.reader, 64 * KIB)
         if not block:
@@ -9454,6 +9455,8 @@ BY_HAND = {Status.HELD: "released", Status.FAILED: "retried by hand"}  # from th
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
 CROWDED_PAUSE = 1.0
 
+Shelf = dict[str, tuple[float, int]]  # stem: since when, octets; oldest first
+
 
 class Delivering:
     """The delivering half: scheduler, workers, records."""
@@ -9477,13 +9480,13 @@ class Delivering:
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
-        self.finished: dict[str, tuple[float, int]] = {}  # stem: when, octets; oldest first
-        self.held: dict[str, tuple[float, int]] = {}
-        self.owed: dict[str, tuple[float, int]] = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
+        self.finished: Shelf = {}
+        self.held: Shelf = {}
+        self.owed: Shelf = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
         self.octets = self.octets_owed = 0
         self.sidecars: collections.deque[str] = collections.deque()
         self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
-        self.stumbles: dict[str, tuple[int, str, float]] = {}  # stem: how often, why, until when
+        self.stumbles: dict[str, tuple[int, str, str]] = {}  # stem: how often, why, until when
         self.reports = Buckets()
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.told: dict[str, str] = {}  # stem: the report that tells of it
@@ -9531,9 +9534,8 @@ class Delivering:
             self.look_at = 0.0
         while (words := self.link.read(LINK_QUIET if self.sidecars else None)) is not None:
             try:
-                known = self.inbox.last
-                new = [word for word in words if len(word) == LINK_LINE - 1 and self.inbox.add(word) > known]
-                self.take_in(new, self.settings.delivery != "hold")
+                before = self.came_at
+                self.take_in([word for word in words if len(word) == LINK_LINE - 1], self.settings.delivery != "hold")
                 for word in words:
                     if word == LOOK:
                         self.look_at = 0.0
@@ -9543,7 +9545,7 @@ class Delivering:
                     message, content = self.spool.fetch(self.sidecars.popleft())
                     content.close()
                     self.spool.save_first(message)
-                if new:  # to be woken for each of many would cost both sides
+                if 0 < self.came_at - before < 2 * LINK_QUIET:  # to be woken for each of many would cost both sides
                     time.sleep(LINK_QUIET)
             except (KeyError, OSError, SpoolError) as e:
                 self.log.debug("sidecar_not_written", error=e)
@@ -9569,12 +9571,13 @@ class Delivering:
 
     def adopt(self, stem: str, owed: bool) -> bool:
         """Take in a message that has come in by this half."""
-        self.inbox.add(stem)
         self.take_in([stem], owed)
         return True
 
     def take_in(self, stems: Sequence[str], owed: bool) -> None:
         """Queue messages that are new, or hold them."""
+        known = self.inbox.last
+        stems = [stem for stem in stems if self.inbox.add(stem) > known]
         for stem in stems:
             if not owed:
                 self.shelve(stem, self.held, time.time())
@@ -9611,7 +9614,7 @@ class Delivering:
 
     # -- what is kept --
 
-    def shelve(self, stem: str, shelf: dict[str, tuple[float, int]] | None, at: float = 0.0) -> bool:
+    def shelve(self, stem: str, shelf: Shelf | None, at: float = 0.0) -> bool:
         """Note where a message lies now (None: nowhere), and since when; tell if it lay anywhere."""
         weighed, octets, found = self.settings.spool_max_size > 0, 0, False
         if weighed and shelf is not None:
@@ -9689,7 +9692,7 @@ class Delivering:
             times = self.stumbles.get(stem, (0,))[0] + 1
             delay = backoff(self.settings, times, self.scheduler.rng)
             self.scheduler.put(stem, task.lane, delay)
-            self.stumbles[stem] = times, f"trouble here: {e}", time.time() + delay
+            self.stumbles[stem] = times, f"trouble here: {e}", iso_time(time.time() + delay)
             if isinstance(e, OSError):
                 self.log.error("spool_error", stem=stem, error=e, seconds=round(delay, 1))
             else:
@@ -9851,7 +9854,7 @@ class Delivering:
         if untold and report:
             for r in untold:
                 r.reported = True
-            message.history.append({"at": iso_time(time.time()), "status": message.status.value, "detail": REPORTED})
+            message.note(REPORTED)
             self.log.info("reported", id=message.id, report=report)
         try:
             self.spool.save(message)
@@ -9998,11 +10001,8 @@ class Postmaster:
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether they are held
         for m in self.records(dict.fromkeys([*stems, *held])):
             is_held = m.status is Status.HELD
-            kept = m.history[-1]["detail"] if is_held and m.history else ""
-            reason, due = m.owed or kept or m.last_error, m.next_attempt_at
-            if m.stem in d.stumbles:
-                _, reason, until = d.stumbles[m.stem]
-                due = iso_time(until)
+            reason = m.owed or is_held and m.history[-1]["detail"] or m.last_error
+            _, reason, due = d.stumbles.get(m.stem, (0, reason, m.next_attempt_at))
             for hop in hops if not reason else ():
                 if hop["reason"] and hop["name"] in d.scheduler.waiting.get(m.stem, ()):
                     reason, due = hop["reason"], hop["until"]
@@ -10144,8 +10144,7 @@ class Parts:
             for name, socks, setting, addresses in (
                     ("smtp", self.smtp, "SMTP_PORT", s.port), ("smtps", self.smtps, "SMTP_SMTPS_PORT", s.smtps_port),
                     ("http", self.http, "SMTP_HEALTH_ADDR", s.health_addr), ("submit", self.submit, "", ())):
-                bound = given.get(name) or bind_all(setting, addresses, self.log)
-                socks += map(stack.enter_context, bound)
+                socks += map(stack.enter_context, given.get(name) or bind_all(setting, addresses, self.log))
             self.own = [sock.getsockname()[1] for sock in self.smtp + self.smtps if sock.family != socket.AF_UNIX]
             if s.tls_self_signed and not s.tls_cert:
                 place = self.spool.path("tls")
