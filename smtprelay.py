@@ -1702,8 +1702,8 @@ SEALED_TEXT, KEY_CHECK = "sealed:", "key.check"
 GET_TAG, SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_*: macros, which no library exports
 
 
-class SealError(Exception):
-    """What is sealed cannot be read, or nothing can be sealed."""
+class SpoolError(Exception):
+    """What is in the spool, or sealed, cannot be read, or nothing can be sealed."""
 
 
 def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
@@ -1712,7 +1712,7 @@ def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
 
 
 def open_libcrypto() -> ctypes.PyDLL:
-    """Open the libcrypto of Python's ssl; SealError when there is none."""
+    """Open the libcrypto of Python's ssl; SpoolError when there is none."""
     import ctypes  # for those alone who set a key
     major = ssl.OPENSSL_VERSION_INFO[0]
     version = "1.1" if major == 1 else major
@@ -1729,7 +1729,7 @@ def open_libcrypto() -> ctypes.PyDLL:
             library.EVP_aes_256_gcm.restype = library.EVP_CIPHER_CTX_new.restype = ctypes.POINTER(ctypes.c_char)
             if library.OpenSSL_version_num() >> 28 == major:
                 return library
-    raise SealError(f"this Python's ssl ({ssl.OPENSSL_VERSION}) is not linked with a shared libcrypto")
+    raise SpoolError(f"this Python's ssl ({ssl.OPENSSL_VERSION}) is not linked with a shared libcrypto")
 
 
 def gcm(lib: Any, key: bytes, aad: bytes, nonce: int, data: bytes, tag: bytes = b"") -> bytes | None:
@@ -1795,7 +1795,7 @@ class SealReader:
         return getattr(self.file, name)
 
     def read(self, most: int = CHUNK_SIZE) -> bytes:
-        """Return some of the text, of one chunk at most, b"" at the end; SealError when it is not what was sealed."""
+        """Return some of the text, of one chunk at most, b"" at the end; SpoolError when it is not what was sealed."""
         number = min(self.at // CHUNK_SIZE, self.last)
         if number != self.number:
             self.file.seek(HEAD_SIZE + number * SEALED_CHUNK)
@@ -1803,7 +1803,7 @@ class SealReader:
             nonce, tag = number << 8 | (number == self.last), box[-TAG_SIZE:].rjust(TAG_SIZE)
             text = self.cipher(nonce, box[:-TAG_SIZE], tag)
             if text is None:
-                raise SealError(f"{self.name} was cut or altered, or is not the file of this name")
+                raise SpoolError(f"{self.name} was cut or altered, or is not the file of this name")
             self.number, self.text = number, text
         skip = self.at - number * CHUNK_SIZE
         part = self.text[skip:skip + most]
@@ -1841,16 +1841,16 @@ class Sealer:
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
         """Return a reader of the text of `file`, which is itself returned when it is plain.
 
-        SealError, from here or from any read: the key is wrong, or the file is not what was sealed.
+        SpoolError, from here or from any read: the key is wrong, or the file is not what was sealed.
         """
         head = file.read(HEAD_SIZE)
         if not head or not MAGIC.startswith(head[:len(MAGIC)]):  # sealed ones may be cut, even in the first octets
             file.seek(0)
             return file
         if self.lib is None:
-            raise SealError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
+            raise SpoolError(f"{name} is sealed, but SMTP_SPOOL_KEY is not set")
         if len(head) == HEAD_SIZE and not head.startswith(self.magic):
-            raise SealError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
+            raise SpoolError(f"{name} is sealed with another key than SMTP_SPOOL_KEY")
         raw = SealReader(file, name, self.cipher(head, name))
         return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK_SIZE)
 
@@ -1859,7 +1859,7 @@ class Sealer:
         return SealWriter(self, name).update(data, last=True) if self.lib else data
 
     def unseal(self, data: bytes, name: str) -> bytes:
-        """Return what seal() was given, or plain data as it is; SealError as reader()."""
+        """Return what seal() was given, or plain data as it is; SpoolError as reader()."""
         return self.reader(io.BytesIO(data), name).read()
 
     def seal_text(self, text: str, name: str) -> str:
@@ -1867,13 +1867,13 @@ class Sealer:
         return SEALED_TEXT + base64.b64encode(self.seal(text.encode(), name)).decode() if self.lib else text
 
     def unseal_text(self, text: str, name: str) -> str:
-        """Return what seal_text() was given, or plain text as it is; SealError as unseal()."""
+        """Return what seal_text() was given, or plain text as it is; SpoolError as unseal()."""
         if not text.startswith(SEALED_TEXT):
             return text
         try:
             return self.unseal(base64.b64decode(text[len(SEALED_TEXT):], validate=True), name).decode()
         except ValueError:
-            raise SealError(f"{name} was altered") from None
+            raise SpoolError(f"{name} was altered") from None
 
 
 def open_sealer(settings: Settings) -> Sealer:
@@ -1885,8 +1885,8 @@ def open_sealer(settings: Settings) -> Sealer:
         sealer = Sealer(settings.spool_key)
         with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
-                raise SealError(f"{KEY_CHECK} was altered")
-    except SealError as e:
+                raise SpoolError(f"{KEY_CHECK} was altered")
+    except SpoolError as e:
         wanted = f"expected a key that works for {settings.spool}"
         raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): {wanted}: {e}"]) from None
     return sealer
@@ -1922,10 +1922,6 @@ TO_THE_END = "to the end"  # the size of a sealed message that began to be writt
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
 SEEN = "inbox.json"  # what a person did to messages: read state and tags
 KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK, SEEN)
-
-
-class SpoolError(Exception):
-    """What lies in the spool is not a message."""
 
 
 class SpoolBusy(Exception):
@@ -2072,7 +2068,7 @@ def read_whole(path: str) -> bytes:
 
 def open_small(path: str) -> BinaryIO:
     """Open a file; a small one is read at once, which costs fewer system calls."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         start = os.read(fd, READ_AT_ONCE)
     finally:
@@ -2245,12 +2241,8 @@ class Spool:
             return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
         except (FileNotFoundError, KeyError):
             raise KeyError(stem) from None
-        except SealError as e:
-            raise SpoolError(str(e)) from None
-        except OSError as e:
-            if e.errno in (errno.ELOOP, errno.EISDIR):  # a link, a directory
-                raise SpoolError(f"{stem}{end} is no file") from None
-            raise
+        except IsADirectoryError:
+            raise SpoolError(f"{stem}{end} is no file") from None
 
     def content(self, stem: str) -> BinaryIO:
         """Open a message as it leaves: our Received header, then what was received; KeyError when it is gone."""
@@ -2278,7 +2270,7 @@ class Spool:
                         message = Message.from_json(sidecar.read(RECORD_LIMIT))
                 except KeyError:
                     continue
-                except (ValueError, SpoolError, SealError) as e:
+                except (ValueError, SpoolError) as e:
                     self.log.warn("record_rebuilt", stem=stem, reason=e)
                 message.status = DONE.get(end, message.status)
                 break
@@ -2650,7 +2642,7 @@ class Accounts:
         try:
             logins = {login: dataclasses.replace(a, relay_password=sealer.unseal_text(
                 a.relay_password, f"{a.name}/relay_password")) for login, a in logins.items()}
-        except SealError as e:
+        except SpoolError as e:
             raise SettingsError([str(e)]) from None
         clear = [name for name in users if not is_hash(logins[name].password or "scrypt:")]
         if clear:
@@ -4107,7 +4099,7 @@ class NextHop:
             stage = "content"
             self.wire.write(b".\r\n" if last == b"\r\n" else b"\r\n.\r\n")
             self.wire.flush()
-        except (PeerGone, OSError, SealError) as e:  # no final dot: half a message would end in it
+        except (PeerGone, OSError, SpoolError) as e:  # no final dot: half a message would end in it
             self.spent, trouble = True, Trouble(stage, 0, f"cannot send the content: {e}")
             with contextlib.suppress(Trouble):  # it may have said why before it hung up
                 code, text = self.ask("content", seconds=1.0)
@@ -6722,7 +6714,7 @@ class Inbox:
         self.seen: set[str] = set()
         self.given: dict[str, list[str]] = {}
         self.touched, self.saving = False, threading.Lock()
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SealError):  # torn
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SpoolError):  # torn
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
                 self.seen = {id for id, (read, _) in kept.items() if read}
@@ -9683,7 +9675,7 @@ class Delivering:
         try:
             (self.sort if task.lane in LOCAL_LANES else self.deliver)(task)
             self.stumbles.pop(stem, None)
-        except (SpoolError, SealError) as e:
+        except SpoolError as e:
             self.spool.set_aside(stem + ".eml", str(e))
         except Exception as e:
             if isinstance(e, KeyError) and e.args == (stem,):  # removed while it waited
@@ -11288,7 +11280,7 @@ def user(arguments: Arguments) -> int:
                 "quota_daily": arguments.daily, "quota_per_minute": arguments.per_minute,
                 "api_key": new_api_key() if arguments.api_key else ""})
         change_account(path, name, change, Sealer(settings.spool_key))
-    except (SettingsError, SealError, OSError) as e:
+    except (SettingsError, SpoolError, OSError) as e:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     if change and arguments.api_key:
         print(change["api_key"])

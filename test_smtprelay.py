@@ -2083,7 +2083,7 @@ def chunks_of(data: bytes) -> list[bytes]:
 
 def refusal(data: bytes, name: str = "a.eml", key: bytes = SEAL_KEY) -> str:
     """Return why `data` cannot be read; fails if it can to the end."""
-    with pytest.raises(smtprelay.SealError) as caught:
+    with pytest.raises(smtprelay.SpoolError) as caught:
         sealer(key).unseal(data, name)
     return str(caught.value)
 
@@ -2238,7 +2238,7 @@ def test_a_cut_is_noticed_on_opening(size: int) -> None:
     edges = {48 + n * FULL_CHUNK + d for n in range(4) for d in (-1, 0, 1, 15, 16, 17)}
     for cut in {*range(1, 60), len(data) - 1, len(data) - 16, *edges}:
         if cut < len(data):
-            with pytest.raises(smtprelay.SealError, match=ALTERED):
+            with pytest.raises(smtprelay.SpoolError, match=ALTERED):
                 sealer().reader(io.BytesIO(data[:cut]), "a.eml")
 
 
@@ -2275,7 +2275,7 @@ def test_nothing_follows_an_error() -> None:
     reader = sealer().reader(io.BytesIO(b"".join(parts)), "a.eml")
     assert reader.read(CHUNK) == noise(3 * CHUNK)[:CHUNK]
     for _ in range(2):
-        with pytest.raises(smtprelay.SealError):
+        with pytest.raises(smtprelay.SpoolError):
             reader.read(1)
 
 
@@ -2298,10 +2298,10 @@ def test_a_secret_is_one_line_of_ascii() -> None:
     assert line.startswith("sealed:") and line.isascii() and line.isprintable() and " " not in line
     assert sealer().unseal_text(line, "app/relay_password") == "pass wörd"
     assert sealer().unseal_text("plain", "app/relay_password") == "plain"
-    with pytest.raises(smtprelay.SealError, match=ALTERED):
+    with pytest.raises(smtprelay.SpoolError, match=ALTERED):
         sealer().unseal_text(line, "other/relay_password")
     for bad in ("?", "é", line[7:-1], line[7:20], line[7:30] + "?" + line[30:]):
-        with pytest.raises(smtprelay.SealError):
+        with pytest.raises(smtprelay.SpoolError):
             sealer().unseal_text("sealed:" + bad, "app/relay_password")
 
 
@@ -5249,7 +5249,7 @@ def test_content_that_breaks_off_is_an_outcome(log: Caught, monkeypatch: pytest.
 
     def blocks(content: smtprelay.Outgoing) -> Iterable[bytes]:
         if next(calls) == 1:
-            raise smtprelay.SealError("was altered")
+            raise smtprelay.SpoolError("was altered")
         return whole(content)
 
     monkeypatch.setattr(smtprelay.Outgoing, "blocks", blocks)
