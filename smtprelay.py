@@ -165,6 +165,10 @@ class Reply(NamedTuple):
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.code), self.enhanced, self.text)))
 
+    def __call__(self, text: str) -> Reply:
+        """Return the same reply in other words."""
+        return self._replace(text=text)
+
 
 class Refused(Exception):
     """A rule was broken; `reply` says which."""
@@ -1512,21 +1516,21 @@ def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple
     """
     prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
     if argument[:len(prefix)].upper() != prefix:
-        raise Refused(BAD_ARGUMENT._replace(text=f"Expected {prefix.decode()}<address>"))
+        raise Refused(BAD_ARGUMENT(f"Expected {prefix.decode()}<address>"))
     try:
         address, rest = parse_path(argument[len(prefix):].lstrip(b" ").decode("utf-8"), lenient)
     except ValueError as e:
         why = "not UTF-8" if isinstance(e, UnicodeDecodeError) else e
-        raise Refused(bad._replace(text=f"{bad.text}: {why}")) from None
+        raise Refused(bad(f"{bad.text}: {why}")) from None
     found: dict[str, str] = {}
     for part in rest.split():
         name, _, value = part.partition("=")
         name = name.upper()
         whose, pattern, expected = PARAMETERS.get(name, ("", "(?!)", "Malformed parameter"))
         if re.fullmatch("[A-Z0-9-]+", name) and (whose != verb or not (extended or lenient)):
-            raise Refused(BAD_PARAMETER._replace(text=f"Unknown parameter {name}"))
+            raise Refused(BAD_PARAMETER(f"Unknown parameter {name}"))
         if name in found or not re.fullmatch(pattern, value):
-            raise Refused(BAD_ARGUMENT._replace(text=expected))
+            raise Refused(BAD_ARGUMENT(expected))
         found[name] = value
     return address, found
 
@@ -3393,7 +3397,7 @@ class ResolveError(Exception):
 
     def __init__(self, reply: Reply, name: str) -> None:
         shown = name[:255] if name.isprintable() else ascii(name[:255])
-        self.reply = reply._replace(text=f"{shown}: {reply.text}")
+        self.reply = reply(f"{shown}: {reply.text}")
         self.permanent = reply.code >= 500
         super().__init__(self.reply.text)
 
@@ -3571,7 +3575,7 @@ class Resolver:
             if answer.failure:
                 raise ResolveError(answer.failure, name)
             return answer.records
-        raise ResolveError(DNS_FAILED._replace(text="too many aliases in DNS"), name)
+        raise ResolveError(DNS_FAILED("too many aliases in DNS"), name)
 
     def _ask(self, name: str, kind: int) -> DnsAnswer:
         """Return what the first server says that answers."""
@@ -3587,7 +3591,7 @@ class Resolver:
                 return parse_answer(message, name, kind)
             except (OSError, ValueError, IndexError, struct.error) as error:
                 text = f"{DNS_FAILED.text} ({server[0]}: {error})"
-        return DnsAnswer([], FAILURE_TTL, failure=DNS_FAILED._replace(text=text))
+        return DnsAnswer([], FAILURE_TTL, failure=DNS_FAILED(text))
 
     def _exchange(self, server: Address, kind: int, query: bytes, until: float) -> bytes:
         """Return the server's answer to a query; OSError when there is none in time."""
@@ -5250,11 +5254,11 @@ class Session:
             return TLS_FIRST
         wanted = verb.syntax.partition(" ")[2]
         if bool(argument) != bool(wanted) and wanted[:1] != "[":
-            return BAD_ARGUMENT._replace(text=f"Syntax: {verb.syntax}")
+            return BAD_ARGUMENT(f"Syntax: {verb.syntax}")
         if verb.after == "EHLO" and not self.helo or verb.after == "MAIL" and not self.envelope:
-            return SEQUENCE._replace(text=f"Say {verb.after} first")
+            return SEQUENCE(f"Say {verb.after} first")
         if self.content and name in ("MAIL", "RCPT", "DATA"):
-            return SEQUENCE._replace(text="Only BDAT may follow BDAT")
+            return SEQUENCE("Only BDAT may follow BDAT")
         return verb.act if isinstance(verb.act, Reply) else verb.act(self, argument)
 
     def answer(self, reply: Reply) -> None:
@@ -5308,7 +5312,7 @@ class Session:
         if self.lenient:  # an old device has no name, or one with blanks
             name = re.sub(f"[^{good}]+", "-", name)[:255] or "unnamed"
         if not re.fullmatch(f"[{good}]{{1,255}}", name):
-            return BAD_ARGUMENT._replace(text="Expected a domain or an address literal")
+            return BAD_ARGUMENT("Expected a domain or an address literal")
         self.forget()
         self.helo, self.extended = name, extended
         if not extended:
@@ -5335,9 +5339,9 @@ class Session:
     def starttls(self, argument: bytes) -> Reply | None:
         """STARTTLS (RFC 3207): what came before the handshake counts for nothing after it."""
         if self.reception.tls is None:
-            return NOT_IMPLEMENTED._replace(text="There is no TLS here")
+            return NOT_IMPLEMENTED("There is no TLS here")
         if self.tls:
-            return SEQUENCE._replace(text="TLS is on already")
+            return SEQUENCE("TLS is on already")
         if self.wire.buffer:  # CVE-2011-0411
             self.over = True
             return TALKED_EARLY
@@ -5370,9 +5374,9 @@ class Session:
         first, _, initial = argument.partition(b" ")
         mechanism = first.decode("latin-1").upper()
         if self.account.name or self.envelope or not self.extended:
-            return SEQUENCE._replace(text="AUTH comes once, after EHLO, outside a transaction")
+            return SEQUENCE("AUTH comes once, after EHLO, outside a transaction")
         if not accounts.configured():
-            return NOT_IMPLEMENTED._replace(text="There are no accounts here")
+            return NOT_IMPLEMENTED("There are no accounts here")
         if mechanism.lower() not in self.settings.auth_methods:
             return UNKNOWN_MECHANISM
         safe = self.is_local or self.tls or self.settings.auth_insecure
@@ -5413,7 +5417,7 @@ class Session:
         """MAIL FROM (RFC 5321 4.1.1.2)."""
         settings, reception = self.settings, self.reception
         if self.envelope is not None:
-            return SEQUENCE._replace(text="A transaction is open already")
+            return SEQUENCE("A transaction is open already")
         if self.account.name:  # it may be gone from the file, or its limits may have changed
             self.account = reception.accounts.get(self.account.name) or NOBODY
         needed = settings.auth_required
@@ -5469,7 +5473,7 @@ class Session:
         if not utf8 and not (address + orcpt).isascii():
             return NEED_SMTPUTF8
         if orcpt and not original_recipient(orcpt, utf8):
-            return BAD_ARGUMENT._replace(text=PARAMETERS["ORCPT"][2])
+            return BAD_ARGUMENT(PARAMETERS["ORCPT"][2])
         if not address:
             return BAD_RECIPIENT
         if len(envelope.recipients) >= self.settings.max_recipients:
@@ -5489,12 +5493,12 @@ class Session:
         if argument:
             chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
             if not chunk:
-                return BAD_ARGUMENT._replace(text="Syntax: BDAT octets [LAST]")
+                return BAD_ARGUMENT("Syntax: BDAT octets [LAST]")
         reply: Reply | None = NO_RECIPIENTS
         if self.settings.tls_required and not self.tls:
             reply = TLS_FIRST
         elif not envelope:
-            reply = SEQUENCE._replace(text="Say MAIL first")
+            reply = SEQUENCE("Say MAIL first")
         elif envelope.recipients:
             reply = self.fault("data", *envelope.recipients) if not self.content else None
             if not (reply or self.content):
@@ -5558,7 +5562,7 @@ VERBS = {verb.syntax.partition(" ")[0]: verb for verb in (
     Verb("NOOP [text]", OK, before_tls=True),
     Verb("QUIT", Session.quit, before_tls=True),
     Verb("VRFY text", CANNOT_VERIFY),
-    Verb("EXPN text", NOT_IMPLEMENTED._replace(text="There are no lists here")),
+    Verb("EXPN text", NOT_IMPLEMENTED("There are no lists here")),
     Verb("HELP [text]", HELP))}
 
 
