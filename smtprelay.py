@@ -1072,11 +1072,6 @@ def open_log(settings: Settings) -> Log:
     return Log(settings.log_file, settings.log_format == "json", level)
 
 
-def open_audit(settings: Settings) -> Log:
-    """Return the log of SMTP_AUDIT_LOG, where each event is an info; without a file it keeps none of them."""
-    return Log(settings.audit_log, as_json=True, level="info" if settings.audit_log else "error")
-
-
 EVENTS_WAITING = 1000
 
 
@@ -5002,7 +4997,8 @@ class Reception:
         self.watched = [file for file in (self.accounts.file, self.tls) if file]
         self.logins = Buckets()  # failed ones, by client
         self.rates = Buckets()  # SMTP_RATE_LIMIT, by account or client
-        self.audit = open_audit(settings)
+        # each event is an info; without a file none is kept
+        self.audit = Log(settings.audit_log, as_json=True, level="info" if settings.audit_log else "error")
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
