@@ -413,19 +413,11 @@ class Message:
         return message
 
 
-class Scope(enum.Enum):
-    """Whom trouble concerns: every message for the next hop, this message, or one recipient."""
-
-    HOST = "host"
-    MESSAGE = "message"
-    RECIPIENT = "recipient"
-
-
 class Outcome(NamedTuple):
     """What an attempt meant for one recipient; `reply` is the next hop's, or the network's."""
 
     status: Status
-    scope: Scope
+    of_host: bool  # whom it concerns: every message for the next hop, or this one alone
     code: int
     reply: str
     host: str = ""
@@ -3647,24 +3639,24 @@ class Trouble(Exception):
         self.stage, self.code, self.reply = stage, code, reply
 
 
-# A stage, the code of the answer there (0: none) and its text; what it means, and for whom. The
-# first that fits counts. What a host has against us is no verdict on a recipient; <helo> is our name.
+# A stage, the code of the answer there (0: none) and its text; what it means, and whether for every
+# message. The first that fits counts. What a host has against us is no verdict on a recipient;
+# <helo> is our name.
 MEANINGS = (
-    (r"(connect|greeting|hello|starttls|login) |\w+ 53[0458]", LATER, Scope.HOST),
-    (r"(mail|rcpt) 5.*\b(helo|ehlo)\b", LATER, Scope.HOST),
-    (r"offers", NEVER, Scope.HOST),  # it lacks what this message needs: another may have it
-    (r"rcpt (4|552)", LATER, Scope.RECIPIENT),  # 552 is an old 452 (RFC 5321 4.5.3.1.10)
-    (r"rcpt 5", NEVER, Scope.RECIPIENT),
-    (r"\w+ 5", NEVER, Scope.MESSAGE),
-    (r"", LATER, Scope.MESSAGE),
+    (r"(connect|greeting|hello|starttls|login) |\w+ 53[0458]", LATER, True),
+    (r"(mail|rcpt) 5.*\b(helo|ehlo)\b", LATER, True),
+    (r"offers", NEVER, True),  # it lacks what this message needs: another may have it
+    (r"rcpt 552", LATER, False),  # an old 452 (RFC 5321 4.5.3.1.10)
+    (r"\w+ 5", NEVER, False),
+    (r"", LATER, False),
 )
 STALE = r"rset|mail [0-4]|(rcpt|data) 421"  # what a connection says that is of no more use
 
 
-def classify(stage: str, code: int, reply: str, name: str) -> tuple[Status, Scope]:
+def classify(stage: str, code: int, reply: str, name: str) -> tuple[Status, bool]:
     """Return what an answer that is no success means, and for whom; `name` is what EHLO said."""
     case = f"{stage} {code} {reply}".replace(f"<{name}>", "<helo>")
-    return next((status, scope) for pattern, status, scope in MEANINGS
+    return next((status, of_host) for pattern, status, of_host in MEANINGS
                 if re.match("(?is)" + pattern, case))
 
 
@@ -3971,11 +3963,11 @@ class NextHop:
 
     def judge(self, stage: str, code: int, reply: str) -> Outcome:
         """Return what an answer means, and how it was come by."""
-        status, scope = (Status.FORWARDED, Scope.MESSAGE) if code // 100 == 2 else classify(
+        status, of_host = (Status.FORWARDED, False) if code // 100 == 2 else classify(
             stage, code, reply, self.name)
         verified = bool(self.tls) and self.settings.relay_tls_verify
-        return Outcome(status, scope, code, reply[:REPLY_KEPT], self.target.host, self.ip, self.tls,
-                       verified, "dsn" in self.features, lost=stage == "content" and not code)
+        return Outcome(status, of_host, code, reply[:REPLY_KEPT], self.target.host, self.ip,
+                       self.tls, verified, "dsn" in self.features, stage == "content" and not code)
 
     def spelled(self, address: str) -> str | None:
         """Return an address as this next hop takes it, with A-labels at need, or None."""
@@ -4159,20 +4151,18 @@ class Delivery:
         self.idle: list[NextHop] = []
         self.live: set[NextHop] = set()  # those that are open
         self.avoided: dict[Target, float] = {}
-        self.aliases = Watched("aliases", [settings.aliases] * bool(settings.aliases), self.read_aliases, log, {})
+        self.aliases = Watched(
+            "aliases", [settings.aliases] * bool(settings.aliases),
+            lambda: read_aliases(read_whole(settings.aliases).decode("utf-8", "replace")), log, {})
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
+        login = settings.relay_username, settings.relay_password
+        self.usual = [Target(*place, *login) for place in settings.smart_hosts]
         self.rewrites = bool(settings.relay_redirect_to or settings.local_to or settings.aliases)
         self.stopped = False
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
         return client_context(self.settings.relay_ca_file, self.settings.relay_tls_verify)
-
-    @functools.cached_property
-    def usual(self) -> list[Target]:
-        """The smart hosts of the settings."""
-        s = self.settings
-        return [Target(*place, s.relay_username, s.relay_password) for place in s.smart_hosts]
 
     # -- where to --
 
@@ -4227,9 +4217,6 @@ class Delivery:
         left = [a for a in finals if a not in passed] if passed else finals
         return [a for a in left if "!" + a not in passed] or left or finals[:1]
 
-    def read_aliases(self) -> dict[str, list[str]]:
-        return read_aliases(read_whole(self.settings.aliases).decode("utf-8", "replace"))
-
     def is_allowed(self, recipient: Recipient) -> bool:
         allowed = self.settings.relay_allowed_recipients.search
         return all(map(allowed, self.finals(recipient.address)))
@@ -4282,8 +4269,8 @@ class Delivery:
         except ResolveError as e:
             said = f"{e.reply.enhanced} {e.reply.text}"
             if not e.permanent:
-                return Attempt({}, Outcome(LATER, Scope.HOST, e.reply.code, said), [])
-            outcome = Outcome(NEVER, Scope.RECIPIENT, e.reply.code, said)
+                return Attempt({}, Outcome(LATER, True, e.reply.code, said), [])
+            outcome = Outcome(NEVER, False, e.reply.code, said)
             everyone = [r.address for people in parcels.values() for r in people]
             attempt = Attempt(dict.fromkeys(everyone, outcome), None, [])
         if attempt.outcomes and self.rewrites:
@@ -4351,7 +4338,7 @@ class Delivery:
         """Try target after target for whom none has taken or refused for good (RFC 5321 5.1)."""
         outcomes: dict[str, Outcome] = {}
         lines: list[str] = []
-        trouble, passed, spoke = Outcome(LATER, Scope.HOST, 0, "no smart host"), "", False
+        trouble, passed, spoke = Outcome(LATER, True, 0, "no smart host"), "", False
         if self.avoided:  # what lately took long to fail comes last
             now = time.monotonic()
             targets = sorted(targets, key=lambda target: self.avoided.get(target, 0.0) > now)
@@ -4361,8 +4348,7 @@ class Delivery:
             lines.append(f"-- {iso_time(time.time())} {target}")
             found = self.attempt_at(target, message, parcels, reached, lines)
             first, passed = next(iter(found.values())), ""
-            if first.scope is Scope.HOST and all(
-                    (o.status, o.scope) == (LATER, Scope.HOST) for o in found.values()):
+            if first.of_host and all(o.of_host and o.status is LATER for o in found.values()):
                 trouble, passed = first, str(target)
                 with self.lock:
                     others = target in [hop.target for hop in self.live]
@@ -4372,12 +4358,11 @@ class Delivery:
             spoke = spoke or not passed
             for address, o in found.items():
                 old = outcomes.get(address)  # what one said to the message itself is worth more
-                if not old or o.scope is not Scope.HOST or old.scope is Scope.HOST and (
-                        o.status is LATER or old.status is NEVER):
+                if not old or not o.of_host or old.of_host and o.status is LATER:
                     outcomes[address] = o
             # Another is asked for whom this one has surely not taken it, and may not.
             left = {address for address, o in outcomes.items()
-                    if not o.lost and (o.status is LATER or o.scope is Scope.HOST)}
+                    if not o.lost and (o.status is LATER or o.of_host)}
             if not left:
                 break
             parcels = [(owed, content) for people, content in parcels
@@ -4545,9 +4530,9 @@ def wants_report(message: Message) -> list[Recipient]:
     """
     told = []
     for r in message.recipients if message.reverse_path else ():
-        event = {Status.FAILED: "FAILURE", Status.FORWARDED: "SUCCESS"}.get(r.status)
-        by_them = event == "SUCCESS" and r.dsn
-        if not r.reported and event in (r.notify or "FAILURE").split(",") and not by_them:
+        passed = "reported by them" if r.dsn else "SUCCESS"
+        event = {Status.FAILED: "FAILURE", Status.FORWARDED: passed}.get(r.status)
+        if not r.reported and event in (r.notify or "FAILURE").split(","):
             told.append(r)
     return told
 
@@ -4601,8 +4586,11 @@ def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: 
         words += [*wrapped(also), ""]
     lost: list[str] = []
     passed: list[str] = []
-    groups = [{"Reporting-MTA": f"dns; {hostname}", "Original-Envelope-Id": decode_xtext(message.envid),
-               "Arrival-Date": arrived}]
+    groups = [{
+        "Reporting-MTA": f"dns; {hostname}",
+        "Original-Envelope-Id": decode_xtext(message.envid),
+        "Arrival-Date": arrived,
+    }]
     for r in told[:REPORT_RECIPIENTS_MAX]:
         code, kind, found = str(r.code), r.code // 100, re.match(ENHANCED, r.reply)
         spoke, failed = r.host and r.code, r.status is Status.FAILED
@@ -4630,7 +4618,8 @@ def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: 
     if lost:
         words += ["It did not reach these recipients, and will not be tried again:", *lost]
     if passed:
-        words += ["", "For these it was passed on to a mail server that reports no delivery:", "", *passed]
+        words += ["", "For these it was passed on to a mail server that reports no delivery:", "",
+                  *passed]
     if len(told) > REPORT_RECIPIENTS_MAX:
         words += ["", f"and {len(told) - REPORT_RECIPIENTS_MAX} more."]
     words += ["", f"The original follows, where it fits. Its queue id here was {message.id}."]
@@ -9733,7 +9722,7 @@ class Delivering:
                 attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
                 self.log.bug("attempt_bug", e, id=message.id)
-                trouble = Outcome(Status.RETRYING, Scope.MESSAGE, 0, f"trouble here: {e!r}")
+                trouble = Outcome(Status.RETRYING, False, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
             room = self.scheduler.crowd(lane)
