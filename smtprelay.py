@@ -6906,17 +6906,6 @@ def summary_json(item: Item) -> dict[str, Any]:
     return {name: value for name, value in item.items() if name[0].isupper()}
 
 
-def messages_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
-    """Mailpit's MessagesSummary: the messages that match."""
-    page = inbox.search(query, start, limit)
-    total, unread, tags = inbox.counts()
-    return {
-        "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
-        "messages_unread": page.unread, "start": start, "tags": list(tags),
-        "messages": [summary_json(item) for item in page.items],
-    }
-
-
 def attachment_json(part: Part) -> dict[str, Any]:
     """Mailpit's Attachment: size and checksums are those of the decoded content."""
     content = part.content
@@ -6969,28 +6958,6 @@ def grouped(headers: Headers) -> dict[str, list[str]]:
     for name, value in headers:
         values.setdefault(name, []).append(value)
     return values
-
-
-def mailhog_json(inbox: Inbox, query: Query, start: int = 0, limit: int = 50) -> dict[str, Any]:
-    """MailHog's answer to /api/v2/messages, or to /api/v2/search for what matches."""
-    def path(address: str) -> dict[str, Any]:
-        mailbox, _, domain = address.rpartition("@")
-        return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
-
-    def content(fields: Headers, body: bytes) -> dict[str, Any]:
-        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
-
-    page, items = inbox.search(query, start, limit), []
-    for mail in (inbox.mail(item["ID"]) for item in page.items):
-        parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
-        sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
-        items.append({
-            "ID": mail.id, "Created": mail.record.received_at,
-            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo, "Data": decode_text(mail.raw)},
-            "From": path(sender), "To": [path(address) for address in to],
-            "Content": content(mail.fields, body), "MIME": {"Parts": parts} if parts else None,
-        })
-    return {"total": page.total, "count": len(items), "start": start, "items": items}
 
 
 class BadRequest(ValueError):
@@ -8619,12 +8586,15 @@ def status_of(inbox: Inbox, id: str) -> str:
 @route("GET /api/v1/messages", "list (`start`, `limit`)")
 @route("GET /api/v1/search", "list what `query` finds")
 def list_messages(request: Request) -> Any:
-    inbox, words = request.inbox, request.words
+    inbox, words, (start, limit) = request.inbox, request.words, request.page()
     if request.path.endswith("/search") and not words.strip():
         raise BadRequest("query: expected what to look for")
-    shown = messages_json(inbox, request.search(words), *request.page())
-    for message in shown["messages"]:
-        message["Status"] = status_of(inbox, message["ID"])
+    page, (total, unread, tags) = inbox.search(request.search(words), start, limit), inbox.counts()
+    shown = {
+        "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
+        "messages_unread": page.unread, "start": start, "tags": list(tags),
+        "messages": [{**summary_json(item), "Status": status_of(inbox, item["ID"])} for item in page.items],
+    }
     misread = misread_terms(words, request.query.get("tz", ""))
     if misread:
         shown["Warnings"] = [f"{term} cannot be read" for term in misread]
@@ -8777,11 +8747,29 @@ def mailhog_messages(request: Request) -> Any:
         texts = [*texts, decode_words(header(mail.fields, kind))]
         return request.words.lower() in "\n".join(texts).lower()
 
+    def path(address: str) -> dict[str, Any]:
+        mailbox, _, domain = address.rpartition("@")
+        return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
+
+    def content(fields: Headers, body: bytes) -> dict[str, Any]:
+        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
+
     if request.path.endswith("/search"):
         if kind not in ("from", "to", "containing") or not request.words:
             raise BadRequest("expected a query, and a kind: from, to, containing")
         query = ((holds, True),)
-    return mailhog_json(inbox, query, *request.page())
+    (start, limit), items = request.page(), []
+    page = inbox.search(query, start, limit)
+    for mail in (inbox.mail(item["ID"]) for item in page.items):
+        parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
+        sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
+        items.append({
+            "ID": mail.id, "Created": mail.record.received_at,
+            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo, "Data": decode_text(mail.raw)},
+            "From": path(sender), "To": [path(address) for address in to],
+            "Content": content(mail.fields, body), "MIME": {"Parts": parts} if parts else None,
+        })
+    return {"total": page.total, "count": len(items), "start": start, "items": items}
 
 
 # -- waiting, events, queue, faults, accounts: ours --
