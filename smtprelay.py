@@ -4858,6 +4858,7 @@ class Faults:
 # counters (its lock is a leaf), and the way into the spool, which is that of every
 # other entrance, too. Who delivers hears of a new message by its stem alone.
 
+PLAIN_VERBS = ("EHLO", "NOOP", "RSET", "STARTTLS", "QUIT", "BDAT")  # without TLS; the last looks for it itself
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LINK_LINE = len(stem_of("0" * 16, "")) + 1
@@ -4891,12 +4892,11 @@ def keep_together(crowded: bool, pick: int) -> None:
 
 def descriptors(wanted: int = 0) -> int:
     """Return how many descriptors this process may have, after asking for those wanted."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # never without a limit
+    most = min(max(soft, wanted), hard)
+    if most > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return most
 
 
 class Link:
@@ -5229,7 +5229,7 @@ class Session:
             return NOT_SMTP if self.over else UNKNOWN_COMMAND
         if not argument.isascii() and name not in UTF8_VERBS:
             return BAD_LINE
-        if self.settings.tls_required and not verb.before_tls and not self.tls:
+        if self.settings.tls_required and name not in PLAIN_VERBS and not self.tls:
             return TLS_FIRST
         wanted = verb.syntax.partition(" ")[2]
         if bool(argument) != bool(wanted) and wanted[:1] != "[":
@@ -5268,7 +5268,7 @@ class Session:
         self.wire.deadline = time.monotonic() + 1.0
         with contextlib.suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
-            for _ in range(1000):
+            while True:
                 self.wire.buffer = b""
                 self.wire.fill()
 
@@ -5525,21 +5525,20 @@ class Verb(NamedTuple):
     syntax: str
     act: Reply | Callable[[Session, bytes], Reply | None]
     after: str = ""  # what must come first
-    before_tls: bool = False  # taken where TLS is required
 
 
 VERBS = {verb.syntax.partition(" ")[0]: verb for verb in (
     Verb("HELO [domain]", lambda session, name: session.hello(name, False)),
-    Verb("EHLO [domain]", lambda session, name: session.hello(name, True), before_tls=True),
+    Verb("EHLO [domain]", lambda session, name: session.hello(name, True)),
     Verb("MAIL FROM:<address> [parameters]", Session.mail, "EHLO"),
     Verb("RCPT TO:<address> [parameters]", Session.rcpt, "MAIL"),
     Verb("DATA", Session.data),
-    Verb("BDAT octets [LAST]", Session.data, before_tls=True),  # which looks for TLS itself
-    Verb("STARTTLS", Session.starttls, "EHLO", before_tls=True),
+    Verb("BDAT octets [LAST]", Session.data),
+    Verb("STARTTLS", Session.starttls, "EHLO"),
     Verb("AUTH mechanism [initial response]", Session.auth, "EHLO"),
-    Verb("RSET", Session.rset, before_tls=True),
-    Verb("NOOP [text]", OK, before_tls=True),
-    Verb("QUIT", Session.quit, before_tls=True),
+    Verb("RSET", Session.rset),
+    Verb("NOOP [text]", OK),
+    Verb("QUIT", Session.quit),
     Verb("VRFY text", CANNOT_VERIFY),
     Verb("EXPN text", NOT_IMPLEMENTED("There are no lists here")),
     Verb("HELP [text]", HELP))}
