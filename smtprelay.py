@@ -9452,7 +9452,7 @@ class Delivering:
         self.reports = Buckets()
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.told: dict[str, str] = {}  # stem: the report that tells of it
-        self.look_at, self.came_at = time.monotonic() + LOOK_EVERY, 0.0
+        self.look_at = self.came_at = 0.0
         self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
 
     def start(self) -> None:
@@ -9490,10 +9490,9 @@ class Delivering:
     def read(self) -> None:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
         try:
-            self.find()
+            self.look_again()
         except Exception as e:
             self.log.bug("find_bug", e)
-            self.look_at = 0.0
         while (words := self.link.read(LINK_QUIET if self.sidecars else None)) is not None:
             try:
                 before = self.came_at
@@ -9504,9 +9503,7 @@ class Delivering:
                     elif word in self.marks:  # all before it is in
                         self.marks.pop(word).set()
                 if not words and self.sidecars:  # these can wait: they say what the .eml says
-                    message, content = self.spool.fetch(self.sidecars.popleft())
-                    content.close()
-                    self.spool.save_first(message)
+                    self.spool.save_first(self.spool.load(self.sidecars.popleft()))
                 if 0 < self.came_at - before < 2 * LINK_QUIET:  # to be woken for each of many would cost both sides
                     time.sleep(LINK_QUIET)
             except (KeyError, OSError, SpoolError) as e:
@@ -9768,10 +9765,10 @@ class Delivering:
             self.tell("retrying", message.stem, why)
             self.log.info("retrying", id=message.id, seconds=round(delay, 1), attempts=message.attempts, reason=why)
             self.wrap_up(message)
+            if trouble:
+                return self.scheduler.put(message.stem, lane)  # which holds it
             for name, recipients in self.delivery.routes(message).items():
-                if trouble and name == lane:
-                    self.scheduler.put(message.stem, lane)  # which holds it
-                elif not trouble and any(r in owed for r in recipients):
+                if any(r in owed for r in recipients):
                     self.scheduler.put(message.stem, name, delay)
 
     def expires(self, message: Message, recipients: Iterable[Recipient]) -> bool:
@@ -10216,7 +10213,7 @@ class Supervisor:
         self.parts = parts
         self.children: dict[int, int] = {}  # process: its row of the counters
         self.alive_pipe = os.pipe()
-        self.stopping, self.stop_signals = False, stop_signals()
+        self.stopping = False
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -10230,7 +10227,7 @@ class Supervisor:
                 self.signal_children(signal.SIGKILL)
             elif number == signal.SIGALRM:
                 self.spawn_missing()
-            elif number in self.stop_signals:
+            elif number in stop_signals():
                 self.stop()
             else:
                 self.signal_children(number)
