@@ -8196,7 +8196,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         read = self.rfile.readline
 
         def read_line(limit: int = LINE_LIMIT) -> Any:
-            """Read a line; http.server would take a connection's end for that of the header section."""
+            """Read a line; http.server takes a connection's end for that of the header section."""
             line = read(limit)
             if len(line) < limit and not line.endswith(b"\n"):
                 raise PeerGone
@@ -8211,7 +8211,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         super().finish()
 
     def find_route(self) -> Route:
-        """Find the route of a request, under SMTP_WEB_ROOT or not; note its path's names and query."""
+        """Find the route, under SMTP_WEB_ROOT or not; note its path's names and its query."""
         try:
             url = urllib.parse.urlsplit(self.path)
         except ValueError:
@@ -8231,10 +8231,10 @@ class Request(http.server.BaseHTTPRequestHandler):
         raise error
 
     def admit(self) -> None:
-        """Let a request through, or raise an HttpError; note whether it has the token, or needs none.
+        """Let a request through, or raise HttpError; note whether it has the token or needs none.
 
-        This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need none
-        at all. Where a proxy stands between, its address is no proof of who asks.
+        This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need
+        none at all. Where a proxy stands between, its address is no proof of who asks.
         """
         s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
         secret, host = self.login()[1], headers.get("Host", "")
@@ -8262,7 +8262,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             name = re.sub(r":\d*$", "", host.lower()).strip("[].")
             ours = is_loopback(name) or name == s.hostname.lower()
             if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
-                raise HttpError(403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
+                raise HttpError(
+                    403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
         elif not s.api_token:
             raise HttpError(403, "only this machine, and no proxy, is served until "
                             "SMTP_API_TOKEN is set")
@@ -8271,10 +8272,11 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
-                raise BadRequest(f"{name[:100]}: not known here; expected {takes or 'no parameters'}")
+                raise BadRequest(
+                    f"{name[:100]}: not known here; expected {takes or 'no parameters'}")
 
     def read_fields(self) -> dict[str, Any]:
-        """Read the body's fields, of JSON or a form, in lower case: Mailpit reads names in any case.
+        """Read the body's fields, of JSON or a form: in lower case, for Mailpit takes any.
 
         An empty body has none; what cannot be read is refused: to guess could be to delete all.
         """
@@ -8338,7 +8340,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         return user, secret
 
     def heard(self) -> Any:
-        """Return what has come and was not read yet; None for nothing, b"" for a caller who has hung up."""
+        """Return what has come and was not read; None for nothing, b"" where it has hung up."""
         self.connection.setblocking(False)
         try:
             return self.rfile.peek(8) or self.connection.recv(8, socket.MSG_PEEK)
@@ -8369,7 +8371,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.body, unread = self.read_body(), False
             self.fields = self.read_fields()
             if found.access != OPEN:
-                working = [caller.client for caller in [*self.server.callers] if caller.since == math.inf]
+                callers = [*self.server.callers]
+                working = [caller.client for caller in callers if caller.since == math.inf]
                 if len(working) >= HTTP_WORKING or working.count(self.client) >= HTTP_PER_CLIENT:
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
                 self.since = math.inf
@@ -8402,7 +8405,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         if framed and not codings and not re.fullmatch("[0-9]{1,12}", framed[0]):
             raise HttpError(411, "Content-Length: expected a number of octets")
         # Node sends DELETE's body with no field that tells of it; and no body means all.
-        if not framed and self.command == "DELETE" and not re.match(b"[A-Z]+ |$", self.heard() or b""):
+        if not framed and self.command == "DELETE" and not re.match(
+                b"[A-Z]+ |$", self.heard() or b""):
             self.close_connection = True
             raise BadRequest("a body needs Content-Length, or Transfer-Encoding: chunked")
         if self.headers.get("Expect", "").lower() == "100-continue":
@@ -8446,13 +8450,15 @@ class Request(http.server.BaseHTTPRequestHandler):
         for name, value in fields.items():
             self.send_header(name, value)
         # Who sends Bearer, as our page does, asks for the token by itself: a browser need not.
-        asks = answer.kind.startswith("text/html") or "Bearer" in self.headers.get("Authorization", "")
+        login = self.headers.get("Authorization", "")
+        asks = "Bearer" in login or answer.kind.startswith("text/html")
         for scheme in ("Bearer", "Basic")[:2 - asks] if answer.status == 401 else ():
             self.send_header("WWW-Authenticate", f'{scheme} realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
         try:
-            for block in (answer.body if streamed else [answer.body]) if self.command != "HEAD" else ():
+            blocks = answer.body if streamed else [answer.body]
+            for block in blocks if self.command != "HEAD" else ():
                 self.wfile.write(block)
         finally:
             if streamed:
@@ -8468,7 +8474,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a bound socket, to so many connections, and to so many at work at once, in all and of one client.
+    """Serves HTTP on a bound socket; so many connections, so many at work, in all and of a client.
 
     So there is always a place for health and metrics: a relay that is busy is not to look dead.
     """
@@ -8485,11 +8491,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
 
     def service_actions(self) -> None:
-        """Cut off who takes too long to ask, and, where places run out, who has asked nothing for longest.
+        """Cut off who takes too long to ask, and where places run out, who is idle for longest.
 
         A time for each read would be anew with each octet.
         """
-        end, idle = time.monotonic() - HTTP_TIME, sorted(self.callers, key=lambda caller: caller.since)
+        end = time.monotonic() - HTTP_TIME
+        idle = sorted(self.callers, key=lambda caller: caller.since)
         for n, caller in enumerate(idle, HTTP_CONNECTIONS):
             if n < len(idle) or caller.since < end:
                 shut(caller.connection, socket.SHUT_RDWR)
@@ -8511,7 +8518,8 @@ def show_health(request: Request) -> Answer:
     d = request.relay
     beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
-    wrong = {"listeners": "" if time.monotonic() - beat < 5 else "no sign of life from the listeners",
+    lives = time.monotonic() - beat < 5
+    wrong = {"listeners": "" if lives else "no sign of life from the listeners",
              "workers": f"dead: {', '.join(dead)}" if dead else "",
              "spool": "", "accounts": d.reception.trouble()}
     try:
@@ -8557,11 +8565,12 @@ route("GET /livez", "200 while the process answers", OPEN)(lambda request: "OK\n
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
 def chosen(request: Request, *others: str) -> list[str] | None:
-    """Return the messages of a search, or that a body names by IDs or a Search; None for neither: all.
+    """Return the messages of a search, or of a body's IDs or Search; None for neither: all.
 
     A search for nothing, which finds all, is refused.
     """
-    given, ids, words = request.fields, request.strings("IDs"), take_field(request.fields, "Search", "")
+    given, ids = request.fields, request.strings("IDs")
+    words = take_field(given, "Search", "")
     if given and not given.keys() & {"ids", "search", *others} or ids and words:
         raise BadRequest("body: expected IDs or a Search, not both")
     searched = request.path.endswith("/search")
@@ -8592,7 +8601,8 @@ def list_messages(request: Request) -> Any:
     shown = {
         "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
         "messages_unread": page.unread, "start": start, "tags": list(tags),
-        "messages": [{**summary_json(item), "Status": status_of(inbox, item["ID"])} for item in page.items],
+        "messages": [{**summary_json(item), "Status": status_of(inbox, item["ID"])}
+                     for item in page.items],
     }
     misread = misread_terms(words, request.query.get("tz", ""))
     if misread:
@@ -8718,8 +8728,8 @@ def show_info(request: Request) -> Any:
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total")),
              "SMTPRejected": 0, "SMTPIgnored": 0, "MessagesDeleted": d.inbox.deleted}
     return {"Version": __version__, "LatestVersion": __version__, "Database": d.settings.spool,
-            "DatabaseSize": 0, "Messages": total, "Unread": unread, "Tags": tags, "RuntimeStats": stats,
-            "SMTPPort": d.port, "Delivery": d.settings.delivery,
+            "DatabaseSize": 0, "Messages": total, "Unread": unread, "Tags": tags,
+            "RuntimeStats": stats, "SMTPPort": d.port, "Delivery": d.settings.delivery,
             "RelayHost": ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)}
 
 
@@ -8751,7 +8761,8 @@ def mailhog_messages(request: Request) -> Any:
         return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
 
     def content(fields: Headers, body: bytes) -> dict[str, Any]:
-        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
+        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body),
+                "MIME": None}
 
     if request.path.endswith("/search"):
         if kind not in ("from", "to", "containing") or not request.words:
@@ -8764,7 +8775,8 @@ def mailhog_messages(request: Request) -> Any:
         sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
         items.append({
             "ID": mail.id, "Created": mail.record.received_at,
-            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo, "Data": decode_text(mail.raw)},
+            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo,
+                    "Data": decode_text(mail.raw)},
             "From": path(sender), "To": [path(address) for address in to],
             "Content": content(mail.fields, body), "MIME": {"Parts": parts} if parts else None,
         })
@@ -8848,7 +8860,8 @@ def show_faults(request: Request) -> Any:
             raise BadRequest("rules: expected a list of rules")
         given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
         try:
-            faults.change(with_chaos(faults.text, given) if chaos else "\n".join(request.strings("rules")))
+            faults.change(with_chaos(faults.text, given) if chaos
+                          else "\n".join(request.strings("rules")))
         except ValueError as e:
             raise BadRequest(str(e)) from None
     return to_chaos(faults.text) if chaos else {"rules": faults.text.splitlines()}
@@ -8874,8 +8887,9 @@ def account_json(request: Request, account: Account) -> dict[str, Any]:
     today, most = request.relay.reception.quotas.today(account.name), account.quota_daily
     shown = ("name", "allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
     used = today.get("received", 0)
-    return {**{name: getattr(account, name) for name in shown}, "has_api_key": bool(account.api_key),
-            "today": today, "used_today": used, "left_today": max(0, most - used) if most else None}
+    return {**{name: getattr(account, name) for name in shown},
+            "has_api_key": bool(account.api_key), "today": today, "used_today": used,
+            "left_today": max(0, most - used) if most else None}
 
 
 @route("GET /api/v1/users", "list accounts", takes="")
