@@ -4882,7 +4882,7 @@ def keep_together(crowded: bool, pick: int) -> None:
     woken in another's place only finds that the other has the lock. Each process picks another
     processor (-1 is the last); where this is not to be had, only speed is lost.
     """
-    if hasattr(os, "sched_setaffinity"):
+    if PROCESSORS:
         places = (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS
         policy = os.SCHED_BATCH if crowded else os.SCHED_OTHER
         with contextlib.suppress(OSError):
@@ -5158,7 +5158,6 @@ class Session:
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
             if not isinstance(e, (PeerGone, TimeoutError)):
                 reception.log.bug("session_bug", e, client=self.client)
-                words = INTERNAL._replace(code=421)
             if words:
                 self.wire.deadline = time.monotonic() + 1.0
                 with contextlib.suppress(PeerGone, TimeoutError):
@@ -5175,8 +5174,9 @@ class Session:
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        self.is_local = bool(named) and is_loopback(named)  # one not named may be anybody
-        return plain_address(named or self.client)
+        client = plain_address(named or self.client)
+        self.is_local = bool(named) and is_loopback(client)  # one not named may be anybody
+        return client
 
     def refusal(self) -> Reply | None:
         """Return why a client is not greeted, if so; where any login is good none is from afar."""
@@ -5691,12 +5691,11 @@ class Listener(socketserver.ThreadingTCPServer):
 class Receiving:
     """The receiving half: its listeners and the sessions they serve."""
 
-    def __init__(self, reception: Reception, plain: Iterable[socket.socket],
-                 tls: Iterable[socket.socket]) -> None:
+    def __init__(self, reception: Reception, plain: Sequence[socket.socket],
+                 tls: Sequence[socket.socket]) -> None:
         self.reception = reception
         self.stopped = threading.Event()
-        self.listeners = [Listener(sock, reception, at_once) for at_once, sockets in ((False, plain), (True, tls))
-                          for sock in sockets]
+        self.listeners = [Listener(sock, reception, sock in tls) for sock in (*plain, *tls)]
         self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
@@ -5775,17 +5774,13 @@ def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socke
             if bound and is_v6 and e.errno in lacks_ipv6:
                 log.warn("no_ipv6", address=address, error=e)
                 continue
-            close_all(bound)
+            for sock in bound:
+                sock.close()
             why = os.strerror(e.errno or 0)
             raise OSError(e.errno, f"{setting}: cannot listen on {address}: {why}") from None
         bound.append(sock)
         port = 0 if path else sock.getsockname()[1]
     return bound
-
-
-def close_all(sockets: Iterable[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()
 
 
 def socket_text(sock: socket.socket) -> str:
@@ -10307,7 +10302,8 @@ class Supervisor:
         threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
         parts.spool.maker = f"{row % 16:x}{secrets.token_hex(1)}"  # no two make the same id
         receives = row >= RECEIVING_ROW
-        close_all(parts.http + parts.submit if receives else parts.smtp + parts.smtps)
+        for sock in parts.http + parts.submit if receives else parts.smtp + parts.smtps:
+            sock.close()
         half: Receiving | Delivering = parts.receiving(row) if receives else parts.delivering()
         threading.stack_size(256 * KIB if receives else 4 * MIB)  # not the usual 8 MiB; deep JSON takes 2
         half.start()
