@@ -3601,13 +3601,14 @@ class Resolver:
 
 # === 13 DELIVERY =============================================================
 #
-# One attempt to pass a message on. A NextHop is one client connection, kept for the
-# next message; MAIL, RCPT and DATA go out in one segment where PIPELINING is offered.
-# A reply is judged by its first digit (RFC 5321 4.2), has a deadline of its own, which
-# counts from the last octet sent (4.5.3.2), and an end.
+# One attempt to pass a message on: who goes where (routes), places to try in turn, a
+# connection to each (NextHop, kept for the next message), one transaction for each
+# portion of recipients. MAIL, RCPT and DATA go out in one segment where PIPELINING is
+# offered. A reply is judged by its first digit (RFC 5321 4.2), has a deadline of its
+# own, which counts from the last octet sent (4.5.3.2), and an end.
 #
-# `classify` is the one rule from (stage, answer) to whom it concerns and whether it is
-# for good. Whom one host does not take for now is offered to the next in the same
+# MEANINGS is the one table from (stage, answer) to whether it is for good, and for this
+# message alone. Whom one host does not take for now is offered to the next in the same
 # attempt (5.1); whom a host has taken, or may have, to no other. An attempt returns an
 # Outcome for each recipient it settled, or that of the host, when the next hop itself
 # is what failed: this costs the message no attempt.
@@ -3815,8 +3816,8 @@ class NextHop:
             self.secure("connect")
         self.ask("greeting", below=300)
         self.hello()
-        alone = is_loopback(target.host) and not target.ip  # nobody listens there
-        if target.tls == "starttls" or target.tls == "opportunistic" and not alone:
+        if target.tls == "starttls" or target.tls == "opportunistic" and (
+                target.ip or not is_loopback(target.host)):  # else nobody can listen
             self.start_tls()
         if target.username:
             self.login()

@@ -4867,18 +4867,6 @@ def test_parameters_only_where_offered(start: Callable[..., Any], hop: Callable[
     assert [word for word in may_not.split() if word in mail] == []
 
 
-def test_utf8_addresses_need_smtputf8_at_the_next_hop(
-    start: Callable[..., Any], tmp_path: Path, hop: Callable[..., FakeHop]
-) -> None:
-    next_hop = hop(offers="8BITMIME")
-    with hello(start(SMTP_BOUNCE="0", **next_hop.settings())) as client:
-        client.ask("MAIL FROM:<ann@client.test> SMTPUTF8", "250")
-        client.ask("RCPT TO:<böb@hop.test>", "250")
-        client.content(b".\r\n")
-    assert "SMTPUTF8" in str(Spool(tmp_path / "spool").await_status("failed")["recipients"])
-    assert (next_hop.messages, next_hop.refused) == ([], [])
-
-
 def test_null_reverse_path_goes_out_as_it_came(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
     next_hop = hop()
     with hello(start(**next_hop.settings())) as client:
@@ -5078,12 +5066,6 @@ def test_one_recipient_fails_alone() -> None:
         assert statuses(relay, stem) == {"yes": DONE, "grey": DONE, "no": NEVER}
         assert [rs for rs, _ in hop.mails] == [["yes@x.test"], ["grey@x.test"]]
         assert message.recipients[2].reply == "5.1.1 no such user"
-
-
-def test_no_answer_after_the_dot_is_sent_again() -> None:
-    with FakeHop({"end": ["take"]}) as hop, relaying(hop) as relay:
-        assert finished(relay, send_to(relay, "bob@x.test")).status is smtprelay.Status.FORWARDED
-        assert len(hop.mails) == 2
 
 
 def test_the_transcript_is_kept_and_shows_no_secret() -> None:
