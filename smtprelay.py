@@ -2582,7 +2582,8 @@ class Watched:
         stamps, value = self.stamps(), self.seen[1]  # first: a change while reading is seen the next time
         try:
             value, self.trouble = self.read(), ""
-            self.log.info(f"{self.name}_reread", files=", ".join(self.paths))
+            if self.paths:
+                self.log.info(f"{self.name}_reread", files=", ".join(self.paths))
         except (SettingsError, OSError) as error:
             self.trouble = f"{self.name} {', '.join(self.paths)}: {error}"
             self.log.error(f"{self.name}_broken", reason=self.trouble, now="what was last good stays")

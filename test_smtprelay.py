@@ -3015,14 +3015,16 @@ def test_what_is_secret_is_in_no_repr() -> None:
     assert ["name", *smtprelay.ACCOUNT_KEYS] == names
 
 
-def test_account_of_the_environment(tmp_path: Path) -> None:
+def test_account_of_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: Any = {"auth_user": "env", "auth_password": "x"}
     both = store(tmp_path, {"a": {"password": "y", "api_key": "", "allowed_domains": []}}, **settings)
     assert both.get("a") == smtprelay.Account("a", "y")  # empty is not set
     assert [each.name for each in both.listed()] == ["a", "env"] and both.login("env", "x")[1]
     with pytest.raises(smtprelay.SettingsError, match="SMTP_AUTH_USER has the same name"):
         store(tmp_path, {"env": {"password": "y"}}, **settings)
-    assert not smtprelay.Accounts(smtprelay.Settings(), LOG).configured()
+    nobody = smtprelay.Accounts(smtprelay.Settings(), LOG)
+    nobody.file.reload()
+    assert not nobody.configured() and "reread" not in caplog.text  # there is no file
 
 
 def test_what_should_not_stay_so_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
