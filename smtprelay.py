@@ -2057,7 +2057,7 @@ def read_whole(path: str) -> bytes:
 
 def open_small(path: str) -> BinaryIO:
     """Open a file; a small one is read at once, which costs fewer system calls."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
         start = os.read(fd, READ_AT_ONCE)
     finally:
@@ -2185,6 +2185,8 @@ class Spool:
     def names(self) -> Iterator[tuple[str, Status | None]]:
         """Yield the stem of each message by age, with the status of a finished one."""
         for day in sorted(filter(re.compile(DATE).fullmatch, self.store.names(self.root))):
+            if os.path.islink(f"{self.root}/{day}"):
+                continue  # what is elsewhere is not ours
             try:
                 names = sorted(self.store.names(f"{self.root}/{day}"), reverse=True)
             except OSError as e:
@@ -2230,7 +2232,9 @@ class Spool:
             return self.sealer.reader(file, stem + (".eml" if end == ".eml" else ".json"))
         except (FileNotFoundError, KeyError):
             raise KeyError(stem) from None
-        except IsADirectoryError:
+        except OSError as e:
+            if e.errno not in (errno.EISDIR, errno.ELOOP):
+                raise
             raise SpoolError(f"{stem}{end} is no file") from None
 
     def content(self, stem: str) -> BinaryIO:
