@@ -7172,12 +7172,11 @@ button.plain:hover { color: var(--ink); }
 .busy::after { content: " …"; }
 /* The bar */
 header { gap: 4px 20px; padding: 8px 16px; }
-header b { font-weight: 650; letter-spacing: -.015em; }
 nav { gap: 16px; }
 nav a { padding: 4px 0; text-decoration: none; }
 nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
-nav span, #live, th { font-size: 12px; }
+nav span, #live, th, .hours, figcaption, .row :is(time, .status, .files) { font-size: 12px; }
 [role=search] { flex: 1; }
 #search { display: block; width: 100%; max-width: 480px; margin: auto; background: var(--wash);
   border-color: var(--line); }
@@ -7198,7 +7197,6 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 #strip g:hover .hit { fill: var(--pick); }
 #strip .axis { fill: var(--line); }
 .hours { display: grid; grid-template-columns: repeat(4, 1fr); }
-.hours, figcaption { font-size: 11.5px; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
 figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space: nowrap; }
 #tools { padding: 4px 10px 4px 16px; font-size: 12px; }
@@ -7209,7 +7207,6 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 .row div { gap: 10px; align-items: baseline; white-space: nowrap; cursor: default; }
 .row .clip { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .row .clip bdi + bdi { margin-left: 6px; }
-.row :is(time, .status, .files) { font-size: 12px; }
 .row:hover { background: var(--paper); }
 .row.cursor { box-shadow: inset 3px 0 var(--edge); }
 .row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
@@ -7448,13 +7445,12 @@ async function api(method, path, body) {
 const get = async path => (await api('GET', path)).json();
 const mail = (id, part = '') => `api/v1/message/${enc(id)}${part}`;
 /* All requests that met a 401 wait for this one form. The token is kept in memory alone. */
-let login = null;
 function logIn() {
   const note = state.token ? 'That token was not accepted.' : 'This needs the API token.';
-  login ||= ask('Log in', note, 'Log in', [{name: 'token', label: 'Token', type: 'password',
+  logIn.asked ||= ask('Log in', note, 'Log in', [{name: 'token', label: 'Token', type: 'password',
     required: ''}], '')
-    .then(form => { state.token = form?.token || ''; login = null; });
-  return login;
+    .then(form => { state.token = form?.token || ''; logIn.asked = null; });
+  return logIn.asked;
 }
 
 /* == Listening == */
@@ -7967,12 +7963,11 @@ async function removeUser(name) {
 }
 
 /* == Saying and asking == */
-let silence = 0;
 function say(text) {
-  clearTimeout(silence);
+  clearTimeout(say.timer);
   $('said').textContent = text;
   $('said').classList.add('shown');
-  silence = setTimeout(() => $('said').classList.remove('shown'), 4000);
+  say.timer = setTimeout(() => $('said').classList.remove('shown'), 4000);
 }
 /* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
 function ask(title, note, verb, fields = [], cancel = 'Cancel') {
@@ -8032,9 +8027,8 @@ function press(event) {
 }
 
 /* == Beginning == */
-let typing = 0;
 function search() {
-  clearTimeout(typing);
+  clearTimeout(search.timer);
   const query = $('search').value.trim(), hash = query ? '#/search/' + enc(query) : '#/inbox';
   if (query === state.query && state.view === 'inbox') return;
   if (state.view !== 'inbox' || state.id) location.hash = hash;
@@ -8060,7 +8054,7 @@ function begin() {
   renderStrip();
   listen();
 }
-$('search').oninput = () => { clearTimeout(typing); typing = setTimeout(search, 150); };
+$('search').oninput = () => { clearTimeout(search.timer); search.timer = setTimeout(search, 150); };
 document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
 $('help').onclick = help;
 $('theme').onclick = switchTheme;
