@@ -4828,12 +4828,12 @@ class Faults:
         with self.shared() as state:
             return str(state["rules"])
 
-    def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault | None:
-        """Return what is to be played at a stage, None for the true answer.
+    def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault:
+        """Return what is to be played at a stage, without a reply for the true answer.
 
         Each rule that matches counts as reached; delays add up to the first that answers.
         """
-        last, delay, fits = None, 0.0, fnmatch.fnmatchcase
+        last, delay, fits = Fault("", stage, {}), 0.0, fnmatch.fnmatchcase
         with self.shared() as state:
             counts = state["counts"]
             for number, fault in enumerate(read_faults(state["rules"])):
@@ -4850,7 +4850,7 @@ class Faults:
                     last, delay = fault, delay + fault.delay
                     if fault.reply:
                         break
-        return last._replace(delay=delay) if last else None
+        return last._replace(delay=delay)
 
 
 # === 16 SESSION ==============================================================
@@ -5060,22 +5060,21 @@ class Reception:
 
         Raises Refused with the reply that a session would give.
         """
-        draft = None
         try:
             if not envelope.recipients:
                 raise Refused(NO_RECIPIENTS)
             if len(envelope.recipients) > self.settings.max_recipients:
                 raise Refused(TOO_MANY_RECIPIENTS)
             draft, content = self.begin(envelope)
-            for block in blocks:
-                content.feed(block)
-            return self.keep(draft, content, envelope)
+            try:
+                for block in blocks:
+                    content.feed(block)
+                return self.keep(draft, content, envelope)
+            finally:
+                draft.abort()
         except Refused as e:
             self.refused(e.reply, envelope.client, envelope.user)
             raise
-        finally:
-            if draft:
-                draft.abort()
 
     def begin(self, envelope: Envelope, lenient: bool = False) -> tuple[Draft, Content]:
         """Begin a message; in hold mode only a copy that somebody released is owed to anybody."""
@@ -5129,9 +5128,8 @@ class Session:
         self.account = NOBODY
         self.failed_logins = self.errors = 0
         self.over = self.quitting = False
-        now = time.monotonic()
-        self.latest = now + self.settings.session_timeout
-        self.wire = Wire(sock, min(now + self.settings.command_timeout, self.latest))
+        self.latest = time.monotonic() + self.settings.session_timeout
+        self.wire = Wire(sock, min(time.monotonic() + self.settings.command_timeout, self.latest))
         self.helo, self.extended = "", False  # extended: it was EHLO
         self.envelope: Envelope | None = None
         self.draft: Draft | None = None
@@ -5266,8 +5264,7 @@ class Session:
         if not faults.on[0]:
             return None
         sender = self.envelope.reverse_path if self.envelope else ""
-        answer = faults.answer(stage, sender, *recipients)
-        return answer and answer.play(lambda: self.reception.stopping)
+        return faults.answer(stage, sender, *recipients).play(lambda: self.reception.stopping)
 
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
@@ -5496,18 +5493,13 @@ class Session:
             self.wire.write(reply_octets(GO_AHEAD))
         content = self.content or Content(lambda block: None, 0)
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
-        self.wire.bulk = True
-        try:
-            if chunk:
-                for block in self.wire.blocks(int(chunk[1])):
-                    content.feed(block)
-            else:
-                read_data(self.wire, content)
-        except Exception:
-            self.over = True  # what is left of the content must not be taken for commands
-            raise
-        finally:
-            self.wire.bulk = False
+        self.wire.bulk = self.over = True  # what is left of content that breaks off is not to be taken for commands
+        if chunk:
+            for block in self.wire.blocks(int(chunk[1])):
+                content.feed(block)
+        else:
+            read_data(self.wire, content)
+        self.wire.bulk = self.over = False
         if reply or chunk and not (chunk[2] or content.fault or content.error):
             return reply or OK
         assert envelope and self.draft
