@@ -3022,6 +3022,7 @@ def test_account_of_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert [each.name for each in both.listed()] == ["a", "env"] and both.login("env", "x")[1]
     with pytest.raises(smtprelay.SettingsError, match="SMTP_AUTH_USER has the same name"):
         store(tmp_path, {"env": {"password": "y"}}, **settings)
+    caplog.set_level(logging.INFO)
     nobody = smtprelay.Accounts(smtprelay.Settings(), LOG)
     nobody.file.reload()
     assert not nobody.configured() and "reread" not in caplog.text  # there is no file
