@@ -5861,7 +5861,8 @@ euc_jp: eucjp cseucpkdfmtjapanese
 iso2022_jp_ext: iso2022jp iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221
 cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56 korean cseuckr csksc56011987 isoir149 uhc
 iso2022_kr: iso2022kr csiso2022kr
-utf_16_le: utf16 utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2
+utf_16: utf16
+utf_16_le: utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2
 utf_16_be: utf16be unicodefffe
 utf_32: utf32
 utf_7: utf7 unicode11utf7 csunicode11utf7
@@ -5887,10 +5888,8 @@ def decode_text(octets: bytes, charset: str = "") -> str:
     No label, one that is unknown, or US-ASCII: it is UTF-8 if it can be, else what HTML's own
     <meta> says, else windows-1252.
     """
-    marks = {b"\xef\xbb\xbf": "utf_8", b"\xff\xfe": "utf_16_le", b"\xfe\xff": "utf_16_be"}
-    for mark, codec in marks.items():
-        if octets.startswith(mark):
-            return octets[len(mark):].decode(codec, "replace")
+    if octets.startswith(b"\xef\xbb\xbf"):
+        octets, charset = octets[3:], "utf-8"
     codec = find_codec(charset)
     if not codec:
         with contextlib.suppress(UnicodeDecodeError):
@@ -6001,8 +6000,7 @@ class Part(NamedTuple):
     @property
     def encoding(self) -> str:
         """The transfer encoding, of which senders write "base64;" and "base64 (with a comment)"."""
-        field = header(self.headers, "content-transfer-encoding").strip("\"' ").lower()
-        return re.split(r"[\s;(]", field, maxsplit=1)[0]
+        return header_parameters(header(self.headers, "content-transfer-encoding"))[0]
 
     @property
     def content(self) -> bytes:
@@ -6050,7 +6048,9 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     pattern = (r'(?<![^\s;="(),])([^\s;="(),]+?)(?:\*(\d{1,3}))?(\*?)\s*=\s*'
                r'(?:"((?:[^"\\]|\\.)*)"?|([^;\s"]*(?:[ \t]+(?![^\s;=]+\s*=)[^;\s]+)*))')
     for name, number, encoded, quoted, plain in re.findall(pattern, value):
-        name, text = name.lower(), re.sub(r"\\(.)", r"\1", quoted) or plain.strip()
+        name = name.lower()
+        plain = plain if name in ("name", "filename") else plain.partition(" (")[0]
+        text = re.sub(r"\\(.)", r"\1", quoted) or plain
         if name in found and not number and not encoded:
             continue
         if number in ("", "0"):
@@ -6059,12 +6059,8 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
                 charsets[name], _, text = text.split("'", 2)
         found.setdefault(name, {})[int(number or 0)] = (
             urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace"))
-    more = {}
-    for name, pieces in found.items():
-        text = decode_text(b"".join(piece for _, piece in sorted(pieces.items())), charsets.get(name, ""))
-        named = name in ("name", "filename")
-        more[name] = text if named else re.sub(r"\([^()]*\)", "", text).strip()
-    return word, more
+    return word, {name: decode_text(b"".join(v for _, v in sorted(pieces.items())), charsets.get(name, ""))
+                  for name, pieces in found.items()}
 
 
 ENDINGS = """
@@ -6129,17 +6125,16 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
 
 def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
     """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
-    mark, begin = boundary.encode("utf-8", "replace"), -1
-    pieces: list[tuple[int, int]] = []
-    for line in re.compile(rb"\n--([^\n]*)").finditer(raw, start - 1, end):
+    mark = boundary.encode("utf-8", "replace")
+    lines: list[re.Match[bytes]] = []
+    for line in re.compile(rb"\r?\n--([^\n]*)").finditer(raw, start - 1, end):
         tail = line[1].rstrip()
-        if tail in (mark, mark + b"--"):
-            stop = line.start() - (raw[line.start() - 1] == 13)
-            pieces += [(begin, max(begin, stop))] if begin >= 0 else []
-            begin = min(line.end() + 1, end) if tail == mark else end
-            if tail != mark or len(pieces) == PART_LIMIT:
-                return pieces
-    return [*pieces, (begin, end)] if begin >= 0 else pieces
+        lines += [line] if tail in (mark, mark + b"--") else []
+        if tail == mark + b"--" or len(lines) > PART_LIMIT:
+            break
+    begins = [min(line.end() + 1, end) for line in lines if line[1].rstrip() == mark]
+    ends = [*(line.start() for line in lines[1:]), end]
+    return [(begin, max(begin, end)) for begin, end in zip(begins, ends)]
 
 
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
@@ -6292,8 +6287,7 @@ NO_LINK = r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|fi
 
 def unescape(text: str) -> str:
     """Replace HTML's entities; a number too long for any character is none, whatever its base."""
-    text = re.sub(r"(?i)&#(x?)0+(?=[0-9a-f])", r"&#\1", text)
-    return html.unescape(re.sub(r"(?i)&#(?:x[0-9a-f]{7,}|[0-9]{8,});?", "\ufffd", text))
+    return html.unescape(re.sub(r"(?i)&#(?:x[0-9a-f]{9,}|[0-9]{9,});?", "\ufffd", text))
 
 
 def attributes(tag: str) -> dict[str, str]:
@@ -6514,8 +6508,10 @@ def own_tags(mail: Email) -> list[str]:
 def clean_tags(tags: Iterable[str]) -> list[str]:
     """Sort tags, the first spelling of each, without the signs that Mailpit takes out of them."""
     cleaned = (" ".join(re.sub(r"[^\w .@-]", "", tag).split())[:100] for tag in tags)
-    tags = {tag.lower(): tag for tag in reversed(list(cleaned)) if tag}
-    return sorted(tags.values(), key=str.lower)
+    known: dict[str, str] = {}
+    for tag in filter(None, cleaned):
+        known.setdefault(tag.lower(), tag)
+    return [tag for _, tag in sorted(known.items())]
 
 
 def clean(text: str) -> str:
@@ -6536,12 +6532,9 @@ SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
     "addressed": "From To Cc Bcc ReplyTo", "recipient": "To Cc Bcc",
     "subject": "Subject", "message-id": "MessageID", "": "From To Cc Bcc ReplyTo Subject Snippet",
 }
-SEARCH_STATES: dict[str, Test] = {
-    "is:read": lambda item: bool(item["Read"]),
-    "is:unread": lambda item: not item["Read"],
-    "is:tagged": lambda item: bool(item["Tags"]),
-    "has:attachment": lambda item: bool(item["Attachments"]),
-    "has:inline": lambda item: bool(item["inline"]),
+SEARCH_STATES = {  # the field, and whether there must be anything in it
+    "is:read": ("Read", True), "is:unread": ("Read", False), "is:tagged": ("Tags", True),
+    "has:attachment": ("Attachments", True), "has:inline": ("inline", True),
 }
 SEARCH_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "larger": ("Size", operator.gt), "smaller": ("Size", operator.lt),
@@ -6603,15 +6596,14 @@ def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term in lower case, None where it is no search word or its value is none."""
     name, _, value = term.partition(":")
     value = clean(value)
-    state = SEARCH_STATES.get(f"{name}:{value.rstrip('s')}")
-    if state or not value or not name:
-        return state
-    if name in SEARCH_FIELDS:
+    if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
+        return lambda item: bool(item[state[0]]) is state[1]
+    if name in SEARCH_FIELDS and name and value:
         return functools.partial(fields_hold, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
     field, compare = SEARCH_LIMITS.get(name, ("", operator.eq))
-    limit = (search_size(value) if field == "Size" else field and search_moment(value, zone))
+    limit = search_size(value) if field == "Size" else field and search_moment(value, zone)
     return (lambda item: compare(item[field], limit)) if limit else None
 
 
@@ -6656,11 +6648,11 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
 class Entry:
     """A message in the inbox: its place, and what does not change of what is shown, packed."""
 
-    __slots__ = ("found", "id", "packed", "sequence", "stem")
+    packed = b""
+    found: Sequence[str] = ()  # the tags that it came with, and those by rule
 
     def __init__(self, stem: str, sequence: int) -> None:
-        self.id, self.stem, self.sequence, self.packed = stem[11:27], stem, sequence, b""
-        self.found: Sequence[str] = ()  # the tags that it came with, and those by rule
+        self.id, self.stem, self.sequence = stem[11:27], stem, sequence
 
 
 class Listing(NamedTuple):
@@ -6990,14 +6982,6 @@ def read_each(body: Any, path: str, read: Callable[[Any, str], Value]) -> list[V
     return [read(v, f"{path}[{n}]") for n, v in enumerate(take_field(body, path, []))]
 
 
-def release_to(body: Any) -> list[str]:
-    """Read the recipients of a release; raises BadRequest."""
-    to = read_each(body, "To", read_mailbox)
-    if not to:
-        raise BadRequest("To: no recipients")
-    return to
-
-
 def compose(body: Any) -> tuple[bytes, str, list[str]]:
     """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest.
 
@@ -7009,9 +6993,8 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
     recipients = [address for _, address in (*to, *cc)] + read_each(body, "Bcc", read_mailbox)
     if not recipients:
         raise BadRequest("To: no recipients")
-    fields = {"Date": email.utils.formatdate(), "Subject": take_field(body, "Subject", "")}
-    tags = ", ".join(clean_tags(map(str, take_field(body, "Tags", []))))
-    fields.update({"X-Tags": tags} if tags else {})
+    fields = {"Date": email.utils.formatdate(), "Subject": take_field(body, "Subject", ""),
+              "X-Tags": ", ".join(clean_tags(map(str, take_field(body, "Tags", []))))}
     for name, value in take_field(body, "Headers", {}).items():
         if re.fullmatch(OWN_FIELDS, name) or not re.fullmatch(r"[!-9;-~]{1,76}", name):
             raise BadRequest(f"Headers: cannot set {name[:76]!r}")
@@ -7019,10 +7002,10 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
     if "message-id" not in map(str.lower, fields):
         fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
     try:
-        head = {name: folded(value, name) for name, value in fields.items()}
-        for name, people in ("From", [sender]), ("To", to), ("Cc", cc), ("Reply-To", reply_to):
-            head.update({name: ",\r\n ".join(who for who, _ in people)} if people else {})
-        lines = [f"{name}: {value}\r\n" for name, value in head.items()]
+        head = {"From": sender[0], **{name: ",\r\n ".join(who for who, _ in people) for name, people
+                                      in (("To", to), ("Cc", cc), ("Reply-To", reply_to))}}
+        head.update({name: folded(value, name) for name, value in fields.items()})
+        lines = [f"{name}: {value}\r\n" for name, value in head.items() if value]
         content = "".join([*lines, "MIME-Version: 1.0\r\n"]).encode() + written_body(body)
     except UnicodeEncodeError as e:  # half of a pair of surrogates
         raise BadRequest(f"body: {e}") from None
@@ -8668,7 +8651,9 @@ def view(request: Request) -> Any:
 @route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
        "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
 def release_message(request: Request) -> None:
-    to, beyond = release_to(request.fields), take_field(request.fields, "Beyond", False)
+    to, beyond = read_each(request.fields, "To", read_mailbox), take_field(request.fields, "Beyond", False)
+    if not to:
+        raise BadRequest("To: no recipients")
     request.relay.postmaster.release(request.item()["ID"], to, beyond)
 
 
