@@ -5944,11 +5944,10 @@ def decode_words(value: str) -> str:
 
 def addresses(value: str) -> list[Person]:
     """Read an address list, its names decoded."""
-    common = re.fullmatch(COMMON_ADDRESS, value)
-    if common:  # ten times as fast
-        return [{"Name": (common[1] or "").strip(), "Address": common[2] or common[3]}]
-    pairs = read_addresses(value)
-    if not any("@" in address for _, address in pairs) and "=?" in value:  # encoded whole
+    common = re.fullmatch(COMMON_ADDRESS, value)  # ten times as fast
+    pairs = ([((common[1] or "").strip(), common[2] or common[3])] if common
+             else read_addresses(value))
+    if "=?" in value and not any("@" in address for _, address in pairs):  # encoded whole
         pairs = read_addresses(decode_words(value))
     return [{"Name": decode_words(name), "Address": decode_words(address)}
             for name, address in pairs]
@@ -6092,7 +6091,7 @@ def first_octets_type(head: bytes) -> str:
 def true_type(part: Part) -> str:
     """Tell a part's type: of what is sent as any octets, or as an image, by the first octets."""
     if part.content_type.startswith("image/") or part.content_type.endswith("/octet-stream"):
-        head = unbase64(part.raw[:800]) if part.encoding == "base64" else part.content[:600]
+        head = part._replace(raw=part.raw[:800]).content
         return first_octets_type(head) or part.content_type
     return part.content_type
 
@@ -6193,10 +6192,9 @@ class Email:
     @functools.cached_property
     def people(self) -> dict[str, list[Person]]:
         """Who is named in all fields of a name: From has one, Bcc those whom no field names, too."""
-        people: dict[str, list[Person]] = {"from": [], "to": [], "cc": [], "bcc": [], "reply-to": []}
-        for name, value in self.fields:
-            if name.lower() in people:
-                people[name.lower()] += addresses(value)
+        people = {name: [person for key, value in self.fields if key.lower() == name
+                         for person in addresses(value)]
+                  for name in ("from", "to", "cc", "bcc", "reply-to")}
         unread = decode_words(header(self.fields, "from"))[:1000]
         people["from"] = people["from"] or [{"Name": unread, "Address": ""}]
         named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in people[name]}
@@ -6282,7 +6280,8 @@ BLOCK_ELEMENT = "/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)
 ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
 URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
        r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
-NO_LINK = r"(?i)(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):"
+LINK = (r"(?i)(?!(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):)"
+        r"[a-z][a-z0-9+.-]*:.")
 
 
 def unescape(text: str) -> str:
@@ -6312,7 +6311,7 @@ def links(text: str, page: str) -> list[str]:
     for tag in re.finditer(TAG, page[:TEXT_LIMIT]):
         if tag[2] and tag[2].lower() in ("a", "area"):
             url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
-            found += [url.replace(" ", "%20")] if re.match(r"[A-Za-z][\w+.-]*:.", url) else []
+            found.append(url.replace(" ", "%20"))
     pairs = {")": "(", "]": "[", "}": "{"}
     for match in re.finditer(URL, text) if "://" in text else ():
         # What ends the sentence is not the link's, nor is a mark that stands before it, too.
@@ -6322,7 +6321,7 @@ def links(text: str, page: str) -> list[str]:
         while url[-1] in ends or url.count(url[-1]) > url.count(pairs.get(url[-1], url[-1])):
             url = url[:-1]
         found.append(url)
-    return [url for url in dict.fromkeys(found) if not re.match(NO_LINK, url)]
+    return [url for url in dict.fromkeys(found) if re.match(LINK, url)]
 
 
 # Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
@@ -6429,7 +6428,7 @@ def view_html(mail: Email) -> str:
     def own(tag: re.Match[str]) -> str:
         name = tag[1].lower()
         if name in ("a", "area"):
-            here = "#" in tag[2] and attributes(tag[2]).get("href", "").strip().startswith("#")
+            here = attributes(tag[2]).get("href", "").strip().startswith("#")
             return f"<{tag[1]} {'target=_self' if here else 'target=_blank rel=noopener'}{tag[2]}"
         rel = attributes(tag[2]).get("rel", "") if name == "link" else ""
         if set(rel.lower().split()) in ({"stylesheet"}, {"alternate", "stylesheet"}):
@@ -6508,10 +6507,8 @@ def own_tags(mail: Email) -> list[str]:
 def clean_tags(tags: Iterable[str]) -> list[str]:
     """Sort tags, the first spelling of each, without the signs that Mailpit takes out of them."""
     cleaned = (" ".join(re.sub(r"[^\w .@-]", "", tag).split())[:100] for tag in tags)
-    known: dict[str, str] = {}
-    for tag in filter(None, cleaned):
-        known.setdefault(tag.lower(), tag)
-    return [tag for _, tag in sorted(known.items())]
+    tags = {tag.lower(): tag for tag in reversed(list(cleaned)) if tag}
+    return sorted(tags.values(), key=str.lower)
 
 
 def clean(text: str) -> str:
@@ -6702,10 +6699,6 @@ class Inbox:
         with self.changed:
             return self.entries[next(reversed(self.entries), "") if id == "latest" else id]
 
-    def load(self, id: str) -> Message:
-        """Give the record of a message; KeyError or OSError when it is gone."""
-        return self.spool.load(self.entry(id).stem)
-
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
         with self.changed:
@@ -6716,11 +6709,6 @@ class Inbox:
                 self.given.pop(id, None)
             self.deleted += len(gone)
             return gone
-
-    def ids(self) -> list[str]:
-        """Give the ids of all messages, oldest first."""
-        with self.changed:
-            return list(self.entries)
 
     def close(self) -> None:
         """Send every waiter away empty-handed."""
@@ -6738,8 +6726,7 @@ class Inbox:
         """
         deadline, newest, seen = time.monotonic() + timeout, since is None, since or 0
         while True:
-            with self.changed:
-                last, fresh = self.last, self.after(seen)
+            last, fresh = self.last, self.after(seen)
             found = next(self.matching(fresh if newest else fresh[::-1], query), None)
             left = deadline - time.monotonic()
             if found or left <= 0 or gone():
@@ -6752,9 +6739,10 @@ class Inbox:
                     return None
 
     def after(self, since: int = 0) -> list[Entry]:
-        """The entries numbered above `since`, newest first; the caller holds the lock."""
-        newest_first = reversed(self.entries.values())
-        return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
+        """The entries numbered above `since`, newest first."""
+        with self.changed:
+            newest_first = reversed(self.entries.values())
+            return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
 
     def chosen(self, ids: Iterable[str] | None) -> list[str]:
         """Those of some ids that are here, all for None; the caller holds the lock."""
@@ -6812,29 +6800,25 @@ class Inbox:
         """Find a message by its id; `latest` is the newest that matches the query."""
         if id == "latest":
             return self.wait(query, timeout=0)
-        with self.changed:
-            entry = self.entries.get(id)
+        entry = self.entries.get(id)
         return self.shown(entry) if entry else None
 
     def search(self, query: Query = ALL, start: int = 0, limit: int = 50) -> Listing:
         """List the messages that match, newest first; limit 0 is none."""
-        with self.changed:
-            entries = self.after()
+        entries = self.after()
         page = slice(start, start + limit if limit else None)
         if query == ALL:  # only the page itself needs summaries
             shown = list(self.matching(entries[page], ALL))
-            return Listing(shown, len(entries), sum(e.id not in self.seen for e in entries))
+            return Listing(shown, len(entries), len(self.entries.keys() - self.seen))
         found = list(self.matching(entries, query))
         return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
         """Count all messages, those unread, and those with each tag, as far as known."""
         self.summarise_rest(within=0.2)
-        with self.changed:
-            entries = self.after()
+        entries = self.after()
         tags = collections.Counter(tag for entry in entries for tag in self.tags(entry))
-        unread = sum(entry.id not in self.seen for entry in entries)
-        return len(entries), unread, dict(sorted(tags.items()))
+        return len(entries), len(self.entries.keys() - self.seen), dict(sorted(tags.items()))
 
     def mark(self, ids: Iterable[str] | None, read: bool) -> None:
         """Mark messages read or unread, all for None."""
@@ -6852,9 +6836,7 @@ class Inbox:
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
         self.summarise_rest()
-        with self.changed:
-            entries = self.after()
-        for entry in entries:
+        for entry in self.after():
             tags = self.tags(entry)
             if old.lower() in map(str.lower, tags):
                 self.tag([entry.id], (new if t.lower() == old.lower() else t for t in tags))
@@ -6862,9 +6844,7 @@ class Inbox:
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
         deadline = time.monotonic() + within
-        with self.changed:
-            rest = [entry for entry in self.after()[:most] if not entry.packed]
-        for entry in rest:
+        for entry in [entry for entry in self.after()[:most] if not entry.packed]:
             if self.closed or time.monotonic() > deadline:
                 break
             self.shown(entry)
@@ -6910,9 +6890,8 @@ def waited_json(item: Item, mail: Email) -> dict[str, Any]:
     errors = {
         "it names no link": not good,
         "it names a link that is not of http, https or mailto": good != found,
-        "List-Unsubscribe-Post is not List-Unsubscribe=One-Click":
-            post and post != "List-Unsubscribe=One-Click",
-        "one click needs an https link": post and not one_click,
+        "List-Unsubscribe-Post is not List-Unsubscribe=One-Click, or there is no https link":
+            post and not (post == "List-Unsubscribe=One-Click" and one_click),
     }
     wrong = ", ".join(text for text, holds in errors.items() if holds and (listed or post))
     return {
@@ -6931,10 +6910,11 @@ def headers_json(mail: Email) -> dict[str, list[str]]:
 
     Return-Path and Bcc are there as the envelope has them, as in Mailpit.
     """
-    fields = [(string.capwords(name, "-"), value) for name, value in mail.fields]
-    ours = {"Return-Path": f"<{mail.reverse_path}>", "Bcc": ", ".join(p["Address"] for p in mail.people["bcc"])}
-    fields += [field for field in ours.items() if field[1] and field[0] not in dict(fields)]
-    return grouped(sorted(fields, key=lambda field: field[0]))
+    found = grouped([(string.capwords(name, "-"), value) for name, value in mail.fields])
+    found.setdefault("Return-Path", [f"<{mail.reverse_path}>"])
+    if mail.people["bcc"]:
+        found.setdefault("Bcc", [", ".join(person["Address"] for person in mail.people["bcc"])])
+    return dict(sorted(found.items()))
 
 
 def grouped(headers: Headers) -> dict[str, list[str]]:
@@ -8556,7 +8536,7 @@ def chosen(request: Request, *others: str) -> list[str] | None:
 def status_of(inbox: Inbox, id: str) -> str:
     """Return a message's status, "" when it is gone."""
     try:
-        return inbox.load(id).status.value
+        return inbox.spool.load(inbox.entry(id).stem).status.value
     except (KeyError, OSError, SpoolError):
         return ""
 
@@ -10034,7 +10014,7 @@ class Postmaster:
     def remove(self, ids: list[str] | None) -> None:
         """Remove messages, all for None; one that is being delivered at this moment is left."""
         d, busy = self.half, []
-        for id in d.inbox.ids() if ids is None else ids:
+        for id in list(d.inbox.entries) if ids is None else ids:
             with contextlib.suppress(KeyError):
                 stem = d.inbox.entry(id).stem
                 task = d.scheduler.seize(stem)

@@ -8137,7 +8137,7 @@ def test_what_a_person_did_survives_a_restart(tmp_path: Path) -> None:
                 submit(relay, f"n{n}")
                 assert inbox.wait(smtprelay.ALL, since=seen, timeout=10)
                 seen = inbox.last
-            first, second, _ = inbox.ids()
+            first, second, _ = list(inbox.entries)
             inbox.mark([first], True)
             inbox.tag([second], ["Kept"])
             wait_until((spool / "inbox.json").exists)  # at once, not only at the end
@@ -11433,7 +11433,7 @@ def test_half_a_line_in_the_link_is_no_message(start: Any) -> None:
     relay = start()
     os.write(relay.parts.link.writer, b"11-21/0123\n")
     stem = said_stem(relay)
-    assert [relay.delivering.inbox.entry(id).stem for id in relay.delivering.inbox.ids()] == [stem]
+    assert [relay.delivering.inbox.entry(id).stem for id in list(relay.delivering.inbox.entries)] == [stem]
 
 
 def test_a_second_signal_to_stop_gives_no_more_time(monkeypatch: Any) -> None:
