@@ -5832,39 +5832,22 @@ def header(headers: Headers, name: str) -> str:
 # is iso885911987), behind the Python codec that senders mean, a superset where that is usual.
 # Labels in a registry's manner (iso8859N, latinN, cp125N) are read by rule.
 CHARSETS = """
-utf_8: utf8 unicode11utf8 unicode20utf8
-cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819 isoir100 csisolatin1 ansix341968 iso646us 437us
-cp1254: iso88599 iso885991989 latin5 l5 isoir148 csisolatin5
-cp874: iso885911 tis620 dos874
-iso8859_2: l2 isoir101 csisolatin2
-iso8859_3: l3 isoir109 csisolatin3
-iso8859_4: l4 isoir110 csisolatin4
-iso8859_5: isoir144 csisolatincyrillic cyrillic
-iso8859_6: arabic asmo708 csiso88596e csiso88596i csisolatinarabic ecma114 iso88596e iso88596i isoir127
-iso8859_7: csisolatingreek ecma118 elot928 greek greek8 isoir126 suneugreek
-iso8859_8: csiso88598e csiso88598i csisolatinhebrew hebrew iso88598e iso88598i isoir138 visual logical
-iso8859_10: latin6 l6 isoir157 csisolatin6
-iso8859_13: latin7
-iso8859_14: latin8
-iso8859_15: latin9 l9 latin0 csisolatin9
-iso8859_16: latin10 l10
-cp866: 866 ibm866 csibm866
-koi8_r: koi koi8 koi8r cskoi8r
-koi8_u: koi8u koi8ru
-mac_roman: macintosh mac macroman csmacintosh
-mac_cyrillic: maccyrillic macukrainian
-gb18030: gb18030 gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280 isoir58 euccn
-hz: hz hzgb2312
-big5hkscs: big5 big5hkscs cnbig5 csbig5 cp950
-cp932: shiftjis sjis ms932 mskanji windows31j csshiftjis
-euc_jp: eucjp cseucpkdfmtjapanese
-iso2022_jp_ext: iso2022jp iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221
-cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56 korean cseuckr csksc56011987 isoir149 uhc
-iso2022_kr: iso2022kr csiso2022kr
-utf_16: utf16
-utf_16_le: utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2
-utf_16_be: utf16be unicodefffe
-utf_32: utf32
+utf_8: utf8 unicode11utf8 unicode20utf8 cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819
+isoir100 csisolatin1 ansix341968 iso646us 437us cp1254: iso88599 iso885991989 latin5 l5 isoir148
+csisolatin5 cp874: iso885911 tis620 dos874 iso8859_2: l2 isoir101 csisolatin2 iso8859_3: l3 isoir109
+csisolatin3 iso8859_4: l4 isoir110 csisolatin4 iso8859_5: isoir144 csisolatincyrillic cyrillic
+iso8859_6: arabic asmo708 csiso88596e csiso88596i csisolatinarabic ecma114 iso88596e iso88596i
+isoir127 iso8859_7: csisolatingreek ecma118 elot928 greek greek8 isoir126 suneugreek iso8859_8:
+csiso88598e csiso88598i csisolatinhebrew hebrew iso88598e iso88598i isoir138 visual logical
+iso8859_10: latin6 l6 isoir157 csisolatin6 iso8859_13: latin7 iso8859_14: latin8 iso8859_15: latin9
+l9 latin0 csisolatin9 iso8859_16: latin10 l10 cp866: 866 ibm866 csibm866 koi8_r: koi koi8 koi8r
+cskoi8r koi8_u: koi8u koi8ru mac_roman: macintosh mac macroman csmacintosh mac_cyrillic: maccyrillic
+macukrainian gb18030: gb18030 gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280
+isoir58 euccn hz: hz hzgb2312 big5hkscs: big5 big5hkscs cnbig5 csbig5 cp950 cp932: shiftjis sjis
+ms932 mskanji windows31j csshiftjis euc_jp: eucjp cseucpkdfmtjapanese iso2022_jp_ext: iso2022jp
+iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221 cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56
+korean cseuckr csksc56011987 isoir149 uhc iso2022_kr: iso2022kr csiso2022kr utf_16: utf16 utf_16_le:
+utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2 utf_16_be: utf16be unicodefffe utf_32: utf32
 utf_7: utf7 unicode11utf7 csunicode11utf7
 """
 
@@ -5873,7 +5856,7 @@ utf_7: utf7 unicode11utf7 csunicode11utf7
 def find_codec(label: str) -> str:
     """Give the Python codec that a charset's label means, "" where it is none."""
     key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower()).lstrip("x")
-    known = re.search(rf"(?m)^(\w+):.* {key}(?: |$)", CHARSETS) if key else None
+    known = re.search(rf"(\w+):[^:]*\s{key}\s", CHARSETS) if key else None
     iso = re.fullmatch(r"(?:iso8859|latin)([2-8]|1[03-6])(?:19\d\d|20\d\d)?", key)
     page = re.fullmatch("(?:windows|cp|ms|ibm|cspc)"
                         "(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-69])", key)
@@ -6041,7 +6024,7 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header value into its first word and its parameters (RFC 2045, 2231), leniently."""
     value = value[:4096]
     word = re.findall(r"""(?:\s|\([^()]*\))*["']?([^\s;("']*)""", value)[0].lower()
-    found: dict[str, dict[int, bytes]] = {}
+    found: dict[str, bytes] = {}
     charsets: dict[str, str] = {}
     # A value without quotes goes on over spaces, but not over what looks like the next parameter.
     pattern = (r'(?<![^\s;="(),])([^\s;="(),]+?)(?:\*(\d{1,3}))?(\*?)\s*=\s*'
@@ -6053,13 +6036,12 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
         if name in found and not number and not encoded:
             continue
         if number in ("", "0"):
-            found[name], charsets[name] = {}, ""
+            found[name] = b""
             if encoded and text.count("'") >= 2:
                 charsets[name], _, text = text.split("'", 2)
-        found.setdefault(name, {})[int(number or 0)] = (
+        found[name] = found.get(name, b"") + (
             urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace"))
-    return word, {name: decode_text(b"".join(v for _, v in sorted(pieces.items())), charsets.get(name, ""))
-                  for name, pieces in found.items()}
+    return word, {name: decode_text(octets, charsets.get(name, "")) for name, octets in found.items()}
 
 
 ENDINGS = """
@@ -6110,8 +6092,8 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
     cid = decode_words(header(headers, "content-id")).strip("<> ")[:250]
     filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
     if not re.fullmatch(r"(?a)[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", kind):
-        any_text = "text/html" if kind == "html" else "text/plain"
-        kind = "application/octet-stream" if "/" in kind else any_text
+        text = "text/html" if kind == "html" else "text/plain"
+        kind = "application/octet-stream" if "/" in kind else text
     role = "attachment"
     if disposition != "attachment":
         if kind in ("text/plain", "text/html") and not (disposition and filename):
@@ -6218,12 +6200,12 @@ class Email:
     @functools.cached_property
     def page(self) -> str:
         """The HTML bodies, their line ends as sent."""
-        return "\n".join(p.text for p in self.having("body") if p.content_type == "text/html")
+        return "\n".join(part.text for part in self.having("body", "html"))
 
     @functools.cached_property
     def plain(self) -> str:
         """The text/plain bodies, their line ends as sent."""
-        texts = (p.text for p in self.having("body") if p.content_type == "text/plain")
+        texts = (part.text for part in self.having("body", "plain"))
         return "\n--\n".join(text for text in texts if text.strip())
 
     @property
@@ -6245,9 +6227,9 @@ class Email:
         """The verification codes."""
         return codes(self.text, self.page, self.subject)
 
-    def having(self, role: str) -> list[Part]:
-        """The parts with this role."""
-        return [p for p in self.parts if p.role == role]
+    def having(self, role: str, kind: str = "") -> list[Part]:
+        """The parts with this role, whose type says `kind`."""
+        return [p for p in self.parts if p.role == role and kind in p.content_type]
 
     @property
     def attachments(self) -> list[Part]:
@@ -6516,11 +6498,6 @@ def clean(text: str) -> str:
     return " ".join(re.sub('[\ufeff<>",;()]', " ", text).lower().split())
 
 
-def holds(text: str, word: str) -> bool:
-    """Whether a text holds a search word; where that is all signs, as it stands."""
-    return word in (clean(text) if clean(word) else text)
-
-
 Test = Callable[[Item], bool]
 Query = tuple[tuple[Test, bool], ...]  # a compiled search: tests, each with what it must say
 ALL: Query = ()
@@ -6546,17 +6523,18 @@ def words_of(value: Any) -> str:
 
 
 def fields_hold(name: str, word: str, item: Item) -> bool:
-    return holds(words_of([item[field] for field in SEARCH_FIELDS[name].split()]), word)
+    return word in clean(words_of([item[field] for field in SEARCH_FIELDS[name].split()]))
 
 
 def mail_holds(word: str, item: Item) -> bool:
     """Whether a message holds a word: its fields, text, HTML, links, or names of parts."""
-    if fields_hold("", word, item) or item["whole"]:
-        return fields_hold("", word, item)
+    known = fields_hold("", word, item)
+    if known or item["whole"]:
+        return known
     mail = item["open"]()
     page = strip_html(mail.page[:SEARCH_LIMIT])
     found = [mail.plain, page, *links("", mail.page), *(p.filename for p in mail.parts)]
-    return holds("\n".join(found), word)
+    return word in clean("\n".join(found))
 
 
 def matches(query: Query, item: Item) -> bool:
@@ -6939,7 +6917,7 @@ def take_field(body: Any, path: str, default: Any) -> Any:
     outer, _, name = path.rpartition(".")
     if not isinstance(body, dict):
         raise BadRequest(f"{outer or 'body'}: must be an object")
-    value = next((v for key, v in reversed(body.items()) if key.lower() == name.lower()), None)
+    value = {key.lower(): value for key, value in body.items()}.get(name.lower())
     if not isinstance(value, (type(default), type(None))):
         raise BadRequest(f"{path}: must be of type {type(default).__name__}")
     return default if value is None else value
