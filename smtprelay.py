@@ -6168,7 +6168,7 @@ class Email:
             words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
             self.fields = [("Subject", "(cannot be read)")]
             self.parts = [describe_part("0", [])._replace(raw=words.encode())]
-        self.from_, *_ = (person["Address"] for person in self.people["from"])
+        self.from_ = self.people["from"][0]["Address"]
         self.to, self.cc = ([p["Address"] for p in self.people[name]] for name in ("to", "cc"))
 
     @functools.cached_property
@@ -6219,13 +6219,31 @@ class Email:
 
     @functools.cached_property
     def links(self) -> list[str]:
-        """The links, those of the HTML first."""
-        return links(self.text, self.page)
+        """The links of any scheme that opens a page or an app: the HTML's, then the text's."""
+        found, text = [], self.text[:TEXT_LIMIT]
+        for tag in re.finditer(TAG, self.page[:TEXT_LIMIT]):
+            if tag[2] and tag[2].lower() in ("a", "area"):
+                url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
+                found.append(url.replace(" ", "%20"))
+        pairs = {")": "(", "]": "[", "}": "{"}
+        for match in re.finditer(URL, text) if "://" in text else ():
+            # What ends the sentence is not the link's, nor is a mark that stands before it, too.
+            url, ends, before = match[0], ".,;:!?'|\\", text[match.start() - 1 : match.start()]
+            ends += before if before in tuple("*_~") else ""
+            while url[-1] in ends or url.count(url[-1]) > url.count(pairs.get(url[-1], url[-1])):
+                url = url[:-1]
+            found.append(url)
+        return [url for url in dict.fromkeys(found) if re.match(LINK, url)]
 
     @functools.cached_property
     def codes(self) -> list[str]:
-        """The verification codes."""
-        return codes(self.text, self.page, self.subject)
+        """The verification codes: the surest kind found, in order.
+
+        A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
+        phone and order numbers, postal codes and colours are none.
+        """
+        words = f"{self.subject}\n{self.text}"
+        return codes_in(words) or codes_in(strip_html(self.page[:TEXT_LIMIT]))
 
     def having(self, role: str, kind: str = "") -> list[Part]:
         """The parts with this role, whose type says `kind`."""
@@ -6287,25 +6305,6 @@ def strip_html(page: str) -> str:
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
 
 
-def links(text: str, page: str) -> list[str]:
-    """Collect links of any scheme that opens a page or an app: the HTML's, then the text's."""
-    found, text = [], text[:TEXT_LIMIT]
-    for tag in re.finditer(TAG, page[:TEXT_LIMIT]):
-        if tag[2] and tag[2].lower() in ("a", "area"):
-            url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
-            found.append(url.replace(" ", "%20"))
-    pairs = {")": "(", "]": "[", "}": "{"}
-    for match in re.finditer(URL, text) if "://" in text else ():
-        # What ends the sentence is not the link's, nor is a mark that stands before it, too.
-        url, ends = match[0], ".,;:!?'|\\"
-        before = text[match.start() - 1 : match.start()]
-        ends += before if before in tuple("*_~") else ""
-        while url[-1] in ends or url.count(url[-1]) > url.count(pairs.get(url[-1], url[-1])):
-            url = url[:-1]
-        found.append(url)
-    return [url for url in dict.fromkeys(found) if re.match(LINK, url)]
-
-
 # Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
 # are no letters to Python, may stand in the middle of a word.
 CODE_WORDS = (
@@ -6327,15 +6326,6 @@ OTHER_BEFORE = (
     r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$")
 OTHER_AFTER = (r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
                r"|points?|users?|minuten|minutos|minuti|zł|руб)\b")
-
-
-def codes(text: str, page: str = "", subject: str = "") -> list[str]:
-    """Collect the verification codes of a message: the surest kind found, in order.
-
-    A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
-    phone and order numbers, postal codes and colours are none.
-    """
-    return codes_in(f"{subject}\n{text}") or codes_in(strip_html(page[:TEXT_LIMIT]))
 
 
 def codes_in(text: str) -> list[str]:
@@ -6418,10 +6408,9 @@ def view_html(mail: Email) -> str:
         return f"<meta http-equiv=off{tag[2]}"
 
     page = re.sub(r"(?i)<(a|area|meta|base|link)((?=[\s/>])[^<>]{0,4000})", own, embed_images(mail))
-    at, before = 0, re.compile(r"(?s)[\s\ufeff]+|<!--.*?-->|<\?[^>]*>")
-    while skipped := before.match(page, at):
-        at = skipped.end()
-    start = re.compile(r"(?i)<!doctype[^>]*>").match(page, at)
+    # What is looked ahead for and then taken is taken once: one comment, not as many as fit.
+    before = r"(?is)(?:(?=([\s\ufeff]+|<!--.*?-->|<\?[^>]*>))\1)*<!doctype[^>]*>"
+    start = re.match(before, page)
     at = start.end() if start else 0
     return f"{page[:at]}<base target=_blank>{page[at:]}"
 
@@ -6467,14 +6456,14 @@ PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username S
 
 def summarise(mail: Email) -> list[Any]:
     """Give the values of PACKED_FIELDS."""
-    record, (sender, to, cc, bcc, reply_to) = mail.record, mail.people.values()
+    record, (sender, *others) = mail.record, mail.people.values()
     start = strip_html(mail.page[:32000]) if mail.page.strip() else mail.plain[:32000]
     text = " ".join(start.split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
     whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
     return [
-        record.id, message_id or f"{record.id}@smtprelay", sender[0], to, cc, bcc, reply_to,
+        record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
         mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
         text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
     ]
@@ -6533,7 +6522,7 @@ def mail_holds(word: str, item: Item) -> bool:
         return known
     mail = item["open"]()
     page = strip_html(mail.page[:SEARCH_LIMIT])
-    found = [mail.plain, page, *links("", mail.page), *(p.filename for p in mail.parts)]
+    found = [mail.plain, page, *mail.links, *(p.filename for p in mail.parts)]
     return word in clean("\n".join(found))
 
 

@@ -7460,6 +7460,13 @@ def mail_of(raw: bytes) -> Any:
     return smtprelay.Email(record_for("x", raw), raw)
 
 
+def mail_with(text: str, page: str = "", subject: str = "") -> Any:
+    """A mail of a text, an HTML and a subject."""
+    part = "--=\r\nContent-Type: text/{}; charset=utf-8\r\n\r\n{}\r\n"
+    head = f"Subject: {subject}\r\nContent-Type: multipart/alternative; boundary==\r\n\r\n"
+    return mail_of((head + part.format("plain", text) + part.format("html", page) + "--=--").encode())
+
+
 class Box:
     """An inbox over messages in a dict, being its spool too; an id may be of any length."""
 
@@ -7833,16 +7840,16 @@ CODES = [
 
 @pytest.mark.parametrize("text, found", CODES)
 def test_codes(text: str, found: list[str]) -> None:
-    assert smtprelay.codes(text) == found
+    assert mail_with(text).codes == found
     page = "<html><title>Code 999999</title><body><p>" + text.replace("\n", "<br>") + "</p>"
-    assert smtprelay.codes("", page) == found
+    assert mail_with("", page).codes == found
 
 
 def test_codes_look_at_the_subject_and_the_html() -> None:
-    assert smtprelay.codes("See above.", "", "123456 is your code") == ["123456"]
-    assert smtprelay.codes("See the HTML part.", "<p>Code</p><b>123456</b>") == ["123456"]
+    assert mail_with("See above.", "", "123456 is your code").codes == ["123456"]
+    assert mail_with("See the HTML part.", "<p>Code</p><b>123456</b>").codes == ["123456"]
     digits = "".join(f"<td>{n}</td>" for n in (4, 8, 2, 9, 1, 3))
-    assert smtprelay.codes("", f"<p>Your code:</p><table><tr>{digits}</table>") == ["482913"]
+    assert mail_with("", f"<p>Your code:</p><table><tr>{digits}</table>").codes == ["482913"]
 
 
 LINKS = [  # (text, html, links)
@@ -7877,7 +7884,7 @@ LINKS = [  # (text, html, links)
 
 @pytest.mark.parametrize("text, page, found", LINKS)
 def test_links(text: str, page: str, found: list[str]) -> None:
-    assert smtprelay.links(text, page) == found
+    assert mail_with(text, page).links == found
 
 
 FILENAMES = [
