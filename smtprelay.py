@@ -6537,17 +6537,12 @@ def compile_query(text: str, zone: str = "") -> Query:
     `zone` names the time zone of before: and after:, the machine's where it is not known.
     """
     tests: list[tuple[Test, bool]] = []
-    words: list[tuple[Test, bool]] = []  # tried last, for they may read the message
-    for term in split_terms(text):
+    # Words come last, for they may read the message.
+    for term in sorted(split_terms(text), key=lambda term: ":" not in term):
         wanted = len(term) == 1 or term[0] not in "-!"
-        term = (term if wanted else term[1:]).lower()
-        test, (name, colon, value) = compile_term(term, zone), term.partition(":")
-        typed = colon and name in (*SEARCH_FIELDS, *SEARCH_LIMITS, "is", "has", "tag")
-        if test:
-            tests.append((test, wanted))
-        elif value.strip() or not typed:  # "from:" is yet being typed
-            words.append((functools.partial(mail_holds, clean(term) or term), wanted))
-    return (*tests, *words)
+        test = compile_term(term if wanted else term[1:], zone)
+        tests += [(test, wanted)] if test else []
+    return tuple(tests)
 
 
 def split_terms(text: str) -> list[str]:
@@ -6557,25 +6552,29 @@ def split_terms(text: str) -> list[str]:
 
 
 def compile_term(term: str, zone: str) -> Test | None:
-    """Compile one term in lower case, None where it is no search word or its value is none."""
-    name, _, value = term.partition(":")
-    value = clean(value)
+    """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
+    name, colon, value = term.lower().partition(":")
+    value, (field, compare) = clean(value), SEARCH_LIMITS.get(name, ("", operator.eq))
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state[0]]) is state[1]
+    if not value and colon and (field or name in (*SEARCH_FIELDS, "is", "has", "tag")):
+        return None
     if name in SEARCH_FIELDS and name and value:
         return functools.partial(fields_hold, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
-    field, compare = SEARCH_LIMITS.get(name, ("", operator.eq))
     limit = search_size(value) if field == "Size" else field and search_moment(value, zone)
-    return (lambda item: compare(item[field], limit)) if limit else None
+    if limit:
+        return lambda item: compare(item[field], limit)
+    return functools.partial(mail_holds, clean(term) or term)
 
 
 def misread_terms(text: str, zone: str = "") -> list[str]:
     """Return the terms whose date or size cannot be read; they are looked for as words."""
     terms = [term.lstrip("-!") for term in split_terms(text)]
     kinds = "(?i)(?:before|after|larger|smaller):."
-    return [t for t in terms if re.match(kinds, t) and not compile_term(t.lower(), zone)]
+    return [term for term in terms if re.match(kinds, term)
+            and isinstance(compile_term(term, zone), functools.partial)]
 
 
 def search_size(value: str) -> int:
@@ -6949,11 +6948,11 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
     if "message-id" not in map(str.lower, fields):
         fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
     try:
-        head = {"From": sender[0], **{name: ",\r\n ".join(who for who, _ in people) for name, people
-                                      in (("To", to), ("Cc", cc), ("Reply-To", reply_to))}}
-        head.update({name: folded(value, name) for name, value in fields.items()})
-        lines = [f"{name}: {value}\r\n" for name, value in head.items() if value]
-        content = "".join([*lines, "MIME-Version: 1.0\r\n"]).encode() + written_body(body)
+        head = {"From": [sender], "To": to, "Cc": cc, "Reply-To": reply_to}
+        lines = [f"{name}: " + ",\r\n ".join(written for written, _ in people)
+                 for name, people in head.items() if people]
+        lines += [f"{name}: {folded(value, name)}" for name, value in fields.items() if value]
+        content = "\r\n".join([*lines, "MIME-Version: 1.0", ""]).encode() + written_body(body)
     except UnicodeEncodeError as e:  # half of a pair of surrogates
         raise BadRequest(f"body: {e}") from None
     return content, sender[1], list(dict.fromkeys(recipients))
@@ -6974,10 +6973,9 @@ def phrase(name: str) -> str:
 def written_body(body: Any) -> bytes:
     """Write the MIME fields and the body: text, HTML and attachments."""
     text, page = (take_field(body, name, "") for name in ("Text", "HTML"))
-    shown: list[bytes] = []
-    others: list[bytes] = []
-    for cid, part in read_each(body, "Attachments", read_attachment):
-        (shown if cid and page else others).append(part)
+    files = read_each(body, "Attachments", read_attachment)
+    shown = [part for cid, part in files if cid and page]
+    others = [part for cid, part in files if not (cid and page)]
     bodies = [written_text("plain", text)] if text or not page else []
     bodies += [multipart("related", [written_text("html", page), *shown])] if page else []
     return multipart("mixed", [multipart("alternative", bodies), *others])
