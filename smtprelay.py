@@ -6277,7 +6277,7 @@ class Email:
 TAG = (r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
        r"|<(/?[a-z][^\s<>/]*|[!?])([^<>]*)>?")
 BLOCK_ELEMENT = "/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
-ATTRIBUTE = re.compile(r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?""")
+ATTRIBUTE = r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?"""
 URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
        r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
 LINK = (r"(?i)(?!(?:javascript|data|vbscript|cid|mid|mailto|tel|sms|about|blob|file):)"
@@ -6291,8 +6291,8 @@ def unescape(text: str) -> str:
 
 def attributes(tag: str) -> dict[str, str]:
     """Give the attributes of a tag, the first of each name, as browsers do."""
-    found = ((m[1].lower(), m[2] or m[3] or m[4] or "") for m in ATTRIBUTE.finditer(tag[:8000]))
-    return {name: unescape(value) for name, value in reversed(list(found))}
+    found = reversed(re.findall(ATTRIBUTE, tag[:8000]))
+    return {name.lower(): unescape("".join(values)) for name, *values in found}
 
 
 def strip_html(page: str) -> str:
@@ -6402,8 +6402,8 @@ def view_html(mail: Email) -> str:
         if name in ("a", "area"):
             here = attributes(tag[2]).get("href", "").strip().startswith("#")
             return f"<{tag[1]} {'target=_self' if here else 'target=_blank rel=noopener'}{tag[2]}"
-        rel = attributes(tag[2]).get("rel", "") if name == "link" else ""
-        if set(rel.lower().split()) in ({"stylesheet"}, {"alternate", "stylesheet"}):
+        rel = attributes(tag[2]).get("rel", "")
+        if name == "link" and re.fullmatch(r"(?i)\s*(?:alternate\s+)?stylesheet\s*", rel):
             return tag[0]
         return f"<meta http-equiv=off{tag[2]}"
 
@@ -6589,14 +6589,14 @@ DATES = ("%Y-%m-%d|%Y-%m|%Y|%Y/%m/%d|%Y/%m|%Y.%m.%d|%m/%d/%Y|%d.%m.%Y"
 CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 
 
-def search_moment(value: str, zone: str = "", now: datetime.datetime | None = None) -> str:
+def search_moment(value: str, zone: str = "") -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
-    utc, here = datetime.timezone.utc, None
+    here = None
     with contextlib.suppress(ValueError, LookupError, OSError):
         import zoneinfo
 
         here = zoneinfo.ZoneInfo(zone) if zone else None
-    today = (now or datetime.datetime.now(utc)).astimezone(here)
+    today = datetime.datetime.now(here)
     text = re.sub(r"(?<=:\d\d)\.\d+|(?<=\d)(?:ST|ND|RD|TH)\b|(?<=[A-Z])\.", "", value[:60].upper())
     text = re.sub(r"(?<=\d)(?:T(?=\d)| ?(?=[AP]M))", " ", text)
     for date, clock in itertools.product(DATES.split("|"), CLOCKS.split("|")):
@@ -6604,7 +6604,7 @@ def search_moment(value: str, zone: str = "", now: datetime.datetime | None = No
             when = datetime.datetime.strptime(text, (date + clock).strip())
             when = when if date else when.replace(today.year, today.month, today.day)
             when = when if when.tzinfo else when.replace(tzinfo=here)
-            return when.astimezone(utc).isoformat()[:19]
+            return when.astimezone(datetime.timezone.utc).isoformat()[:19]
     return ""
 
 
@@ -6750,10 +6750,6 @@ class Inbox:
     def tags(self, entry: Entry) -> list[str]:
         """The tags of a message as far as known."""
         return self.given.get(entry.id, list(entry.found))
-
-    def raw(self, id: str) -> bytes:
-        """Read a message's content; KeyError or OSError when it is gone."""
-        return self.mail(id).raw
 
     def mail(self, id: str, limit: int = -1) -> Email:
         """Read a message, so many octets of it; KeyError or OSError when it is gone."""
@@ -8561,7 +8557,7 @@ route("GET /api/v1/message/{id}/headers", "its header fields")(
 def show_raw(request: Request) -> Answer:
     id = request.item()["ID"]
     saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'}
-    return Answer(request.inbox.raw(id), headers=saved if request.query.get("dl") == "1" else {})
+    return Answer(request.inbox.mail(id).raw, headers=saved if request.query.get("dl") == "1" else {})
 
 
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
