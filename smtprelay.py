@@ -9011,10 +9011,10 @@ def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
     if dot_ends:
         text = re.split(rb"(?m)^\.$", text, maxsplit=1)[0]
     # an mbox line at the top is no field, and no body
-    header = re.match(rb"(?:>?From .*\n)?((?:[!-9;-~]+[ \t]*:.*\n(?:[ \t].*\S.*\n)*)*)\n?", text)
-    assert header
-    body = text[header.end():].replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-    return header[1].replace(b"\r", b" ").decode("utf-8", "surrogateescape"), body
+    header = rb"\A(?:>?From .*\n)?((?:[!-9;-~]+[ \t]*:.*\n(?:[ \t].*\S.*\n)*)*)\n?"
+    _, head, body = re.split(header, text, maxsplit=1)
+    return (head.replace(b"\r", b" ").decode("utf-8", "surrogateescape"),
+            body.replace(b"\r", b"\n").replace(b"\n", b"\r\n"))
 
 
 def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me: str,
@@ -9138,7 +9138,7 @@ def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> di
         try:
             reception.admit(dataclasses.replace(envelope, recipients=portion), [content])
         except (Refused, OSError) as e:
-            refused.update(dict.fromkeys(portion, str(e.reply if isinstance(e, Refused) else INTERNAL)))
+            refused.update(dict.fromkeys(portion, str(getattr(e, "reply", INTERNAL))))
     return refused
 
 
@@ -9155,8 +9155,7 @@ def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[st
         raise smtplib.SMTPConnectError(*greeting)
     if settings.auth_user:
         smtp.login(settings.auth_user, settings.auth_password)
-    body = "8BITMIME" * ("8BITMIME" in envelope.flags)
-    options = asked(RET=envelope.ret, BODY=body).split() + ["SMTPUTF8"] * ("SMTPUTF8" in envelope.flags)
+    options = asked(RET=envelope.ret).split() + [flag.replace("8BIT", "BODY=8BIT") for flag in envelope.flags]
     told: dict[str, str] = {}
     todo = envelope.recipients
     while todo:
@@ -11264,9 +11263,8 @@ def first_lines(parts: Parts) -> list[str]:
              "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
     lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme in ("smtp", "smtps", "http")
              for sock in getattr(parts, scheme)]
-    lines.append(f"mail is {where}")
     place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
-    lines.append(f"spool in {place}")
+    lines += [f"mail is {where}", f"spool in {place}"]
     for name, words in UNUSUAL.items():
         value = getattr(s, FIELDS[name].name)
         if value != FIELDS[name].default:
@@ -11609,7 +11607,7 @@ def run_command(words: list[str]) -> int:
     if name == "--completion" and rest in (["bash"], ["zsh"]):
         print(completion(rest[0]))
         return 0
-    name = {"--help": "help", "-h": "help", "--version": "version"}.get(name, name)
+    name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name not in COMMANDS:
         complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
         return EX_USAGE
