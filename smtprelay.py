@@ -6113,9 +6113,8 @@ def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[i
         lines += [line] if tail in (mark, mark + b"--") else []
         if tail == mark + b"--" or len(lines) > PART_LIMIT:
             break
-    begins = [min(line.end() + 1, end) for line in lines if line[1].rstrip() == mark]
-    ends = [*(line.start() for line in lines[1:]), end]
-    return [(begin, max(begin, end)) for begin, end in zip(begins, ends)]
+    begins = [line.end() + 1 for line in lines if line[1].rstrip() == mark]
+    return list(zip(begins, [*(line.start() for line in lines[1:]), end]))
 
 
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
@@ -6299,7 +6298,7 @@ def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
     def space(tag: re.Match[str]) -> str:
         name = (tag[2] or "").lower()
-        return "\n" if re.fullmatch(BLOCK_ELEMENT, name) else " " if name in ("td", "th") else ""
+        return "\n" if re.fullmatch(BLOCK_ELEMENT, name) else " " * (name in ("td", "th"))
 
     text = unescape(re.sub(TAG, space, page.replace("\n", " ")))
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
@@ -6432,8 +6431,7 @@ def embed_images(mail: Email) -> str:
         room -= len(data) + 100
         return f"{cid[1] or ''}{cid[2]}data:{kind};base64,{data}"
 
-    parts = {p.filename.lower(): p for p in mail.parts if p.filename and p.role != "body"}
-    parts.update({unquoted(p.content_id): p for p in mail.parts if p.content_id})
+    parts = {unquoted(name): p for p in mail.parts for name in (p.filename, p.content_id) if name}
     # A cid goes as far as its quotes, which may be entities, else to a space or a bracket.
     address = (r"""(?is)("|'|&quot;|&apos;|&#0?3[49];|&#x2[27];)?(\s{0,9})"""
                r"""cid(?::|%3a|&#58;|&#x3a;|&colon;)"""
