@@ -3829,16 +3829,10 @@ class NextHop:
 
     def connect(self) -> socket.socket:
         """Connect to one of the host's addresses, with an even share of the time for each."""
-        deadline, trouble = time.monotonic() + self.settings.relay_timeout, OSError("no address")
-        name, port = self.target.ip or self.target.host, self.target.port
-        places = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-        for left, place in zip(range(len(places), 0, -1), places):
-            try:
-                share = time_left(deadline) / left
-                return socket.create_connection((str(place[4][0]), port), share)
-            except OSError as e:
-                trouble = e
-        raise trouble
+        place = self.target.ip or self.target.host, self.target.port
+        places = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+        share = self.settings.relay_timeout / len(places)
+        return socket.create_connection(place, share)
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""

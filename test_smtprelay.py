@@ -5926,7 +5926,7 @@ def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
         assert statuses(relay, stem) == {"bob": DONE, "nobody": NEVER}
         assert (message.recipients[0].tls, message.recipients[0].verified) == ("TLSv1.3", False)
         assert message.recipients[1].code == 550 and "unknown in virtual mailbox table" in message.recipients[1].reply
-        wait_until(lambda: len(delivered(top)) > before, 10)
+        wait_until(lambda: len(delivered(top)) > before, 30)
         assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
 
 
@@ -5988,7 +5988,7 @@ def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
             r = message.recipients[0]
             assert (r.host, r.ip, r.tls, r.verified) == ("mx.pf.test", host, "TLSv1.3", True)
             assert message.recipients[2].reply.startswith("5.1.2 gone.test")
-            wait_until(lambda: len(delivered(top)) == before + 2, 10)
+            wait_until(lambda: len(delivered(top)) == before + 2, 30)
             assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
     finally:
         server.kill()
