@@ -8797,10 +8797,8 @@ def account_json(request: Request, account: Account) -> dict[str, Any]:
             "left_today": max(0, most - used) if most else None}
 
 
-@route("GET /api/v1/users", "list accounts", takes="")
-def list_users(request: Request) -> Any:
-    accounts = request.relay.reception.accounts.listed()
-    return {"users": [account_json(request, account) for account in accounts]}
+route("GET /api/v1/users", "list accounts", takes="")(lambda request: {"users": [
+    account_json(request, account) for account in request.relay.reception.accounts.listed()]})
 
 
 @route("POST /api/v1/users", "make one; its key is shown this once", takes="")
@@ -8859,8 +8857,8 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
         secret = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
         headers["Authorization"] = f"Basic {secret}"
     opener = web.OpenerDirector()  # one that follows no redirect
-    proxies: dict[str, str] | None = {} if is_loopback(url.hostname or "") else None
-    for handler in (web.ProxyHandler(proxies), web.HTTPHandler(), web.HTTPSHandler(),
+    aside = web.ProxyHandler({} if is_loopback(url.hostname or "") else None)
+    for handler in (aside, web.HTTPHandler(), web.HTTPSHandler(),
                     web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
     while True:
