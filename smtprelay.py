@@ -4552,9 +4552,12 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     earlier = sum(r.reported for r in message.recipients)
     lost = any(r.status is Status.FAILED for r in told)
     words, fields = told_of(message, told, hostname, others, utf8)
-    parts = [mime_part("text/plain; charset=utf-8", words), mime_part(f"message/{kind}", fields)]
-    room = most - REPORT_FRAME - sum(map(len, parts))
-    parts += [part for part in returned_parts(message, original) if len(part) <= room][:1]
+    bodies = [("text/plain; charset=utf-8", words), (f"message/{kind}", fields)]
+    room = most - REPORT_FRAME - len(words) - len(fields)
+    bodies += [part for part in returned_parts(message, original) if len(part[1]) <= room][:1]
+    parts = [f"Content-Type: {media}\r\nContent-Transfer-Encoding: "
+             f"{'7bit' if body.isascii() else '8bit'}\r\n\r\n".encode() + body
+             for media, body in bodies]
     # No part can hold its own hash, so no original can end the report early.
     boundary = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
     head = header_lines({
@@ -4627,23 +4630,17 @@ def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: 
             b"\r\n".join(header_lines(group, utf8) for group in groups))
 
 
-def returned_parts(message: Message, original: bytes) -> Iterator[bytes]:
-    """Write the part that gives the original back: whole if asked for; its headers."""
+def returned_parts(message: Message, original: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield type and body of what gives the original back: whole if asked for; its headers."""
     head = original.partition(b"\r\n\r\n")[0] + b"\r\n"
     text = head[:REPORT_HEAD_MAX].rpartition(b"\r\n")[0].decode("utf-8", "replace")
     no_8bit = rb"(?m)\0|\r(?!\n)|(?<!\r)\n|^[^\r\n]{999}"  # RFC 2045 2.8
     fits = len(original) <= REPORT_FULL_MAX and not re.search(no_8bit, original)
     if message.ret == "FULL" and fits:
         plain = text.isascii() or "\ufffd" in text
-        yield mime_part("message/rfc822" if plain else "message/global", original)
+        yield "message/rfc822" if plain else "message/global", original
     kind = "text/rfc822-headers" if text.isascii() else "message/global-headers"
-    yield mime_part(kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode())
-
-
-def mime_part(media_type: str, body: bytes) -> bytes:
-    encoding = "7bit" if body.isascii() else "8bit"
-    head = f"Content-Type: {media_type}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
-    return head.encode() + body
+    yield kind, "".join(f"{one_line(line)}\r\n" for line in text.split("\r\n")).encode()
 
 
 def header_lines(fields: Mapping[str, str], utf8: bool) -> bytes:
