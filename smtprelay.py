@@ -10254,9 +10254,8 @@ class Upstream:
     """
 
     def __init__(self) -> None:
-        settings = Settings.read({
-            "SMTP_STORAGE": "memory", "SMTP_HOSTNAME": "upstream", "SMTP_MAX_SIZE": "4GiB",
-            "SMTP_MAX_RECIPIENTS": "1000000", "SMTP_MAX_ERRORS": "1000000"})
+        settings = Settings(storage="memory", hostname="upstream", max_size=sys.maxsize, max_recipients=sys.maxsize,
+                            max_errors=sys.maxsize)
         log = Log(os.devnull, level="error")
         self.changed = threading.Condition()
         self.steps: collections.deque[Fault] = collections.deque()
