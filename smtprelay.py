@@ -10277,11 +10277,12 @@ class Upstream:
                 form = f"[{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply"
                 raise ValueError(f"{step!r} is not {form}") from None
 
-    def answer(self, stage: str, *_: str) -> Fault | None:
-        """Return the step that is to be played at a stage, None for the true answer."""
+    def answer(self, stage: str, *_: str) -> Fault:
+        """Return the step that is to be played at a stage, one without a reply for the true answer."""
         with self.changed:
             self.attempts += stage == "mail"
-            return self.steps.popleft() if self.steps and self.steps[0].stage == stage else None
+            due = self.steps and self.steps[0].stage == stage
+            return self.steps.popleft() if due else Fault("", stage, {})
 
     def take(self, stem: str, _: bool) -> bool:
         """Note a message that was accepted."""
