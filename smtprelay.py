@@ -5940,8 +5940,9 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) ->
     while at < last_line:
         line = field.match(raw, at, end)
         if line:
-            needed, size = re.match(NEEDED_FIELD, line[0][:200]), line.end() - at
-            if size <= room if needed else size <= room // 4 and len(kept) < 2000:
+            size = line.end() - at
+            if (size <= room // 4 and len(kept) < 2000
+                    or size <= room and re.match(NEEDED_FIELD, line[0][:200])):
                 name, _, value = decode_text(line[0]).replace("\r\n", "").partition(":")
                 value = value if value.isprintable() else value.translate(NO_BREAKS)
                 kept.append((name.rstrip(), value.strip()))
@@ -6097,15 +6098,15 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
 
 def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
     """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
-    mark = boundary.encode("utf-8", "replace")
+    mark = re.escape(boundary.encode("utf-8", "replace"))
     lines: list[re.Match[bytes]] = []
-    for line in re.compile(rb"\r?\n--([^\n]*)").finditer(raw, start - 1, end):
-        tail = line[1].rstrip()
-        lines += [line] if tail in (mark, mark + b"--") else []
-        if tail == mark + b"--" or len(lines) > PART_LIMIT:
+    for line in re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark).finditer(raw, start - 1, end):
+        lines.append(line)
+        if line[1] or len(lines) > PART_LIMIT:
             break
-    begins = [line.end() + 1 for line in lines if line[1].rstrip() == mark]
-    return list(zip(begins, [*(line.start() for line in lines[1:]), end]))
+    begins = [line.end() + 1 for line in lines if not line[1]]
+    stops = [line.start() - (raw[line.start() - 1] == 13) for line in lines[1:]]
+    return list(zip(begins, [*stops, end]))
 
 
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
