@@ -4736,7 +4736,7 @@ def parse_fault(rule: str, step: bool = False) -> Fault:
                          "a code from 400 to 599 and printable ASCII or drop, then first, after, share")
     reply = {"drop": HANG_UP, "drop kept": LOST}.get(answer)
     if found["code"]:
-        status = found["status"] or ("" if step else f"{found['kind']}.0.0")
+        status = found["status"] or f"{found['kind']}.0.0"
         reply = Reply(int(found["code"]), status, found["text"] or "Scripted failure")
     when = found["when"].split()
     return Fault(rule, stage, globs, duration(delay) if delay else 0.0, reply,
