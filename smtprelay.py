@@ -5783,8 +5783,8 @@ def socket_text(sock: socket.socket) -> str:
 # Purpose: reading mail. It is listed, searched, waited for, and put into the JSON of Mailpit's
 # API v1 and MailHog's v2, for HTTP and the library; nothing here writes to the spool.
 #
-#   content -> read_mail -> Mail, Parts -> waited_json, Email, view_html
-#                        -> Summary (packed) -> Inbox -> messages_json
+#   record, content -> read_mail -> Email, its Parts -> waited_json, headers_json, view_html
+#                   -> summarise -> packed in the Inbox -> Item -> search, messages_json
 #
 # Threads: any. `Inbox` has one Condition; under it only its own dict is touched, never the disk.
 # Receiving costs a dict entry and a notify: a summary is made when somebody first reads. A waiter
@@ -5793,7 +5793,7 @@ def socket_text(sock: socket.socket) -> str:
 # Mail is hostile. The walk along boundaries is ours: the email package's parser
 # tries every open boundary on every line, so that 1 MiB can take it 17 s, and 10 MiB
 # of empty lines 9 s. It is strict, besides, and changes between versions. Nothing that
-# reads mail raises for what the mail says; if it does, `read_safely` shows the one message
+# reads mail raises for what the mail says; if it does, Email shows the one message
 # as unreadable. Time is linear in its size; depth, parts and header octets have limits.
 
 HEADERS_MOST = 512 * KIB  # octets of the header fields that are kept, of all parts together
@@ -5900,12 +5900,10 @@ def decode_jis(octets: bytes) -> bytes:
 def decode_words(value: str) -> str:
     """Decode the encoded words of a header value (RFC 2047), and keep what stands between."""
     def decoded(run: re.Match[str]) -> str:  # of words in one charset: a character may be cut in two
-        octets = b""
-        for kind, word in re.findall(r"(?s)=\?[^?]*\?([bBqQ])\?(.*?)\?=", run[0]):
-            text = word.encode("utf-8", "replace")
-            octets += (unbase64(text) if kind in "bB"
-                       else binascii.a2b_qp(text.replace(b" ", b"_"), header=True))
-        return decode_text(octets, run[1])
+        words = re.findall(rb"(?s)=\?[^?]*\?(.)\?(.*?)\?=", run[0].encode("utf-8", "replace"))
+        octets = (unbase64(word) if kind in b"bB" else binascii.a2b_qp(word, header=True)
+                  for kind, word in words)
+        return decode_text(b"".join(octets), run[1])
 
     if "=?" not in value:
         return value
@@ -6309,13 +6307,13 @@ CODE_TOKEN = (r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}
               r"|(?=[A-Za-z]{0,9}\d)[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)")
 SAID_BEFORE = (rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
                r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$")
-SAID_AFTER = rf"(?i)\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
+SAID_AFTER = rf"(?i)\A\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
 OTHER_BEFORE = (
     r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
     r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
     r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
     r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$")
-OTHER_AFTER = (r"(?i) ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
+OTHER_AFTER = (r"(?i)\A ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
                r"|points?|users?|minuten|minutos|minuti|zł|руб)\b")
 
 
@@ -6340,14 +6338,14 @@ def codes_in(text: str) -> list[str]:
 
 def weigh_code(token: str, before: str, after: str) -> int:
     """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
-    if re.search(OTHER_BEFORE, before) or re.match(OTHER_AFTER, after):
-        return 0
-    if re.search(SAID_BEFORE, before) or re.match(SAID_AFTER, after):
-        return 3
-    year_or_word = re.fullmatch(r"(?:19|20)\d\d|.*[a-z].*", token)
-    if year_or_word or re.search(r"[A-Z]{2} \d{5}$", before[-3:] + token):  # a postal code
-        return 0
-    return 2 if re.search(SAID_NEAR, before) else int(bool(re.search(SAID_NEAR, after)))
+    verdicts = (  # the first that holds
+        (OTHER_BEFORE, before, 0), (OTHER_AFTER, after, 0),
+        (SAID_BEFORE, before, 3), (SAID_AFTER, after, 3),
+        (r"^(?:19|20)\d\d$|[a-z]", token, 0),  # a year, a word
+        (r"[A-Z]{2} \d{5}$", before[-3:] + token, 0),  # a postal code
+        (SAID_NEAR, before, 2), (SAID_NEAR, after, 1),
+    )
+    return next((weight for pattern, text, weight in verdicts if re.search(pattern, text)), 0)
 
 
 def safe_filename(name: str) -> str:
@@ -6447,8 +6445,7 @@ PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username S
 def summarise(mail: Email) -> list[Any]:
     """Give the values of PACKED_FIELDS."""
     record, (sender, *others) = mail.record, mail.people.values()
-    start = strip_html(mail.page[:32000]) if mail.page.strip() else mail.plain[:32000]
-    text = " ".join(start.split())
+    text = " ".join((strip_html(mail.page[:32000]) or mail.plain[:32000]).split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
     whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
@@ -6483,7 +6480,7 @@ ALL: Query = ()
 SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
     "to": "To", "from": "From", "cc": "Cc", "bcc": "Bcc", "reply-to": "ReplyTo",
     "addressed": "From To Cc Bcc ReplyTo", "recipient": "To Cc Bcc",
-    "subject": "Subject", "message-id": "MessageID", "": "From To Cc Bcc ReplyTo Subject Snippet",
+    "subject": "Subject", "message-id": "MessageID", " ": "From To Cc Bcc ReplyTo Subject Snippet",
 }
 SEARCH_STATES = {  # the field, and whether there must be anything in it
     "is:read": ("Read", True), "is:unread": ("Read", False), "is:tagged": ("Tags", True),
@@ -6507,7 +6504,7 @@ def fields_hold(name: str, word: str, item: Item) -> bool:
 
 def mail_holds(word: str, item: Item) -> bool:
     """Whether a message holds a word: its fields, text, HTML, links, or names of parts."""
-    known = fields_hold("", word, item)
+    known = fields_hold(" ", word, item)
     if known or item["whole"]:
         return known
     mail = item["open"]()
@@ -6545,18 +6542,19 @@ def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
     name, colon, value = term.lower().partition(":")
     value, (field, compare) = clean(value), SEARCH_LIMITS.get(name, ("", operator.eq))
+    word = functools.partial(mail_holds, clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state[0]]) is state[1]
-    if not value and colon and (field or name in (*SEARCH_FIELDS, "is", "has", "tag")):
+    if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
+        return word
+    if not value:
         return None
-    if name in SEARCH_FIELDS and name and value:
+    if name in SEARCH_FIELDS:
         return functools.partial(fields_hold, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
     limit = search_size(value) if field == "Size" else field and search_moment(value, zone)
-    if limit:
-        return lambda item: compare(item[field], limit)
-    return functools.partial(mail_holds, clean(term) or term)
+    return (lambda item: compare(item[field], limit)) if limit else word
 
 
 def misread_terms(text: str, zone: str = "") -> list[str]:
