@@ -5942,8 +5942,7 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) ->
             if (size <= room // 4 and len(kept) < 2000
                     or size <= room and re.match(NEEDED_FIELD, line[0][:200])):
                 name, _, value = decode_text(line[0]).replace("\r\n", "").partition(":")
-                value = value if value.isprintable() else value.translate(NO_BREAKS)
-                kept.append((name.rstrip(), value.strip()))
+                kept.append((name.rstrip(), value.translate(NO_BREAKS).strip()))
                 room -= size
         else:
             line = stray.match(raw, at, end)
@@ -6004,9 +6003,8 @@ class Part(NamedTuple):
 def unbase64(octets: bytes) -> bytes:
     try:
         return binascii.a2b_base64(octets)
-    except binascii.Error:  # cut short
-        octets = re.sub(rb"[^A-Za-z0-9+/]+", b"", octets)
-        return binascii.a2b_base64(octets[: len(octets) - (len(octets) % 4 == 1)] + b"==")
+    except binascii.Error:  # cut short: with a digit more it is whole, and with an octet too many
+        return binascii.a2b_base64(octets + b"A==")[:-1]
 
 
 @functools.lru_cache(maxsize=256)
@@ -6262,10 +6260,11 @@ class Email:
         return "\n".join([head, *(f"Found: {f}" for f in found), "", self.text[:2000]])
 
 
-# A comment, an element whose text is not shown, or a tag. What is not closed goes to the end.
-TAG = (r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
-       r"|<(/?[a-z][^\s<>/]*|[!?])([^<>]*)>?")
-BLOCK_ELEMENT = "/?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
+# A comment, or an element whose text is not shown; what is not closed goes to the end.
+NOT_SHOWN = r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
+TAG = NOT_SHOWN + r"|<(/?[a-z][^\s<>/]*|[!?])([^<>]*)>?"
+BLOCK_TAG = (r"(?i)</?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
+             r"(?![^\s<>/])[^<>]*>?")
 ATTRIBUTE = r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?"""
 URL = (r"(?i)(?<![a-z0-9])[a-z][a-z0-9+.-]{1,20}://"
        r"""[^\s<>"\x00-\x1f\u3000-\u303f\uff01-\uff65]{1,4000}""")
@@ -6286,12 +6285,10 @@ def attributes(tag: str) -> dict[str, str]:
 
 def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
-    def space(tag: re.Match[str]) -> str:
-        name = (tag[2] or "").lower()
-        return "\n" if re.fullmatch(BLOCK_ELEMENT, name) else " " * (name in ("td", "th"))
-
-    text = unescape(re.sub(TAG, space, page.replace("\n", " ")))
-    return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+    for pattern, space in ("\n", " "), (NOT_SHOWN, ""), (BLOCK_TAG, "\n"), ("(?i)<(?=t[dh])", " <"), (TAG, ""):
+        page = re.sub(pattern, space, page)
+    lines = unescape(page).split("\n")
+    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
 
 
 # Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
@@ -6454,12 +6451,6 @@ def summarise(mail: Email) -> list[Any]:
         mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
         text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
     ]
-
-
-def own_tags(mail: Email) -> list[str]:
-    """Read the tags in the X-Tags field and in plus addresses."""
-    plus = [tag for path in mail.recipients for tag in path.rpartition("@")[0].split("+")[1:]]
-    return [*decode_words(header(mail.fields, "x-tags")).split(","), *plus]
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
@@ -6719,8 +6710,11 @@ class Inbox:
                 mail = self.mail(entry.id)
                 values = summarise(mail)
                 item = self.item(entry, values)
-                ruled = [tag for tag, query in self.rules if matches(query, item)]
-                entry.found = tuple(clean_tags([*own_tags(mail), *ruled]))
+                tags = [tag for tag, query in self.rules if matches(query, item)]
+                for path in mail.recipients:
+                    tags += path.rpartition("@")[0].split("+")[1:]
+                own = decode_words(header(mail.fields, "x-tags")).split(",")
+                entry.found = tuple(clean_tags([*own, *tags]))
                 text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
                 entry.packed = text.encode("utf-8", "replace")
             return self.item(entry, json.loads(entry.packed))
@@ -6757,10 +6751,10 @@ class Inbox:
         """List the messages that match, newest first; limit 0 is none."""
         entries = self.after()
         page = slice(start, start + limit if limit else None)
-        if query == ALL:  # only the page itself needs summaries
-            shown = list(self.matching(entries[page], ALL))
-            return Listing(shown, len(entries), len(self.entries.keys() - self.seen))
-        found = list(self.matching(entries, query))
+        # Of all there are only the page itself needs summaries.
+        found = list(self.matching(entries[page] if query == ALL else entries, query))
+        if query == ALL:
+            return Listing(found, len(entries), len(self.entries.keys() - self.seen))
         return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
