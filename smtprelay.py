@@ -1892,6 +1892,7 @@ def open_sealer(settings: Settings) -> Sealer:
 #     ... + .forwarded.json        finished: the name says so,    kept for SMTP_KEEP
 #     ... + .failed.json           whatever is inside             kept for SMTP_KEEP
 #     STEM.json without .eml       its removal was cut off        removed
+#     STEM.tmp                     a record that was being saved  removed
 #     anything else beside these   not ours                       to bad/, never deleted
 #
 # The .eml is written as .part, renamed, then synced once: on the file systems
@@ -1907,7 +1908,7 @@ SIDECARS = (*DONE, ".json")  # the first there counts
 DRAFT_BLOCK = 256 * KIB
 RECORD_LIMIT = 8 * MIB
 READ_AT_ONCE = 64 * KIB
-TO_THE_END = "to the end"  # the size of a sealed message that began to be written before it was over
+TO_THE_END = "to the end"  # the size of a sealed message, whose chunks tell where it ends
 ARRIVED = ".arrived"  # written by sendmail, when it has spooled a message itself
 SEEN = "inbox.json"  # what a person did to messages: read state and tags
 KEPT_NAMES = (".lock", ".probe", ARRIVED, "bad", "faults", "faults.counts", "tls", "usage", KEY_CHECK, SEEN)
@@ -10399,8 +10400,7 @@ def start(**settings: object) -> Relay:
     """
     import logging
 
-    given = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else
-             str(int(v)) if isinstance(v, bool) else str(v) for k, v in settings.items()}
+    given = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
     unknown = sum(unknown_settings(given), [])
     if unknown:
         raise SettingsError(unknown)
