@@ -8649,8 +8649,8 @@ def mailhog_messages(request: Request) -> Any:
         mail = inbox.mail(item["ID"])
         texts = {"from": [mail.reverse_path], "to": mail.recipients,
                  "containing": [decode_text(mail.raw), mail.text, mail.html, mail.subject]}[kind]
-        texts = [*texts, decode_words(header(mail.fields, kind))]
-        return request.words.lower() in "\n".join(texts).lower()
+        known = "\n".join([decode_words(header(mail.fields, kind)), *texts])
+        return request.words.lower() in known.lower()
 
     def path(address: str) -> dict[str, Any]:
         mailbox, _, domain = address.rpartition("@")
@@ -8666,7 +8666,8 @@ def mailhog_messages(request: Request) -> Any:
         query = ((holds, True),)
     (start, limit), items = request.page(), []
     page = inbox.search(query, start, limit)
-    for mail in (inbox.mail(item["ID"]) for item in page.items):
+    for item in page.items:
+        mail = inbox.mail(item["ID"])
         parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
         sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
         items.append({
