@@ -10125,6 +10125,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
+        stops = stop_signals()  # once a terminal has closed, it is none
         self.spawn_missing()
         notify_systemd("READY=1")
         while self.children or not self.stopping:
@@ -10135,7 +10136,7 @@ class Supervisor:
                 self.signal_children(signal.SIGKILL)
             elif number == signal.SIGALRM:
                 self.spawn_missing()
-            elif number in stop_signals():
+            elif number in stops:
                 self.stop()
             else:
                 self.signal_children(number)
