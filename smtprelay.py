@@ -8265,8 +8265,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.body, unread = self.read_body(), False
             self.fields = self.read_fields()
             if found.access != OPEN:
-                callers = [*self.server.callers]
-                working = [caller.client for caller in callers if caller.since == math.inf]
+                working = [c.client for c in self.server.callers.copy() if c.since == math.inf]
                 if len(working) >= HTTP_WORKING or working.count(self.client) >= HTTP_PER_CLIENT:
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
                 self.since = math.inf
