@@ -552,8 +552,6 @@ def words(text: str) -> tuple[str, ...]:
 
 def split_port(text: str, default: str) -> tuple[str, int]:
     """Split host:port, [v6]:port or a host alone; ValueError says what was expected."""
-    if text.count(":") > 1 and "[" not in text:
-        text = f"[{text}]"
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]*))(?::([0-9]+))?", text)
     if not match:
         raise ValueError("host, host:port or [IPv6]:port")
@@ -579,7 +577,8 @@ def listen(text: str) -> Addresses:
 def dns_servers(text: str) -> Addresses:
     """Read a list of addr, addr:port or [IPv6]:port."""
     try:
-        ends = [split_port(part, "53") for part in words(text)]
+        ends = [split_port(f"[{part}]" if part.count(":") > 1 and "[" not in part else part, "53")
+                for part in words(text)]
         return tuple(Address(str(ipaddress.ip_address(host)), port or port_number("none")) for host, port in ends)
     except ValueError:
         raise ValueError("an IP address, or address:port") from None

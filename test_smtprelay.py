@@ -881,6 +881,7 @@ def test_spaces_of_an_app_password_go_and_of_no_other(host: str, password: str, 
     [
         ("tags", ["", "a=from:x", "My Tag=subject:hi is:unread; b = to:x;"], ["x", "=from:a", "a=", "a=b;;c", "a=b; c"]),
         ("web_root", ["/", "/mail", "/a/b/"], ["mail", "//x", "/a b", "https://x/mail", "/a?b"]),
+        ("relay_host", ["a.example:25,b", "[::1]:25"], ["mail.example:25:tls", "mail.example:99999", "::1"]),
         ("dns_server", ["", "::1", "[::1]:53"], ["x", "1.2.3.4:0"]),
         ("retry_multiplier", ["1", "2.5"], ["0.9", "²", "9" * 400]),
         ("spool_max_messages", ["0", "7"], ["1.5", "1e3", "-1", "1" * 4400]),
