@@ -1875,8 +1875,8 @@ def open_sealer(settings: Settings) -> Sealer:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SpoolError(f"{KEY_CHECK} was altered")
     except SpoolError as e:
-        wanted = f"expected a key that works for {settings.spool}"
-        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): {wanted}: {e}"]) from None
+        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected a key that works for {settings.spool}: "
+                             f"{e}"]) from None
     return sealer
 
 
@@ -10268,8 +10268,8 @@ class Upstream:
             try:
                 self.steps.append(parse_fault(step, step=True))
             except ValueError:
-                form = f"[{'|'.join(FAULT_STAGES)}] [delay TIME] accept|drop|reply"
-                raise ValueError(f"{step!r} is not {form}") from None
+                raise ValueError(f"{step!r} is not [STAGE] [delay TIME] accept|drop|reply, "
+                                 f"STAGE one of {', '.join(FAULT_STAGES)}") from None
 
     def answer(self, stage: str, *_: str) -> Fault:
         """Return the step that is to be played at a stage, one without a reply for the true answer."""
@@ -10292,8 +10292,8 @@ class Upstream:
         """Block until so many messages are taken, and return them; TimeoutError after so many seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: len(self.received) >= count, timeout):
-                came = f"{len(self.received)} of {count} messages came within {timeout:g} s"
-                raise TimeoutError(f"{came}, in {self.attempts} attempts")
+                raise TimeoutError(f"{len(self.received)} of {count} messages came within {timeout:g} s, "
+                                   f"in {self.attempts} attempts")
             return list(self.received)
 
 
@@ -10362,8 +10362,7 @@ class Relay:
             asked = {"to": to, "subject": subject, "from_": from_}
             wanted = " ".join(f"{k}={v!r}" for k, v in asked.items() if v) or "any"
             came = "; ".join(map(repr, self.messages)) or "none"
-            missed = f"no message ({wanted}) within {timeout:g} seconds"
-            raise TimeoutError(f"{missed}; what came: {came}")
+            raise TimeoutError(f"no message ({wanted}) within {timeout:g} seconds; what came: {came}")
         return self.delivering.inbox.mail(item["ID"])
 
     @property
