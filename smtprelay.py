@@ -6559,7 +6559,7 @@ def misread_terms(text: str, zone: str = "") -> list[str]:
 def search_size(value: str) -> int:
     """Read a size such as 2kb or 1.5m, 0 where it is none."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?([km]?)b?", value)
-    return int(float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]) if match else 0
+    return int(float(match[1]) * 1024 ** " km".index(match[2] or " ")) if match else 0
 
 
 # As in ISO 8601, in America, in Germany, and with a month's name; the day may be today.
@@ -6669,14 +6669,14 @@ class Inbox:
         the next. Without, the newest match that is there, or else the next to come. A caller
         that is `gone`, which is asked each second, is sent away.
         """
-        deadline, newest, seen = time.monotonic() + timeout, since is None, since or 0
+        deadline, seen = time.monotonic() + timeout, since or 0
         while True:
             last, fresh = self.last, self.after(seen)
-            found = next(self.matching(fresh if newest else fresh[::-1], query), None)
+            found = next(self.matching(fresh if since is None else fresh[::-1], query), None)
             left = deadline - time.monotonic()
             if found or left <= 0 or gone():
                 return found
-            newest, seen = False, last
+            since = seen = last
             with self.changed:
                 if self.last <= seen and not self.closed:
                     self.changed.wait(min(left, 1.0))
@@ -6715,8 +6715,7 @@ class Inbox:
                     tags += path.rpartition("@")[0].split("+")[1:]
                 own = decode_words(header(mail.fields, "x-tags")).split(",")
                 entry.found = tuple(clean_tags([*own, *tags]))
-                text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-                entry.packed = text.encode("utf-8", "replace")
+                entry.packed = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
             return self.item(entry, json.loads(entry.packed))
         except (KeyError, FileNotFoundError, SpoolError):
             self.delete([entry.id])
