@@ -12245,12 +12245,16 @@ def test_a_terminal_that_closes_ends_what_it_started(tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if not pid:
         os.execve(sys.executable, [sys.executable, str(PROGRAM)], env)
-    said = b""
-    while b"spool in" not in said:
-        said += os.read(terminal, 1000)
-    time.sleep(0.05)
-    os.close(terminal)
-    assert wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 12) == pid
+    try:
+        said = b""
+        while b"spool in" not in said:
+            said += os.read(terminal, 1000)
+        time.sleep(0.05)
+        os.close(terminal)
+        assert wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 12) == pid
+    finally:  # it and its halves: none may outlive the test
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
