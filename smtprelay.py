@@ -10123,6 +10123,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
         stops = stop_signals()  # once a terminal has closed, it is none
+        stops = stop_signals()  # asked while the terminal is there
         self.spawn_missing()
         notify_systemd("READY=1")
         while self.children or not self.stopping:
