@@ -183,7 +183,9 @@ def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
     mark = f"{reply.enhanced} " if reply.enhanced else ""
     *lines, last = reply.text.split("\n")
-    text = "".join(f"{reply.code}-{mark}{line}\r\n" for line in lines) + f"{reply.code} {mark}{last}\r\n"
+    text = f"{reply.code} {mark}{last}\r\n"
+    for line in reversed(lines):
+        text = f"{reply.code}-{mark}{line}\r\n{text}"
     return text.encode("utf-8", "replace")
 
 
@@ -1378,7 +1380,8 @@ class Content:
 
     def finish(self) -> None:
         """Judge what is still held when the content is over."""
-        self.take(self.carry, last=True)
+        if self.carry or self.head is not None:
+            self.take(self.carry, last=True)
 
 
 def read_data(wire: Wire, content: Content) -> None:
@@ -5272,7 +5275,7 @@ class Session:
             self.reception.quotas.settle(self.account.name, accepted)
         elif accepted:
             self.reception.quotas.count(self.account.name, "received")
-        if self.draft:
+        if self.draft and not accepted:
             self.draft.abort()
         self.envelope = self.draft = self.content = None
 
@@ -5451,7 +5454,7 @@ class Session:
             return BAD_RECIPIENT
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address)
+        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -5462,7 +5465,7 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk = self.envelope, None
+        envelope, chunk, scripted = self.envelope, None, self.reception.faults.on[0]
         if argument:
             chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
             if not chunk:
@@ -5473,7 +5476,7 @@ class Session:
         elif not envelope:
             reply = SEQUENCE("Say MAIL first")
         elif envelope.recipients:
-            reply = self.fault("data", *envelope.recipients) if not self.content else None
+            reply = self.fault("data", *envelope.recipients) if scripted and not self.content else None
             if not (reply or self.content):
                 self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
         if reply and (chunk or reply is not NO_RECIPIENTS):
@@ -5496,7 +5499,7 @@ class Session:
         assert envelope and self.draft
         accepted = False
         try:
-            reply = self.fault("end", *envelope.recipients)
+            reply = self.fault("end", *envelope.recipients) if scripted else None
             if reply and reply is not LOST:
                 return reply
             id = self.reception.keep(self.draft, content, envelope)
