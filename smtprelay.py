@@ -9715,14 +9715,15 @@ class Delivering:
         message.owed, untold = "", wants_report(message) if self.settings.bounce else []
         if untold and stem not in self.told:
             message.owed, delay = self.report(message)
-            if delay and message.status in FINISHED:
-                message.next_attempt_at = iso_time(time.time() + delay)
         report = self.told.pop(stem, "")
         if untold and report:
+            message.owed, delay = "", 0.0
             for r in untold:
                 r.reported = True
             message.note(REPORTED)
             self.log.info("reported", id=message.id, report=report)
+        if message.status in FINISHED:
+            message.next_attempt_at = iso_time(time.time() + delay) if delay else ""
         try:
             self.spool.save(message)
             self.unwritten.pop(stem, None)
@@ -9732,6 +9733,8 @@ class Delivering:
             self.log.error("record_not_written", id=message.id, error=e)
         if delay:
             self.scheduler.put(stem, UNREAD, delay)
+            if stem in self.told:  # by another worker, since we looked
+                self.scheduler.put(stem, UNREAD)
         elif message.status in SETTLED:
             self.shelve(stem, self.held if message.status is Status.HELD else self.finished, time.time())
 
