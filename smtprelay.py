@@ -6593,11 +6593,11 @@ def search_moment(value: str, zone: str = "") -> str:
 class Entry:
     """A message in the inbox: its place, and what does not change of what is shown, packed."""
 
-    packed = b""
-    found: Sequence[str] = ()  # the tags that it came with, and those by rule
+    __slots__ = ("found", "id", "packed", "sequence", "stem")  # without a dict for each
 
     def __init__(self, stem: str, sequence: int) -> None:
-        self.id, self.stem, self.sequence = stem[11:27], stem, sequence
+        self.id, self.stem, self.sequence, self.packed = stem[11:27], stem, sequence, b""
+        self.found: Sequence[str] = ()  # the tags that it came with, and those by rule
 
 
 class Listing(NamedTuple):
