@@ -4852,7 +4852,7 @@ class Faults:
 # One connection's state and rules. The loop does what is the same for every
 # command once: read a line, find the verb, check what must come first, count
 # errors, write the reply. A verb's method holds its own rule alone and returns a
-# Reply. VERBS and PARAMETERS, at the end, are the whole protocol at a glance.
+# Reply. VERBS, at the end, and GRAMMAR's PARAMETERS are the whole protocol at a glance.
 #
 # A session runs on one thread and shares only the Reception: accounts, limits,
 # counters (its lock is a leaf), and the way into the spool, which is that of every
