@@ -9411,7 +9411,9 @@ class Delivering:
                     elif word in self.marks:  # all before it is in
                         self.marks.pop(word).set()
                 if not words and self.sidecars:  # these can wait: they say what the .eml says
-                    self.spool.save_first(self.spool.load(self.sidecars.popleft()))
+                    message, content = self.spool.fetch(self.sidecars.popleft())
+                    content.close()  # not by load: it looks for the sidecar that is to be written
+                    self.spool.save_first(message)
                 if 0 < self.came_at - before < 2 * LINK_QUIET:  # to be woken for each of many would cost both sides
                     time.sleep(LINK_QUIET)
             except (KeyError, OSError, SpoolError) as e:
