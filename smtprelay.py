@@ -6492,8 +6492,13 @@ def words_of(value: Any) -> str:
     return value if isinstance(value, str) else " ".join(map(words_of, values))
 
 
+def holds(text: str, word: str) -> bool:
+    """Whether a text holds a search word; where that is all signs, as it stands."""
+    return word in (clean(text) if clean(word) else text)
+
+
 def fields_hold(name: str, word: str, item: Item) -> bool:
-    return word in clean(words_of([item[field] for field in SEARCH_FIELDS[name].split()]))
+    return holds(words_of([item[field] for field in SEARCH_FIELDS[name].split()]), word)
 
 
 def mail_holds(word: str, item: Item) -> bool:
@@ -6504,7 +6509,7 @@ def mail_holds(word: str, item: Item) -> bool:
     mail = item["open"]()
     page = strip_html(mail.page[:SEARCH_LIMIT])
     found = [mail.plain, page, *mail.links, *(p.filename for p in mail.parts)]
-    return word in clean("\n".join(found))
+    return holds("\n".join(found), word)
 
 
 def matches(query: Query, item: Item) -> bool:
@@ -6534,15 +6539,15 @@ def split_terms(text: str) -> list[str]:
 
 def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
-    name, colon, value = term.lower().partition(":")
-    value, (field, compare) = clean(value), SEARCH_LIMITS.get(name, ("", operator.eq))
+    name, colon, behind = term.lower().partition(":")
+    value, (field, compare) = clean(behind), SEARCH_LIMITS.get(name, ("", operator.eq))
     word = functools.partial(mail_holds, clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state[0]]) is state[1]
     if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
         return word
     if not value:
-        return None
+        return word if behind.strip() else None
     if name in SEARCH_FIELDS:
         return functools.partial(fields_hold, name, value)
     if name == "tag":
@@ -6573,6 +6578,8 @@ CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 
 def search_moment(value: str, zone: str = "") -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
+    if re.fullmatch("[0-9]{9,10}", value):  # seconds since 1970
+        return iso_time(int(value))[:19]
     here = None
     with contextlib.suppress(ValueError, LookupError, OSError):
         import zoneinfo
