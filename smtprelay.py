@@ -6578,8 +6578,8 @@ CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 
 def search_moment(value: str, zone: str = "") -> str:
     """Read a date or time as people write it, as UTC to the second; "" where it is none."""
-    if re.fullmatch("[0-9]{9,10}", value):  # seconds since 1970
-        return iso_time(int(value))[:19]
+    if re.fullmatch("[0-9]{9,10}|[0-9]{13}", value):  # seconds or milliseconds since 1970
+        return iso_time(int(value[:10]))[:19]
     here = None
     with contextlib.suppress(ValueError, LookupError, OSError):
         import zoneinfo
@@ -10257,7 +10257,7 @@ class Taken(NamedTuple):
 class Upstream:
     """A smart host that answers by script: `relay.upstream.script("451 busy", "rcpt 550 who?")`.
 
-    A step is "accept", "drop" (hang up without an answer), or a refusal, after a delay if it has one.
+    A step is "accept" (or "250 ok"), "drop" (hang up without an answer), or a refusal, after a delay if it has one.
     It holds for the end of a message's content, unless a stage is before it: connect, mail, rcpt, data.
     Steps are taken in order, each when its stage comes; after the last one all is accepted.
     """
@@ -10281,7 +10281,8 @@ class Upstream:
         """Add steps; ValueError for one that is none."""
         for step in steps:
             try:
-                self.steps.append(parse_fault(step, step=True))
+                accepts = re.fullmatch(r"((?!delay)\S+ )?2\d\d( .*)?", step)
+                self.steps.append(parse_fault(f"{accepts[1] or ''}accept" if accepts else step, step=True))
             except ValueError:
                 raise ValueError(f"{step!r} is not [STAGE] [delay TIME] accept|drop|reply, "
                                  f"STAGE one of {', '.join(FAULT_STAGES)}") from None
