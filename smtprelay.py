@@ -5892,11 +5892,11 @@ def decode_jis(octets: bytes) -> bytes:
         return bytes(((first + 1) // 2 + (0x70 if first < 0x5F else 0xB0), second))
 
     chunks = []
-    for mode, run in re.findall(rb"(?:\x1b(\$[@B]|\([BIJ]))?([^\x1b]+|\x1b)", octets):
+    for mode, run, before in re.findall(rb"\x1b(\$[@B]|\([BIJ])([^\x1b]*)|([^\x1b]+|\x1b)", octets):
         if mode in (b"$@", b"$B", b"(I"):
             mark = b"\x8e" * (mode == b"(I")
             run = b"".join(mark + bytes([o | 0x80]) if o > 32 else bytes([o]) for o in run)
-        chunks.append(run)
+        chunks.append(run + before)
     return re.sub(rb"\x8e([\xa1-\xdf])|\x8f..|([\xa1-\xfe]{2})", shift, b"".join(chunks))
 
 

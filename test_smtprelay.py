@@ -7632,7 +7632,7 @@ CHARSETS = [  # (label, octets, text)
     ("iso-2022-jp", b"\x1b$B-!-j\x1b(B a", "①㈱ a"),
     ("iso-2022-jp", b"\x1b(I1\x1b(B", "ｱ"),
     ("EUC-JP", b"\xad\xa1\xa4\xa2\x8e\xb1\x8e\xb2\xa4\xa2", "①あｱｲあ"),
-    ("iso-2022-jp", b"\x1b$B-!$\"\x1b(I12\x1b(B~a", "①あｱｲ~a"),
+    ("iso-2022-jp", b"\x1b$B-!$\"\x1b(I12\x1b(B~a", "①あｱｲ~a"), ("iso-2022-jp", b"a\x1b$B-!-j\x1b(B", "a①㈱"),
     ("ks_c_5601-1987", "똠".encode("cp949"), "똠"),
     ("GB_2312-80", "镕".encode("gb18030"), "镕"),
     ("big5", "嘅".encode("big5hkscs"), "嘅"),
