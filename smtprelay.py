@@ -3634,6 +3634,7 @@ SMARTHOST = "smarthost"
 REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_KEPT = 200  # lines of a message's
 REPLY_KEPT = 1000  # characters of a reply that go into a record
+PARTS_MOST = 10000  # of a message that is mended
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
 ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RFC 2045 6)
 
@@ -3709,7 +3710,7 @@ class Outgoing:
 
     def mended(self, seven: bool) -> Outgoing:
         """Return it with short lines and, where asked for, in seven bits, as far as can be."""
-        return Outgoing(io.BytesIO(mend(b"".join(self.blocks()), seven))).survey()
+        return Outgoing(io.BytesIO(mend(b"".join(self.blocks()), seven, itertools.count()))).survey()
 
     @functools.cached_property
     def seven(self) -> Outgoing:
@@ -3720,17 +3721,18 @@ class Outgoing:
 Parcels = Sequence[tuple["list[Recipient]", Outgoing]]  # who is to have what
 
 
-def mend(part: bytes, seven: bool, depth: int = 0) -> bytes:
+def mend(part: bytes, seven: bool, walked: Iterator[int], depth: int = 0) -> bytes:
     """Return a message, or a part of one, with short lines and, where asked for, in seven bits.
 
-    What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3).
+    What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3), as do parts beyond
+    measure; `walked` counts them.
     """
     head, _, body = (b"\r\n" + part).partition(b"\r\n\r\n")  # each field has its CRLF before it
     unfolded = re.sub(rb"\r\n[ \t]+", b" ", head)
     fields = dict(re.findall(rb"\r\n([^\s:]+)[ \t]*:[ \t]*([^\r\n]*)", unfolded.lower()))
     kind = fields.get(b"content-type", b"text/plain")
     encoding = before = fields.get(b"content-transfer-encoding", b"7bit").strip()
-    if depth > 20 or b"dkim-signature" in fields or kind.startswith(
+    if depth > 20 or next(walked) > PARTS_MOST or b"dkim-signature" in fields or kind.startswith(
             (b"multipart/signed", b"multipart/encrypted", b"multipart/digest")):
         return part
     if (body.isascii() or not seven) and max(map(len, body.split(b"\r\n"))) <= LINE_MOST:
@@ -3739,12 +3741,12 @@ def mend(part: bytes, seven: bool, depth: int = 0) -> bytes:
         named = re.search(
             rb"""(?im)^content-type[ \t]*:.*?\bboundary=("[^"]+"|[^\s;"]+)""", unfolded)
         if kind.startswith(b"message/"):
-            body = mend(body, seven, depth + 1)
+            body = mend(body, seven, walked, depth + 1)
         elif named:
             mark = b"--" + re.escape(named[1].strip(b'"'))
             inner = rb"(?s)((?:^|\r\n)%s[ \t]*)(?=\r\n)(.*?)(?=\r\n%s(?:--)?[ \t]*(?:\r\n|\Z)|\Z)"
             body = re.sub(inner % (mark, mark), lambda found: found[1] + b"\r\n" + mend(
-                found[2][2:], seven, depth + 1), body)
+                found[2][2:], seven, walked, depth + 1), body)
         encoding = b"7bit" if encoding == b"8bit" else encoding
     elif encoding == b"base64":
         body = b"\r\n".join(re.findall(rb".{1,76}", b"".join(body.split()))) + b"\r\n"
@@ -3755,23 +3757,14 @@ def mend(part: bytes, seven: bool, depth: int = 0) -> bytes:
         if kind.startswith(b"text/") and len(quoted) <= 2 * len(plain) + KIB:  # else hardly ASCII
             body, encoding = quoted, b"quoted-printable"
     if encoding != before and (encoding != b"7bit" or body.isascii()):
-        head = with_field(head, b"Content-Transfer-Encoding", encoding)
-        if b"mime-version" not in fields:
-            head = with_field(head, b"MIME-Version", b"1.0")
-    lines: list[bytes] = []
-    for line in head.split(b"\r\n"):
-        at = 0
-        while len(line) - at > LINE_MOST and (end := line.rfind(b" ", at + 1, at + LINE_MOST)) > 0:
-            lines.append(line[at:end])  # RFC 5322 2.2.3
-            at = end
-        lines.append(line[at:])
-    return b"\r\n".join([*lines, b"", body])[2:]
-
-
-def with_field(head: bytes, name: bytes, value: bytes) -> bytes:
-    """Return a header, with a CRLF before each field, in which one has this value."""
-    field = rb"(?i)\r\n%s[ \t]*:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*" % name
-    return re.sub(field, b"", head) + b"\r\n" + name + b": " + value
+        field = rb"(?i)\r\ncontent-transfer-encoding[ \t]*:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*"
+        head = re.sub(field, b"", head) + b"\r\nContent-Transfer-Encoding: " + encoding
+        head += b"\r\nMIME-Version: 1.0" * (b"mime-version" not in fields)
+    # RFC 5322 2.2.3: at the last space that keeps a line short, else at the first one there is
+    folded = rb".{1,%d}(?= |\Z)| ?[^ ]+" % (LINE_MOST - 1)
+    head = re.sub(rb"[^\r\n]{%d,}" % (LINE_MOST + 1),
+                  lambda line: b"\r\n".join(re.findall(folded, line[0])), head)
+    return b"\r\n".join([head, b"", body])[2:]
 
 
 def with_author(fields: bytes, names: Container[bytes], address: str) -> bytes:
@@ -4240,19 +4233,17 @@ class Delivery:
     def attempt(self, message: Message, lane: str, file: BinaryIO,
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
-        s, smart, routes = self.settings, self.smart(message), self.routes(message)
-        lanes, recipients = [lane], routes[lane]
+        s, smart, lanes = self.settings, self.smart(message), [lane]
         latest = time.monotonic() + GROUPING_TIME
-        for other in () if smart else routes:  # same hosts: sent together
+        for other in () if smart else self.routes(message):  # same hosts: sent together
             with contextlib.suppress(ResolveError):
                 if other != lane and time.monotonic() < latest and (
                         {*self.resolver.mx_hosts(other)} == {*self.resolver.mx_hosts(lane)}):
                     lanes.append(other)
-                    recipients = [*recipients, *routes[other]]
-        parcels: dict[tuple[str, ...], list[Recipient]] = {} if self.rewrites else {(): recipients}
+        parcels: dict[tuple[str, ...], list[Recipient]] = {}
         stands: dict[str, list[Recipient]] = {}  # for whom each address does
         plan: list[tuple[Recipient, list[str], bool]] = []  # are others of his in other lanes?
-        for r in message.pending() if self.rewrites else ():
+        for r in message.pending():
             finals = self.finals_owed(r)
             here = [a for a in finals if smart or domain_of(a) in lanes]
             plan += [(r, here, len(here) < len(finals))] if here else []
@@ -4274,8 +4265,7 @@ class Delivery:
             if not e.permanent:
                 return Attempt({}, Outcome(LATER, True, e.reply.code, said), [])
             outcome = Outcome(NEVER, False, e.reply.code, said)
-            everyone = [r.address for people in parcels.values() for r in people]
-            attempt = Attempt(dict.fromkeys(everyone, outcome), None, [])
+            attempt = Attempt(dict.fromkeys(stands, outcome), None, [])
         if attempt.outcomes and self.rewrites:
             return attempt._replace(outcomes=self.settled(message, plan, attempt.outcomes))
         return attempt
