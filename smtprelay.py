@@ -6432,18 +6432,19 @@ PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username S
                  "Snippet inline whole")  # how many inline parts; whether the snippet is the text
 
 
-def summarise(mail: Email) -> list[Any]:
-    """Give the values of PACKED_FIELDS."""
+def summarise(mail: Email) -> bytes:
+    """Give the values of PACKED_FIELDS, packed."""
     record, (sender, *others) = mail.record, mail.people.values()
     text = " ".join((strip_html(mail.page[:32000]) or mail.plain[:32000]).split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
     whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
-    return [
+    values = (
         record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
         mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
         text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
-    ]
+    )
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
@@ -6588,13 +6589,19 @@ def search_moment(value: str, zone: str = "") -> str:
 
 
 class Entry:
-    """A message in the inbox: its place, and what does not change of what is shown, packed."""
+    """A message in the inbox: its place, what a person did, what is shown of it, packed."""
 
-    __slots__ = ("found", "id", "packed", "sequence", "stem")  # without a dict for each
+    __slots__ = ("found", "given", "id", "packed", "read", "sequence", "stem")  # no dict for each
 
-    def __init__(self, stem: str, sequence: int) -> None:
+    def __init__(self, stem: str, sequence: int, read: bool, given: Sequence[str] | None) -> None:
         self.id, self.stem, self.sequence, self.packed = stem[11:27], stem, sequence, b""
         self.found: Sequence[str] = ()  # the tags that it came with, and those by rule
+        self.read, self.given = read, given  # the tags that a person gave it in place of those
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """The tags as far as known."""
+        return self.found if self.given is None else self.given
 
 
 class Listing(NamedTuple):
@@ -6619,25 +6626,23 @@ class Inbox:
         self.entries: dict[str, Entry] = {}  # oldest first
         self.last, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
-        # What a person did: which messages are read, and the tags given in place of their own.
-        self.seen: set[str] = set()
-        self.given: dict[str, list[str]] = {}
+        self.kept: dict[str, tuple[bool, list[str] | None]] = {}  # of messages not yet added
         self.touched, self.saving = False, threading.Lock()
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SpoolError):  # torn
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
-                self.seen = {id for id, (read, _) in kept.items() if read}
-                self.given = {id: clean_tags(tags) for id, (_, tags) in kept.items()
-                              if tags is not None}
+                self.kept = {id: (bool(read), tags if tags is None else clean_tags(tags))
+                             for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
         with self.changed:
-            if stem[11:27] not in self.entries:
+            id = stem[11:27]
+            if id not in self.entries:
                 self.last += 1
-                self.entries[stem[11:27]] = Entry(stem, self.last)
+                self.entries[id] = Entry(stem, self.last, *self.kept.pop(id, (False, None)))
                 self.changed.notify_all()
-            return self.entries[stem[11:27]].sequence
+            return self.entries[id].sequence
 
     def entry(self, id: str) -> Entry:
         """Give the entry of a message, or of the `latest`; KeyError when it is gone."""
@@ -6647,13 +6652,10 @@ class Inbox:
     def delete(self, ids: Iterable[str] | None = None) -> list[str]:
         """Forget messages, all for None; give the ids of those that were here."""
         with self.changed:
-            gone = [id for id in self.chosen(ids) if self.entries.pop(id, None)]
-            for id in gone:
-                self.touched |= id in self.seen or id in self.given
-                self.seen.discard(id)
-                self.given.pop(id, None)
+            gone = [entry for entry in self.chosen(ids) if self.entries.pop(entry.id, None)]
+            self.touched |= any(entry.read or entry.given is not None for entry in gone)
             self.deleted += len(gone)
-            return gone
+            return [entry.id for entry in gone]
 
     def close(self) -> None:
         """Send every waiter away empty-handed."""
@@ -6689,9 +6691,10 @@ class Inbox:
             newest_first = reversed(self.entries.values())
             return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
 
-    def chosen(self, ids: Iterable[str] | None) -> list[str]:
-        """Those of some ids that are here, all for None; the caller holds the lock."""
-        return list(self.entries if ids is None else filter(self.entries.__contains__, ids))
+    def chosen(self, ids: Iterable[str] | None) -> list[Entry]:
+        """The entries with some ids, all for None; the caller holds the lock."""
+        ids = self.entries if ids is None else ids
+        return [self.entries[id] for id in ids if id in self.entries]
 
     def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
         for item in filter(None, map(self.shown, entries)):
@@ -6706,31 +6709,24 @@ class Inbox:
     def shown(self, entry: Entry) -> Item | None:
         """Show an entry, which is summed up on first reading; None when its message is gone."""
         try:
-            if not entry.packed:
-                mail = self.mail(entry.id)
-                values = summarise(mail)
-                item = self.item(entry, values)
-                tags = [tag for tag, query in self.rules if matches(query, item)]
+            mail = None if entry.packed else self.mail(entry.id)
+            packed = summarise(mail) if mail else entry.packed
+            item = {**dict(zip(PACKED_FIELDS.split(), json.loads(packed))), "Read": entry.read,
+                    "sequence": entry.sequence,
+                    "open": functools.partial(self.mail, entry.id, SEARCH_LIMIT)}
+            if mail:
+                tags = decode_words(header(mail.fields, "x-tags")).split(",")
                 for path in mail.recipients:
                     tags += path.rpartition("@")[0].split("+")[1:]
-                own = decode_words(header(mail.fields, "x-tags")).split(",")
-                entry.found = tuple(clean_tags([*own, *tags]))
-                entry.packed = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
-            return self.item(entry, json.loads(entry.packed))
+                item["Tags"] = entry.tags
+                tags += [tag for tag, query in self.rules if matches(query, item)]
+                entry.found, entry.packed = tuple(clean_tags(tags)), packed
+            return {**item, "Tags": list(entry.tags)}
         except (KeyError, FileNotFoundError, SpoolError):
             self.delete([entry.id])
         except OSError as error:
             self.log.warn("unreadable", id=entry.id, error=error)
         return None
-
-    def item(self, entry: Entry, values: list[Any]) -> Item:
-        return {**dict(zip(PACKED_FIELDS.split(), values)), "Read": entry.id in self.seen,
-                "Tags": self.tags(entry), "sequence": entry.sequence,
-                "open": functools.partial(self.mail, entry.id, SEARCH_LIMIT)}
-
-    def tags(self, entry: Entry) -> list[str]:
-        """The tags of a message as far as known."""
-        return self.given.get(entry.id, list(entry.found))
 
     def mail(self, id: str, limit: int = -1) -> Email:
         """Read a message, so many octets of it; KeyError or OSError when it is gone."""
@@ -6753,36 +6749,39 @@ class Inbox:
         # Of all there are only the page itself needs summaries.
         found = list(self.matching(entries[page] if query == ALL else entries, query))
         if query == ALL:
-            return Listing(found, len(entries), len(self.entries.keys() - self.seen))
+            return Listing(found, len(entries), sum(not entry.read for entry in entries))
         return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
         """Count all messages, those unread, and those with each tag, as far as known."""
         self.summarise_rest(within=0.2)
         entries = self.after()
-        tags = collections.Counter(tag for entry in entries for tag in self.tags(entry))
-        return len(entries), len(self.entries.keys() - self.seen), dict(sorted(tags.items()))
+        tags = collections.Counter(tag for entry in entries for tag in entry.tags)
+        unread = sum(not entry.read for entry in entries)
+        return len(entries), unread, dict(sorted(tags.items()))
 
     def mark(self, ids: Iterable[str] | None, read: bool) -> None:
         """Mark messages read or unread, all for None."""
         with self.changed:
-            change = self.seen.update if read else self.seen.difference_update
-            change(self.chosen(ids))
+            for entry in self.chosen(ids):
+                entry.read = read
             self.touched = True
 
     def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
         """Replace the tags of messages."""
         with self.changed:
-            self.given.update(dict.fromkeys(self.chosen(ids), clean_tags(tags)))
+            given = clean_tags(tags)
+            for entry in self.chosen(ids):
+                entry.given = given
             self.touched = True
 
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
         self.summarise_rest()
         for entry in self.after():
-            tags = self.tags(entry)
-            if old.lower() in map(str.lower, tags):
-                self.tag([entry.id], (new if t.lower() == old.lower() else t for t in tags))
+            renamed = [new if tag.lower() == old.lower() else tag for tag in entry.tags]
+            if renamed != list(entry.tags):
+                self.tag([entry.id], renamed)
 
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
@@ -6798,7 +6797,8 @@ class Inbox:
             return
         with self.changed:
             self.touched = False
-            kept = {id: (id in self.seen, self.given.get(id)) for id in {*self.seen, *self.given}}
+            kept = {**self.kept, **{entry.id: (entry.read, entry.given) for entry in self.chosen(None)
+                                    if entry.read or entry.given is not None}}
         with self.saving:
             try:
                 sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
