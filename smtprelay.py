@@ -5942,11 +5942,9 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) ->
             if not line or at == start and not re.match(b">?From ", line[0]):
                 break  # the body, be it without an empty line before it
         at = line.end()
-    if at >= last_line:  # what is left of it is not looked at
-        empty = re.compile(rb"\n[ \t\r]*\n").search(raw, at - 1, end)
-        return kept, empty.end() if empty else end
-    empty = re.compile(rb"[ \t\r]*(?:\n|\Z)").match(raw, at, end)
-    return kept, empty.end() if empty else at
+    blank, spent = re.compile(rb"(?m)^[ \t\r]*(?:\n|\Z)"), at >= last_line
+    empty = (blank.search if spent else blank.match)(raw, at, end)  # past the fields not looked at
+    return kept, empty.end() if empty else end if spent else at
 
 
 class Part(NamedTuple):
@@ -5962,16 +5960,13 @@ class Part(NamedTuple):
     raw: bytes = b""  # the body as sent
 
     @property
-    def encoding(self) -> str:
-        """The transfer encoding, of which senders write "base64;" and "base64 (with a comment)"."""
-        return header_parameters(header(self.headers, "content-transfer-encoding"))[0]
-
-    @property
     def content(self) -> bytes:
         """The body without its transfer encoding."""
-        if self.encoding in ("base64", "b", "base-64"):
+        # Senders write "base64;" and "base64 (with a comment)", too.
+        encoding, _ = header_parameters(header(self.headers, "content-transfer-encoding"))
+        if encoding in ("base64", "b", "base-64"):
             return unbase64(self.raw)
-        return binascii.a2b_qp(self.raw) if self.encoding == "quoted-printable" else self.raw
+        return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
 
     @property
     def charset(self) -> str:
@@ -6088,14 +6083,15 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
 def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
     """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
     mark = re.escape(boundary.encode("utf-8", "replace"))
-    lines: list[re.Match[bytes]] = []
-    for line in re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark).finditer(raw, start - 1, end):
-        lines.append(line)
-        if line[1] or len(lines) > PART_LIMIT:
+    line = re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark)
+    pieces: list[tuple[int, int]] = []
+    for found in itertools.islice(line.finditer(raw, start - 1, end), PART_LIMIT + 1):
+        at = found.start()
+        pieces[-1:] = [(begin, at - (raw[at - 1] == 13)) for begin, _ in pieces[-1:]]
+        if found[1]:
             break
-    begins = [line.end() + 1 for line in lines if not line[1]]
-    stops = [line.start() - (raw[line.start() - 1] == 13) for line in lines[1:]]
-    return list(zip(begins, [*stops, end]))
+        pieces.append((found.end() + 1, end))
+    return pieces
 
 
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
@@ -6404,8 +6400,11 @@ def embed_images(mail: Email) -> str:
     def embedded(cid: re.Match[str]) -> str:
         nonlocal room
         part = parts.get(unquoted(cid[3] or cid[4]))
-        kind = image_type(part) if part else ""
-        if not part or not kind or len(part.raw) > room:
+        if not part or len(part.raw) > room:
+            return cid[0]
+        kinds = true_type(part), mimetypes.guess_type(part.filename)[0] or ""
+        kind = next((kind for kind in kinds if kind.startswith("image/")), "")
+        if not kind:
             return cid[0]
         data = base64.b64encode(part.content).decode()
         room -= len(data) + 100
@@ -6417,12 +6416,6 @@ def embed_images(mail: Email) -> str:
                r"""cid(?::|%3a|&#58;|&#x3a;|&colon;)"""
                r"""(?:(?(1)(.{1,600}?)(?=\1)|(?!))|([^\s"'<>)\\]{1,300}))""")
     return re.sub(address, embedded, mail.page) if parts else mail.page
-
-
-def image_type(part: Part) -> str:
-    """Tell which image a part is: by octets, type, or name; "" where it is none."""
-    kinds = true_type(part), mimetypes.guess_type(part.filename)[0] or ""
-    return next((kind for kind in kinds if kind.startswith("image/")), "")
 
 
 # An item is what Mailpit's list shows of a message, with three more for searches. What of it cannot
@@ -6483,24 +6476,19 @@ def words_of(value: Any) -> str:
     return value if isinstance(value, str) else " ".join(map(words_of, values))
 
 
-def holds(text: str, word: str) -> bool:
-    """Whether a text holds a search word; where that is all signs, as it stands."""
-    return word in (clean(text) if clean(word) else text)
+def holds(name: str, word: str, item: Item) -> bool:
+    """Whether a message holds a search word in a field; where that is all signs, as it stands.
 
+    In any field (" ") also means its text, HTML, links, and the names of its parts.
+    """
+    def texts() -> Iterator[str]:
+        yield words_of([item[field] for field in SEARCH_FIELDS[name].split()])
+        if name == " " and not item["whole"]:
+            mail = item["open"]()
+            page = strip_html(mail.page[:SEARCH_LIMIT])
+            yield "\n".join([mail.plain, page, *mail.links, *(p.filename for p in mail.parts)])
 
-def fields_hold(name: str, word: str, item: Item) -> bool:
-    return holds(words_of([item[field] for field in SEARCH_FIELDS[name].split()]), word)
-
-
-def mail_holds(word: str, item: Item) -> bool:
-    """Whether a message holds a word: its fields, text, HTML, links, or names of parts."""
-    known = fields_hold(" ", word, item)
-    if known or item["whole"]:
-        return known
-    mail = item["open"]()
-    page = strip_html(mail.page[:SEARCH_LIMIT])
-    found = [mail.plain, page, *mail.links, *(p.filename for p in mail.parts)]
-    return holds("\n".join(found), word)
+    return any(word in (clean(text) if clean(word) else text) for text in texts())
 
 
 def matches(query: Query, item: Item) -> bool:
@@ -6532,7 +6520,7 @@ def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
     name, colon, behind = term.lower().partition(":")
     value, (field, compare) = clean(behind), SEARCH_LIMITS.get(name, ("", operator.eq))
-    word = functools.partial(mail_holds, clean(term) or term)
+    word = functools.partial(holds, " ", clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state[0]]) is state[1]
     if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
@@ -6540,7 +6528,7 @@ def compile_term(term: str, zone: str) -> Test | None:
     if not value:
         return word if behind.strip() else None
     if name in SEARCH_FIELDS:
-        return functools.partial(fields_hold, name, value)
+        return functools.partial(holds, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
     limit = search_size(value) if field == "Size" else field and search_moment(value, zone)
@@ -6561,9 +6549,9 @@ def search_size(value: str) -> int:
     return int(float(match[1]) * 1024 ** " km".index(match[2] or " ")) if match else 0
 
 
-# As in ISO 8601, in America, in Germany, and with a month's name; the day may be today.
+# As in ISO 8601, in America, in Germany, and with a month's name.
 DATES = ("%Y-%m-%d|%Y-%m|%Y|%Y/%m/%d|%Y/%m|%Y.%m.%d|%m/%d/%Y|%d.%m.%Y"
-         "|%d %b %Y|%d %B %Y|%b %d %Y|%B %d %Y|")
+         "|%d %b %Y|%d %B %Y|%b %d %Y|%B %d %Y")
 CLOCKS = "| %H:%M| %H:%M:%S| %H:%M%z| %H:%M:%S%z| %I:%M %p| %I %p"
 
 
@@ -6576,14 +6564,13 @@ def search_moment(value: str, zone: str = "") -> str:
         import zoneinfo
 
         here = zoneinfo.ZoneInfo(zone) if zone else None
-    today = datetime.datetime.now(here)
     text = re.sub(r"(?<=:\d\d)\.\d+|(?<=\d)(?:ST|ND|RD|TH)\b|(?<=[A-Z])\.", "", value[:60].upper())
     text = re.sub(r"(?<=\d)(?:T(?=\d)| ?(?=[AP]M))", " ", text)
-    for date, clock in itertools.product(DATES.split("|"), CLOCKS.split("|")):
+    said = text, f"{datetime.datetime.now(here):%Y-%m-%d} {text}"  # a time alone is of today
+    for moment, date, clock in itertools.product(said, DATES.split("|"), CLOCKS.split("|")):
         with contextlib.suppress(ValueError, OverflowError, OSError):
-            when = datetime.datetime.strptime(text, (date + clock).strip())
-            when = when if date else when.replace(today.year, today.month, today.day)
-            when = when if when.tzinfo else when.replace(tzinfo=here)
+            when = datetime.datetime.strptime(moment, date + clock)
+            when = when.replace(tzinfo=when.tzinfo or here)
             return when.astimezone(datetime.timezone.utc).isoformat()[:19]
     return ""
 
@@ -6828,22 +6815,19 @@ def waited_json(item: Item, mail: Email) -> dict[str, Any]:
     """Mailpit's Message: one whole, with sequence number, links and codes, which are ours."""
     listed, post = (header(mail.fields, f"list-unsubscribe{end}") for end in ("", "-post"))
     found = [re.sub(r"\s", "", link) for link in re.findall(r"<([^<>]{1,4000})>", listed)]
-    good = [link for link in found if re.match("(?i)(?:https?://|mailto:).", link)]
-    one_click = any(link.lower().startswith("https:") for link in good)
-    errors = {
-        "it names no link": not good,
-        "it names a link that is not of http, https or mailto": good != found,
-        "List-Unsubscribe-Post is not List-Unsubscribe=One-Click, or there is no https link":
-            post and not (post == "List-Unsubscribe=One-Click" and one_click),
-    }
-    wrong = ", ".join(text for text, holds in errors.items() if holds and (listed or post))
+    links = [link for link in found if re.match("(?i)(?:https?://|mailto:).", link)]
+    wrong = ""
+    if (listed or post) and (not links or links != found):
+        wrong = "it names no link, or one that is not of http, https or mailto"
+    elif post and (post != "List-Unsubscribe=One-Click" or "https:" not in str(links).lower()):
+        wrong = "List-Unsubscribe-Post is not List-Unsubscribe=One-Click, or there is no https link"
     return {
         **summary_json(item),
         "Subject": mail.subject, "Date": mail.date or item["Created"],
         "ReturnPath": mail.reverse_path, "HTML": mail.page, "Text": mail.plain or mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
-        "ListUnsubscribe": {"Header": listed, "Links": good, "HeaderPost": post, "Errors": wrong},
+        "ListUnsubscribe": {"Header": listed, "Links": links, "HeaderPost": post, "Errors": wrong},
         "Sequence": item["sequence"], "Links": mail.links, "Codes": mail.codes,
     }
 
