@@ -477,9 +477,9 @@ SIZES = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "m
          "g": GIB, "gb": GIB, "gib": GIB}
 TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-LEVEL_WORDS = {"warning": "warn", "notice": "info", "information": "info", "trace": "debug", "verbose": "debug",
-               "err": "error", "crit": "error", "critical": "error", "alert": "error", "emerg": "error",
-               "fatal": "error"}
+LEVEL_WORDS = dict(re.findall(
+    "([a-z]+)=([a-z]+)", "warning=warn notice=info information=info trace=debug verbose=debug err=error "
+    "crit=error critical=error alert=error emerg=error fatal=error"))
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
 
@@ -510,8 +510,6 @@ def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Calla
             raise ValueError(expected)
         return kind(text)
     return parse
-
-
 
 
 def choice(allowed: str, also: Mapping[str, Any] = {}) -> Callable[[str], Any]:
@@ -841,15 +839,15 @@ def is_loopback(host: str) -> bool:
         return host.lower().rpartition(".")[2] == "localhost"
 
 
-def is_open(settings: Settings) -> bool:
-    """Tell whether the relay listens beyond this machine."""
-    return not all(a.path or is_loopback(a.host) for a in (*settings.port, *settings.smtps_port))
+def is_open(places: Addresses) -> bool:
+    """Tell whether one of them is open to more than this machine."""
+    return not all(place.path or is_loopback(place.host) for place in places)
 
 
 def conflicts(s: Settings) -> list[tuple[object, str]]:
     """Return what settings may not say together: whether they do, and what is expected."""
-    listening, open_ = (*s.port, *s.smtps_port), is_open(s)
-    nobody = s.allow_networks == networks("loopback")
+    listening = *s.port, *s.smtps_port
+    open_, nobody = is_open(listening), s.allow_networks == networks("loopback")
     return [
         (s.delivery == "relay" and not s.relay_host,
          "SMTP_DELIVERY='relay': expected SMTP_RELAY_HOST to name the smart host"),
@@ -905,44 +903,33 @@ def read_setting(env: Mapping[str, str], name: str) -> Any:
         raise ValueError(f"{name}={shown}: expected {e}") from None
 
 
-MAILPITS = dict(line.split(None, 1) for line in """\
-MP_SMTP_BIND_ADDR                SMTP_PORT
-MP_UI_BIND_ADDR                  SMTP_HEALTH_ADDR
-MP_DATABASE                      SMTP_SPOOL
-MP_DATA_FILE                     SMTP_SPOOL
-MP_MAX_MESSAGES                  SMTP_SPOOL_MAX_MESSAGES
-MP_MAX_AGE                       SMTP_KEEP
-MP_MAX_MESSAGE_SIZE              SMTP_MAX_SIZE
-MP_SMTP_MAX_RECIPIENTS           SMTP_MAX_RECIPIENTS
-MP_WEBROOT                       SMTP_WEB_ROOT
-MP_UI_AUTH                       SMTP_API_TOKEN
-MP_UI_AUTH_FILE                  SMTP_API_TOKEN_FILE
-MP_SMTP_AUTH                     SMTP_AUTH_USER and SMTP_AUTH_PASSWORD
-MP_SMTP_AUTH_FILE                SMTP_USERS_FILE
-MP_SMTP_AUTH_ACCEPT_ANY          SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0
-MP_SMTP_AUTH_ALLOW_INSECURE      SMTP_AUTH_INSECURE
-MP_SMTP_TLS_CERT                 SMTP_TLS_CERT
-MP_SMTP_TLS_KEY                  SMTP_TLS_KEY
-MP_SMTP_REQUIRE_TLS              SMTP_SMTPS_PORT
-MP_SMTP_REQUIRE_STARTTLS         SMTP_TLS_REQUIRED
-MP_SMTP_RELAY_CONFIG             SMTP_RELAY_HOST
-MP_SMTP_RELAY_ALL                SMTP_DELIVERY=relay
-MP_SMTP_RELAY_MATCHING           SMTP_RELAY_ALLOWED_RECIPIENTS
-MP_SMTP_RELAY_ALLOWED_RECIPIENTS SMTP_RELAY_ALLOWED_RECIPIENTS
-MP_TAG                           SMTP_TAGS
-MP_ENABLE_CHAOS                  SMTP_FAULTS
-MP_CHAOS_TRIGGERS                SMTP_FAULTS
-MP_VERBOSE                       SMTP_LOG_LEVEL=debug
-MP_QUIET                         SMTP_LOG_LEVEL=error
-MH_SMTP_BIND_ADDR                SMTP_PORT
-MH_API_BIND_ADDR                 SMTP_HEALTH_ADDR
-MH_UI_BIND_ADDR                  SMTP_HEALTH_ADDR
-MH_MAILDIR_PATH                  SMTP_SPOOL
-MH_AUTH_FILE                     SMTP_API_TOKEN
-MH_UI_WEB_PATH                   SMTP_WEB_ROOT
-MH_OUTGOING_SMTP                 SMTP_RELAY_HOST
-MH_INVITE_JIM                    SMTP_FAULTS
-""".splitlines())  # the settings of Mailpit and MailHog, with ours
+MAILPITS = {name: ours for line in """\
+SMTP_PORT: MP_SMTP_BIND_ADDR MH_SMTP_BIND_ADDR
+SMTP_HEALTH_ADDR: MP_UI_BIND_ADDR MH_API_BIND_ADDR MH_UI_BIND_ADDR
+SMTP_SPOOL: MP_DATABASE MP_DATA_FILE MH_MAILDIR_PATH
+SMTP_SPOOL_MAX_MESSAGES: MP_MAX_MESSAGES
+SMTP_KEEP: MP_MAX_AGE
+SMTP_MAX_SIZE: MP_MAX_MESSAGE_SIZE
+SMTP_MAX_RECIPIENTS: MP_SMTP_MAX_RECIPIENTS
+SMTP_WEB_ROOT: MP_WEBROOT MH_UI_WEB_PATH
+SMTP_API_TOKEN: MP_UI_AUTH MH_AUTH_FILE
+SMTP_API_TOKEN_FILE: MP_UI_AUTH_FILE
+SMTP_AUTH_USER and SMTP_AUTH_PASSWORD: MP_SMTP_AUTH
+SMTP_USERS_FILE: MP_SMTP_AUTH_FILE
+SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0: MP_SMTP_AUTH_ACCEPT_ANY
+SMTP_AUTH_INSECURE: MP_SMTP_AUTH_ALLOW_INSECURE
+SMTP_TLS_CERT: MP_SMTP_TLS_CERT
+SMTP_TLS_KEY: MP_SMTP_TLS_KEY
+SMTP_SMTPS_PORT: MP_SMTP_REQUIRE_TLS
+SMTP_TLS_REQUIRED: MP_SMTP_REQUIRE_STARTTLS
+SMTP_RELAY_HOST: MP_SMTP_RELAY_CONFIG MH_OUTGOING_SMTP
+SMTP_DELIVERY=relay: MP_SMTP_RELAY_ALL
+SMTP_RELAY_ALLOWED_RECIPIENTS: MP_SMTP_RELAY_MATCHING MP_SMTP_RELAY_ALLOWED_RECIPIENTS
+SMTP_TAGS: MP_TAG
+SMTP_FAULTS: MP_ENABLE_CHAOS MP_CHAOS_TRIGGERS MH_INVITE_JIM
+SMTP_LOG_LEVEL=debug: MP_VERBOSE
+SMTP_LOG_LEVEL=error: MP_QUIET
+""".splitlines() for ours, _, theirs in [line.partition(": ")] for name in theirs.split()}
 
 
 def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -994,11 +981,9 @@ EVENT_ENCODER = json.JSONEncoder(default=str)
 
 def append_line(path: str, line: str) -> None:
     """Append a line to a file that its owner alone may read, in one write: lines stay whole."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, line.encode("utf-8", "backslashreplace") + b"\n")
-    finally:
-        os.close(fd)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with open(fd, "wb", buffering=0) as file:
+        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 class Log:
@@ -2457,14 +2442,14 @@ def new_api_key() -> str:
 TEXT = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}"
 WORD = r"[!-~]{1,255}"
 ACCOUNT_KEYS: dict[str, tuple[object, str]] = {
-    "password": (rf"(?!scrypt:){TEXT}|{HASH}", "a scrypt hash (`user passwd` makes one), or a password"),
-    "api_key": (WORD, "printable ASCII, no spaces"),
-    "allowed_domains": (list, 'a list of domains such as "example.com" or "*.example.com"'),
-    "quota_daily": (int, "a whole number, 0 for no limit"),
-    "quota_per_minute": (int, "a whole number, 0 for no limit"),
-    "relay_host": (WORD, "host or host:port"),
-    "relay_username": (TEXT, "a text"),
-    "relay_password": (TEXT, "a text"),
+    "password": (rf"(?!scrypt:){TEXT}|{HASH}", "expected a scrypt hash (`user passwd` makes one), or a password"),
+    "api_key": (WORD, "expected printable ASCII, no spaces"),
+    "allowed_domains": (list, 'expected a list of domains such as "example.com" or "*.example.com"'),
+    "quota_daily": (int, "expected a whole number, 0 for no limit"),
+    "quota_per_minute": (int, "expected a whole number, 0 for no limit"),
+    "relay_host": (WORD, "expected host or host:port"),
+    "relay_username": (TEXT, "expected a text"),
+    "relay_password": (TEXT, "expected a text"),
 }
 
 
@@ -2508,9 +2493,8 @@ def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
             mistakes.append(f"account {name}: expected a JSON object")
             continue
         given = given_keys(fields)
-        wrong = [f"{key}: no such key" for key in given if key not in ACCOUNT_KEYS]
-        wrong += [f"{key}: expected {expected}" for key, (kind, expected) in ACCOUNT_KEYS.items()
-                  if key in given and not fits(kind, given[key])]
+        wrong = [f"{key}: {mistake}" for key, value in given.items()
+                 for kind, mistake in [ACCOUNT_KEYS.get(key, ("", "no such key"))] if not fits(kind, value)]
         if not {"password", "api_key"} & given.keys():
             wrong.append("expected a password or an api_key")
         if not wrong:
@@ -2527,7 +2511,7 @@ def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
     """Hold the lock of a directory: a file in it is another one after each change."""
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock = os.open(directory, os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -2798,11 +2782,6 @@ class Buckets:
                 self.full_at.popitem(last=False)
         return granted
 
-    def known(self) -> dict[str, float]:
-        """Return when each bucket is full."""
-        with self._lock:
-            return {**self.full_at}
-
 
 USED, FULL_AT = ("received", "sent", "failed"), "minute is full at"
 Counts = collections.Counter[tuple[str, str, str]]  # by day, account and what is counted
@@ -2820,8 +2799,7 @@ class Quotas:
     def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
         self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
         self._lock = threading.RLock()
-        self._counts = Counts()  # of today, and what no file says yet
-        self._saved = Counts()  # what today's file says of them
+        self._new, self._saved = Counts(), Counts()  # what no file says yet; what today's says
         self._reserved: collections.Counter[str] = collections.Counter()
         self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
         if directory:
@@ -2847,19 +2825,23 @@ class Quotas:
         """Add one to today's figure for an account: received, sent or failed."""
         key = self._day(), name, what
         with self._lock:
-            has_room = key in self._counts or len(self._counts) < USAGE_COUNTS
-            self._counts[key if has_room else (key[0], "", what)] += 1
+            full = len(self._saved) + len(self._new) >= USAGE_COUNTS
+            if full and key not in self._saved and key not in self._new:
+                key = key[0], "", what
+            self._new[key] += 1
 
     def today(self, name: str) -> dict[str, int]:
         """Give today's figures of an account."""
         day = self._day()
-        return {what: self._counts[day, name, what] for what in USED if (day, name, what) in self._counts}
+        with self._lock:
+            return {what: n for what in USED
+                    if (n := self._saved[day, name, what] + self._new[day, name, what])}
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
         found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(collections.Counter)
         with self._lock:
-            counts = self._counts - self._saved
+            counts = +self._new
         for day in {file[:10] for file in os.listdir(self._directory)} if self._directory else ():
             counts += self._read(day)
         for (day, who, what), n in sorted(counts.items()):
@@ -2872,26 +2854,25 @@ class Quotas:
         if not self._directory:
             return
         with self._lock:
-            was, today = self._counts.copy(), self._day()
-        new = was - self._saved
+            new, today = +self._new, self._day()
         with locked(self._directory):
-            for day in (*{day for day, _, _ in new if day != today}, today):
+            for day in (*({day for day, _, _ in new} - {today}), today):
                 added = Counts({key: n for key, n in new.items() if key[0] == day})
                 kept = self._read(day) + added
                 if added:
-                    kept |= Counts({
-                        (day, name, FULL_AT): math.ceil(at) for name, at in self.minutes.known().items()})
+                    kept |= Counts({(day, name, FULL_AT): math.ceil(at)
+                                    for name, at in [*self.minutes.full_at.items()]})
                     rows = [[*key[1:], n] for key, n in kept.items()]
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
-            with self._lock:
-                self._counts, self._saved = kept + (self._counts - was), kept
-            oldest = iso_time(self._now() - USAGE_DAYS * DAY)[:10]
+                with self._lock:
+                    self._new, self._saved = self._new - added, kept
+            oldest = self._day(USAGE_DAYS * DAY)
             for file in os.listdir(self._directory):
                 if re.match(DATE, file) and file < oldest:
                     os.unlink(f"{self._directory}/{file}")
 
-    def _day(self) -> str:
-        return iso_second(int(self._now()))[:10]
+    def _day(self, ago: float = 0) -> str:
+        return iso_second(int(self._now() - ago))[:10]
 
     def _read(self, day: str) -> Counts:
         """Read the file of a day; a broken one is logged, counts nothing and goes."""
@@ -2923,7 +2904,7 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # a client renegotiating in a loop makes the server pay; LibreSSL has no such flag
-    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     # an end without goodbye is an end all the same: content has its own; and after it we can still say 421
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
@@ -2949,7 +2930,6 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_COMPRESSION
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -2982,11 +2962,9 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
 
 def subject_names(hostname: str) -> str:
     """Write the subjectAltName of the self-signed certificate, openssl's way."""
-    fixed = ("DNS:localhost", "IP:127.0.0.1", "IP:::1")
     # it goes into openssl's configuration, where "$" and a comma mean something
-    is_name = re.fullmatch(r"[A-Za-z0-9._-]{1,253}", hostname)
-    own = f"DNS:{hostname.lower()}"
-    return ", ".join(fixed if not is_name or own in fixed else (own, *fixed))
+    own = [f"DNS:{hostname.lower()}"] if re.fullmatch(r"[A-Za-z0-9._-]{1,253}", hostname) else []
+    return ", ".join(dict.fromkeys([*own, "DNS:localhost", "IP:127.0.0.1", "IP:::1"]))
 
 
 OPENSSL_CONFIG = """\
@@ -11238,8 +11216,9 @@ def first_lines(parts: Parts) -> list[str]:
         value = getattr(s, FIELDS[name].name)
         if value != FIELDS[name].default:
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
-    beyond = is_open(s) and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
-    web_is_open = not all(a.path or is_loopback(a.host) for a in s.health_addr)
+    listens_beyond = is_open((*s.port, *s.smtps_port))
+    beyond = listens_beyond and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
+    web_is_open = is_open(s.health_addr)
     return lines + [f"warning: {words}" for holds, words in [
         (s.delivery != "hold" and is_nameless(s),
          f"SMTP_HOSTNAME is not set, and {s.hostname} is no full name: "
@@ -11250,7 +11229,7 @@ def first_lines(parts: Parts) -> list[str]:
          "clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)"),
         (web_is_open and s.api_networks == networks("loopback") and not s.api_token,
          "SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone"),
-        (is_open(s) and s.allow_networks == networks("loopback"),
+        (listens_beyond and s.allow_networks == networks("loopback"),
          "this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there"),
     ] if holds]
 
