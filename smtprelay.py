@@ -329,6 +329,11 @@ class Recipient:
     passed: list[str] = field(default_factory=list)  # of its addresses by SMTP_ALIASES
 
 
+def needed_flags(content: bytes, *addresses: str) -> tuple[str, ...]:
+    """Return what a message asks of whoever takes it (RFC 6152, RFC 6531)."""
+    return ("8BITMIME",) * (not content.isascii()) + ("SMTPUTF8",) * (not "".join(addresses).isascii())
+
+
 @dataclass
 class Envelope:
     """What a session has heard of a transaction, and from whom."""
@@ -8545,9 +8550,8 @@ def send_message(request: Request) -> Any:
     (content, sender, to), most = compose(request.fields), request.relay.settings.max_size
     if len(content) > most:
         raise HttpError(413, f"message is larger than {most} octets")
-    flags = ("8BITMIME",) * (not content.isascii())
-    flags += ("SMTPUTF8",) * (not "".join((sender, *to)).isascii())
     user = request.login()[0][:200].translate(NO_BREAKS)
+    flags = needed_flags(content, sender, *to)
     envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
     return {"ID": request.relay.postmaster.store(envelope, [content])}
 
@@ -8975,12 +8979,10 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
         raise ValueError(f"{given!r} is no address")
     fields = re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)
     known = {name.lower() for name, _ in fields}
-    for name, text in (
-            ("From", write_mailbox(flags.get("-F") or author, sender or f"{me}@{hostname}")),
-            ("Date", email.utils.formatdate(localtime=True)),
-            ("Message-ID", email.utils.make_msgid(domain=hostname))):
-        if name.lower() not in known:
-            fields.append((name, f" {text}"))
+    fields += [(name, f" {text}") for name, text in {
+        "From": write_mailbox(flags.get("-F") or author, sender or f"{me}@{hostname}"),
+        "Date": email.utils.formatdate(localtime=True),
+        "Message-ID": email.utils.make_msgid(domain=hostname)}.items() if name.lower() not in known]
     targets = known & {"resent-to", "resent-cc", "resent-bcc"} or {"to", "cc", "bcc"}
     wanted, kept = [*wanted], []
     for name, text in fields:
@@ -8995,11 +8997,10 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
     if not recipients:
         raise ValueError("nobody is named to send to")
     content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
-    asks = ("8BITMIME",) * (not content.isascii()) + ("SMTPUTF8",) * (not "".join([sender, *recipients]).isascii())
-    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value)) for name, value in (
-        ("NOTIFY", flags.get("-N", "").upper()), ("RET", flags.get("-R", "").upper())))  # RFC 3461
-    told = dict.fromkeys(recipients, notify)
-    return Envelope(sender, "local", me, "local", "", asks, recipients, ret, "", told), content
+    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value))  # RFC 3461
+                   for name in ("NOTIFY", "RET") for value in [flags.get(f"-{name[0]}", "").upper()])
+    return Envelope(sender, "local", me, "local", "", needed_flags(content, sender, *recipients),
+                    recipients, ret, "", dict.fromkeys(recipients, notify)), content
 
 
 def write_mailbox(name: str, address: str) -> str:
@@ -9019,8 +9020,7 @@ def user_name(uid: int) -> str:
 def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to where a relay of this machine listens."""
     if not address.path:
-        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-        return socket.create_connection((everywhere.get(address.host, address.host), address.port), seconds)
+        return socket.create_connection((address.host, address.port), seconds)
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(seconds)
     sock.connect(address.path)
@@ -9074,8 +9074,9 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
 
 def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> dict[str, str]:
     """Put a message into the spool, in portions; return the replies to those recipients that were refused."""
-    refused, people, most = {}, envelope.recipients, reception.settings.max_recipients
-    for portion in (people[i:i + most] for i in range(0, len(people), most)):
+    refused, left, most = {}, envelope.recipients, reception.settings.max_recipients
+    while left:
+        portion, left = left[:most], left[most:]
         try:
             reception.admit(dataclasses.replace(envelope, recipients=portion), [content])
         except (Refused, OSError) as e:
@@ -9226,24 +9227,20 @@ class SubmitHandler(socketserver.BaseRequestHandler):
     since = math.inf  # always at work
 
     def handle(self) -> None:
-        sock, server, relay = self.request, self.server, self.server.relay
-        if len(server.callers) >= SUBMIT_CALLERS:
+        sock, callers, relay = self.request, self.server.callers, self.server.relay
+        if len(callers) >= SUBMIT_CALLERS:
             return
-        server.callers.add(self)
-        try:
-            self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+        callers.add(self)
+        self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+        with contextlib.suppress(ValueError, NotImplementedError):  # it hears nothing, and does it by itself
             words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
-            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             status, said = do_errand(
                 words.decode("utf-8", "surrogateescape").split("\0")[:-1], user_name(uid), relay.settings.hostname,
                 functools.partial(act, relay), self.read_letter, functools.partial(admit_letter, relay.reception))
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
             sock.settimeout(relay.settings.command_timeout)
             sock.sendall(f"{status}\n{said}".encode("utf-8", "surrogateescape"))
-        except (OSError, PeerGone, ValueError, NotImplementedError) as e:  # it hears nothing, and does it by itself
-            relay.log.debug("submit_failed", error=e)
-        except Exception as e:
-            relay.log.bug("submit_bug", e)
 
     def finish(self) -> None:
         self.server.callers.discard(self)
@@ -9736,8 +9733,8 @@ class Delivering:
                 original = file.read(REPORT_FULL_MAX + 1)
             host, written = self.settings.hostname, datetime.datetime.now(datetime.timezone.utc)
             data = build_report(message, original, host, written, others, self.settings.max_size)
-            flags = ("SMTPUTF8",) * (not to.isascii()) + ("8BITMIME",) * (not data.isascii())
-            id = self.reception.admit(Envelope("", "local", host, "ESMTP", "", flags, [to]), [data])
+            envelope = Envelope("", "local", host, "ESMTP", "", needed_flags(data, to), [to])
+            id = self.reception.admit(envelope, [data])
         except Exception as e:
             self.reports.take("", rate, REPORTS_AN_HOUR, -1)
             why = f"the report is not written: {e}"
@@ -10777,17 +10774,13 @@ def ask_password(prompt: str = "Password: ") -> str:
     """Read a password twice from the terminal, or once from the first line of standard input."""
     import getpass
 
-    if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\r\n")
-    else:
-        try:
-            password, again = getpass.getpass(prompt), getpass.getpass("Once more: ")
-        except EOFError:
-            raise Complaint("no password was given", EX_DATAERR) from None
-        if again != password:
-            raise Complaint("the passwords differ", EX_DATAERR)
-    if not password:
-        raise Complaint("an empty password is none", EX_DATAERR)
+    given = {""}
+    with contextlib.suppress(EOFError):
+        given = ({getpass.getpass(prompt), getpass.getpass("Once more: ")} if sys.stdin.isatty() else
+                 {sys.stdin.readline().rstrip("\r\n")})
+    password = given.pop()
+    if given or not password:
+        raise Complaint("the passwords differ" if given else "no password was given", EX_DATAERR)
     return password
 
 
@@ -10851,9 +10844,8 @@ def install(arguments: argparse.Namespace) -> int:
     (root, live), password, taken = chosen_root(arguments), "", []
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
-    changes = {name: value for name, value in (
-        ("SMTP_RELAY_HOST", arguments.relay), ("SMTP_RELAY_USERNAME", arguments.user), ("SMTP_PORT", arguments.port))
-        if value}
+    changes = given_keys({"SMTP_RELAY_HOST": arguments.relay, "SMTP_RELAY_USERNAME": arguments.user,
+                          "SMTP_PORT": arguments.port})
     if arguments.user:
         password = "..." if arguments.dry_run else ask_password(f"Password of {arguments.user} at {arguments.relay}: ")
     if changes:  # else what is there may be as it is: an upgrade must not fail on it
@@ -10954,8 +10946,14 @@ class NoRelay(Exception):
     status = EX_UNAVAILABLE
 
 
-def print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+def tell(arguments: Arguments, value: object, lines: Iterable[str]) -> int:
+    """Print what was found, as JSON or as lines for people, each when it is known."""
+    for line in lines:
+        if not arguments.json:
+            print(line, flush=True)
+    if arguments.json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    return 0
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
@@ -10967,11 +10965,11 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
         raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
     address = settings.health_addr[0]
     connection = http.client.HTTPConnection("localhost", address.port)
-    words = urllib.parse.urlencode({k: v for k, v in query.items() if v not in (None, "")})
-    headers = {"Accept": "application/json", "Authorization": f"Bearer {settings.api_token}"}
+    words = urllib.parse.urlencode(given_keys(query))
     try:
         connection.sock = dial(address, patience)
-        connection.request(method, f"{urllib.parse.quote(path)}?{words}", headers=headers)
+        connection.request(method, f"{urllib.parse.quote(path)}?{words}", headers={
+            "Accept": "application/json", "Authorization": f"Bearer {settings.api_token}"})
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as e:
@@ -10980,14 +10978,14 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
         connection.close()
     if not answer.getheader("Server", "").startswith("smtprelay/"):
         raise NoRelay(f"what answers at {address} is not smtprelay: see SMTP_HEALTH_ADDR")
-    found = json.loads(body) if answer.getheader("Content-Type") == "application/json" else body
+    is_json = answer.getheader("Content-Type") == "application/json"
+    found: Any = json.loads(body) if is_json else body
     if answer.status < 400:
         return found
     if answer.status == 401:
         raise Complaint("the relay wants the SMTP_API_TOKEN that it was started with: set it here, too")
-    text = body[:300].decode("utf-8", "replace").strip() or f"HTTP {answer.status}"
-    raise Complaint(found.get("Error", text) if isinstance(found, dict) else text,
-                    EX_NO if answer.status < 500 else EX_UNAVAILABLE)
+    text = body[:300].decode("utf-8", "replace").strip()
+    raise Complaint(found.get("Error", text) if is_json else text, EX_NO if answer.status < 500 else EX_UNAVAILABLE)
 
 
 def read_environment(say: bool = True) -> Settings:
@@ -11010,10 +11008,10 @@ def read_environment(say: bool = True) -> Settings:
     return Settings.read(env)
 
 
-def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
-    """Have the running relay do something, or do it to the spool where none runs; tell whether one does, too."""
+def order(settings: Settings, method: str, path: str) -> Any:
+    """Have the running relay do something, or do it to the spool where none runs."""
     try:
-        return ask(settings, method, path), True
+        return ask(settings, method, path)
     except NoRelay:
         enter_spool(settings)
     quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
@@ -11021,7 +11019,7 @@ def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
     if method != "GET":
         parts.spool.open()
     try:
-        return act(parts.postmaster().half, method, path, 1 << 30), False
+        return act(parts.postmaster().half, method, path, 1 << 30)
     except HttpError as e:
         raise Complaint(str(e)) from None
     finally:
@@ -11030,30 +11028,25 @@ def order(settings: Settings, method: str, path: str) -> tuple[Any, bool]:
 
 def queue_(arguments: Arguments) -> int:
     """List what is owed and held."""
-    listed, _ = order(read_environment(), "GET", "/api/v1/queue")
-    rows = [*listed["messages"], *listed["held"]]
-    if arguments.json:
-        print_json(rows)
-        return 0
+    listed = order(read_environment(), "GET", "/api/v1/queue")
+    rows, lines = [*listed["messages"], *listed["held"]], []
     for row in rows:
         age = time_shown(time.time() - unix_time(row["received_at"]))
         due = unix_time(row["next_attempt_at"]) - time.time()
         size, to = size_shown(row["size"]), ", ".join(row["recipients"])
-        print(f"{row['id']}  {row['status']:<10}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}")
-        why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" if due > 0 else "")))
-        if why:
-            print(f"    {why}")
+        lines.append(f"{row['id']}  {row['status']:<10}  {age:>4} {size:>5}  <{row['reverse_path']}> to {to}")
+        why = ", ".join(filter(None, (row["reason"], f"due in {time_shown(due)}" * (due > 0))))
+        lines += [f"    {why}"] * bool(why)
     total = size_shown(sum(row["size"] for row in rows))
-    print(f"{len(rows)} message{'s' * (len(rows) != 1)}, {total}" if rows else "the queue is empty")
-    return 0
+    lines.append(f"{len(rows)} message{'s' * (len(rows) != 1)}, {total}" if rows else "the queue is empty")
+    return tell(arguments, rows, lines)
 
 
 def retry_(arguments: Arguments) -> int:
     """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
-    done, runs = order(read_environment(), "POST", f"/api/v1/queue/{id}/retry")
-    due = done["retried"]
-    print(f"{due} due now" if runs else f"no relay runs: {due} due as soon as one does", file=sys.stderr)
+    done = order(read_environment(), "POST", f"/api/v1/queue/{id}/retry")
+    print(f"{done['retried']} due as soon as a relay runs", file=sys.stderr)
     return 0
 
 
@@ -11066,16 +11059,12 @@ def remove(arguments: Arguments) -> int:
 def show(arguments: Arguments) -> int:
     """Print a message: its record, then its content."""
     settings, path = read_environment(), f"/api/v1/message/{arguments.id}"
-    (content, _), (message, _) = order(settings, "GET", path + "/raw"), order(settings, "GET", path)
-    record = message["Delivery"]
-    if arguments.json:
-        print_json(record)
-        return 0
-    for name, value in record.items():
-        for line in value if isinstance(value, list) else [value]:
-            print(f"{name}: {json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line}")
-    print(flush=True)
-    sys.stdout.buffer.write(content.replace(b"\r\n", b"\n"))
+    content, record = order(settings, "GET", path + "/raw"), order(settings, "GET", path)["Delivery"]
+    tell(arguments, record, (
+        f"{name}: {json.dumps(each, ensure_ascii=False) if isinstance(each, dict) else each}"
+        for name, value in record.items() for each in (value if isinstance(value, list) else [value])))
+    if not arguments.json:
+        sys.stdout.buffer.write(b"\n" + content.replace(b"\r\n", b"\n"))
     return 0
 
 
@@ -11087,12 +11076,10 @@ def wait(arguments: Arguments) -> int:
         "since": arguments.since})
     if part:
         print(found[f"{part.title()}s"][0])
-    elif arguments.json:
-        print_json(found)
-    else:
-        to = ", ".join(p["Address"] for p in found["To"])
-        print(f"From: {found['From']['Address']}\nTo: {to}\nSubject: {found['Subject']}\n\n{found['Text']}")
-    return 0
+        return 0
+    return tell(arguments, found, [
+        f"From: {found['From']['Address']}", f"To: {', '.join(p['Address'] for p in found['To'])}",
+        f"Subject: {found['Subject']}\n\n{found['Text']}"])
 
 
 def user(arguments: Arguments) -> int:
@@ -11106,11 +11093,8 @@ def user(arguments: Arguments) -> int:
         if action == "list":
             limits = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
             rows = [{"name": name, **{k: fields[k] for k in limits if fields.get(k)}} for name, fields in users.items()]
-            if arguments.json:
-                print_json(rows)
-            for row in () if arguments.json else rows:
-                print("  ".join([row.pop("name"), *(f"{k}={setting_text(v)}" for k, v in row.items())]))
-            return 0
+            return tell(arguments, rows, (
+                "  ".join(f"{k}={setting_text(v)}" for k, v in row.items())[len("name="):] for row in rows))
         if not name:
             raise Complaint(f"user {action} needs a NAME", EX_USAGE)
         if (name in users) == (action == "add"):
@@ -11130,15 +11114,16 @@ def user(arguments: Arguments) -> int:
 
 def doctor(arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing."""
-    found = []
-    for mark, about, what, advice in diagnose(read_environment(), arguments.domain or ""):
-        advice *= mark != "ok"
-        found.append({"mark": mark, "about": about, "found": what, "advice": advice})
-        if not arguments.json:
-            print(f"{mark:<4} {about:<11} {what}{advice and f': {advice}'}", flush=True)
-    if arguments.json:
-        print_json(found)
-    return EX_NO if any(f["mark"] == "fail" for f in found) else 0
+    found: list[dict[str, str]] = []
+
+    def lines() -> Iterator[str]:
+        for mark, about, what, advice in diagnose(read_environment(), arguments.domain or ""):
+            advice *= mark != "ok"
+            found.append({"mark": mark, "about": about, "found": what, "advice": advice})
+            yield f"{mark:<4} {about:<11} {what}{advice and f': {advice}'}"
+
+    tell(arguments, found, lines())
+    return EX_NO * any(f["mark"] == "fail" for f in found)
 
 
 def serve(arguments: Arguments) -> int:
@@ -11147,20 +11132,18 @@ def serve(arguments: Arguments) -> int:
     settings = Settings.read(os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)  # kept so by all threads and children
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
-    log, status = open_log(settings), 0
+    log = open_log(settings)
     try:
         parts = Parts(settings, log)
         parts.open()
         lines = [*first_lines(parts), *warnings]
     except (SettingsError, SpoolBusy, OSError) as e:
-        status = getattr(e, "status", EX_UNAVAILABLE)
         lines = getattr(e, "problems", [getattr(e, "strerror", "") or str(e)])
         if isinstance(e, PermissionError) and os.path.abspath(settings.spool) in str(e):
             lines[0] += f"; the spool belongs to {user_name(os.stat(settings.spool).st_uid)}"
-    name = "smtprelay" if status else f"smtprelay {__version__}"
-    log.greet([f"{name}: {line}" for line in lines])
-    if status:
-        return status
+        log.greet([f"smtprelay: {line}" for line in lines])
+        return getattr(e, "status", EX_UNAVAILABLE)
+    log.greet([f"smtprelay {__version__}: {line}" for line in lines])
     gc.enable()  # which the installed command has put off
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
@@ -11289,7 +11272,9 @@ def healthcheck(arguments: Arguments) -> int:
             raise Complaint(why)
         seen = max(seen, last_seen(settings))
         if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
-            raise Complaint(f"the relay has ended; {last_words(settings.log_file) or why}")
+            with contextlib.suppress(OSError), open(settings.log_file, encoding="utf-8", errors="replace") as file:
+                why = "".join(collections.deque(file, 1)).rstrip()
+            raise Complaint(f"the relay has ended; {why}")
         time.sleep(0.1)
 
 
@@ -11302,13 +11287,6 @@ def last_seen(settings: Settings) -> float:
             return time.time()
         return os.fstat(file.fileno()).st_mtime
     return 0.0
-
-
-def last_words(path: str) -> str:
-    """Return the last line of a log file, "" where there is none."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return "".join(collections.deque(file, 1)).rstrip()
-    return ""
 
 
 def sendmail(words: Sequence[str]) -> int:
@@ -11325,7 +11303,7 @@ def sendmail(words: Sequence[str]) -> int:
 
     try:
         status, said = do_errand(
-            words, user_name(os.getuid()), settings.hostname, lambda method, path: order(settings, method, path)[0],
+            words, user_name(os.getuid()), settings.hostname, functools.partial(order, settings),
             lambda: given().read(), functools.partial(send, settings))
     except NotImplementedError:
         return speak_smtp(settings, given().fileno())
@@ -11442,19 +11420,25 @@ def laid_out(rows: Iterable[Row]) -> str:
 
 def help_(arguments: Arguments) -> int:
     """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command."""
-    import textwrap
-
     if arguments.topic in TOPICS:
         print(laid_out(TOPICS[arguments.topic]()).lstrip("\n"))
         return 0
     if arguments.topic:
         return run_command([arguments.topic, "--help"])
     commands = [("command", ""), *((name, summary_of(run)) for name, (run, _) in COMMANDS.items())]
-    about = ("Accepts mail on localhost, keeps it safe, and forwards it. With no settings at all it listens on "
-             "port 2525, holds what it gets, and shows it on http://127.0.0.1:8080.")
-    print("usage: smtprelay.py [COMMAND [...]]\n       (or --version, or --completion bash|zsh)\n",
-          *textwrap.wrap(about, line_width()), f"\ncommands:\n{laid_out(commands)}",
-          f"\nsettings (environment variables):\n{laid_out(settings_table())}", sep="\n")
+    print(f"""\
+usage: smtprelay.py [COMMAND [...]]
+       (or --version, or --completion bash|zsh)
+
+Accepts mail on localhost, keeps it safe, and forwards it.
+With no settings at all it listens on port 2525, holds what
+it gets, and shows it on http://127.0.0.1:8080.
+
+commands:
+{laid_out(commands)}
+
+settings (environment variables):
+{laid_out(settings_table())}""")
     return 0
 
 
