@@ -1224,8 +1224,7 @@ class Wire:
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline = sock, deadline
         self.buffer = b""  # what has come and is not taken yet
-        self.out: list[bytes] = []
-        self.waiting = 0  # octets in it
+        self.out = bytearray()
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
@@ -1234,8 +1233,7 @@ class Wire:
 
         TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
         """
-        out = memoryview(b"".join(self.out))
-        self.out, self.waiting = [], 0
+        out, self.out = memoryview(self.out), bytearray()
         while out or reading:
             left = self.deadline - time.monotonic()
             if not min(left / 4, 10.0) <= self.timeout <= left:
@@ -1286,9 +1284,8 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Send this before the next read that would block, or now when much waits."""
-        self.out.append(data)
-        self.waiting += len(data)
-        if self.waiting > OUT_MOST:
+        self.out += data
+        if len(self.out) > OUT_MOST:
             self.fill(reading=False)
 
     def flush(self) -> None:
@@ -1518,31 +1515,26 @@ def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple
 # header, too: an escaped CR LF never gets in.
 
 ORCPT_MAX = 500  # octets, RFC 3461 4.2
+# The alternatives begin with different characters, so this does not backtrack.
+UNITEXT = r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+"
 UNITEXT_SPECIAL = " +=\\"  # RFC 6533 3: neither form has them bare
 
 
-def decode_xtext(value: str) -> str:
-    """Read xtext; "" if it is malformed or hides anything but printable ASCII."""
-    good = re.fullmatch(XTEXT, value)
-    return re.sub(r"\+(..)", lambda escape: chr(int(escape[1], 16)), value) if good else ""
+def decode_xtext(value: str, wide: bool = False) -> str:
+    """Read xtext or, if wide, a utf-8 type address; "" if it is malformed or hides a control character."""
+    good, escape = (UNITEXT, r"\\x\{([0-9A-Fa-f]{2,6})\}") if wide else (XTEXT, r"\+(..)")
+    try:
+        text = re.sub(escape, lambda digits: chr(int(digits[1], 16)), value)
+    except ValueError:  # no digits, or above U+10FFFF
+        return ""
+    hidden = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text)
+    return "" if hidden or not re.fullmatch(good, value) else text
 
 
 def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
     r"""Write as \x{HEX} what is special, unprintable or, unless utf8, not ASCII (RFC 6533 3)."""
     kept = (c.isprintable() and c not in special and (utf8 or c.isascii()) for c in text)
     return "".join(c if keep else f"\\x{{{ord(c):02X}}}" for c, keep in zip(text, kept))
-
-
-def decode_unitext(value: str) -> str:
-    """Read a utf-8 type address; "" if it is malformed or hides a control character."""
-    # The alternatives begin with different characters, so this does not backtrack.
-    if not re.fullmatch(r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+", value):
-        return ""
-    try:
-        text = re.sub(r"\\x\{([0-9A-Fa-f]{2,6})\}", lambda escape: chr(int(escape[1], 16)), value)
-    except ValueError:  # above U+10FFFF
-        return ""
-    return "" if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text) else text
 
 
 def original_recipient(orcpt: str, utf8: bool) -> str:
@@ -1552,7 +1544,7 @@ def original_recipient(orcpt: str, utf8: bool) -> str:
     """
     kind, _, address = orcpt.partition(";")
     wide = kind.lower() == "utf-8"
-    text = (decode_unitext if wide else decode_xtext)(address)
+    text = decode_xtext(address, wide)
     if not text or not re.fullmatch("[A-Za-z0-9-]{1,30}", kind) or len(orcpt.encode("utf-8", "replace")) > ORCPT_MAX:
         return ""
     return f"{kind}; {encode_unitext(address, utf8=utf8) if wide else text}"
@@ -1579,20 +1571,6 @@ ADDRESS_TOKEN = (
 LOCAL_PART_ALONE = r"[^\s@\"()<>:,;\\=?]*\w[^\s@\"()<>:,;\\=?]*"
 
 
-def address_tokens(text: str) -> Iterator[tuple[str, str]]:
-    """Cut an address list into (kind, token). What opens and never ends is no more than a space."""
-    groups_end = text.rfind(";")
-    for token in re.finditer(ADDRESS_TOKEN, text):
-        kind, value = token.lastgroup or token[0], token[token.lastgroup or 0]
-        if kind in '<>()["':
-            kind, value = "space", " "
-        elif kind == "atom" and "@" in value.strip("@"):
-            kind = "address"
-        elif kind == "quoted":
-            value = re.sub(r"(?s)\\(.)", r"\1", value[1:-1])
-        yield "group" if kind == ":" and token.start() < groups_end else kind, value
-
-
 def read_addresses(text: str) -> list[tuple[str, str]]:
     """Read an address list leniently: (display name, address) pairs; raises nothing, in linear time.
 
@@ -1603,8 +1581,17 @@ def read_addresses(text: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     held: list[str] = []  # before a comma: the beginning of a name, or local parts
     said: list[tuple[str, str]] = []  # in the entry under way
-    angle = False
-    for kind, value in itertools.chain(address_tokens(text), [(";", ";")]):
+    angle, groups_end = False, text.rfind(";")
+    for token in itertools.chain(re.finditer(ADDRESS_TOKEN, text), re.finditer(";", ";")):
+        kind, value = token.lastgroup or token[0], token[token.lastgroup or 0]
+        if kind in '<>()["':  # what opens and never ends is no more than a space
+            kind, value = "space", " "
+        elif kind == "atom" and "@" in value.strip("@"):
+            kind = "address"
+        elif kind == "quoted":
+            value = re.sub(r"(?s)\\(.)", r"\1", value[1:-1])
+        elif kind == ":" and token.start() < groups_end:
+            kind = "group"
         if kind not in ("angle", ",", ";", "group"):
             if kind == ":" and said and said[-1][1].lower() == "mailto":
                 said.pop()
@@ -4880,35 +4867,28 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        self.poll, self.rest = select.poll(), ""
-        self.poll.register(self.reader, select.POLLIN)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self.reader, self.writer = io.FileIO(reader), io.FileIO(writer, "w")
+        self.poll = select.poll()
+        self.poll.register(reader, select.POLLIN)
 
     def announce(self, word: str, owed: bool = True) -> bool:
         """Send a word, which comes out when all before it have; False when there is no room, or nobody to hear it."""
         try:
-            return os.write(self.writer, word.encode() + b"\n") > 0
-        except OSError:
+            return bool(self.writer.write(word.encode() + b"\n"))
+        except (OSError, ValueError):  # the latter: it is closed
             return False
 
     def read(self, patience: float | None = None) -> list[str] | None:
         """Return the words that have come, none after so many seconds without any; None at their end."""
         if patience is not None and not self.poll.poll(1000 * patience):
             return []
-        block = os.read(self.reader, 64 * KIB)
+        block = self.reader.read(64 * KIB)  # may cut a word only when the pipe is full
         if not block:
-            reader, self.reader = self.reader, -1
-            os.close(reader)
+            self.reader.close()
             return None
-        *words, self.rest = (self.rest + block.decode()).split("\n")
-        return [*words, LOOK] if len(block) >= LINK_FULL else words
-
-    def close(self) -> None:
-        """End the pipe, once: its number may soon be somebody else's."""
-        writer, self.writer = self.writer, -1
-        if writer >= 0:
-            os.close(writer)
+        return block.decode().split() + [LOOK] * (len(block) >= LINK_FULL)
 
 
 class Turns:
@@ -4965,7 +4945,8 @@ class Reception:
         self.lock = threading.Lock()
         self.sessions: set[Session] = set()
         self.stopping, self.turns = False, Turns(COMMITS)
-        self.free_checked, self.has_free_space = -math.inf, True
+        self.free_checked = self.exhausted_at = -math.inf
+        self.has_free_space = True
         self.unheard_until = 0.0  # who delivers is behind: how much is owed is not known
         self.pick = 0  # the processor that a crowd of sessions keeps to
         room = max((descriptors() - DESCRIPTORS_KEPT) // 2, 1)
@@ -5560,13 +5541,15 @@ EXHAUSTED_LOGGED = 10.0  # seconds between two lines that say so
 STOP_PATIENCE = 8.0
 
 
-def accept(sock: socket.socket, exhausted: Callable[[OSError], None]) -> tuple[socket.socket, Any]:
-    """Accept a connection; with no descriptor left, say so and wait a little instead of spinning."""
+def accept(sock: socket.socket, reception: Reception) -> tuple[socket.socket, Any]:
+    """Accept a connection; with no descriptor left say so now and then, and wait instead of spinning."""
     try:
         return sock.accept()
     except OSError as e:
         if e.errno in EXHAUSTED:
-            exhausted(e)
+            if time.monotonic() > reception.exhausted_at + EXHAUSTED_LOGGED:
+                reception.exhausted_at = time.monotonic()
+                reception.log.error("accept_failed", error=e)
             time.sleep(0.1)
         raise
 
@@ -5589,7 +5572,6 @@ class Listener(socketserver.ThreadingTCPServer):
         self.reception, self.tls = reception, tls
         self.lock = threading.Lock()
         self.waiting = 0  # threads that wait for a connection
-        self.exhausted_at = -math.inf
 
     def start_thread(self) -> None:
         """Start a thread; RuntimeError when none can be had."""
@@ -5616,14 +5598,8 @@ class Listener(socketserver.ThreadingTCPServer):
                 bound = crowded
             self.process_request(request, client)
 
-    def exhausted(self, error: OSError) -> None:
-        """Say now and then that no descriptor is left."""
-        if time.monotonic() > self.exhausted_at + EXHAUSTED_LOGGED:
-            self.exhausted_at = time.monotonic()
-            self.reception.log.error("accept_failed", error=error)
-
     def get_request(self) -> tuple[socket.socket, Any]:
-        sock, address = accept(self.socket, self.exhausted)
+        sock, address = accept(self.socket, self.reception)
         self.reception.metrics.inc("smtp_connections_total")
         return sock, client_name(sock.family, address)
 
@@ -8346,7 +8322,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.callers: set[Any] = set()  # without a lock: each step on it is whole
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        return accept(self.socket, lambda error: self.relay.log.error("accept_failed", error=error))
+        return accept(self.socket, self.relay.reception)
 
     def service_actions(self) -> None:
         """Cut off who takes too long to ask, and where places run out, who is idle for longest.
@@ -10275,7 +10251,7 @@ class Relay:
 
     def stop(self) -> None:
         self.receiving.stop()
-        self.parts.link.close()
+        self.parts.link.writer.close()
         self.delivering.stop()
         self.parts.close()
         if self._upstream:
