@@ -113,7 +113,6 @@ import json
 import math
 import mimetypes
 import mmap
-import operator
 import pwd
 import queue
 import random
@@ -5999,15 +5998,13 @@ text/xml \s*<\?xml"""  # how a file of each type begins
 
 
 def first_octets_type(head: bytes) -> str:
-    for kind, start in re.findall(rb"(\S+) (.+)", SIGNATURES):
-        if re.match(b"(?si)" + start, head):
-            return str(kind, "ascii")
-    return ""
+    return next((str(kind, "ascii") for kind, start in re.findall(rb"(\S+) (.+)", SIGNATURES)
+                 if re.match(b"(?si)" + start, head)), "")
 
 
 def true_type(part: Part) -> str:
     """Tell a part's type: of what is sent as any octets, or as an image, by the first octets."""
-    if part.content_type.startswith("image/") or part.content_type.endswith("/octet-stream"):
+    if re.match("image/|.*/octet-stream$", part.content_type):
         head = part._replace(raw=part.raw[:800]).content
         return first_octets_type(head) or part.content_type
     return part.content_type
@@ -6077,7 +6074,7 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
                  for n in range(len(pieces), 0, -1)]
         if not pieces:  # a multipart without parts is shown, not lost
             kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)
-            if part.filename and any((p.role, p.content_type) == (role, kind) for p in parts):
+            if part.filename and ("body", kind) in ((p.role, p.content_type) for p in parts):
                 role = "attachment" if role == "body" else role  # one more text with a name
             parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
         if not todo:
@@ -6163,8 +6160,8 @@ class Email:
         pairs = {")": "(", "]": "[", "}": "{"}
         for match in re.finditer(URL, text) if "://" in text else ():
             # What ends the sentence is not the link's, nor is a mark that stands before it, too.
-            url, ends, before = match[0], ".,;:!?'|\\", text[match.start() - 1 : match.start()]
-            ends += before if before in tuple("*_~") else ""
+            url, before = match[0], text[match.start() - 1 : match.start()]
+            ends = ".,;:!?'|\\" + before * (before in "*_~")
             while url[-1] in ends or url.count(url[-1]) > url.count(pairs.get(url[-1], url[-1])):
                 url = url[:-1]
             found.append(url)
@@ -6267,30 +6264,25 @@ def codes_in(text: str) -> list[str]:
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
     lines = (re.sub(URL, " ", line).split() for line in text.split("\n"))
     flat = "\n".join(map(" ".join, lines))
-    weights: dict[str, int] = {}
+    weights: dict[str, int] = {}  # 3 where the words beside it say so, 0 where it is none at all
     end, weight = 0, 0
     for match in re.finditer(CODE_TOKEN, flat):
-        start = match.start()
+        token, start = match[0], match.start()
         if not weight or flat[end:start].strip(" \n,;|"):  # it is not one of a list
             before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
-            weight = weigh_code(match.group(), before, after)
+            verdicts = (  # the first that holds
+                (OTHER_BEFORE, before, 0), (OTHER_AFTER, after, 0),
+                (SAID_BEFORE, before, 3), (SAID_AFTER, after, 3),
+                (r"^(?:19|20)\d\d$|[a-z]", token, 0),  # a year, a word
+                (r"[A-Z]{2} \d{5}$", before[-3:] + token, 0),  # a postal code
+                (SAID_NEAR, before, 2), (SAID_NEAR, after, 1),
+            )
+            weight = next((weight for words, text, weight in verdicts if re.search(words, text)), 0)
         end = match.end()
-        code = match.group().replace(" ", "")
+        code = token.replace(" ", "")
         weights[code] = max(weight, weights.get(code, 0))
     best = max(weights.values(), default=0)
     return [code for code, weight in weights.items() if weight == best > 0]
-
-
-def weigh_code(token: str, before: str, after: str) -> int:
-    """Judge how surely a token is a code: 0 not at all, 3 where the words beside it say so."""
-    verdicts = (  # the first that holds
-        (OTHER_BEFORE, before, 0), (OTHER_AFTER, after, 0),
-        (SAID_BEFORE, before, 3), (SAID_AFTER, after, 3),
-        (r"^(?:19|20)\d\d$|[a-z]", token, 0),  # a year, a word
-        (r"[A-Z]{2} \d{5}$", before[-3:] + token, 0),  # a postal code
-        (SAID_NEAR, before, 2), (SAID_NEAR, after, 1),
-    )
-    return next((weight for pattern, text, weight in verdicts if re.search(pattern, text)), 0)
 
 
 def safe_filename(name: str) -> str:
@@ -6332,14 +6324,13 @@ def view_html(mail: Email) -> str:
     join what stood apart. In each tag the first attribute of a name counts.
     """
     def own(tag: re.Match[str]) -> str:
-        name = tag[1].lower()
+        name, found = tag[1].lower(), attributes(tag[2])
         if name in ("a", "area"):
-            here = attributes(tag[2]).get("href", "").strip().startswith("#")
+            here = found.get("href", "").strip().startswith("#")
             return f"<{tag[1]} {'target=_self' if here else 'target=_blank rel=noopener'}{tag[2]}"
-        rel = attributes(tag[2]).get("rel", "")
-        if name == "link" and re.fullmatch(r"(?i)\s*(?:alternate\s+)?stylesheet\s*", rel):
-            return tag[0]
-        return f"<meta http-equiv=off{tag[2]}"
+        style = r"(?i)\s*(?:alternate\s+)?stylesheet\s*"
+        shown = name == "link" and re.fullmatch(style, found.get("rel", ""))
+        return tag[0] if shown else f"<meta http-equiv=off{tag[2]}"
 
     page = re.sub(r"(?i)<(a|area|meta|base|link)((?=[\s/>])[^<>]{0,4000})", own, embed_images(mail))
     # What is looked ahead for and then taken is taken once: one comment, not as many as fit.
@@ -6423,10 +6414,7 @@ SEARCH_STATES = {  # the field, and whether there must be anything in it
     "is:read": ("Read", True), "is:unread": ("Read", False), "is:tagged": ("Tags", True),
     "has:attachment": ("Attachments", True), "has:inline": ("inline", True),
 }
-SEARCH_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "larger": ("Size", operator.gt), "smaller": ("Size", operator.lt),
-    "before": ("Created", operator.lt), "after": ("Created", operator.ge),
-}
+SEARCH_LIMITS = {"larger": "Size", "smaller": "Size", "before": "Created", "after": "Created"}
 
 
 def words_of(value: Any) -> str:
@@ -6478,7 +6466,7 @@ def split_terms(text: str) -> list[str]:
 def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
     name, colon, behind = term.lower().partition(":")
-    value, (field, compare) = clean(behind), SEARCH_LIMITS.get(name, ("", operator.eq))
+    value, field = clean(behind), SEARCH_LIMITS.get(name, "")
     word = functools.partial(holds, " ", clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state[0]]) is state[1]
@@ -6490,8 +6478,11 @@ def compile_term(term: str, zone: str) -> Test | None:
         return functools.partial(holds, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
-    limit = search_size(value) if field == "Size" else field and search_moment(value, zone)
-    return (lambda item: compare(item[field], limit)) if limit else word
+    limit: Any = search_size(value) if field == "Size" else field and search_moment(value, zone)
+    if not limit:
+        return word
+    return lambda item: (item[field] > limit if name == "larger"
+                         else (item[field] < limit) is (name != "after"))
 
 
 def misread_terms(text: str, zone: str = "") -> list[str]:
@@ -6692,10 +6683,10 @@ class Inbox:
         """List the messages that match, newest first; limit 0 is none."""
         entries = self.after()
         page = slice(start, start + limit if limit else None)
-        # Of all there are only the page itself needs summaries.
-        found = list(self.matching(entries[page] if query == ALL else entries, query))
-        if query == ALL:
-            return Listing(found, len(entries), sum(not entry.read for entry in entries))
+        if query == ALL:  # only the page itself needs summaries
+            unread = sum(not entry.read for entry in entries)
+            return Listing(list(self.matching(entries[page], query)), len(entries), unread)
+        found = list(self.matching(entries, query))
         return Listing(found[page], len(found), sum(not item["Read"] for item in found))
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
@@ -6797,10 +6788,9 @@ def headers_json(mail: Email) -> dict[str, list[str]]:
     Return-Path and Bcc are there as the envelope has them, as in Mailpit.
     """
     found = grouped([(string.capwords(name, "-"), value) for name, value in mail.fields])
-    found.setdefault("Return-Path", [f"<{mail.reverse_path}>"])
-    if mail.people["bcc"]:
-        found.setdefault("Bcc", [", ".join(person["Address"] for person in mail.people["bcc"])])
-    return dict(sorted(found.items()))
+    bcc = ", ".join(person["Address"] for person in mail.people["bcc"])
+    ours = {"Return-Path": [f"<{mail.reverse_path}>"], **({"Bcc": [bcc]} if bcc else {})}
+    return dict(sorted({**ours, **found}.items()))
 
 
 def grouped(headers: Headers) -> dict[str, list[str]]:
@@ -6896,26 +6886,27 @@ def written_body(body: Any) -> bytes:
     files = read_each(body, "Attachments", read_attachment)
     shown = [part for cid, part in files if cid and page]
     others = [part for cid, part in files if not (cid and page)]
-    bodies = [written_text("plain", text)] if text or not page else []
-    bodies += [multipart("related", [written_text("html", page), *shown])] if page else []
-    return multipart("mixed", [multipart("alternative", bodies), *others])
+    bodies = [written_text(b"plain", text)] if text or not page else []
+    bodies += [multipart(b"related", [written_text(b"html", page), *shown])] if page else []
+    return multipart(b"mixed", [multipart(b"alternative", bodies), *others])
 
 
-def multipart(kind: str, parts: Sequence[bytes]) -> bytes:
+def multipart(kind: bytes, parts: Sequence[bytes]) -> bytes:
     """Join parts, each with its fields; one alone stands for itself."""
     if len(parts) == 1:
         return parts[0]
     mark = secrets.token_hex(16).encode()
-    chunks = [b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), mark)]
-    chunks += [b"--%s\r\n%s\r\n" % (mark, part) for part in parts]
-    return b"".join([*chunks, b"--%s--\r\n" % mark])
+    joined = b"".join(b"--%s\r\n%s\r\n" % (mark, part) for part in parts)
+    return (b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n%s--%s--\r\n'
+            % (kind, mark, joined, mark))
 
 
-def written_text(kind: str, text: str) -> bytes:
+def written_text(kind: bytes, text: str) -> bytes:
     """Write a text part; its line ends are CRLF, whatever they were."""
     lines = re.sub(r"\r\n?|\n", "\r\n", text).rstrip("\r\n") + "\r\n"
-    return (b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"
-            % kind.encode()) + binascii.b2a_qp(lines.encode())
+    return (b"Content-Type: text/%s; charset=utf-8\r\n"
+            b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%s"
+            % (kind, binascii.b2a_qp(lines.encode())))
 
 
 def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
