@@ -3112,11 +3112,10 @@ class Scheduler:
             self._stir(lane)
             self.show(len(self.waiting))
 
-    def done(self, task: Task) -> None:
-        """Give a task back; nobody is woken: the worker comes back for more itself."""
-        stem, name = task
+    def done(self, stem: str) -> None:
+        """Give a message back; nobody is woken: the worker comes back for more itself."""
         with self.lock:
-            del self.active[stem]
+            name = self.active.pop(stem)
             lane = self.ready[name] = self.lanes[name]
             lane.took = self.clock() - lane.running.pop(stem)
             if self.waiting[stem]:
@@ -3127,15 +3126,15 @@ class Scheduler:
                 del self.waiting[stem]
             self.show(len(self.waiting))
 
-    def seize(self, stem: str) -> Task | None:
-        """Take a message out of turn; None when it is in other hands. Give it back by done()."""
+    def seize(self, stem: str) -> bool:
+        """Take a message out of turn; False when it is in other hands. Give it back by done()."""
         with self.lock:
             if stem in self.active:
-                return None
+                return False
             self._enter("", UNREAD)
             self.active[stem], self.waiting[stem] = UNREAD, NOWHERE
             self.lanes[UNREAD].running[stem] = self.clock()
-            return Task(stem, UNREAD)
+            return True
 
     def drop(self, stem: str) -> None:
         """Forget where else a message waits that is in hand."""
@@ -9258,7 +9257,7 @@ class Delivering:
         self.settings, self.spool, self.log = parts.settings, parts.spool, parts.log
         self.link, self.pair, self.reception = parts.link, parts.pair, reception
         self.metrics = reception.metrics
-        reception.announce = self.adopt  # what this half makes itself needs no Link
+        reception.announce = lambda stem, owed: self.take_in([stem], owed)  # it needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, (*parts.own, 0)[0]
         self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
@@ -9268,8 +9267,8 @@ class Delivering:
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.postmaster = Postmaster(self)
-        self.web = [HttpServer(sock, self) for sock in parts.http]
-        self.web += [HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
+        self.web = [HttpServer(sock, self) for sock in parts.http] + [
+            HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
@@ -9361,12 +9360,7 @@ class Delivering:
         if owed:
             self.log.info("queue_found", messages=len(owed))
 
-    def adopt(self, stem: str, owed: bool) -> bool:
-        """Take in a message that has come in by this half."""
-        self.take_in([stem], owed)
-        return True
-
-    def take_in(self, stems: Sequence[str], owed: bool) -> None:
+    def take_in(self, stems: Sequence[str], owed: bool) -> bool:
         """Queue messages that are new, or hold them."""
         known = self.inbox.last
         stems = [stem for stem in stems if self.inbox.add(stem) > known]
@@ -9382,6 +9376,7 @@ class Delivering:
             if owed:
                 self.scheduler.put_all(stems, self.delivery.lane())
             self.make_room()
+        return True
 
     def catch_up(self) -> None:
         """Wait until all that was announced is taken in: who got a 250 may look for it now."""
@@ -9490,7 +9485,7 @@ class Delivering:
             else:
                 self.log.bug("delivery_bug", e, stem=stem)
         finally:
-            self.scheduler.done(task)
+            self.scheduler.done(stem)
 
     def sort(self, task: Task) -> None:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
@@ -9564,8 +9559,7 @@ class Delivering:
             o = outcomes.get(r.address)
             if o is None:
                 continue
-            r.code, r.reply, r.host, r.ip, r.tls, r.verified, r.dsn = (
-                o.code, o.reply, o.host, o.ip, o.tls, o.verified, o.dsn)
+            vars(r).update(zip(o._fields[2:-1], o[2:-1]))  # code to dsn
             if not trouble:
                 r.status, r.attempts = o.status, r.attempts + 1
             later = o.status is Status.RETRYING
@@ -9856,8 +9850,7 @@ class Postmaster:
     def owe(self, stem: str, again: bool = True) -> bool:
         """Make a message due now, and owed `again` if it is held or has failed; False when it is in hand."""
         d = self.half
-        task = d.scheduler.seize(stem)
-        if not task:
+        if not d.scheduler.seize(stem):
             return False
         try:
             message = d.record(stem)
@@ -9878,7 +9871,7 @@ class Postmaster:
             d.scheduler.probe(d.delivery.routes(message))
         finally:
             d.scheduler.put(stem, UNREAD)  # whoever reads it next knows what to do
-            d.scheduler.done(task)
+            d.scheduler.done(stem)
         return True
 
     def remove(self, ids: list[str] | None) -> None:
@@ -9887,14 +9880,13 @@ class Postmaster:
         for id in list(d.inbox.entries) if ids is None else ids:
             with contextlib.suppress(KeyError):
                 stem = d.inbox.entry(id).stem
-                task = d.scheduler.seize(stem)
-                if not task:
+                if not d.scheduler.seize(stem):
                     busy.append(id)
                     continue
                 try:
                     d.remove(stem)
                 finally:
-                    d.scheduler.done(task)
+                    d.scheduler.done(stem)
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 
@@ -9922,7 +9914,7 @@ class Parts:
         self.smtps: list[socket.socket] = []
         self.http: list[socket.socket] = []
         self.submit: list[socket.socket] = []  # sendmail's launchers
-        self.shared_quotas: Quotas | None = None
+        self.quotas = Quotas("", log)  # in memory both halves share them
         self.pair = (settings.tls_cert, settings.tls_key)
         self.own: list[int] = []  # SMTP's TCP ports
 
@@ -9991,11 +9983,8 @@ class Parts:
         return half.postmaster
 
     def reception(self, metrics: Metrics) -> Reception:
-        """Make the way in for one half, with quotas of its own; in memory both share them."""
-        if self.spool.on_disk:
-            quotas = Quotas(self.spool.path("usage"), self.log)
-        else:
-            quotas = self.shared_quotas = self.shared_quotas or Quotas("", self.log)
+        """Make the way in for one half, with quotas of its own."""
+        quotas = Quotas(self.spool.path("usage"), self.log) if self.spool.on_disk else self.quotas
         return Reception(self.settings, self.spool, metrics, self.log, self.link.announce, self.accounts,
                          self.tls, quotas, self.faults)
 
@@ -10053,7 +10042,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        stops = stop_signals()  # once a terminal has closed, it is none
         stops = stop_signals()  # asked while the terminal is there
         self.spawn_missing()
         notify_systemd("READY=1")
