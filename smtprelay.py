@@ -8446,7 +8446,7 @@ def mark_messages(request: Request) -> None:
 @route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
 def delete_messages(request: Request) -> bytes | None:
     one = "id" in request.names
-    request.relay.postmaster.remove([request.item()["ID"]] if one else chosen(request))
+    request.relay.remove([request.item()["ID"]] if one else chosen(request))
     # MailHog's clients, which say nothing of what they accept, take no body but an empty one
     return b"" if one or not request.body and "Accept" not in request.headers else None
 
@@ -8508,7 +8508,7 @@ def release_message(request: Request) -> None:
     to, beyond = read_each(request.fields, "To", read_mailbox), take_field(request.fields, "Beyond", False)
     if not to:
         raise BadRequest("To: no recipients")
-    request.relay.postmaster.release(request.item()["ID"], to, beyond)
+    request.relay.release(request.item()["ID"], to, beyond)
 
 
 @route("POST /api/v1/send", "put a message in, given as JSON")
@@ -8519,7 +8519,7 @@ def send_message(request: Request) -> Any:
     user = request.login()[0][:200].translate(NO_BREAKS)
     flags = needed_flags(content, sender, *to)
     envelope = Envelope(sender, request.client, "http", "HTTP", user, flags, to)
-    return {"ID": request.relay.postmaster.store(envelope, [content])}
+    return {"ID": request.relay.store(envelope, [content])}
 
 
 route("GET /api/v1/tags", "the tags that there are")(
@@ -8562,7 +8562,7 @@ def show_info(request: Request) -> Any:
 def show_webui(request: Request) -> Any:
     s = request.relay.settings
     hosts = ", ".join(host_port(*h[:2]) for h in s.smart_hosts)
-    relay = {"Enabled": request.relay.postmaster.can_release, "ReturnPath": s.relay_return_path,
+    relay = {"Enabled": request.relay.can_release, "ReturnPath": s.relay_return_path,
              "SMTPServer": hosts, "OverrideFrom": s.relay_from,
              "AllowedRecipients": s.relay_allowed_recipients.pattern, "BlockedRecipients": ""}
     return {"Label": "smtprelay", "MessageRelay": relay, "SpamAssassin": False,
@@ -8667,12 +8667,12 @@ def show_events(request: Request) -> Answer:
 
 
 route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(
-    lambda request: (verbs := request.relay.postmaster).remove([verbs.load(request.names["id"]).id]))
+    lambda request: request.relay.remove([request.relay.load(request.names["id"]).id]))
 route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id "
       "may be `all`, or `held`", takes="")(
-    lambda request: {"retried": request.relay.postmaster.retry(request.names["id"])})
+    lambda request: {"retried": request.relay.retry(request.names["id"])})
 route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")(
-    lambda request: request.relay.postmaster.queue(int(request.number("limit", 200))))
+    lambda request: request.relay.queue(int(request.number("limit", 200))))
 
 
 @route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
@@ -9266,7 +9266,6 @@ class Delivering:
         self.feed = Feed()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
-        self.postmaster = Postmaster(self)
         self.web = [HttpServer(sock, self) for sock in parts.http] + [
             HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
@@ -9434,11 +9433,11 @@ class Delivering:
                     break
                 try:
                     if self.shelve(stem, None):  # else another thread was quicker
-                        self.remove(stem)
+                        self.discard(stem)
                 except OSError as e:
                     self.log.error("not_removed", stem=stem, error=e)
 
-    def remove(self, stem: str) -> None:
+    def discard(self, stem: str) -> None:
         """Remove a message from everywhere; its record may be gone already."""
         self.shelve(stem, None)
         self.spool.remove(stem)
@@ -9756,21 +9755,15 @@ class Delivering:
             if self.settings.tls_self_signed and not self.settings.tls_cert:
                 self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
 
-
-class Postmaster:
-    """What people may do to the messages in a spool: the same whether its relay runs or not.
-
-    Where none runs, the half is one over the spool that was not started; whatever a verb asks
-    for then goes into the records, to be found by the next start. HttpError says what is wrong.
-    """
-
-    def __init__(self, half: Delivering) -> None:
-        self.half = half
+    # -- what people may do to the messages: the same whether the relay runs or not --
+    #
+    # Where none runs, this half was not started; whatever a verb asks for then goes into the
+    # records, to be found by the next start. HttpError says what is wrong.
 
     def load(self, id: str) -> Message:
         """Return the record of a message."""
         try:
-            return self.half.record(self.half.inbox.entry(id).stem)
+            return self.record(self.inbox.entry(id).stem)
         except (KeyError, FileNotFoundError):
             raise HttpError(404, f"message {id} not found") from None
 
@@ -9778,41 +9771,39 @@ class Postmaster:
         """Yield the records of those messages that can be read."""
         for stem in stems:
             try:
-                yield self.half.record(stem)
+                yield self.record(stem)
             except (KeyError, OSError, SpoolError) as e:
-                self.half.log.debug("not_shown", stem=stem, error=e)
+                self.log.debug("not_shown", stem=stem, error=e)
 
     def queue(self, limit: int = 200) -> dict[str, Any]:
         """Return what is owed and what is held, oldest first, with reasons; and the next hops' states."""
-        d = self.half
-        stems, hops = d.scheduler.snapshot(limit)
-        held = itertools.islice(d.held.copy(), limit)
+        stems, hops = self.scheduler.snapshot(limit)
+        held = itertools.islice(self.held.copy(), limit)
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether they are held
         for m in self.records(dict.fromkeys([*stems, *held])):
             is_held = m.status is Status.HELD
             reason = m.owed or is_held and m.history[-1]["detail"] or m.last_error
-            _, reason, due = d.stumbles.get(m.stem, (0, reason, m.next_attempt_at))
+            _, reason, due = self.stumbles.get(m.stem, (0, reason, m.next_attempt_at))
             for hop in hops if not reason else ():
-                if hop["reason"] and hop["name"] in d.scheduler.waiting.get(m.stem, ()):
+                if hop["reason"] and hop["name"] in self.scheduler.waiting.get(m.stem, ()):
                     reason, due = hop["reason"], hop["until"]
             lists[is_held].append({
                 "id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
                 "recipients": [r.address for r in m.recipients if r.status not in FINISHED],
                 "attempts": m.attempts, "next_attempt_at": due, "last_error": m.last_error,
                 "reason": reason, "received_at": m.received_at})
-        return {"messages": lists[False], "held": lists[True], "total": len(d.scheduler), "next_hops": hops}
+        return {"messages": lists[False], "held": lists[True], "total": len(self.scheduler), "next_hops": hops}
 
     def retry(self, id: str) -> int:
         """Try a message now, or "all" that are owed, or release all "held"; return how many.
 
         A message that is held is released, one that has failed is owed again.
         """
-        d = self.half
-        if id == "all" and d.threads:
-            d.scheduler.flush()
-            return len(d.scheduler)
+        if id == "all" and self.threads:
+            self.scheduler.flush()
+            return len(self.scheduler)
         if id in ("all", "held"):
-            stems = [*d.held] if d.threads else d.scheduler.snapshot(sys.maxsize)[0]
+            stems = [*self.held] if self.threads else self.scheduler.snapshot(sys.maxsize)[0]
             chosen = [m for m in self.records(stems) if (m.status is Status.HELD) == (id == "held")]
         else:
             chosen = [self.load(id)]
@@ -9822,7 +9813,7 @@ class Postmaster:
 
     @property
     def can_release(self) -> bool:
-        return bool(self.half.settings.relay_host or self.half.settings.delivery == "mx")
+        return bool(self.settings.relay_host or self.settings.delivery == "mx")
 
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
         """Let a held message go; to other recipients, or when it went already, a copy goes.
@@ -9837,63 +9828,62 @@ class Postmaster:
             if not self.owe(message.stem):
                 raise HttpError(409, f"being delivered just now: {id}")
             return
-        barred = [a for a in to if a not in own and not self.half.delivery.is_allowed(Recipient(a))]
+        barred = [a for a in to if a not in own and not self.delivery.is_allowed(Recipient(a))]
         if barred and not beyond:
             raise HttpError(400, f"not among SMTP_RELAY_ALLOWED_RECIPIENTS: {', '.join(barred)}; "
                             'with "Beyond": true it goes there all the same')
         flags = (*(f for f in message.flags if f not in ("HOLD", "RELEASED")), "RELEASED")
         envelope = Envelope(message.reverse_path, message.client, message.helo, message.protocol,
                             message.user, flags, to or own)
-        with self.half.spool.content(message.stem) as content:
+        with self.spool.content(message.stem) as content:
             self.store(envelope, iter(lambda: content.read(64 * KIB), b""))
 
     def owe(self, stem: str, again: bool = True) -> bool:
         """Make a message due now, and owed `again` if it is held or has failed; False when it is in hand."""
-        d = self.half
-        if not d.scheduler.seize(stem):
+        if not self.scheduler.seize(stem):
             return False
         try:
-            message = d.record(stem)
+            message = self.record(stem)
             was = message.status
             if was is Status.FORWARDED:
                 raise HttpError(409, "it was forwarded already; release it to send a copy")
             if was is Status.HELD and not self.can_release:
                 raise HttpError(400, NOWHERE_TO)
             if was in SETTLED and again:
-                d.shelve(stem, d.owed if d.settings.spool_max_size else None)
+                self.shelve(stem, self.owed if self.settings.spool_max_size else None)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is was else r.status
                 message.move(Status.RETRYING, BY_HAND[was])
                 message.finished_at = message.owed = ""
             message.next_attempt_at = ""
-            d.spool.save(message)
-            d.unwritten.pop(stem, None)
-            d.scheduler.probe(d.delivery.routes(message))
+            self.spool.save(message)
+            self.unwritten.pop(stem, None)
+            self.scheduler.probe(self.delivery.routes(message))
         finally:
-            d.scheduler.put(stem, UNREAD)  # whoever reads it next knows what to do
-            d.scheduler.done(stem)
+            self.scheduler.put(stem, UNREAD)  # whoever reads it next knows what to do
+            self.scheduler.done(stem)
         return True
 
     def remove(self, ids: list[str] | None) -> None:
         """Remove messages, all for None; one that is being delivered at this moment is left."""
-        d, busy = self.half, []
-        for id in list(d.inbox.entries) if ids is None else ids:
+        busy = []
+        for id in list(self.inbox.entries) if ids is None else ids:
             with contextlib.suppress(KeyError):
-                stem = d.inbox.entry(id).stem
-                if not d.scheduler.seize(stem):
+                stem = self.inbox.entry(id).stem
+                if not self.scheduler.seize(stem):
                     busy.append(id)
                     continue
                 try:
-                    d.remove(stem)
+                    self.discard(stem)
                 finally:
-                    d.scheduler.done(stem)
+                    self.scheduler.done(stem)
         if busy:
             raise HttpError(409, f"being delivered just now: {', '.join(busy[:10])}")
 
     def store(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
         """Make a message durable and queue it; return its id."""
         try:
-            return self.half.reception.admit(envelope, blocks)
+            return self.reception.admit(envelope, blocks)
         except Refused as e:
             raise HttpError(503 if e.reply.code < 500 else 400, str(e.reply)) from None
 
@@ -9974,13 +9964,13 @@ class Parts:
                 with contextlib.suppress(OSError):
                     os.unlink(address.path)
 
-    def postmaster(self) -> Postmaster:
-        """Return the verbs over a spool whose relay does not run; to change it, its lock must be ours."""
+    def at_rest(self) -> Delivering:
+        """Return the half whose verbs act on a spool without a relay; to change it, its lock must be ours."""
         self.accounts, self.tls = Accounts(self.settings, self.log), None
         self.faults, self.link = Faults(self.settings.faults), Link()
         half = self.delivering()
         half.find()
-        return half.postmaster
+        return half
 
     def reception(self, metrics: Metrics) -> Reception:
         """Make the way in for one half, with quotas of its own."""
@@ -10295,7 +10285,7 @@ class Relay:
         """Remove all messages, those that the simulated smart host took and its script."""
         self.delivering.catch_up()
         with contextlib.suppress(HttpError):  # some are being delivered just now
-            self.delivering.postmaster.remove(None)
+            self.delivering.remove(None)
         if self._upstream:
             self._upstream.received.clear()
             self._upstream.steps.clear()
@@ -10303,10 +10293,9 @@ class Relay:
     def release(self, message: Email | None = None) -> int:
         """Let a held message go, or all of them; return how many."""
         self.delivering.catch_up()
-        postmaster = self.delivering.postmaster
-        if message and postmaster.load(message.id).status is not Status.HELD:
+        if message and self.delivering.load(message.id).status is not Status.HELD:
             return 0
-        return postmaster.retry(message.id if message else "held")
+        return self.delivering.retry(message.id if message else "held")
 
 
 def start(**settings: object) -> Relay:
@@ -10974,7 +10963,7 @@ def order(settings: Settings, method: str, path: str) -> Any:
     if method != "GET":
         parts.spool.open()
     try:
-        return act(parts.postmaster().half, method, path, 1 << 30)
+        return act(parts.at_rest(), method, path, 1 << 30)
     except HttpError as e:
         raise Complaint(str(e)) from None
     finally:

@@ -5708,7 +5708,7 @@ def test_only_allowed_recipients_are_sent_to() -> None:
         stem = send_to(relay, "a@ok.test", "b@x.test")
         wait_until(lambda: record_of(relay, stem).status is smtprelay.Status.HELD)
         assert statuses(relay, stem) == {"a": DONE, "b": "held"}
-        relay.delivering.postmaster.release(record_of(relay, stem).id, [])
+        relay.delivering.release(record_of(relay, stem).id, [])
         finished(relay, stem)
         assert [rs for rs, _ in hop.mails] == [["a@ok.test"], ["b@x.test"]]
 
@@ -11070,7 +11070,7 @@ def test_a_copy_released_where_mail_is_held_is_sent_and_counted(start: Any, hop:
     d = relay.delivering
     queue_id = said(relay)[0]
     d.catch_up()
-    relay.delivering.postmaster.release(queue_id, ["carl@hop.test"], beyond=True)
+    relay.delivering.release(queue_id, ["carl@hop.test"], beyond=True)
     wait_until(lambda: h.delivered()["carl@hop.test"] == 1)
     wait_until(lambda: d.metrics.get("smtp_queue_depth") == 0)
 
@@ -11095,11 +11095,11 @@ def test_a_message_is_released_once(start: Any, hop: Any) -> None:
     d.catch_up()
     stem = d.inbox.entry(queue_id).stem
     assert d.scheduler.seize(stem)
-    for change in (lambda: relay.delivering.postmaster.release(queue_id, []), lambda: relay.delivering.postmaster.remove([queue_id])):
+    for change in (lambda: relay.delivering.release(queue_id, []), lambda: relay.delivering.remove([queue_id])):
         with pytest.raises(smtprelay.HttpError, match="just now"):
             change()
     d.scheduler.done(stem)
-    relay.delivering.postmaster.release(queue_id, [])
+    relay.delivering.release(queue_id, [])
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
     wait_until(lambda: d.metrics.get("owed_bytes") == 0)
     assert len(h.messages) == 1
@@ -11108,21 +11108,21 @@ def test_a_message_is_released_once(start: Any, hop: Any) -> None:
 def test_what_is_held_back_says_why_and_is_counted(start: Any, hop: Any) -> None:
     relay = relaying_in_review(start, hop(), SMTP_RELAY_ALLOWED_RECIPIENTS="@hop.test$")
     said(relay, to=("bob@else.test",))
-    (entry,) = wait_until(lambda: relay.delivering.postmaster.queue()["held"])
+    (entry,) = wait_until(lambda: relay.delivering.queue()["held"])
     assert entry["reason"] == "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
     assert metric(relay, "smtp_messages_held") == 1
-    relay.delivering.postmaster.retry("held")
+    relay.delivering.retry("held")
     wait_until(lambda: metric(relay, "smtp_messages_held") == 0)
 
 
 def test_a_copy_goes_beyond_the_allowed_recipients_only_when_told_to(start: Any, hop: Any) -> None:
     h = hop()
     relay = start(SMTP_DELIVERY="hold", SMTP_RELAY_ALLOWED_RECIPIENTS="^dan", **h.settings(SMTP_RELAY_TLS="none"))
-    id, postmaster = said_stem(relay)[11:27], relay.delivering.postmaster
-    assert postmaster.queue()["held"][0]["reason"] == "SMTP_DELIVERY is hold"
+    id, delivering = said_stem(relay)[11:27], relay.delivering
+    assert delivering.queue()["held"][0]["reason"] == "SMTP_DELIVERY is hold"
     status, answer, *_ = api(relay, "POST", f"/api/v1/message/{id}/release", {"To": ["eve@hop.test", "dan@hop.test"]})
     assert status == 400 and "eve@hop.test" in str(answer) and "dan@hop.test" not in str(answer)
-    postmaster.release(id, ["dan@hop.test"])
+    delivering.release(id, ["dan@hop.test"])
     given = {"To": ["eve@hop.test"], "Beyond": True}
     assert api(relay, "POST", f"/api/v1/message/{id}/release", given)[0] == 200
     wait_until(lambda: h.delivered() == {"dan@hop.test": 1, "eve@hop.test": 1})
@@ -11156,7 +11156,7 @@ def test_the_queue_verbs_mean_the_same_without_a_running_relay(start: Any, hop: 
 
 def in_queue(relay: Any) -> list[Any]:
     """Return what the queue shows: the reason and whether a time is named, for each message."""
-    queue = relay.delivering.postmaster.queue()
+    queue = relay.delivering.queue()
     return [(entry["reason"], bool(entry["next_attempt_at"])) for entry in queue["messages"]]
 
 
@@ -11296,7 +11296,7 @@ def test_421_for_one_message_is_its_own_trouble(start: Any, hop: Any) -> None:
     (bad,) = said(relay, to=("bad@hop.test",))
     said(relay, *[MAIL] * 5)
     wait_until(lambda: len(h.messages) == 5)
-    message = wait_until(lambda: (m := relay.delivering.postmaster.load(bad)).attempts and m)
+    message = wait_until(lambda: (m := relay.delivering.load(bad)).attempts and m)
     assert message.attempts == 1
     assert not any(lane.steps for lane in relay.delivering.scheduler.lanes.values())
 
@@ -11307,7 +11307,7 @@ def test_a_host_that_says_421_to_all_is_throttled(start: Any, hop: Any, log: Cau
     said(relay, *[MAIL] * 12)
     wait_until(lambda: any("next_hop_throttled" in line for line in log.lines))
     relay.delivering.catch_up()
-    tried = [m.attempts for m in relay.delivering.postmaster.records(relay.delivering.scheduler.snapshot(99)[0])]
+    tried = [m.attempts for m in relay.delivering.records(relay.delivering.scheduler.snapshot(99)[0])]
     assert len(tried) == 12 and sum(tried) <= 8
 
 
@@ -11408,9 +11408,9 @@ def test_the_octets_of_what_is_deleted_are_owed_no_more(start: Any, hop: Any) ->
     relay.delivering.catch_up()
     wait_until(lambda: metric(relay, "smtp_messages_deferred_total") and not relay.delivering.scheduler.active)
     both = owed()
-    relay.delivering.postmaster.remove([first])
+    relay.delivering.remove([first])
     assert owed() == both / 2
-    relay.delivering.postmaster.remove([second])
+    relay.delivering.remove([second])
     assert owed() == 0
 
 
@@ -11421,9 +11421,9 @@ def test_a_retry_that_comes_too_late_sends_nothing_twice(start: Any, hop: Any, m
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED and not len(relay.delivering.scheduler))
     before = relay.delivering.spool.load(stem)
     before.status = smtprelay.Status.RETRYING  # as it was when the request came
-    monkeypatch.setattr(relay.delivering.postmaster, "load", lambda _: before)
+    monkeypatch.setattr(relay.delivering, "load", lambda _: before)
     with pytest.raises(smtprelay.HttpError, match="forwarded already"):
-        relay.delivering.postmaster.retry(before.id)
+        relay.delivering.retry(before.id)
     wait_until(lambda: len(relay.delivering.scheduler) == 0)
     assert len(h.messages) == 1
 
@@ -11581,7 +11581,7 @@ def test_the_simulated_smart_host_answers_by_script(steps: list[str], status: st
         relay.upstream.script(*steps)
         mail_to(relay)
         id = relay.wait().id
-        wait_until(lambda: relay.delivering.postmaster.load(id).status == status)
+        wait_until(lambda: relay.delivering.load(id).status == status)
         assert (relay.upstream.attempts, len(relay.upstream.received)) == (attempts, copies)
 
 
