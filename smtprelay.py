@@ -4418,7 +4418,7 @@ class Delivery:
             self.live.discard(hop)
         hop.close()
 
-    def drop_idle(self, older_than: float = 0.0) -> None:
+    def drop_idle(self, older_than: float = REUSE_IDLE) -> None:
         """Close connections that have been kept for longer than so many seconds."""
         latest = time.monotonic() - older_than
         with self.lock:
@@ -4429,7 +4429,7 @@ class Delivery:
 
     def stop(self) -> None:
         self.stopped = True
-        self.drop_idle()
+        self.drop_idle(0.0)
 
 
 def domain_of(address: str) -> str:
@@ -9253,10 +9253,10 @@ Shelf = dict[str, tuple[float, int]]  # stem: since when, octets; oldest first
 class Delivering:
     """The delivering half: scheduler, workers, records."""
 
-    def __init__(self, parts: Parts, reception: Reception) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.settings, self.spool, self.log = parts.settings, parts.spool, parts.log
-        self.link, self.pair, self.reception = parts.link, parts.pair, reception
-        self.metrics = reception.metrics
+        self.link, self.pair, self.metrics = parts.link, parts.pair, parts.metrics.row(DELIVERING_ROW)
+        reception = self.reception = parts.reception(self.metrics)
         reception.announce = lambda stem, owed: self.take_in([stem], owed)  # it needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, (*parts.own, 0)[0]
         self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
@@ -9274,6 +9274,7 @@ class Delivering:
         self.finished: Shelf = {}
         self.held: Shelf = {}
         self.owed: Shelf = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
+        self.shelves = {Status.HELD: self.held, **dict.fromkeys(FINISHED, self.finished)}
         self.octets = self.octets_owed = 0
         self.sidecars: collections.deque[str] = collections.deque()
         self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
@@ -9351,10 +9352,10 @@ class Delivering:
             if done is None and stem not in self.held:
                 owed.append(stem)
                 if self.settings.spool_max_size and stem not in self.owed:
-                    self.shelve(stem, self.owed)
+                    self.shelve(stem, Status.RECEIVED)
             elif done and stem not in self.finished:
                 with contextlib.suppress(OSError):
-                    self.shelve(stem, self.finished, self.spool.finished_at(stem, done))
+                    self.shelve(stem, done, self.spool.finished_at(stem, done))
         self.scheduler.put_all(owed, UNREAD)
         if owed:
             self.log.info("queue_found", messages=len(owed))
@@ -9364,11 +9365,8 @@ class Delivering:
         known = self.inbox.last
         stems = [stem for stem in stems if self.inbox.add(stem) > known]
         for stem in stems:
-            if not owed:
-                self.shelve(stem, self.held, time.time())
-                self.sidecars.append(stem)
-            elif self.settings.spool_max_size:
-                self.shelve(stem, self.owed)
+            self.shelve(stem, Status.RECEIVED if owed else Status.HELD)
+            self.sidecars += () if owed else (stem,)
             self.tell("received", stem)
         if stems:
             self.came_at = time.monotonic()
@@ -9400,9 +9398,10 @@ class Delivering:
 
     # -- what is kept --
 
-    def shelve(self, stem: str, shelf: Shelf | None, at: float = 0.0) -> bool:
-        """Note where a message lies now (None: nowhere), and since when; tell if it lay anywhere."""
+    def shelve(self, stem: str, status: Status | None, at: float = 0.0) -> bool:
+        """Note where a message of this status lies (None: nowhere), since when; tell if it lay anywhere."""
         weighed, octets, found = self.settings.spool_max_size > 0, 0, False
+        shelf = self.shelves.get(status, self.owed if weighed else None) if status else None
         if weighed and shelf is not None:
             with contextlib.suppress(OSError):
                 octets = self.spool.size(stem)
@@ -9413,7 +9412,7 @@ class Delivering:
                     self.octets -= less
                     self.octets_owed -= less if other is self.owed else 0
             if shelf is not None:
-                shelf[stem] = at, octets
+                shelf[stem] = at or time.time(), octets
                 self.octets += octets
                 self.octets_owed += octets if shelf is self.owed else 0
         if weighed:
@@ -9498,7 +9497,7 @@ class Delivering:
         if message.owed or stem in self.unwritten or unsettled and not message.pending():
             self.wrap_up(message)
         elif not unsettled:
-            self.shelve(stem, self.finished if message.status in FINISHED else self.held, time.time())
+            self.shelve(stem, message.status)
             if message.status is Status.HELD:
                 self.spool.save_first(message)
         if message.pending():
@@ -9654,7 +9653,7 @@ class Delivering:
             if stem in self.told:  # by another worker, since we looked
                 self.scheduler.put(stem, UNREAD)
         elif message.status in SETTLED:
-            self.shelve(stem, self.held if message.status is Status.HELD else self.finished, time.time())
+            self.shelve(stem, message.status)
 
     def finish(self, message: Message) -> None:
         """Say that nobody is owed a message any more, or only those held back."""
@@ -9664,13 +9663,12 @@ class Delivering:
             return message.move(Status.HELD, HELD_BY_RULE)
         failed = Status.FAILED in statuses
         word, event, counted = ("failed",) * 3 if failed else ("forwarded", "delivered", "sent")
-        message.move(Status(word), message.last_error * failed)
+        why = message.last_error * failed
+        message.move(Status(word), why)
         self.metrics.inc(f"smtp_messages_{event}_total")
-        self.tell(word, message.stem, message.last_error * failed)
+        self.tell(word, message.stem, why)
         self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
-        if self.audit.sink:
-            self.audit.info(event, id=message.id, user=message.user,
-                             recipients=[vars(r) for r in message.recipients])
+        self.audit.info(event, id=message.id, user=message.user, recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, counted)
 
     def report(self, message: Message) -> tuple[str, float]:
@@ -9678,15 +9676,13 @@ class Delivering:
 
         Past the cap, what failed of one sender's messages goes into one report later.
         """
-        stem, to, others, rate = message.stem, message.reverse_path, [], REPORTS_AN_HOUR / 60
+        stem, to, rate = message.stem, message.reverse_path, REPORTS_AN_HOUR / 60
         if not self.reports.take("", rate, REPORTS_AN_HOUR):
             self.late.setdefault(to, set()).add(stem)
             self.log.warn("report_put_off", id=message.id, reason=REPORTS_PUT_OFF)
             return REPORTS_PUT_OFF, 3600.0
-        for each in sorted(self.late.pop(to, set()) - {stem})[:REPORTED_AT_ONCE]:
-            with contextlib.suppress(KeyError, OSError, SpoolError):  # that reports for itself
-                other = self.record(each)
-                others += [other] if wants_report(other) else []
+        late = sorted(self.late.pop(to, set()) - {stem})[:REPORTED_AT_ONCE]
+        others = [m for m in self.records(late) if wants_report(m)]
         try:
             self.metrics.inc("smtp_queue_depth", -1 - len(others))  # it takes the place of these
             with self.spool.content(stem) as file:
@@ -9715,9 +9711,8 @@ class Delivering:
 
     def sweep(self) -> None:
         """Do what is done every second."""
-        drop_idle = functools.partial(self.delivery.drop_idle, REUSE_IDLE)
         while not self.stopping.wait(SWEEP_EVERY):
-            for job in (drop_idle, self.watch_clock, self.make_room, self.look_again,
+            for job in (self.delivery.drop_idle, self.watch_clock, self.make_room, self.look_again,
                         self.reception.quotas.save, self.inbox.save, self.sum_up):
                 try:
                     job()
@@ -9850,7 +9845,7 @@ class Delivering:
             if was is Status.HELD and not self.can_release:
                 raise HttpError(400, NOWHERE_TO)
             if was in SETTLED and again:
-                self.shelve(stem, self.owed if self.settings.spool_max_size else None)
+                self.shelve(stem, Status.RETRYING)
                 for r in message.recipients:
                     r.status = Status.RETRYING if r.status is was else r.status
                 message.move(Status.RETRYING, BY_HAND[was])
@@ -9968,7 +9963,7 @@ class Parts:
         """Return the half whose verbs act on a spool without a relay; to change it, its lock must be ours."""
         self.accounts, self.tls = Accounts(self.settings, self.log), None
         self.faults, self.link = Faults(self.settings.faults), Link()
-        half = self.delivering()
+        half = Delivering(self)
         half.find()
         return half
 
@@ -9984,9 +9979,6 @@ class Parts:
         reception.metrics.set("smtp_sessions_active", 0)  # those of one that died
         reception.pick = row - RECEIVING_ROW
         return Receiving(reception, self.smtp, self.smtps)
-
-    def delivering(self) -> Delivering:
-        return Delivering(self, self.reception(self.metrics.row(DELIVERING_ROW)))
 
 
 def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
@@ -10111,7 +10103,7 @@ class Supervisor:
         receives = row >= RECEIVING_ROW
         for sock in parts.http + parts.submit if receives else parts.smtp + parts.smtps:
             sock.close()
-        half: Receiving | Delivering = parts.receiving(row) if receives else parts.delivering()
+        half: Receiving | Delivering = parts.receiving(row) if receives else Delivering(parts)
         threading.stack_size(256 * KIB if receives else 4 * MIB)  # not the usual 8 MiB; deep JSON takes 2
         half.start()
         heed_signals(half)
@@ -10214,7 +10206,7 @@ class Relay:
         self.settings, self._upstream = settings, upstream
         self.parts = Parts(settings, log)
         self.parts.open(inherit=False)
-        self.delivering, self.receiving = self.parts.delivering(), self.parts.receiving()
+        self.delivering, self.receiving = Delivering(self.parts), self.parts.receiving()
         self.delivering.start()
         self.receiving.start()
 
@@ -11104,7 +11096,7 @@ def serve(arguments: Arguments) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves: tuple[Delivering | Receiving, ...] = (parts.delivering(), parts.receiving())
+    halves: tuple[Delivering | Receiving, ...] = (Delivering(parts), parts.receiving())
     for half in halves:
         half.start()
     notify_systemd("READY=1")
