@@ -3179,12 +3179,12 @@ class Scheduler:
                     return Task(stem, name)
                 if not wait:
                     return None
-                is_first = look_at < self.alarm
-                if is_first:
+                if look_at < self.alarm:
                     self.alarm = look_at
-                self.changed.wait(min(look_at - now, threading.TIMEOUT_MAX) if is_first else None)
-                if is_first:
+                    self.changed.wait(min(look_at - now, threading.TIMEOUT_MAX))
                     self.alarm = math.inf
+                else:
+                    self.changed.wait()
         return None
 
     def _first(self, now: float, only: str = "") -> tuple[Lane | None, float]:
@@ -9611,8 +9611,8 @@ class Delivering:
         if (now - since) * self.settings.time_scale <= self.settings.retry_max_age:
             return False
         self.metrics.inc("smtp_messages_expired_total")
-        too_late = f"not delivered within {self.settings.retry_max_age:g} seconds"
-        self.fail(message, recipients, f"{too_late}; {message.last_error}")
+        self.fail(message, recipients, f"not delivered within {self.settings.retry_max_age:g} seconds; "
+                                       f"{message.last_error}")
         return True
 
     def fail(self, message: Message, recipients: Iterable[Recipient], reason: str) -> None:
@@ -9759,7 +9759,7 @@ class Delivering:
         """Return the record of a message."""
         try:
             return self.record(self.inbox.entry(id).stem)
-        except (KeyError, FileNotFoundError):
+        except KeyError:
             raise HttpError(404, f"message {id} not found") from None
 
     def records(self, stems: Iterable[str]) -> Iterator[Message]:
@@ -9774,7 +9774,7 @@ class Delivering:
         """Return what is owed and what is held, oldest first, with reasons; and the next hops' states."""
         stems, hops = self.scheduler.snapshot(limit)
         held = itertools.islice(self.held.copy(), limit)
-        lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether they are held
+        lists: tuple[list[Any], list[Any]] = [], []  # by whether they are held
         for m in self.records(dict.fromkeys([*stems, *held])):
             is_held = m.status is Status.HELD
             reason = m.owed or is_held and m.history[-1]["detail"] or m.last_error
@@ -9787,7 +9787,7 @@ class Delivering:
                 "recipients": [r.address for r in m.recipients if r.status not in FINISHED],
                 "attempts": m.attempts, "next_attempt_at": due, "last_error": m.last_error,
                 "reason": reason, "received_at": m.received_at})
-        return {"messages": lists[False], "held": lists[True], "total": len(self.scheduler), "next_hops": hops}
+        return {"messages": lists[0], "held": lists[1], "total": len(self.scheduler), "next_hops": hops}
 
     def retry(self, id: str) -> int:
         """Try a message now, or "all" that are owed, or release all "held"; return how many.
@@ -9895,10 +9895,8 @@ class Parts:
         self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
         self.metrics.set("started", time.monotonic())
         self.opened = contextlib.ExitStack()
-        self.smtp: list[socket.socket] = []
-        self.smtps: list[socket.socket] = []
-        self.http: list[socket.socket] = []
-        self.submit: list[socket.socket] = []  # sendmail's launchers
+        none: list[socket.socket] = []
+        self.smtp = self.smtps = self.http = self.submit = none  # the last for sendmail's launchers
         self.quotas = Quotas("", log)  # in memory both halves share them
         self.pair = (settings.tls_cert, settings.tls_key)
         self.own: list[int] = []  # SMTP's TCP ports
@@ -9913,10 +9911,11 @@ class Parts:
         with contextlib.ExitStack() as stack:  # which closes all, unless all goes well
             stack.callback(self.spool.close)
             s, given = self.settings, inherited_sockets() if inherit else {}
-            for name, socks, setting, addresses in (
-                    ("smtp", self.smtp, "SMTP_PORT", s.port), ("smtps", self.smtps, "SMTP_SMTPS_PORT", s.smtps_port),
-                    ("http", self.http, "SMTP_HEALTH_ADDR", s.health_addr), ("submit", self.submit, "", ())):
-                socks += map(stack.enter_context, given.get(name) or bind_all(setting, addresses, self.log))
+            self.smtp, self.smtps, self.http, self.submit = [
+                [*map(stack.enter_context, given.get(name) or bind_all(setting, addresses, self.log))]
+                for name, setting, addresses in (
+                    ("smtp", "SMTP_PORT", s.port), ("smtps", "SMTP_SMTPS_PORT", s.smtps_port),
+                    ("http", "SMTP_HEALTH_ADDR", s.health_addr), ("submit", "", ()))]
             self.own = [sock.getsockname()[1] for sock in self.smtp + self.smtps if sock.family != socket.AF_UNIX]
             if s.tls_self_signed and not s.tls_cert:
                 place = self.spool.path("tls")
@@ -9986,8 +9985,8 @@ def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
     found: dict[str, list[socket.socket]] = {"smtp": [], "smtps": [], "http": [], "submit": []}
     many = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * many
-    for i in range(many):
-        found.get(names[i], found["smtp"]).append(socket.socket(fileno=first + i))
+    for number, name in enumerate(names[:many], first):
+        found.get(name, found["smtp"]).append(socket.socket(fileno=number))
     return found
 
 
