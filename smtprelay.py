@@ -9197,30 +9197,30 @@ class SubmitHandler(socketserver.BaseRequestHandler):
         if len(callers) >= SUBMIT_CALLERS:
             return
         callers.add(self)
-        self.wire = wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+        wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+
+        def read_letter() -> bytes:
+            """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
+            letter, wire.deadline = bytearray(), time.monotonic() + relay.settings.data_timeout
+            wire.write(b">")
+            while more := int(wire.read(8), 16):
+                if len(letter) + more > relay.settings.max_size:
+                    raise Refused(TOO_BIG)
+                letter += wire.read(more)
+            return bytes(letter)
+
         with contextlib.suppress(ValueError, NotImplementedError):  # it hears nothing, and does it by itself
             words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
             uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             status, said = do_errand(
                 words.decode("utf-8", "surrogateescape").split("\0")[:-1], user_name(uid), relay.settings.hostname,
-                functools.partial(act, relay), self.read_letter, functools.partial(admit_letter, relay.reception))
+                functools.partial(act, relay), read_letter, functools.partial(admit_letter, relay.reception))
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
             sock.settimeout(relay.settings.command_timeout)
             sock.sendall(f"{status}\n{said}".encode("utf-8", "surrogateescape"))
 
     def finish(self) -> None:
         self.server.callers.discard(self)
-
-    def read_letter(self) -> bytes:
-        """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
-        settings, letter, wire = self.server.relay.settings, bytearray(), self.wire
-        wire.deadline = time.monotonic() + settings.data_timeout
-        wire.write(b">")
-        while more := int(wire.read(8), 16):
-            if len(letter) + more > settings.max_size:
-                raise Refused(TOO_BIG)
-            letter += wire.read(more)
-        return bytes(letter)
 
 
 # === 22 RELAY ================================================================
@@ -10361,7 +10361,7 @@ if pytest:
 # what was found, and what to do about it. A fail is what mail will fail on.
 # Nothing is changed anywhere.
 
-DOCTOR_TIMEOUT = 10.0
+PORT_PATIENCE = 5.0
 PORTS_TRIED = (25, 465, 587)
 DOMAIN_HOSTS = 3  # hosts of a domain that are examined
 
@@ -10434,7 +10434,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     opens: set[tuple[str, int]] = set()
 
     def try_port(*place: Any) -> None:
-        with contextlib.suppress(OSError), socket.create_connection(place, DOCTOR_TIMEOUT / 2):
+        with contextlib.suppress(OSError), socket.create_connection(place, PORT_PATIENCE):
             opens.add(place)
 
     places = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
@@ -10447,11 +10447,11 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     yield "ok", "name", f"{target.host} is {', '.join(addresses)}", ""
     for label, six in (("IPv4", False), ("IPv6", True)):
         family = {a for a in addresses if (":" in a) == six}
-        good = family & {*reached}
         if family:
+            good = family & {*reached}
             yield ("ok" if good else "warn" if reached else "fail", label,
-                   f"port {target.port} {'opens' if good else 'does not open'}", ADVICE["connect"] if not reached else
-                   "each connection may lose time on it; mend the route")
+                   f"port {target.port} {'opens' if good else 'does not open'}",
+                   "each connection may lose time on it; mend the route" if reached else ADVICE["connect"])
     at = [str(port) for port in PORTS_TRIED if (addresses[0], port) in opens]
     yield ("ok" if reached else "warn" if at else "fail", "egress",
            f"of the usual ports {PORTS_TRIED}, open: {', '.join(at) or 'none'}",
@@ -10726,16 +10726,6 @@ def read_assignments(path: str) -> dict[str, str]:
     return {name: value for name, _, value in lines}
 
 
-def assigned(text: str, changes: Mapping[str, str]) -> str:
-    """Set settings in the text of an environment file, in the place of those that are there or commented out."""
-    import shlex
-
-    for name, value in changes.items():
-        before, *after = re.split(rf"(?m)^(?:# ?)?{name}=.*\n", text)
-        text = f"{before}{name}={shlex.quote(value)}\n{''.join(after)}"
-    return text
-
-
 def interpreter() -> str:
     """Return a Python that the service can run, too."""
     for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
@@ -10746,6 +10736,8 @@ def interpreter() -> str:
 
 def installation(root: str, changes: Mapping[str, str], password: str, sendmail: bool) -> dict[str, str]:
     """Return the text of every file of an installation."""
+    import shlex
+
     python = interpreter()
     with open(__file__, encoding="utf-8") as file:
         program = file.read()
@@ -10753,9 +10745,12 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
         f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
     with contextlib.suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
         settings = file.read()
+    for name, value in changes.items():  # in the place of what is there, or commented out
+        before, *after = re.split(rf"(?m)^(?:# ?)?{name}=.*\n", settings)
+        settings = f"{before}{name}={shlex.quote(value)}\n{''.join(after)}"
     files = {
         INSTALLED: program, PROGRAM: RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED)),
-        UNIT: SERVICE, SOCKET_UNIT: SOCKET, ENVIRONMENT_FILE: assigned(settings, changes)}
+        UNIT: SERVICE, SOCKET_UNIT: SOCKET, ENVIRONMENT_FILE: settings}
     if password:
         files[PASSWORD_FILE] = f"{password}\n"
     if password or os.path.exists(root + PASSWORD_FILE):
@@ -10843,21 +10838,22 @@ def run_tool(*command: str) -> None:
 def uninstall(arguments: argparse.Namespace) -> int:
     """Remove what install wrote; --purge removes settings and mail, too."""
     root, live = chosen_root(arguments)
+    managed = live and systemd_runs()
     doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN),
               *(path for path in SENDMAIL_LINKS if link_at(root + path) == LAUNCHED)]
     doomed += [os.path.dirname(ENVIRONMENT_FILE), STATE] if arguments.purge else []
-    if live and systemd_runs() and os.path.exists(UNIT):
+    if managed and os.path.exists(UNIT):
         run_tool("systemctl", "disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
     for path in (root + path for path in doomed if os.path.lexists(root + path)):
         print(f"would remove {path}" if arguments.dry_run else f"removed {path}")
         if not arguments.dry_run:
             run_tool("rm", "-r", path)
-    if live and systemd_runs():
+    if managed:
         run_tool("systemctl", "daemon-reload")
-    if live and arguments.purge:
-        run_tool("userdel", SERVICE_USER)
     if not arguments.purge:
         print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
+    elif live:
+        run_tool("userdel", SERVICE_USER)
     return 0
 
 
@@ -11063,7 +11059,6 @@ def doctor(arguments: Arguments) -> int:
 
 def serve(arguments: Arguments) -> int:
     """Run the relay (what happens without a command)."""
-    warnings = [f"warning: {text}" for text in unknown_settings(os.environ)[1]]
     settings = Settings.read(os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_HANDLED)  # kept so by all threads and children
     descriptors(2 * settings.max_connections + 4 * DESCRIPTORS_KEPT)
@@ -11071,7 +11066,7 @@ def serve(arguments: Arguments) -> int:
     try:
         parts = Parts(settings, log)
         parts.open()
-        lines = [*first_lines(parts), *warnings]
+        lines = first_lines(parts) + [f"warning: {text}" for text in unknown_settings(os.environ)[1]]
     except (SettingsError, SpoolBusy, OSError) as e:
         lines = getattr(e, "problems", [getattr(e, "strerror", "") or str(e)])
         if isinstance(e, PermissionError) and os.path.abspath(settings.spool) in str(e):
@@ -11444,7 +11439,7 @@ def summary_of(action: Callable[..., int]) -> str:
     return (action.__doc__ or "").partition("\n")[0]
 
 
-BASH = """\
+COMPLETION = """\
 _smtprelay() {{
     local words="{verbs}"
     [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in
@@ -11453,17 +11448,17 @@ _smtprelay() {{
     esac
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
+[ -z "$ZSH_VERSION" ] || {{ autoload -U +X bashcompinit && bashcompinit; }}
 complete -F _smtprelay smtprelay smtprelay.py"""
 
 
-def completion(shell: str) -> str:
+def completion() -> str:
     """Return what makes bash or zsh complete verbs and their options."""
     cases = []
     for name, (_, arguments) in COMMANDS.items():
         words = [*re.findall(r"(?m)^ *(--\S+)", arguments), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
         cases.append(f'        {name})  words="{" ".join(words)}";;')
-    first = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return first + BASH.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
+    return COMPLETION.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
 
 
 def run_command(words: list[str]) -> int:
@@ -11472,7 +11467,7 @@ def run_command(words: list[str]) -> int:
     if name == "sendmail":  # whose flags are its own
         return sendmail(rest)
     if name == "--completion" and rest in (["bash"], ["zsh"]):
-        print(completion(rest[0]))
+        print(completion())
         return 0
     name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name not in COMMANDS:
@@ -11491,16 +11486,15 @@ def run_command(words: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    called = os.path.basename(sys.argv[0])
-    if arguments is None and called in SENDMAIL_NAMES:
-        words = ["sendmail", *SENDMAIL_NAMES[called], *words]
+    if arguments is None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        called = SENDMAIL_NAMES.get(os.path.basename(sys.argv[0]))
+        words = words if called is None else ["sendmail", *called, *words]
     sys.stdin = sys.stdin or io.StringIO()  # where it was closed; its number may be another file's by now
     sys.stdout, sys.stderr = (
         s or open(os.devnull, "w", errors="replace") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an address that the locale cannot show
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = run_command(words)
         sys.stdout.flush()

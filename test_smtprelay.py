@@ -12326,7 +12326,7 @@ def test_mistakes_of_usage(words: list[str], status: int) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_for_the_shell(shell: str) -> None:
-    path, script = need(shell), smtprelay.completion(shell)
+    path, script = need(shell), smtprelay.completion()
     assert all(name in script for name in (*smtprelay.COMMANDS, "sendmail", "--subject"))
     run_command(path, "-n", env=clean_env(), stdin=script.encode())
     if shell == "bash":
