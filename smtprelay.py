@@ -3603,6 +3603,7 @@ REPLY_LIMIT = 64 * KIB
 TRANSCRIPT_KEPT = 200  # lines of a message's
 REPLY_KEPT = 1000  # characters of a reply that go into a record
 PARTS_MOST = 10000  # of a message that is mended
+REWRITE_MOST = 512 * KIB  # octets of a header that may be
 LINE_MOST = 998  # octets before CRLF (RFC 5322 2.1.1)
 ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RFC 2045 6)
 
@@ -4272,12 +4273,12 @@ class Delivery:
         start = begin
         head = b"".join([b"X-Original-To: %s\r\n" % a.encode("utf-8", "surrogateescape")
                          for a in originals])
-        first = file.read(HEAD_LIMIT) if s.relay_repair or s.relay_from else b""
+        first = file.read(REWRITE_MOST) if s.relay_repair or s.relay_from else b""
         top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # below our Received
         field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
         fields = re.findall(rb"\A(?:%s)*" % field, first[top:])[0]
         end = top + len(fields)
-        if first and (len(first) < HEAD_LIMIT or b"\n" in first[end:]):  # not beyond measure
+        if first and (len(first) < REWRITE_MOST or b"\n" in first[end:]):  # not beyond measure
             names = set(re.findall(rb"(?m)^([^\s:]+)[ \t]*:", fields.lower()))
             signed, added = b"dkim-signature" in names, b""
             if s.relay_repair and not signed:
@@ -4291,8 +4292,10 @@ class Delivery:
                 fields += b"\r\n"  # what follows is no field: it is the body
             head, start = head + first[:top] + added + fields, start + end
         out = Outgoing(file, head, start)
-        file.seek(begin)
-        return out.mended(seven=False) if s.relay_repair and out.survey().long else out
+        if s.relay_repair and out.survey().long:
+            out = out.mended(seven=False)
+        file.seek(begin)  # others may get it in another form
+        return out
 
     def try_each(self, targets: Iterable[Target], message: Message, parcels: Parcels,
                  reached: Callable[[], None]) -> Attempt:

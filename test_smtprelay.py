@@ -5576,6 +5576,7 @@ def test_local_mail_arrives_with_its_original_address_and_aliases_are_reread(tmp
         original = {rcpts[0]: re.findall(rb"X-Original-To: (.*)\r", content) for rcpts, content in hop.mails}
         assert original == {"one@x.test": [b"root@relay.test"], "two@x.test": [b"root@relay.test"], "bob@x.test": [],
                             "all@x.test": [b"cron@relay.test"]}
+        assert all(content.endswith(b"\r\n\r\nhello\r\n") for _, content in hop.mails)  # whole, each time
         aliases.write_text("root: three@x.test\n")
         finished(relay, send_to(relay, "root@relay.test"))
         assert hop.delivered()["three@x.test"] == 1
