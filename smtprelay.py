@@ -4723,12 +4723,9 @@ def read_faults(text: str) -> list[Fault]:
 
 def to_chaos(rules: str) -> dict[str, Any]:
     """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
-    shown = {}
-    for name, (stage, usual) in CHAOS.items():
-        made = re.search(CHAOS_RULE % stage, rules)
-        code, share = made.groups() if made else (usual, 0)
-        shown[name] = {"ErrorCode": int(code), "Probability": int(share)}
-    return shown
+    return {name: {"ErrorCode": int(code), "Probability": int(share)}
+            for name, (stage, usual) in CHAOS.items()
+            for code, share in re.findall(CHAOS_RULE % stage, rules) or [(usual, 0)]}
 
 
 def with_chaos(rules: str, triggers: Mapping[str, Any]) -> str:
@@ -4800,8 +4797,8 @@ class Faults:
                 n = counts[key] = counts.pop(key, 0) + 1
                 if len(counts) > FAULT_COUNTS_MOST:
                     del counts[next(iter(counts))]
-                shared = n * fault.share // 100 > (n - 1) * fault.share // 100
-                if shared and fault.after < n <= fault.after + fault.first:
+                share = n * fault.share // 100 > (n - 1) * fault.share // 100
+                if share and fault.after < n <= fault.after + fault.first:
                     last, delay = fault, delay + fault.delay
                     if fault.reply:
                         break
@@ -5352,9 +5349,8 @@ class Session:
         if self.account.name:  # it may be gone from the file, or its limits may have changed
             self.account = reception.accounts.get(self.account.name) or NOBODY
         needed = settings.auth_required
-        if needed is None:
-            needed = reception.accounts.configured() or not self.is_local
-        if needed and not self.account.name:
+        if not self.account.name and (
+                reception.accounts.configured() or not self.is_local if needed is None else needed):
             return LOGIN_FIRST
         address, given = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
@@ -5409,7 +5405,7 @@ class Session:
             return BAD_RECIPIENT
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address) if self.reception.faults.on[0] else None
+        fault = self.fault("rcpt", address)
         if fault:
             return fault
         if address not in envelope.recipients:
@@ -5420,7 +5416,7 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk, scripted = self.envelope, None, self.reception.faults.on[0]
+        envelope, chunk = self.envelope, None
         if argument:
             chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
             if not chunk:
@@ -5431,7 +5427,7 @@ class Session:
         elif not envelope:
             reply = SEQUENCE("Say MAIL first")
         elif envelope.recipients:
-            reply = self.fault("data", *envelope.recipients) if scripted and not self.content else None
+            reply = None if self.content else self.fault("data", *envelope.recipients)
             if not (reply or self.content):
                 self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
         if reply and (chunk or reply is not NO_RECIPIENTS):
@@ -5439,7 +5435,7 @@ class Session:
         if not chunk:
             if reply:
                 return reply
-            self.wire.write(reply_octets(GO_AHEAD))
+            self.answer(GO_AHEAD)
         content = self.content or Content(lambda block: None, 0)
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
         self.wire.bulk = self.over = True  # what is left of content that breaks off is not to be taken for commands
@@ -5454,7 +5450,7 @@ class Session:
         assert envelope and self.draft
         accepted = False
         try:
-            reply = self.fault("end", *envelope.recipients) if scripted else None
+            reply = self.fault("end", *envelope.recipients)
             if reply and reply is not LOST:
                 return reply
             id = self.reception.keep(self.draft, content, envelope)
