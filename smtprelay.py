@@ -4677,15 +4677,6 @@ class Fault(NamedTuple):
     after: int = 0
     share: int = 100
 
-    def play(self, stopping: Callable[[], bool] = bool) -> Reply | None:
-        """Wait, then return what is said in place of the true answer; PeerGone: hang up."""
-        end = time.monotonic() + self.delay
-        while (left := end - time.monotonic()) > 0 and not stopping():
-            time.sleep(min(0.05, left))
-        if self.reply is HANG_UP:
-            raise PeerGone("dropped by SMTP_FAULTS")
-        return self.reply
-
 
 def parse_fault(rule: str, step: bool = False) -> Fault:
     """Read a rule, or a step of a script, which may let pass and needs no stage for the end."""
@@ -5205,12 +5196,18 @@ class Session:
         self.wire.write(reply_octets(reply))
 
     def fault(self, stage: str, *recipients: str) -> Reply | None:
-        """Do as SMTP_FAULTS says at a stage; return the reply in place of the true one."""
-        faults = self.reception.faults
-        if not faults.on[0]:
+        """Do as SMTP_FAULTS says at a stage: wait, hang up, return the reply in place of the true one."""
+        reception = self.reception
+        if not reception.faults.on[0]:
             return None
         sender = self.envelope.reverse_path if self.envelope else ""
-        return faults.answer(stage, sender, *recipients).play(lambda: self.reception.stopping)
+        fault = reception.faults.answer(stage, sender, *recipients)
+        end = time.monotonic() + fault.delay
+        while (left := end - time.monotonic()) > 0 and not reception.stopping:
+            time.sleep(min(0.05, left))
+        if fault.reply is HANG_UP:
+            raise PeerGone("dropped by SMTP_FAULTS")
+        return fault.reply
 
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
@@ -5699,12 +5696,9 @@ def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socke
         family = socket.AF_UNIX if path else socket.AF_INET6 if is_v6 else socket.AF_INET
         place = path or (address.host, address.port or port * (address.host in ("::1", "::")))
         try:
-            with contextlib.suppress(FileNotFoundError):  # one that a relay which is gone has left
-                if path and stat.S_ISSOCK(os.lstat(path).st_mode):
-                    with socket.socket(family) as probe:
-                        if probe.connect_ex(path) == 0:
-                            raise OSError(errno.EADDRINUSE, "")
-                    os.unlink(path)
+            with contextlib.suppress(FileNotFoundError), socket.socket(family) as probe:
+                if path and stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path):
+                    os.unlink(path)  # one that a relay which is gone has left
             sock = socket.create_server(place, family=family, backlog=BACKLOG)
             if path:
                 os.chmod(path, 0o666)  # as open as a loopback port
