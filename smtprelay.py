@@ -8063,9 +8063,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         # Another site may link to our page, but not make a browser ask for more.
         if access != SHELL and (foreign or site not in ("same-origin", "none")):
             raise HttpError(403, "requests from other sites are not taken")
-        local, named = self.client == "local", s.api_networks != networks("loopback")
-        trusted = ((local or is_loopback(self.client)) and not s.api_token
-                   or named and not local and in_networks(self.client, s.api_networks))
+        trusted = (not s.api_token and (self.client == "local" or is_loopback(self.client))
+                   or s.api_networks != networks("loopback")
+                   and in_networks(self.client, s.api_networks))
         proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
         trusted &= not any(re.fullmatch(proxied, name) for name in headers)
         has_token = same_secret(s.api_token, secret)
@@ -8078,8 +8078,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             pass
         elif trusted:  # a rebound name has a dot, and is no address
             name = re.sub(r":\d*$", "", host.lower()).strip("[].")
-            ours = is_loopback(name) or name == s.hostname.lower()
-            if not ours and not re.fullmatch(r"[^.]+|[0-9.]+", name):
+            if not (is_loopback(name) or name == s.hostname.lower()
+                    or re.fullmatch(r"[^.]+|[0-9.]+", name)):
                 raise HttpError(
                     403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
         elif not s.api_token:
@@ -8335,9 +8335,8 @@ def show_health(request: Request) -> Answer:
     d = request.relay
     beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
-    lives = time.monotonic() - beat < 5
-    wrong = {"listeners": "" if lives else "no sign of life from the listeners",
-             "workers": f"dead: {', '.join(dead)}" if dead else "",
+    wrong = {"listeners": "no sign of life from the listeners" * (time.monotonic() - beat >= 5),
+             "workers": dead and f"dead: {', '.join(dead)}",
              "spool": "", "accounts": d.reception.trouble()}
     try:
         d.spool.probe()
@@ -8469,10 +8468,10 @@ def show_raw(request: Request) -> Answer:
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
 def show_part(request: Request) -> Answer:
-    part = next((p for p in request.mail().parts if p.number == request.names["part"]), None)
-    if part is None:
-        raise HttpError(404, "part not found")
-    return Answer(part.content, headers=part_headers(part))
+    for part in request.mail().parts:
+        if part.number == request.names["part"]:
+            return Answer(part.content, headers=part_headers(part))
+    raise HttpError(404, "part not found")
 
 
 @route("GET /api/v1/message/{id}/html-check /api/v1/message/{id}/link-check /api/v1/message/{id}/sa-check /api/events",
@@ -8569,10 +8568,9 @@ def mailhog_messages(request: Request) -> Any:
 
     def holds(item: Item) -> bool:
         mail = inbox.mail(item["ID"])
-        texts = {"from": [mail.reverse_path], "to": mail.recipients,
+        known = {"from": [mail.reverse_path, item["From"]], "to": [mail.recipients, item["To"]],
                  "containing": [decode_text(mail.raw), mail.text, mail.html, mail.subject]}[kind]
-        known = "\n".join([decode_words(header(mail.fields, kind)), *texts])
-        return request.words.lower() in known.lower()
+        return request.words.lower() in words_of(known).lower()
 
     def path(address: str) -> dict[str, Any]:
         mailbox, _, domain = address.rpartition("@")
@@ -8723,7 +8721,7 @@ def change_user(request: Request) -> Any:
     name = request.names.get("name") or take_field(given, "name", "")
     if not s.users_file:
         raise BadRequest("there is no accounts file: set SMTP_USERS_FILE")
-    if new == (name in [a.name for a in request.relay.reception.accounts.listed()]):
+    if new == any(a.name == name for a in request.relay.reception.accounts.listed()):
         trouble = f"account {name!r} {'is there already' if new else 'not found'}"
         raise HttpError(409 if new else 404, trouble)
     changed = {k: v for k, v in given.items() if k in ACCOUNT_KEYS and k != "password"}
@@ -8733,7 +8731,7 @@ def change_user(request: Request) -> Any:
         changed.setdefault("api_key", new_api_key())
     gone = request.command == "DELETE"
     change_account(s.users_file, name, None if gone else changed, Sealer(s.spool_key))
-    return {"name": name, **{k: v for k, v in changed.items() if k == "api_key"}}
+    return given_keys({"name": name, "api_key": changed.get("api_key")})
 
 
 @route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
@@ -8776,15 +8774,16 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
                     web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
         opener.add_handler(handler)
     while True:
-        event, trouble = events.get(), None
+        event = events.get()
         if d.stopping.is_set():
             return
         if event is None:
             events = d.feed.subscribe()
             d.log.warn("webhook_behind", url=shown)
             continue
-        wanted = event["type"] in ("received", "forwarded", "failed")
-        for pause in (0.0, *WEBHOOK_PAUSES) if wanted else ():
+        if event["type"] not in ("received", "forwarded", "failed"):
+            continue
+        for pause in (0.0, *WEBHOOK_PAUSES):
             if d.stopping.wait(pause):
                 return
             try:  # RFC 9110 calls 2xx success
@@ -8794,8 +8793,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
             except (OSError, ValueError, http.client.HTTPException) as e:
                 trouble = e
         else:
-            if trouble:
-                d.log.error("webhook_failed", url=shown, id=event["id"], error=trouble)
+            d.log.error("webhook_failed", url=shown, id=event["id"], error=trouble)
 
 
 # === 21 SENDMAIL =============================================================
