@@ -6948,16 +6948,11 @@ PAGE = r"""<!doctype html>
 <style>
 :root {
   color-scheme: light dark;
-  --paper: light-dark(#ffffff, #17171a);
-  --wash: light-dark(#f8f7f5, #1d1d21);
-  --line: light-dark(#e6e4e0, #2f2f35);
-  --edge: light-dark(#918e88, #75747c);
-  --ink: light-dark(#1c1b1a, #eae9e7);
-  --soft: light-dark(#63605b, #a5a3a0);
-  --pick: light-dark(#e8eefb, #27324b);
-  --accent: light-dark(#2456c8, #93b4ff);
-  --good: light-dark(#1b7340, #74c99a);
-  --warn: light-dark(#8f5400, #e5b463);
+  --paper: light-dark(#ffffff, #17171a); --wash: light-dark(#f8f7f5, #1d1d21);
+  --line: light-dark(#e6e4e0, #2f2f35); --edge: light-dark(#918e88, #75747c);
+  --ink: light-dark(#1c1b1a, #eae9e7); --soft: light-dark(#63605b, #a5a3a0);
+  --pick: light-dark(#e8eefb, #27324b); --accent: light-dark(#2456c8, #93b4ff);
+  --good: light-dark(#1b7340, #74c99a); --warn: light-dark(#8f5400, #e5b463);
   --bad: light-dark(#b0241c, #ff9489);
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
 }
@@ -7000,7 +6995,6 @@ nav a { padding: 4px 0; text-decoration: none; }
 nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
 nav span, #live, th, .hours, figcaption, .row :is(time, .status, .files) { font-size: 12px; }
-[role=search] { flex: 1; }
 #search { display: block; width: 100%; max-width: 480px; margin: auto; background: var(--wash);
   border-color: var(--line); }
 #search::placeholder { color: var(--soft); opacity: 1; }
@@ -7023,7 +7017,7 @@ main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0,
 figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 4px; }
 figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space: nowrap; }
 #tools { padding: 4px 10px 4px 16px; font-size: 12px; }
-#tools span, .title h1 { flex: 1; }
+[role=search], #tools span, .title h1 { flex: 1; }
 #list { flex: 1; overflow-y: auto; outline-offset: -2px; }
 #rows { position: relative; }
 .row { position: absolute; inset: 0 0 auto; height: 56px; padding: 8px 16px; contain: strict; }
@@ -7278,9 +7272,7 @@ function logIn() {
 
 /* == Listening == */
 const sleep = ms => new Promise(done => setTimeout(done, ms));
-async function attempt(work) {
-  try { await work(); } catch (error) { say(error.message); }
-}
+const attempt = work => (async () => work())().catch(error => say(error.message));
 /* Does the work soon, never twice at once, and once more if it was asked for meanwhile. */
 function soon(ms, work) {
   let next = null, last = Promise.resolve();
@@ -7463,13 +7455,11 @@ async function reveal(id) {
 }
 
 /* == Where we are: #/inbox, #/message/ID, #/search/WORDS, #/queue, #/accounts == */
-function open(id) {
-  const hash = '#/message/' + enc(id);
-  if (state.id) location.replace(hash);
-  else location.hash = hash;
-}
+const go = (hash, instead) => instead ? location.replace(hash) : location.assign(hash);
+const open = id => go('#/message/' + enc(id), state.id);
+const listOf = query => query ? '#/search/' + enc(query) : '#/inbox';
 function close() {
-  location.hash = state.query ? '#/search/' + enc(state.query) : '#/inbox';
+  go(listOf(state.query));
   list.focus({preventScroll: true});
 }
 function route() {
@@ -7487,9 +7477,8 @@ function route() {
     }
   }
   render();
-  if (state.id) attempt(openMessage);
-  if (state.view === 'queue') attempt(loadQueue);
-  if (state.view === 'accounts') attempt(loadUsers);
+  const load = state.id ? openMessage : {queue: loadQueue, accounts: loadUsers}[state.view];
+  if (load) attempt(load);
 }
 
 /* == Nothing open == */
@@ -7517,8 +7506,7 @@ function renderOverview() {
 /* == A message == */
 async function openMessage() {
   const {id} = state, known = state.message;
-  let message = null;
-  try { message = await get(mail(id)); } catch (error) { say(error.message); }
+  const message = await get(mail(id)).catch(error => say(error.message));
   if (id !== state.id || known !== state.message) return;
   if (!message) return close();
   if (id === 'latest') history.replaceState(null, '', '#/message/' + enc(message.ID));
@@ -7574,14 +7562,12 @@ function renderHead() {
     ['Tags', m.Tags?.length > 0 && few(m.Tags, tag => h('span.tag', tag), 12)],
     ['Status', now && [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
       now !== 'forwarded' && d.last_error && soft(' · ' + d.last_error)]],
-    ['Code', m.Codes?.length > 0 &&
-      few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
+    ['Code', m.Codes?.length > 0 && few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
   const first = OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
     : now === 'held' ? button('Release', () => release(m), '.main')
       : button('Resend', () => release(m));
   fill($('head'), [button('← Inbox', close, '.plain', {class: 'plain back'}),
-    h('h1', bdi(m.Subject || '(no subject)'),
-      {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
+    h('h1', bdi(m.Subject || '(no subject)'), {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
     h('dl', lines.map(([name, inside]) => inside && [h('dt', name), h('dd', inside)])),
     h('div.acts', [first, button('Mark unread', () => mark([m.ID], false)),
       button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
@@ -7735,9 +7721,8 @@ function renderQueue() {
 
 /* == Accounts == */
 async function loadUsers() {
-  try {
-    Object.assign(state, {users: (await get('api/v1/users')).users, refusal: ''});
-  } catch (error) { Object.assign(state, {users: [], refusal: error.message}); }
+  const refused = error => ({users: [], refusal: error.message});
+  Object.assign(state, {refusal: ''}, await get('api/v1/users').catch(refused));
   render();
 }
 function renderAccounts() {
@@ -7788,12 +7773,11 @@ async function removeUser(name) {
 /* == Saying and asking == */
 function say(text) {
   clearTimeout(say.timer);
-  $('said').textContent = text;
-  $('said').classList.add('shown');
-  say.timer = setTimeout(() => $('said').classList.remove('shown'), 4000);
+  Object.assign($('said'), {textContent: text, className: 'shown'});
+  say.timer = setTimeout(() => { $('said').className = ''; }, 4000);
 }
 /* Asks in a dialog. Resolves to the fields' values, or to null when it was called off. */
-function ask(title, note, verb, fields = [], cancel = 'Cancel') {
+async function ask(title, note, verb, fields = [], cancel = 'Cancel') {
   const form = h('form', [h('h2', title, {id: 'asked'}), h('p', note),
     fields.map(({label, ...props}) =>
       h('label', [label, h('input', '', {autocomplete: 'off', ...props})])),
@@ -7802,12 +7786,9 @@ function ask(title, note, verb, fields = [], cancel = 'Cancel') {
   const dialog = h('dialog', form, {'aria-labelledby': 'asked'});
   document.body.append(dialog);
   dialog.showModal();
-  return new Promise(done => {
-    dialog.onclose = () => {
-      dialog.remove();
-      done(dialog.returnValue ? Object.fromEntries(new FormData(form)) : null);
-    };
-  });
+  await new Promise(done => { dialog.onclose = done; });
+  dialog.remove();
+  return dialog.returnValue ? Object.fromEntries(new FormData(form)) : null;
 }
 
 /* == Keys == */
@@ -7827,8 +7808,7 @@ const SAME = {ArrowDown: 'j', ArrowUp: 'k', Escape: 'Esc'};
 const WORDS = 'from: to: cc: bcc: addressed: subject: message-id: tag: is:read is:unread ' +
   'has:attachment before: after: larger: smaller:';
 function help() {
-  const keys = Object.entries(KEYS).map(([key, [does]]) =>
-    [h('dt', h('kbd', key)), h('dd', does)]);
+  const keys = Object.entries(KEYS).map(([key, [does]]) => [h('dt', h('kbd', key)), h('dd', does)]);
   return ask('Keys', [h('dl', keys), 'The search knows ', h('span.mono', WORDS),
     ' and "quoted words"; a leading minus turns one around. ',
     h('a', 'More help', {href: ROOT + 'help', target: '_blank'})], 'Close', [], '');
@@ -7852,10 +7832,8 @@ function press(event) {
 /* == Beginning == */
 function search() {
   clearTimeout(search.timer);
-  const query = $('search').value.trim(), hash = query ? '#/search/' + enc(query) : '#/inbox';
-  if (query === state.query && state.view === 'inbox') return;
-  if (state.view !== 'inbox' || state.id) location.hash = hash;
-  else location.replace(hash);
+  const query = $('search').value.trim(), {id, view} = state;
+  if (query !== state.query || view !== 'inbox') go(listOf(query), view === 'inbox' && !id);
 }
 /* What a person chose stays in this browser. */
 function keep(choice) {
@@ -7870,9 +7848,9 @@ function switchTheme() {
 function begin() {
   try { keep(JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
   const place = location.pathname.slice(ROOT.length), words = new URLSearchParams(location.search);
-  const go = hash => history.replaceState(null, '', ROOT + hash);
-  if (place.startsWith('view/')) go('#/message/' + place.slice(5));
-  if (place === 'search') go('#/search/' + enc(words.get('q') || words.get('query') || ''));
+  const hash = place.startsWith('view/') ? '#/message/' + place.slice(5)
+    : place === 'search' && '#/search/' + enc(words.get('q') || words.get('query') || '');
+  if (hash) history.replaceState(null, '', ROOT + hash);
   route();
   renderStrip();
   listen();
@@ -7882,9 +7860,7 @@ document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.f
 $('help').onclick = help;
 $('theme').onclick = switchTheme;
 list.onscroll = () => requestAnimationFrame(scrolled);
-addEventListener('resize', scrolled);
-addEventListener('keydown', press);
-addEventListener('hashchange', route);
+Object.assign(window, {onresize: scrolled, onkeydown: press, onhashchange: route});
 setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
   node.textContent = relative(node.dataset.at);
 }), 1000);
