@@ -6995,8 +6995,7 @@ nav a { padding: 4px 0; text-decoration: none; }
 nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
 nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
 nav span, #live, th, .hours, figcaption, .row :is(time, .status, .files) { font-size: 12px; }
-#search { display: block; width: 100%; max-width: 480px; margin: auto; background: var(--wash);
-  border-color: var(--line); }
+#search { display: block; width: 100%; max-width: 480px; margin: auto; border-color: var(--line); }
 #search::placeholder { color: var(--soft); opacity: 1; }
 #live::before, .status::before { content: ""; display: inline-block; width: 7px; height: 7px;
   margin-right: 6px; border-radius: 50%; background: currentColor; }
@@ -7004,7 +7003,7 @@ nav span, #live, th, .hours, figcaption, .row :is(time, .status, .files) { font-
 /* Two columns, the rail and the pane */
 main { display: grid; grid-template-columns: clamp(320px, 32vw, 440px) minmax(0, 1fr); }
 #rail, #pane { display: flex; flex-direction: column; min-height: 0; }
-#rail, #strip { background: var(--wash); }
+#rail, #strip, #search, .frame { background: var(--wash); }
 #rail { border-right: 1px solid var(--line); }
 #pane { overflow: auto; }
 #strip { min-height: 115px; padding: 14px 16px 10px; }
@@ -7034,8 +7033,7 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 /* A message */
 #head { padding: 18px 24px 12px; }
 #head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 16px; align-items: baseline;
-  margin-top: 8px; }
+dl { display: grid; grid: auto / auto 1fr; gap: 1px 16px; align-items: baseline; margin-top: 8px; }
 .acts { flex-wrap: wrap; gap: 6px; margin-top: 14px; }
 .code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
 dd button { padding: 0 8px; }
@@ -7051,8 +7049,7 @@ dd button { padding: 0 8px; }
 .view { gap: 6px; padding: 6px 24px; font-size: 12.5px; }
 .view .soft { margin-right: auto; white-space: nowrap; }
 .view button { padding: 3px 9px; }
-.frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line);
-  background: var(--wash); }
+.frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line); }
 iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0; background: #fff;
   color-scheme: light; }
 .phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
@@ -7098,13 +7095,13 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); b
 @media (min-width: 761px) { .back { display: none; } }
 @media (max-width: 760px) {
   header { flex-wrap: wrap; gap: 4px 10px; padding: 6px 16px; }
-  header b { display: none; }
   #live { margin-left: auto; font-size: 0; }
   [role=search] { order: 1; flex-basis: 100%; }
   #search { max-width: none; font-size: 16px; }
   main { grid-template-columns: minmax(0, 1fr); }
   #rail { border-right: 0; }
-  [data-view=inbox]:not([data-open], [data-empty]) #pane, [data-open] #rail { display: none; }
+  header b, #pane thead, [data-open] #rail,
+  [data-view=inbox]:not([data-open], [data-empty]) #pane { display: none; }
   body:is([data-empty], [data-view=queue], [data-view=accounts]) {
     & main { display: flex; flex-direction: column; overflow: auto; }
     & #rail { display: contents; }
@@ -7116,7 +7113,6 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); b
   .back { margin: -8px 0 4px -6px; }
   .acts { gap: 4px; }
   .acts button { padding: 4px 7px; }
-  #pane thead { display: none; }
   #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
   #pane td::before { content: attr(data-label); grid-row: span 3; color: var(--soft); }
@@ -7178,8 +7174,7 @@ function h(name, children, props = {}) {
   const [tag, kind] = name.split('.');
   const node = ['svg', 'g', 'rect'].includes(tag)
     ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
-  if (kind) node.setAttribute('class', kind);
-  for (const [key, value] of Object.entries(props)) {
+  for (const [key, value] of Object.entries({class: kind, ...props})) {
     if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
     else if (value !== undefined && value !== false) node.setAttribute(key, value);
   }
@@ -7264,10 +7259,9 @@ const mail = (id, part = '') => `api/v1/message/${enc(id)}${part}`;
 /* All requests that met a 401 wait for this one form. The token is kept in memory alone. */
 function logIn() {
   const note = state.token ? 'That token was not accepted.' : 'This needs the API token.';
-  logIn.asked ||= ask('Log in', note, 'Log in', [{name: 'token', label: 'Token', type: 'password',
-    required: ''}], '')
+  const field = {name: 'token', label: 'Token', type: 'password', required: ''};
+  return logIn.asked ||= ask('Log in', note, 'Log in', [field], '')
     .then(form => { state.token = form?.token || ''; logIn.asked = null; });
-  return logIn.asked;
 }
 
 /* == Listening == */
@@ -7600,10 +7594,8 @@ async function renderBody() {
 }
 /* The frame may open links in a tab of their own, and nothing else; no script runs in it. */
 function showHTML(m) {
-  const {phone, remote} = state, query = new URLSearchParams();
+  const {phone, remote} = state, asked = `key=${m.ViewKey}&remote=${Number(remote)}`;
   const wide = phone => () => { keep({phone}); return renderBody(); };
-  if (m.ViewKey) query.set('key', m.ViewKey);
-  if (remote) query.set('remote', '1');
   return [h('div.view', [
     soft(remote ? 'Remote content on' : 'Remote content off'),
     !remote && button('Load it', () => { state.remote = true; return renderBody(); }),
@@ -7611,7 +7603,7 @@ function showHTML(m) {
     button('Phone', wide(true), '', {'aria-pressed': String(phone)})]),
   h(phone ? 'div.frame phone' : 'div.frame', h('iframe', '', {title: 'HTML mail',
     sandbox: 'allow-popups allow-popups-to-escape-sandbox', referrerpolicy: 'no-referrer',
-    src: `${ROOT}view/${enc(m.ID)}.html?${query}`}))];
+    src: `${ROOT}view/${enc(m.ID)}.html?${asked}`}))];
 }
 async function showHeaders(m) {
   const line = ([name, values]) => [values].flat().map(value => [soft(bdi(name)), bdi(value)]);
@@ -7849,7 +7841,7 @@ function begin() {
   try { keep(JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
   const place = location.pathname.slice(ROOT.length), words = new URLSearchParams(location.search);
   const hash = place.startsWith('view/') ? '#/message/' + place.slice(5)
-    : place === 'search' && '#/search/' + enc(words.get('q') || words.get('query') || '');
+    : place === 'search' && listOf(words.get('q') || words.get('query'));
   if (hash) history.replaceState(null, '', ROOT + hash);
   route();
   renderStrip();
