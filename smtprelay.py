@@ -9849,7 +9849,7 @@ class Parts:
     """What both halves are made from: it outlives a half that has to be made anew."""
 
     def __init__(self, settings: Settings, log: Log) -> None:
-        self.settings, self.log = settings, log
+        self.settings, self.log, self.link = settings, log, Link()
         self.spool = Spool(settings, log)
         self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
         self.metrics.set("started", time.monotonic())
@@ -9883,7 +9883,6 @@ class Parts:
                 self.pair = self_signed(place, s.hostname)
             self.open_doors()
             self.opened = stack.pop_all()
-        self.link = Link()
 
     def open_doors(self) -> None:
         """Read faults, accounts and certificate; SettingsError says what is wrong with them.
@@ -9920,7 +9919,7 @@ class Parts:
     def at_rest(self) -> Delivering:
         """Return the half whose verbs act on a spool without a relay; to change it, its lock must be ours."""
         self.accounts, self.tls = Accounts(self.settings, self.log), None
-        self.faults, self.link = Faults(self.settings.faults), Link()
+        self.faults = Faults(self.settings.faults)
         half = Delivering(self)
         half.find()
         return half
@@ -10160,18 +10159,16 @@ class Upstream:
 class Relay:
     """A running relay whose halves are threads of this process; stop() leaves nothing behind."""
 
-    def __init__(self, settings: Settings, log: Log, upstream: Upstream | None = None) -> None:
-        self.settings, self._upstream = settings, upstream
-        self.parts = Parts(settings, log)
-        self.parts.open(inherit=False)
-        self.delivering, self.receiving = Delivering(self.parts), self.parts.receiving()
+    def __init__(self, parts: Parts, upstream: Upstream | None = None) -> None:
+        self.parts, self.settings, self._upstream = parts, parts.settings, upstream
+        self.delivering, self.receiving = Delivering(parts), parts.receiving()
         self.delivering.start()
         self.receiving.start()
 
     def stop(self) -> None:
-        self.receiving.stop()
+        self.receiving.stop(STOP_PATIENCE / 2)
         self.parts.link.writer.close()
-        self.delivering.stop()
+        self.delivering.stop(STOP_PATIENCE / 2)
         self.parts.close()
         if self._upstream:
             self._upstream.receiving.stop()
@@ -10270,7 +10267,9 @@ def start(**settings: object) -> Relay:
         defaults.update(SMTP_DELIVERY="hold", SMTP_RELAY_HOST=place, SMTP_RELAY_TLS="none")
     try:
         log = Log(logging.getLogger("smtprelay.library"))
-        return Relay(Settings.read({**defaults, **given}), log, upstream)
+        parts = Parts(Settings.read({**defaults, **given}), log)
+        parts.open(inherit=False)
+        return Relay(parts, upstream)
     except BaseException:
         if upstream:
             upstream.receiving.stop()
@@ -11049,14 +11048,11 @@ def serve(arguments: Arguments) -> int:
 
 def serve_here(parts: Parts) -> int:
     """Run both halves in this process: memory cannot be shared with another."""
-    halves: tuple[Delivering | Receiving, ...] = (Delivering(parts), parts.receiving())
-    for half in halves:
-        half.start()
+    relay = Relay(parts)
     notify_systemd("READY=1")
-    heed_signals(*halves)
+    heed_signals(relay.delivering, relay.receiving)
     notify_systemd("STOPPING=1")
-    for half in reversed(halves):
-        half.stop(STOP_PATIENCE / 2)
+    relay.stop()
     return 0
 
 
