@@ -8904,11 +8904,11 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
         raise ValueError(f"{given!r} is no address")
     fields = re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)
     known = {name.lower() for name, _ in fields}
+    targets = known & {"resent-to", "resent-cc", "resent-bcc"} or {"to", "cc", "bcc"}
     fields += [(name, f" {text}") for name, text in {
         "From": write_mailbox(flags.get("-F") or author, sender or f"{me}@{hostname}"),
         "Date": email.utils.formatdate(localtime=True),
         "Message-ID": email.utils.make_msgid(domain=hostname)}.items() if name.lower() not in known]
-    targets = known & {"resent-to", "resent-cc", "resent-bcc"} or {"to", "cc", "bcc"}
     wanted, kept = [*wanted], []
     for name, text in fields:
         kind = name.lower()
@@ -8918,7 +8918,7 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
             text = " " + ",\n\t".join(write_mailbox(*person) for person in people(text))
         if kind not in ("bcc", "resent-bcc"):
             kept.append(f"{name}:{text}\n")
-    recipients = list(dict.fromkeys(address for text in wanted for _, address in people(text)))
+    recipients = [*dict.fromkeys(address for text in wanted for _, address in people(text))]
     if not recipients:
         raise ValueError("nobody is named to send to")
     content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
@@ -8973,8 +8973,8 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
     """Return a way into the spool where the relay does not answer; Complaint when there is none.
 
     Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
+    Whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know.
     """
-    # whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know
     open_door = dataclasses.replace(
         settings, delivery="relay", users_file="", auth_required=False, tls_required=False, rate_limit=0, audit_log="")
     log = Log(os.devnull, level="error")
@@ -9065,7 +9065,7 @@ def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str
     try:
         mode, flags, recipients = read_errand(words)
         if mode == "smtp":
-            raise NotImplementedError("a dialogue is for the whole program")
+            raise NotImplementedError
         if mode == "queue":
             return 0, mailq(order("GET", "/api/v1/queue"))
         if mode == "flush":
@@ -9143,10 +9143,7 @@ def mailq(listed: Mapping[str, Any]) -> str:
 
 
 class SubmitHandler(socketserver.BaseRequestHandler):
-    """One launcher: what it was asked to do, the message where one is wanted, and how it went.
-
-    One more than SUBMIT_CALLERS is hung up on, and does it by itself.
-    """
+    """One launcher: what it was asked to do, and how it went; after SUBMIT_CALLERS it is left to itself."""
 
     server: HttpServer
     since = math.inf  # always at work
@@ -10729,7 +10726,7 @@ def chosen_root(arguments: argparse.Namespace) -> tuple[str, bool]:
 
 def install(arguments: argparse.Namespace) -> int:
     """Make this program a service of this machine, or upgrade it; settings and mail stay."""
-    (root, live), password, taken = chosen_root(arguments), "", []
+    (root, live), password, status = chosen_root(arguments), "", 0
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
     changes = given_keys({"SMTP_RELAY_HOST": arguments.relay, "SMTP_RELAY_USERNAME": arguments.user,
@@ -10764,8 +10761,8 @@ def install(arguments: argparse.Namespace) -> int:
             way = f"dpkg-divert --local --rename --add {path}, then install --sendmail again"
             if now.startswith("/etc/alternatives/"):
                 way = f"update-alternatives --install {path} {os.path.basename(now)} {LAUNCHED} 100"
-            now = os.path.realpath(root + path)
-            taken.append(f"{path} is left to {now}; on Debian this makes it smtprelay's: {way}")
+            complain(f"{path} is left to {os.path.realpath(root + path)}; on Debian this makes it smtprelay's: {way}")
+            status = EX_NO
     if live:
         run_tool("sh", "-ec", SET_UP)
         secret = f"SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} " if os.path.exists(PASSWORD_FILE) else ""
@@ -10773,8 +10770,7 @@ def install(arguments: argparse.Namespace) -> int:
               "systemd does not run here, so nothing was started. Have this run at each start, as root:\n"
               f"    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool {secret}exec setpriv --init-groups "
               f"--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve")
-    complain(*taken)
-    return EX_NO if taken else 0
+    return status
 
 
 def link_at(path: str) -> str:
@@ -11085,8 +11081,8 @@ def first_lines(parts: Parts) -> list[str]:
         if value != FIELDS[name].default:
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
     listens_beyond = is_open((*s.port, *s.smtps_port))
-    beyond = listens_beyond and not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
-    web_is_open = is_open(s.health_addr)
+    lets_in_others = not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
+    beyond = listens_beyond and lets_in_others
     return lines + [f"warning: {words}" for holds, words in [
         (s.delivery != "hold" and is_nameless(s),
          f"SMTP_HOSTNAME is not set, and {s.hostname} is no full name: "
@@ -11095,9 +11091,9 @@ def first_lines(parts: Parts) -> list[str]:
          "SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login"),
         (beyond and s.auth_required is not False and not parts.accounts.configured(),
          "clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)"),
-        (web_is_open and s.api_networks == networks("loopback") and not s.api_token,
+        (is_open(s.health_addr) and s.api_networks == networks("loopback") and not s.api_token,
          "SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone"),
-        (listens_beyond and s.allow_networks == networks("loopback"),
+        (listens_beyond and not lets_in_others,
          "this listens beyond loopback, but SMTP_ALLOW_NETWORKS lets in nobody from there"),
     ] if holds]
 
@@ -11290,10 +11286,11 @@ def laid_out(rows: Iterable[Row]) -> str:
     import textwrap
 
     lines, width = [], line_width()
-    for name, *between, text in (row if len(row) > 1 else (*row, "") for row in itertools.islice(rows, 1, None)):
-        if not text:
+    for name, *rest in itertools.islice(rows, 1, None):
+        if not rest:
             lines += ["", f"{name}:"]
             continue
+        *between, text = rest
         facts, text = "; ".join(filter(None, between)), text.replace("`", "")
         if len(name) > 25:
             lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
@@ -11426,8 +11423,7 @@ def run_command(words: list[str]) -> int:
         return 0
     name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name not in COMMANDS:
-        complain(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}")
-        return EX_USAGE
+        raise Complaint(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}", EX_USAGE)
     run, arguments = COMMANDS[name]
     parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(run), formatter_class=(
         functools.partial(argparse.HelpFormatter, width=line_width())))
