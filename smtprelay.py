@@ -3729,8 +3729,7 @@ def mend(part: bytes, seven: bool, walked: Iterator[int], depth: int = 0) -> byt
         field = rb"(?i)\r\ncontent-transfer-encoding[ \t]*:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*"
         head = re.sub(field, b"", head) + b"\r\nContent-Transfer-Encoding: " + encoding
         head += b"\r\nMIME-Version: 1.0" * (b"mime-version" not in fields)
-    # RFC 5322 2.2.3: at the last space that keeps a line short, else at the first one there is
-    folded = rb".{1,%d}(?= |\Z)| ?[^ ]+" % (LINE_MOST - 1)
+    folded = rb".{1,%d}\Z|.{1,%d}(?= )|.+" % (LINE_MOST, LINE_MOST - 1)  # RFC 5322 2.2.3
     head = re.sub(rb"[^\r\n]{%d,}" % (LINE_MOST + 1),
                   lambda line: b"\r\n".join(re.findall(folded, line[0])), head)
     return b"\r\n".join([head, b"", body])[2:]
