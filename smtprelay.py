@@ -679,8 +679,7 @@ class Settings:
     session_timeout: float = setting("time for the whole session", duration, "1h")
     tls_cert: str = setting("PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered", readable)
     tls_key: str = setting("PEM key; both are reread when they change", readable)
-    tls_self_signed: bool = setting(
-        "make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
+    tls_self_signed: bool = setting("make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
     tls_required: bool = setting("nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS", flag, "0")
     auth_user: str = setting("one account's name")
     auth_password: str = setting("and its password", secret=True)
@@ -689,20 +688,17 @@ class Settings:
         "no MAIL before AUTH", choice("", {**FLAGS, "": None}), shown="1 if accounts exist")
     auth_methods: tuple[str, ...] = setting("mechanisms offered", methods, "plain,login,cram-md5")
     auth_insecure: bool = setting("allow PLAIN and LOGIN without TLS off loopback", flag, "0")
-    auth_any: bool = setting(
-        "accept any user and password (tests); loopback and private networks only", flag, "0")
+    auth_any: bool = setting("accept any user and password (tests); loopback and private networks only", flag, "0")
     auth_failures: int = setting("failed logins a minute from one address, then 421", positive, "5")
     rate_limit: int = setting(
-        "messages a minute for an account, or a client address where there is none; 0 is no limit",
-        count, "0")
+        "messages a minute for an account, or a client address where there is none; 0 is no limit", count, "0")
     rate_burst: int = setting("messages at once before the rate holds", positive, "10")
     faults: str = setting(
         "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted "
         "by ; (see README)")
     storage: str = setting("where messages are kept: file or memory", choice("file memory"), "file")
     spool: str = setting("the spool's directory", str, "./data/spool")
-    spool_max_size: int = setting(
-        "octets of spool; past it finished messages go first; 0 is no limit", size, "0")
+    spool_max_size: int = setting("octets of spool; past it finished messages go first; 0 is no limit", size, "0")
     spool_max_messages: int = setting("messages in the spool, likewise; 0 is no limit", count, "0")
     spool_min_free: int = setting("less free disk space than this: 452", size, "64MiB")
     spool_key: bytes = setting(
@@ -717,8 +713,7 @@ class Settings:
     relay_host: tuple[str, ...] = setting(
         "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
         "sendgrid, postmark, smtp2go, fastmail", hop_list)
-    relay_port: int = setting(
-        "the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
+    relay_port: int = setting("the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
     relay_tls: str = setting(
         "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
         choice("starttls tls opportunistic none", {"ssl": "tls", "smtps": "tls"}),
@@ -731,8 +726,7 @@ class Settings:
     relay_auth: str = setting(
         "auto, plain, login, cram-md5, xoauth2", choice("auto plain login cram-md5 xoauth2"), "auto")
     relay_return_path: str = setting("replaces the reverse-path (never the null one)", mailbox)
-    relay_redirect_to: str = setting(
-        "every recipient becomes this one; the original stays in X-Original-To", mailbox)
+    relay_redirect_to: str = setting("every recipient becomes this one; the original stays in X-Original-To", mailbox)
     relay_allowed_recipients: re.Pattern[str] = setting(
         "regular expression, found anywhere in the address; others are held, not sent", pattern)
     relay_connections: int = setting("connections to one next hop at once", positive, "4")
@@ -740,22 +734,19 @@ class Settings:
     relay_reply_timeout: float = setting(
         "time for each reply of a next hop, twice that after the final dot", duration, "5m")
     relay_from: str = setting("replaces the header From's address and the reverse-path", mailbox)
-    relay_repair: bool = setting(
-        "adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
+    relay_repair: bool = setting("adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
     local_to: str = setting("where mail for local users goes: names alone, or at this host's name", mailbox)
     aliases: str = setting("a file like /etc/aliases, read with SMTP_LOCAL_TO", readable)
     lenient: bool = setting("take what old devices send (loopback and named networks alone)", flag, "0")
     mx_port: int = setting("the port of the recipients' hosts in mx mode", port_number, "25")
-    dns_server: Addresses = setting(
-        "addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
+    dns_server: Addresses = setting("addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
     bounce: bool = setting("a failed message sends its sender a report", flag, "1")
     retry: bool = setting("0: one attempt only", flag, "1")
     retry_max_attempts: int = setting("attempts that the next hop answered; 0 is no limit", count, "0")
     retry_initial_delay: float = setting("the first delay", duration, "5s")
     retry_max_delay: float = setting("the longest delay", duration, "1h")
     retry_multiplier: float = setting(
-        "each delay is this many times the one before",
-        numeric(float, "a number, 1 or more", least=1), "2.0")
+        "each delay is this many times the one before", numeric(float, "a number, 1 or more", least=1), "2.0")
     retry_jitter: float = setting(
         "each delay is multiplied by a random factor in [1-jitter, 1]",
         numeric(float, "a number from 0 to 1", most=1), "0.5")
@@ -772,8 +763,7 @@ class Settings:
     health_addr: Addresses = setting(
         "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port",
         listen, "127.0.0.1:8080")
-    api_token: str = setting(
-        "Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
+    api_token: str = setting("Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
     api_networks: Networks = setting(
         "from where the API and the page need no token: a list of networks", networks, "loopback")
     tags: str = setting(
@@ -2595,14 +2585,11 @@ class Accounts:
     """The accounts of SMTP_AUTH_USER and SMTP_USERS_FILE. Thread-safe."""
 
     def __init__(self, settings: Settings, log: Log) -> None:
-        self.settings, self.log = settings, log
-        self._key = secrets.token_bytes(32)
+        self.settings, self.log, self._key = settings, log, secrets.token_bytes(32)
         self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
+        # whether there may be logins, even if the file names nobody yet
+        self.configured = bool(settings.auth_user or settings.users_file or settings.auth_any)
         self.file = Watched("users_file", [settings.users_file] * bool(settings.users_file), self._read, log)
-
-    def configured(self) -> bool:
-        """Tell whether there may be logins, even if the file names nobody yet."""
-        return bool(self.settings.auth_user or self.file.paths or self.settings.auth_any)
 
     def _read(self) -> Known:
         path, user = self.settings.users_file, self.settings.auth_user
@@ -2856,7 +2843,7 @@ class Quotas:
                     rows = [[*key[1:], n] for key, n in kept.items()]
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
                 with self._lock:
-                    self._new, self._saved = self._new - added, kept
+                    self._new, self._saved = self._new - added, kept if day == today else self._saved
             oldest = self._day(USAGE_DAYS * DAY)
             for file in os.listdir(self._directory):
                 if re.match(DATE, file) and file < oldest:
@@ -4132,7 +4119,7 @@ class Delivery:
 
     def lane(self) -> str:
         """Return the lane of a message of which no more than the name is known."""
-        several = self.settings.delivery == "mx" or self.accounts.configured()
+        several = self.settings.delivery == "mx" or self.accounts.configured
         return UNSORTED if several else SMARTHOST
 
     def smart(self, message: Message) -> tuple[str, Iterable[Target]] | None:
@@ -5245,7 +5232,7 @@ class Session:
                  f"CHUNKING\nENHANCEDSTATUSCODES\nDSN\nHELP\nLIMITS RCPTMAX={settings.max_recipients}")
         if self.reception.tls and not self.tls:
             lines += "\nSTARTTLS"
-        if accounts.configured() and (self.tls or not settings.tls_required):
+        if accounts.configured and (self.tls or not settings.tls_required):
             mechanisms = " ".join(accounts.offers(self.is_local or bool(self.tls)))
             lines += f"\nAUTH {mechanisms}" * bool(mechanisms)
         return Reply(250, "", lines)
@@ -5299,7 +5286,7 @@ class Session:
         mechanism = first.decode("latin-1").upper()
         if self.account.name or self.envelope or not self.extended:
             return SEQUENCE("AUTH comes once, after EHLO, outside a transaction")
-        if not accounts.configured():
+        if not accounts.configured:
             return NOT_IMPLEMENTED("There are no accounts here")
         if mechanism.lower() not in self.settings.auth_methods:
             return UNKNOWN_MECHANISM
@@ -5346,7 +5333,7 @@ class Session:
             self.account = reception.accounts.get(self.account.name) or NOBODY
         needed = settings.auth_required
         if not self.account.name and (
-                reception.accounts.configured() or not self.is_local if needed is None else needed):
+                reception.accounts.configured or not self.is_local if needed is None else needed):
             return LOGIN_FIRST
         address, given = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
@@ -11088,7 +11075,7 @@ def first_lines(parts: Parts) -> list[str]:
          "next hops are greeted with an address in its place"),
         (beyond and s.auth_required is False,
          "SMTP_AUTH_REQUIRED=0: whoever SMTP_ALLOW_NETWORKS lets in may send without a login"),
-        (beyond and s.auth_required is not False and not parts.accounts.configured(),
+        (beyond and s.auth_required is not False and not parts.accounts.configured,
          "clients beyond loopback must log in, but there are no accounts (SMTP_AUTH_REQUIRED=0 lets them send)"),
         (is_open(s.health_addr) and s.api_networks == networks("loopback") and not s.api_token,
          "SMTP_HEALTH_ADDR is beyond loopback without SMTP_API_TOKEN: the page and /api serve this machine alone"),

@@ -3026,7 +3026,7 @@ def test_account_of_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO)
     nobody = smtprelay.Accounts(smtprelay.Settings(), LOG)
     nobody.file.reload()
-    assert not nobody.configured() and "reread" not in caplog.text  # there is no file
+    assert not nobody.configured and "reread" not in caplog.text  # there is no file
 
 
 def test_what_should_not_stay_so_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
