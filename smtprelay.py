@@ -5869,7 +5869,7 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) ->
         if line:
             size = line.end() - at
             if (size <= room // 4 and len(kept) < 2000
-                    or size <= room and re.match(NEEDED_FIELD, line[0][:200])):
+                    or size <= room and re.match(NEEDED_FIELD, line[0])):
                 name, _, value = decode_text(line[0]).replace("\r\n", "").partition(":")
                 kept.append((name.rstrip(), value.translate(NO_BREAKS).strip()))
                 room -= size
@@ -6131,10 +6131,9 @@ class Email:
     def links(self) -> list[str]:
         """The links of any scheme that opens a page or an app: the HTML's, then the text's."""
         found, text = [], self.text[:TEXT_LIMIT]
-        for tag in re.finditer(TAG, self.page[:TEXT_LIMIT]):
-            if tag[2] and tag[2].lower() in ("a", "area"):
-                url = re.sub(r"[\t\r\n]", "", attributes(tag[3]).get("href", "")).strip()
-                found.append(url.replace(" ", "%20"))
+        for tag in re.finditer(ANCHOR, self.page[:TEXT_LIMIT]):
+            url = re.sub(r"[\t\r\n]", "", attributes(tag[2] or "").get("href", "")).strip()
+            found.append(url.replace(" ", "%20"))
         pairs = {")": "(", "]": "[", "}": "{"}
         for match in re.finditer(URL, text) if "://" in text else ():
             # What ends the sentence is not the link's, nor is a mark that stands before it, too.
@@ -6185,7 +6184,7 @@ class Email:
 
 # A comment, or an element whose text is not shown; what is not closed goes to the end.
 NOT_SHOWN = r"(?is)<!--.*?(?:-->|\Z)|<(style|script|title|template)\b.*?(?:</\1[^>]*>?|\Z)"
-TAG = NOT_SHOWN + r"|<(/?[a-z][^\s<>/]*|[!?])([^<>]*)>?"
+ANCHOR = NOT_SHOWN + r"|<a(?:rea)?(?![^\s<>/])([^<>]*)"
 BLOCK_TAG = (r"(?i)</?(?:br|p|div|tr|li|ul|ol|table|h[1-6r]|blockquote|pre|section)"
              r"(?![^\s<>/])[^<>]*>?")
 ATTRIBUTE = r"""([^\s"'>/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+)))?"""
@@ -6208,8 +6207,9 @@ def attributes(tag: str) -> dict[str, str]:
 
 def strip_html(page: str) -> str:
     """Give the readable text of an HTML page, a line for each block."""
-    for pattern, space in ("\n", " "), (NOT_SHOWN, ""), (BLOCK_TAG, "\n"), ("(?i)<(?=t[dh])", " <"), (TAG, ""):
-        page = re.sub(pattern, space, page)
+    page = re.sub(NOT_SHOWN, "", page.replace("\n", " "))
+    page = re.sub("(?i)<(?=t[dh])", " <", re.sub(BLOCK_TAG, "\n", page))
+    page = re.sub("(?i)</?[a-z!?][^<>]*>?", "", page)
     lines = unescape(page).split("\n")
     return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
 
