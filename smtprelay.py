@@ -6000,7 +6000,7 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
     kind, more = header_parameters(header(headers, "content-type") or "text/plain")
     disposition, named = header_parameters(header(headers, "content-disposition"))
     cid = decode_words(header(headers, "content-id")).strip("<> ")[:250]
-    filename = decode_words(named.get("filename") or more.get("name") or "")[:250]
+    filename = decode_words(named.get("filename") or more.get("name", ""))[:250]
     if not re.fullmatch(r"(?a)[a-z0-9][\w.+-]{0,99}/[\w.+-]{1,100}", kind):
         text = "text/html" if kind == "html" else "text/plain"
         kind = "application/octet-stream" if "/" in kind else text
@@ -6103,7 +6103,7 @@ class Email:
         """The Date field as ISO 8601, "" where it makes no sense."""
         try:
             when = email.utils.parsedate_to_datetime(header(self.fields, "date")[:100])
-            return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).isoformat()
+            return when.replace(tzinfo=when.tzinfo or datetime.timezone.utc).isoformat()
         except Exception:  # of which the package raises many kinds
             return ""
 
@@ -6328,11 +6328,9 @@ def embed_images(mail: Email) -> str:
     def embedded(cid: re.Match[str]) -> str:
         nonlocal room
         part = parts.get(unquoted(cid[3] or cid[4]))
-        if not part or len(part.raw) > room:
-            return cid[0]
-        kinds = true_type(part), mimetypes.guess_type(part.filename)[0] or ""
+        kinds = (true_type(part), mimetypes.guess_type(part.filename)[0] or "") if part else ()
         kind = next((kind for kind in kinds if kind.startswith("image/")), "")
-        if not kind:
+        if not part or not kind or len(part.raw) > room:
             return cid[0]
         data = base64.b64encode(part.content).decode()
         room -= len(data) + 100
@@ -6388,10 +6386,8 @@ SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
     "addressed": "From To Cc Bcc ReplyTo", "recipient": "To Cc Bcc",
     "subject": "Subject", "message-id": "MessageID", " ": "From To Cc Bcc ReplyTo Subject Snippet",
 }
-SEARCH_STATES = {  # the field, and whether there must be anything in it
-    "is:read": ("Read", True), "is:unread": ("Read", False), "is:tagged": ("Tags", True),
-    "has:attachment": ("Attachments", True), "has:inline": ("inline", True),
-}
+SEARCH_STATES = {"is:read": "Read", "is:unread": "Read", "is:tagged": "Tags",
+                 "has:attachment": "Attachments", "has:inline": "inline"}
 SEARCH_LIMITS = {"larger": "Size", "smaller": "Size", "before": "Created", "after": "Created"}
 
 
@@ -6447,7 +6443,7 @@ def compile_term(term: str, zone: str) -> Test | None:
     value, field = clean(behind), SEARCH_LIMITS.get(name, "")
     word = functools.partial(holds, " ", clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
-        return lambda item: bool(item[state[0]]) is state[1]
+        return lambda item: bool(item[state]) is (value != "unread")
     if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
         return word
     if not value:
@@ -6542,12 +6538,11 @@ class Inbox:
         self.last, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
         self.kept: dict[str, tuple[bool, list[str] | None]] = {}  # of messages not yet added
-        self.touched, self.saving = False, threading.Lock()
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, SpoolError):  # torn
+        self.touched = False
+        with contextlib.suppress(Exception):  # not there, or torn in whatever way
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
-                self.kept = {id: (bool(read), tags if tags is None else clean_tags(tags))
-                             for id, (read, tags) in kept.items()}
+                self.kept = {id: (read, tags) for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
         """Append a message unless it is there; give its sequence number."""
@@ -6591,14 +6586,12 @@ class Inbox:
             last, fresh = self.last, self.after(seen)
             found = next(self.matching(fresh if since is None else fresh[::-1], query), None)
             left = deadline - time.monotonic()
-            if found or left <= 0 or gone():
+            if found or left <= 0 or self.closed or gone():
                 return found
             since = seen = last
             with self.changed:
                 if self.last <= seen and not self.closed:
                     self.changed.wait(min(left, 1.0))
-                if self.closed:
-                    return None
 
     def after(self, since: int = 0) -> list[Entry]:
         """The entries numbered above `since`, newest first."""
@@ -6701,10 +6694,11 @@ class Inbox:
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
         deadline = time.monotonic() + within
-        for entry in [entry for entry in self.after()[:most] if not entry.packed]:
+        for entry in self.after()[:most]:
             if self.closed or time.monotonic() > deadline:
                 break
-            self.shown(entry)
+            if not entry.packed:
+                self.shown(entry)
 
     def save(self) -> None:
         """Write what a person did since the last time beside the messages: read state and tags."""
@@ -6714,13 +6708,12 @@ class Inbox:
             self.touched = False
             kept = {**self.kept, **{entry.id: (entry.read, entry.given) for entry in self.chosen(None)
                                     if entry.read or entry.given is not None}}
-        with self.saving:
-            try:
-                sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
-                replace_file(self.spool.path(SEEN), sealed)
-            except OSError as error:  # of no weight beside the mail: tried again
-                self.log.warn("inbox_not_saved", error=error)
-                self.touched = True
+        try:
+            sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
+            replace_file(self.spool.path(SEEN), sealed)
+        except OSError as error:  # of no weight beside the mail: tried again
+            self.log.warn("inbox_not_saved", error=error)
+            self.touched = True
 
 
 def summary_json(item: Item) -> dict[str, Any]:
