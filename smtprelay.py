@@ -9467,7 +9467,7 @@ class Delivering:
                 attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
                 self.log.bug("attempt_bug", e, id=message.id)
-                trouble = Outcome(Status.RETRYING, False, 0, f"trouble here: {e!r}")
+                trouble = Outcome(LATER, False, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
             room = self.scheduler.crowd(lane)
@@ -9487,16 +9487,15 @@ class Delivering:
         """
         s, trouble, why, unanswered = self.settings, attempt.trouble, "", not attempt.trouble
         owed: list[Recipient] = []
-        outcomes = dict.fromkeys([r.address for r in tried], trouble) if trouble else attempt.outcomes
-        for r in message.pending():
-            o = outcomes.get(r.address)
+        for r in tried if trouble else message.pending():
+            o = trouble or attempt.outcomes.get(r.address)
             if o is None:
                 continue
             vars(r).update(zip(o._fields[2:-1], o[2:-1]))  # code to dsn
             if not trouble:
                 r.status, r.attempts = o.status, r.attempts + 1
-            later = o.status is Status.RETRYING
-            if later and not owed or not why and o.status is Status.FAILED:
+            later = o.status is LATER
+            if later and not owed or not why and o.status is NEVER:
                 why = str(o)  # if anyone is still owed it, the reason is theirs
             owed += [r] if later else []
             unanswered = unanswered and later and o.code in (0, 421) and bool(o.host)
@@ -9512,7 +9511,7 @@ class Delivering:
             self.fail(message, owed, f"{why} (attempt {message.attempts} was the last)")
         elif not self.expires(message, owed):
             delay = backoff(s, max(r.attempts for r in owed), self.scheduler.rng)
-            if len(owed) < len(outcomes) and any(r.code in (452, 552) for r in owed):
+            if len(owed) < len(attempt.outcomes) and any(r.code in (452, 552) for r in owed):
                 delay = 0.0  # it takes them in portions, RFC 5321 4.5.3.1.10
             if trouble or unanswered and self.scheduler.miss(lane, message.stem):
                 seconds, is_new = self.scheduler.throttle(lane, why)
@@ -9532,11 +9531,8 @@ class Delivering:
                     self.scheduler.put(message.stem, name, delay)
 
     def expires(self, message: Message, recipients: Iterable[Recipient]) -> bool:
-        """Give up on recipients of a message that has waited for too long; tell whether it has.
-
-        Times from before the clock was set prove nothing.
-        """
-        self.watch_clock()
+        """Give up on recipients of a message that has waited for too long; tell whether it has."""
+        self.watch_clock()  # times from before it was set prove nothing
         since = now = time.time()
         for entry in reversed(message.history):
             at = unix_time(entry["at"])
@@ -9853,9 +9849,8 @@ class Parts:
                     ("http", "SMTP_HEALTH_ADDR", s.health_addr), ("submit", "", ()))]
             self.own = [sock.getsockname()[1] for sock in self.smtp + self.smtps if sock.family != socket.AF_UNIX]
             if s.tls_self_signed and not s.tls_cert:
-                place = self.spool.path("tls")
-                if not self.spool.on_disk:
-                    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="smtprelay-"))
+                place = self.spool.path("tls") if self.spool.on_disk else stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="smtprelay-"))
                 self.pair = self_signed(place, s.hostname)
             self.open_doors()
             self.opened = stack.pop_all()
@@ -9916,11 +9911,11 @@ class Parts:
 
 def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
     """Return the sockets from systemd, by FileDescriptorName, else smtp's (sd_listen_fds(3))."""
-    found: dict[str, list[socket.socket]] = {"smtp": [], "smtps": [], "http": [], "submit": []}
+    found = collections.defaultdict[str, list[socket.socket]](list)
     many = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * many
     for number, name in enumerate(names[:many], first):
-        found.get(name, found["smtp"]).append(socket.socket(fileno=number))
+        found[name if name in ("smtps", "http", "submit") else "smtp"].append(socket.socket(fileno=number))
     return found
 
 
