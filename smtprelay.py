@@ -9177,6 +9177,7 @@ LOOK_EVERY = 600.0  # through the whole spool, for what nobody has told of
 WRITE_AGAIN = 5.0  # seconds until what the disk did not take is tried again
 CLOCK_WAS_SET = 1577836800.0  # 2020: times before it come from a clock that was not set yet
 CLOCK_JUMP = 3600.0
+QUEUE_SHOWS = ("id", "status", "reverse_path", "size", "attempts", "last_error", "received_at")
 NOWHERE_TO = "there is nowhere to send it: set SMTP_RELAY_HOST"
 BY_HAND = {Status.HELD: "released", Status.FAILED: "retried by hand"}  # from then on its age counts anew
 REPORTS_AN_HOUR, REPORTED_AT_ONCE = 100, 100  # reports; messages of one sender in one of them
@@ -9482,8 +9483,7 @@ class Delivering:
     def settle(self, message: Message, lane: str, tried: Sequence[Recipient], attempt: Attempt) -> None:
         """Enter an attempt's outcomes into the record; who was refused for now waits for the next.
 
-        Trouble with the next hop itself, or one that leaves several messages in a row unanswered,
-        throttles it; the first costs no attempt.
+        Trouble with the next hop, which costs no attempt, or several messages unanswered, throttle it.
         """
         s, trouble, why, unanswered = self.settings, attempt.trouble, "", not attempt.trouble
         owed: list[Recipient] = []
@@ -9714,10 +9714,8 @@ class Delivering:
                 if hop["reason"] and hop["name"] in self.scheduler.waiting.get(m.stem, ()):
                     reason, due = hop["reason"], hop["until"]
             lists[is_held].append({
-                "id": m.id, "status": m.status, "reverse_path": m.reverse_path, "size": m.size,
-                "recipients": [r.address for r in m.recipients if r.status not in FINISHED],
-                "attempts": m.attempts, "next_attempt_at": due, "last_error": m.last_error,
-                "reason": reason, "received_at": m.received_at})
+                **{name: vars(m)[name] for name in QUEUE_SHOWS}, "next_attempt_at": due, "reason": reason,
+                "recipients": [r.address for r in m.recipients if r.status not in FINISHED]})
         return {"messages": lists[0], "held": lists[1], "total": len(self.scheduler), "next_hops": hops}
 
     def retry(self, id: str) -> int:
