@@ -9197,16 +9197,16 @@ class Delivering:
         self.audit, self.faults, self.port = reception.audit, reception.faults, (*parts.own, 0)[0]
         self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
+        self.can_release = bool(self.settings.relay_host or self.settings.delivery == "mx")
         tags = re.findall("([^=;]+)=([^;]*)", self.settings.tags)
         self.inbox = Inbox(self.spool, self.log, int(time.time()) * 1000, tags)
-        self.feed = Feed()
+        self.feed, self.reports = Feed(), Buckets()
         self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, self) for sock in parts.http] + [
             HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
         self.threads: list[threading.Thread] = []
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()
+        self.stopping, self.lock = threading.Event(), threading.Lock()
         self.finished: Shelf = {}
         self.held: Shelf = {}
         self.owed: Shelf = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
@@ -9215,7 +9215,6 @@ class Delivering:
         self.sidecars: collections.deque[str] = collections.deque()
         self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
         self.stumbles: dict[str, tuple[int, str, str]] = {}  # stem: how often, why, until when
-        self.reports = Buckets()
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.told: dict[str, str] = {}  # stem: the report that tells of it
         self.look_at = self.came_at = 0.0
@@ -9704,9 +9703,8 @@ class Delivering:
     def queue(self, limit: int = 200) -> dict[str, Any]:
         """Return what is owed and what is held, oldest first, with reasons; and the next hops' states."""
         stems, hops = self.scheduler.snapshot(limit)
-        held = itertools.islice(self.held.copy(), limit)
         lists: tuple[list[Any], list[Any]] = [], []  # by whether they are held
-        for m in self.records(dict.fromkeys([*stems, *held])):
+        for m in self.records(dict.fromkeys([*stems, *[*self.held][:limit]])):
             is_held = m.status is Status.HELD
             reason = m.owed or is_held and m.history[-1]["detail"] or m.last_error
             _, reason, due = self.stumbles.get(m.stem, (0, reason, m.next_attempt_at))
@@ -9734,10 +9732,6 @@ class Delivering:
         for message in chosen:
             self.owe(message.stem, id != "all")  # what is in hand is tried just now
         return len(chosen)
-
-    @property
-    def can_release(self) -> bool:
-        return bool(self.settings.relay_host or self.settings.delivery == "mx")
 
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
         """Let a held message go; to other recipients, or when it went already, a copy goes.
