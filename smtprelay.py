@@ -1071,8 +1071,7 @@ class Feed:
 
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-CODES = ("421", "450", "451", "452", "454", "500", "501", "502", "503", "504", "530", "535", "538",
-         "550", "552", "553", "554", "555", "other")  # of SMTP_FAULTS
+CODES = words("421 450 451 452 454 500 501 502 503 504 530 535 538 550 552 553 554 555 other")
 LABELS: dict[str, Sequence[str]] = {  # every value of each
     "": ("",), "code": CODES, "result": ("success", "failure"), "version": (__version__,),
     "le": ("sum", *map(str, BUCKETS), "+Inf", "count")}  # of a histogram: from a value's bucket on all are counted up
@@ -2503,9 +2502,8 @@ def locked(directory: str) -> Iterator[None]:
 def change_account(path: str, name: str, change: Mapping[str, Any] | None, sealer: Sealer) -> None:
     """Merge a change into an account of the users file, one caller at a time, making it if need be.
 
-    None removes the account, or one key of it. With SMTP_SPOOL_KEY every relay_password is
-    sealed, since it cannot be a hash. Raises SettingsError for a file that would
-    not load, OSError for one that cannot be written.
+    None removes the account, or one key of it. With SMTP_SPOOL_KEY every relay_password is sealed:
+    it cannot be a hash. SettingsError: the file would not load; OSError: it cannot be written.
     """
     path = os.path.realpath(path)  # replace what a link names, not the link
     with locked(os.path.dirname(path)):
@@ -2526,8 +2524,8 @@ def change_account(path: str, name: str, change: Mapping[str, Any] | None, seale
 class Watched:
     """What was read from files, and is read anew when one of them changes. Thread-safe.
 
-    What cannot be read is SettingsError or OSError at the start, unless there is a value to begin
-    with; later the last good value stays, and `trouble` says why.
+    What cannot be read raises at the start, unless there is a value to begin with; later the last
+    good value stays, and `trouble` says why.
     """
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log, value: Any = None) -> None:

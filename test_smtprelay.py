@@ -3478,6 +3478,29 @@ def test_counts_outlive_a_full_disk(tmp_path: Path) -> None:
     assert smtprelay.Quotas(home, LOG, Ticker(NOON)).today("a") == {"received": 1}
 
 
+def test_a_disk_full_at_midnight_adds_no_day_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ticker(NOON + 12 * 3600 - 1)
+    quotas = smtprelay.Quotas(str(tmp_path), LOG, clock)
+    quotas.count("a", "received")
+    clock.now += 1
+    quotas.count("a", "received")
+    replace = smtprelay.replace_file
+
+    def full_today(path: str, *rest: Any) -> None:
+        if path.endswith("22.json"):
+            raise OSError(errno.ENOSPC, "full")
+        replace(path, *rest)
+
+    monkeypatch.setattr(smtprelay, "replace_file", full_today)
+    for _ in range(3):
+        with pytest.raises(OSError):
+            quotas.save()
+        assert quotas.today("a") == {"received": 1} and not quotas.reserve("a", 1)
+    monkeypatch.setattr(smtprelay, "replace_file", replace)
+    quotas.save()
+    assert quotas.days("a") == {"2026-11-21": {"received": 1}, "2026-11-22": {"received": 1}}
+
+
 @pytest.mark.parametrize("content", ["", "{", '["a", 5]', '[["a", "sent", "x"]]', '[[1, "sent", 5]]', '[["a", "sent"]]', "5", "\xff"])
 def test_broken_counts_are_logged_once(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "2026-11-21.json").write_text(content, "latin-1")
