@@ -7994,11 +7994,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         raise error
 
     def admit(self) -> None:
-        """Let a request through, or raise HttpError; note whether it has the token or needs none.
-
-        This machine needs no token where none is set; networks that SMTP_API_NETWORKS names need
-        none at all. Where a proxy stands between, its address is no proof of who asks.
-        """
+        """Let a request through, or raise HttpError; note whether it has the token or needs none."""
         s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
         secret, host = self.login()[1], headers.get("Host", "")
         if access == OPEN:
@@ -8008,9 +8004,11 @@ class Request(http.server.BaseHTTPRequestHandler):
         # Another site may link to our page, but not make a browser ask for more.
         if access != SHELL and (foreign or site not in ("same-origin", "none")):
             raise HttpError(403, "requests from other sites are not taken")
-        trusted = (not s.api_token and (self.client == "local" or is_loopback(self.client))
-                   or s.api_networks != networks("loopback")
-                   and in_networks(self.client, s.api_networks))
+        # This machine needs no token where none is set, networks that SMTP_API_NETWORKS names need
+        # none at all. Where a proxy stands between, its address is no proof of who asks.
+        trusted = (self.client == "local" or is_loopback(self.client)) and not s.api_token
+        if s.api_networks != networks("loopback"):
+            trusted |= in_networks(self.client, s.api_networks)
         proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
         trusted &= not any(re.fullmatch(proxied, name) for name in headers)
         has_token = same_secret(s.api_token, secret)
@@ -8039,10 +8037,8 @@ class Request(http.server.BaseHTTPRequestHandler):
                     f"{name[:100]}: not known here; expected {takes or 'no parameters'}")
 
     def read_fields(self) -> dict[str, Any]:
-        """Read the body's fields, of JSON or a form: in lower case, for Mailpit takes any.
-
-        An empty body has none; what cannot be read is refused: to guess could be to delete all.
-        """
+        """Read the body's fields, of JSON or a form: in lower case, for Mailpit takes any."""
+        # What cannot be read is refused: to guess could be to delete all.
         body, kind = self.body.strip(), self.headers.get("Content-Type", "")
         try:
             if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
@@ -8206,9 +8202,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         streamed = isinstance(answer.body, Generator)
         if not streamed:
             fields["Content-Length"] = str(len(answer.body))
-        self.close_connection |= streamed
-        if self.close_connection:
-            fields["Connection"] = "close"
+        if streamed or self.close_connection:
+            fields["Connection"] = "close"  # which send_header does, too
         for name, value in fields.items():
             self.send_header(name, value)
         # Who sends Bearer, as our page does, asks for the token by itself: a browser need not.
@@ -8236,10 +8231,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a bound socket; so many connections, so many at work, in all and of a client.
-
-    So there is always a place for health and metrics: a relay that is busy is not to look dead.
-    """
+    """Serves HTTP on a bound socket, with always a place for health and metrics: busy is not dead."""
 
     daemon_threads = True
 
@@ -8253,10 +8245,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return accept(self.socket, self.relay.reception)
 
     def service_actions(self) -> None:
-        """Cut off who takes too long to ask, and where places run out, who is idle for longest.
-
-        A time for each read would be anew with each octet.
-        """
+        """Cut off who takes too long to ask, and where places run out, who is idle for longest."""
+        # A time for each read would begin anew with each octet.
         end = time.monotonic() - HTTP_TIME
         idle = sorted(self.callers, key=lambda caller: caller.since)
         for n, caller in enumerate(idle, HTTP_CONNECTIONS):
@@ -8326,9 +8316,9 @@ route("GET /livez", "200 while the process answers", OPEN)(lambda request: "OK\n
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
 def chosen(request: Request, *others: str) -> list[str] | None:
-    """Return the messages of a search, or of a body's IDs or Search; None for neither: all.
+    """Return what a search, or a body's IDs or Search, chooses; None for neither: all.
 
-    A search for nothing, which finds all, is refused.
+    A search for nothing is refused.
     """
     given, ids = request.fields, request.strings("IDs")
     words = take_field(given, "Search", "")
@@ -8534,14 +8524,13 @@ def mailhog_messages(request: Request) -> Any:
     for item in page.items:
         mail = inbox.mail(item["ID"])
         parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
-        sender, to, body = mail.reverse_path, mail.recipients, mail.raw.partition(b"\r\n\r\n")[2]
         items.append({
             "ID": mail.id, "Created": mail.record.received_at,
-            "Raw": {"From": sender, "To": to, "Helo": mail.record.helo,
+            "Raw": {"From": mail.reverse_path, "To": mail.recipients, "Helo": mail.record.helo,
                     "Data": decode_text(mail.raw)},
-            "From": path(sender), "To": [path(address) for address in to],
-            "Content": content(mail.fields, body), "MIME": {"Parts": parts} if parts else None,
-        })
+            "From": path(mail.reverse_path), "To": [*map(path, mail.recipients)],
+            "Content": content(mail.fields, mail.raw.partition(b"\r\n\r\n")[2]),
+            "MIME": {"Parts": parts} if parts else None})
     return {"total": page.total, "count": len(items), "start": start, "items": items}
 
 
@@ -8574,11 +8563,12 @@ def wait_for_message(request: Request) -> Any:
 
 def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
     """Tell whether a message is what is asked for; without @ a part of an address will do."""
-    for wanted, people in (to, [*item["To"], *item["Cc"], *item["Bcc"]]), (sender, [item["From"]]):
-        edge, known = " " * ("@" in wanted), " ".join(p["Address"] for p in people)
-        if f"{edge}{wanted}{edge}".lower() not in f" {known} ".lower():
-            return False
-    return subject.lower() in item["Subject"].lower()
+    def among(wanted: str, people: list[Person]) -> bool:
+        known = [person["Address"].lower() for person in people]
+        return wanted.lower() in (known if "@" in wanted else " ".join(known))
+
+    return (among(to, item["To"] + item["Cc"] + item["Bcc"]) and among(sender, [item["From"]])
+            and subject.lower() in item["Subject"].lower())
 
 
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
@@ -8636,10 +8626,10 @@ def show_stats(request: Request) -> Any:
     def used(figures: Mapping[str, int]) -> dict[str, int]:
         return {"received": 0, "failed": 0, **figures, "forwarded": figures.get("sent", 0)}
 
-    kinds = "received", "forwarded", "failed"
     return {
         "hours": [{"at": iso_time(h * 3600), "deferred": d.hours[h, "retrying"],
-                   **{kind: d.hours[h, kind] for kind in kinds}} for h in range(now - 23, now + 1)],
+                   **{kind: d.hours[h, kind] for kind in ("received", "forwarded", "failed")}}
+                  for h in range(now - 23, now + 1)],
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()]}
