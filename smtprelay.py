@@ -7217,10 +7217,9 @@ async function api(method, path, body) {
   const headers = {'Content-Type': 'application/json', Authorization: 'Bearer ' + token};
   const answer = await fetch(ROOT + path, {method, headers, body: body && JSON.stringify(body)})
     .catch(() => null);
-  if (state.lost !== !answer) {
-    state.lost = !answer;
-    render();
-  }
+  const was = state.lost;
+  state.lost = !answer;
+  if (was !== state.lost) render();
   if (!answer) throw new Error('Cannot reach the relay.');
   if (answer.status === 401) {
     if (token === state.token) await logIn();
@@ -7442,10 +7441,7 @@ function route() {
   if (state.view === 'inbox' && !state.id) {
     const query = view === 'search' ? word : '';
     if (document.activeElement !== $('search')) $('search').value = query;
-    if (query !== state.query) {
-      state.query = query;
-      attempt(reload);
-    }
+    if (query !== state.query) attempt(() => { state.query = query; return reload(); });
   }
   render();
   const load = state.id ? openMessage : {queue: loadQueue, accounts: loadUsers}[state.view];
@@ -7830,9 +7826,8 @@ $('help').onclick = help;
 $('theme').onclick = switchTheme;
 list.onscroll = () => requestAnimationFrame(scrolled);
 Object.assign(window, {onresize: scrolled, onkeydown: press, onhashchange: route});
-setInterval(() => document.querySelectorAll('[data-at]').forEach(node => {
-  node.textContent = relative(node.dataset.at);
-}), 1000);
+setInterval(() => document.querySelectorAll('[data-at]').forEach(
+  node => { node.textContent = relative(node.dataset.at); }), 1000);
 setInterval(figuresSoon, 60000);
 begin();
 </script>
