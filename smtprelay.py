@@ -8627,7 +8627,9 @@ def show_stats(request: Request) -> Any:
                   for h in range(now - 23, now + 1)],
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
-                     for a in d.reception.accounts.listed()]}
+                     for a in d.reception.accounts.listed()],
+        "totals": {kind: int(d.metrics.get(f"smtp_messages_{counted}_total"))
+                   for kind, counted in zip(kinds, ("received", "delivered", "failed"))}}
 
 
 def account_json(request: Request, account: Account) -> dict[str, Any]:

@@ -10005,6 +10005,14 @@ def test_the_queue_is_listed_retried_and_emptied(start: Callable[..., Any], hop:
     wait_until(lambda: api(relay, "GET", "/api/v1/queue")[1]["total"] == 0)
 
 
+def test_figures_by_hour_by_day_and_in_all(start: Callable[..., Any]) -> None:
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay)
+    stats = wait_until(lambda: (s := api(relay, "GET", "/api/v1/stats")[1])["totals"]["received"] and s)
+    assert stats["totals"] == {"received": 1, "forwarded": 0, "failed": 0} and len(stats["hours"]) == 24
+    assert stats["hours"][-1]["received"] + stats["hours"][-2]["received"] == stats["days"][0]["received"] == 1
+
+
 def test_an_accounts_own_mail_and_figures(start: Callable[..., Any], tmp_path: Path) -> None:
     users = tmp_path / "users.json"
     app = {"password": "a long one", "api_key": "mp_live_app", "quota_daily": 5}
