@@ -8812,10 +8812,7 @@ class Complaint(Exception):
 
 
 def read_errand(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Read sendmail's command line: what is to be done, the flags with their values, the recipients.
-
-    ValueError says what is wrong with it. What means nothing here is taken, too.
-    """
+    """Read sendmail's command line: what is to be done, the flags, the recipients; ValueError says what is wrong."""
     import getopt
 
     words = [word + "-" * bool(re.fullmatch(f"-[{ALONE}]*[{ATTACHED}]", word)) for word in words]
@@ -10384,7 +10381,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
         if is_nameless(settings):
             yield "warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}", HOSTNAME_ADVICE
     if not trouble or trouble.stage == "login":
-        yield from examine_tls(hop, settings)
+        yield from examine_tls(hop)
     if trouble:
         case = f"{trouble.stage} {settings.relay_auth} {target.host}: {trouble.reply}"
         yield ("fail", trouble.stage, f"{trouble.code or ''} {trouble.reply}".strip(),
@@ -10402,7 +10399,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     hop.close()
 
 
-def examine_tls(hop: NextHop, settings: Settings) -> Iterator[Finding]:
+def examine_tls(hop: NextHop) -> Iterator[Finding]:
     """Say how safe a connection is: whose the certificate is, and for how long it is good."""
     sock = hop.wire.sock
     if not isinstance(sock, ssl.SSLSocket):
@@ -10415,7 +10412,7 @@ def examine_tls(hop: NextHop, settings: Settings) -> Iterator[Finding]:
         yield ("warn", "certificate", "not verified",
                "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
         return
-    issuer = dict(pair for rdn in shown["issuer"] for pair in rdn)
+    issuer = dict(itertools.chain(*shown["issuer"]))
     days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) / DAY)
     yield ("warn" if days < 14 else "ok", "certificate",
            f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left",
@@ -10793,10 +10790,7 @@ def tell(arguments: Arguments, value: object, lines: Iterable[str]) -> int:
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
-    """Ask the running relay; return its answer, JSON or octets.
-
-    NoRelay when none comes, Complaint when it refuses.
-    """
+    """Ask the running relay; return its answer, JSON or octets; NoRelay, or Complaint when it refuses."""
     if not settings.health_addr:
         raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
     address = settings.health_addr[0]
@@ -10920,8 +10914,8 @@ def wait(arguments: Arguments) -> int:
 
 def user(arguments: Arguments) -> int:
     """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE."""
-    settings, action, name = read_environment(), arguments.action, arguments.name
-    path, change = settings.users_file, None
+    settings, action, name, change = read_environment(), arguments.action, arguments.name, None
+    path = settings.users_file
     if not path:
         raise Complaint("SMTP_USERS_FILE is not set: it names the file of accounts", EX_CONFIG)
     try:
@@ -11084,7 +11078,6 @@ def status(arguments: Arguments) -> int:
     return 0
 
 
-HEALTH_PATIENCE = 60.0
 ENDED_AFTER = 3.0  # a relay that is started again has the spool by then
 
 
@@ -11100,7 +11093,7 @@ def healthcheck(arguments: Arguments) -> int:
             return 0
         except (NoRelay, Complaint) as e:
             why = str(e)
-        if not arguments.wait or time.time() > begun + HEALTH_PATIENCE:
+        if not arguments.wait or time.time() > begun + 60:
             raise Complaint(why)
         seen = max(seen, last_seen(settings))
         if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
@@ -11112,7 +11105,7 @@ def healthcheck(arguments: Arguments) -> int:
 
 def last_seen(settings: Settings) -> float:
     """Return when a relay had the spool, as far as can be seen: now, or when the last one took it."""
-    with contextlib.suppress(OSError), open(os.path.join(settings.spool, ".lock"), "rb") as file:
+    with contextlib.suppress(OSError), open(f"{settings.spool}/.lock", "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
