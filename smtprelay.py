@@ -5326,8 +5326,8 @@ class Session:
         if self.account.name:  # it may be gone from the file, or its limits may have changed
             self.account = reception.accounts.get(self.account.name) or NOBODY
         needed = settings.auth_required
-        if not self.account.name and (
-                reception.accounts.configured or not self.is_local if needed is None else needed):
+        account = self.account
+        if not account.name and (reception.accounts.configured or not self.is_local if needed is None else needed):
             return LOGIN_FIRST
         address, given = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
@@ -5339,34 +5339,27 @@ class Session:
             return NEED_SMTPUTF8
         if not reception.has_room(size):
             return SPOOL_FULL
-        if self.account.allowed_domains and not may_send_as(self.account, address):
+        if account.allowed_domains and not may_send_as(account, address):
             return WRONG_DOMAIN
-        limit = self.spent()
+        who = f"account {account.name}" if account.name else client_key(self.client)
+        minute, day, quotas = account.quota_per_minute, account.quota_daily, reception.quotas
+        limit = ("rate" if settings.rate_limit and not reception.rates.take(
+                     who, settings.rate_limit, settings.rate_burst) else
+                 "quota_per_minute" if minute and not quotas.minutes.take(account.name, minute, minute) else
+                 "quota_daily" if day and not quotas.reserve(account.name, day) else "")
         if limit:
-            return limit
+            reception.metrics.inc("smtp_rate_limited_total")
+            reception.audit.info("quota", client=self.client, user=account.name, limit=limit)
+            return RATE_SPENT
         flags = ("8BITMIME",) * (given.get("BODY", "").upper() == "8BITMIME") + ("SMTPUTF8",) * utf8
         protocol = "UTF8SMTP" if utf8 else "ESMTP"  # RFC 3848, 6531
-        protocol = protocol + "S" * bool(self.tls) + "A" * bool(self.account.name) if self.extended else "SMTP"
-        self.envelope = Envelope(address, self.client, self.helo, protocol, self.account.name, flags,
+        protocol = protocol + "S" * bool(self.tls) + "A" * bool(account.name) if self.extended else "SMTP"
+        self.envelope = Envelope(address, self.client, self.helo, protocol, account.name, flags,
                                  ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
         fault = self.fault("mail")
         if fault:
             self.forget()
         return fault or SENDER_OK
-
-    def spent(self) -> Reply | None:
-        """Take from the rate and the quotas of the sender; return the reply when one is spent."""
-        reception, s, account = self.reception, self.settings, self.account
-        who = f"account {account.name}" if account.name else client_key(self.client)
-        minute, day = account.quota_per_minute, account.quota_daily
-        limit = ("rate" if s.rate_limit and not reception.rates.take(who, s.rate_limit, s.rate_burst) else
-                 "quota_per_minute" if minute and not reception.quotas.minutes.take(account.name, minute, minute) else
-                 "quota_daily" if day and not reception.quotas.reserve(account.name, day) else "")
-        if not limit:
-            return None
-        reception.metrics.inc("smtp_rate_limited_total")
-        reception.audit.info("quota", client=self.client, user=account.name, limit=limit)
-        return RATE_SPENT
 
     def rcpt(self, argument: bytes) -> Reply:
         """RCPT TO (RFC 5321 4.1.1.3)."""
@@ -5412,7 +5405,7 @@ class Session:
         if not chunk:
             if reply:
                 return reply
-            self.answer(GO_AHEAD)
+            self.wire.write(reply_octets(GO_AHEAD))
         content = self.content or Content(lambda block: None, 0)
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
         self.wire.bulk = self.over = True  # what is left of content that breaks off is not to be taken for commands
