@@ -1316,7 +1316,8 @@ class Content:
     def take(self, block: bytes, stuffed: bool = False, skip: int = 0, last: bool = False) -> None:
         """Take a block that does not end between CR and LF, but for what it opens with (`skip`).
 
-        `stuffed`: its transparency is to be undone (RFC 5321 4.5.2).
+        `stuffed`: its transparency is to be undone (RFC 5321 4.5.2). `last`: with it, what `carry`
+        holds, the content is over.
         """
         pairs = block.count(b"\r\n")
         clean = pairs == block.count(b"\n") == block.count(b"\r")
@@ -1351,10 +1352,6 @@ class Content:
         cut = len(block) - block.endswith(b"\r")
         self.carry = block[cut:]
         self.take(block[:cut])
-
-    def finish(self) -> None:
-        """Judge what is still held when the content is over."""
-        self.take(self.carry, last=True)
 
 
 def read_data(wire: Wire, content: Content) -> None:
@@ -5005,7 +5002,7 @@ class Reception:
 
         Returns its queue id, or raises Refused.
         """
-        content.finish()
+        content.take(content.carry, last=True)
         size, owed = content.size, "HOLD" not in envelope.flags
         try:
             if content.error:
