@@ -8603,14 +8603,14 @@ def show_faults(request: Request) -> Any:
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
 def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
+    kinds = ("received", "forwarded", "failed")
 
     def used(figures: Mapping[str, int]) -> dict[str, int]:
         return {"received": 0, "failed": 0, **figures, "forwarded": figures.get("sent", 0)}
 
     return {
         "hours": [{"at": iso_time(h * 3600), "deferred": d.hours[h, "retrying"],
-                   **{kind: d.hours[h, kind] for kind in ("received", "forwarded", "failed")}}
-                  for h in range(now - 23, now + 1)],
+                   **{kind: d.hours[h, kind] for kind in kinds}} for h in range(now - 23, now + 1)],
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()],
@@ -9268,8 +9268,11 @@ class Delivering:
         known = self.inbox.last
         stems = [stem for stem in stems if self.inbox.add(stem) > known]
         for stem in stems:
-            self.shelve(stem, Status.RECEIVED if owed else Status.HELD)
-            self.sidecars += () if owed else (stem,)
+            if not owed:
+                self.shelve(stem, Status.HELD)
+                self.sidecars.append(stem)
+            elif self.settings.spool_max_size:
+                self.shelve(stem, Status.RECEIVED)
             self.tell("received", stem)
         if stems:
             self.came_at = time.monotonic()
@@ -9566,7 +9569,9 @@ class Delivering:
         self.metrics.inc(f"smtp_messages_{event}_total")
         self.tell(word, message.stem, why)
         self.log.info(word, id=message.id, host=last.host, code=last.code, reply=last.reply, attempts=message.attempts)
-        self.audit.info(event, id=message.id, user=message.user, recipients=[vars(r) for r in message.recipients])
+        if self.audit.sink:
+            self.audit.info(event, id=message.id, user=message.user,
+                            recipients=[vars(r) for r in message.recipients])
         self.reception.quotas.count(message.user, counted)
 
     def report(self, message: Message) -> tuple[str, float]:
@@ -9869,12 +9874,12 @@ class Parts:
         return Receiving(reception, self.smtp, self.smtps)
 
 
-def inherited_sockets(first: int = 3) -> dict[str, list[socket.socket]]:
+def inherited_sockets() -> dict[str, list[socket.socket]]:
     """Return the sockets from systemd, by FileDescriptorName, else smtp's (sd_listen_fds(3))."""
     found = collections.defaultdict[str, list[socket.socket]](list)
     many = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * many
-    for number, name in enumerate(names[:many], first):
+    for number, name in enumerate(names[:many], 3):
         found[name if name in ("smtps", "http", "submit") else "smtp"].append(socket.socket(fileno=number))
     return found
 
