@@ -5798,8 +5798,8 @@ def decode_jis(octets: bytes) -> bytes:
         if not found[2]:  # half as wide; or of JIS X 0212, which Shift_JIS has not
             return found[1] or b"?"
         first, second = (octet & 0x7F for octet in found[2])
-        second += (0x1F if second < 0x60 else 0x20) if first % 2 else 0x7E
-        return bytes(((first + 1) // 2 + (0x70 if first < 0x5F else 0xB0), second))
+        second += 0x1F + (second > 0x5F) if first % 2 else 0x7E
+        return bytes(((first + 1) // 2 + 0x70 + 0x40 * (first > 0x5E), second))
 
     chunks = []
     for mode, run, before in re.findall(rb"\x1b(\$[@B]|\([BIJ])([^\x1b]*)|([^\x1b]+|\x1b)", octets):
@@ -6047,8 +6047,7 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
 class Email:
     """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`.
 
-    It is decoded as far as it is looked at, first of all where nothing can be stopped by it: what
-    cannot be read, for a fault of ours, is shown as that.
+    It is decoded as far as it is looked at. What cannot be read, for a fault of ours, says so.
     """
 
     def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
@@ -6296,10 +6295,8 @@ def view_html(mail: Email) -> str:
 
     page = re.sub(r"(?i)<(a|area|meta|base|link)((?=[\s/>])[^<>]{0,4000})", own, embed_images(mail))
     # What is looked ahead for and then taken is taken once: one comment, not as many as fit.
-    before = r"(?is)(?:(?=([\s\ufeff]+|<!--.*?-->|<\?[^>]*>))\1)*<!doctype[^>]*>"
-    start = re.match(before, page)
-    at = start.end() if start else 0
-    return f"{page[:at]}<base target=_blank>{page[at:]}"
+    before = r"(?is)\A(?:(?:(?=([\s\ufeff]+|<!--.*?-->|<\?[^>]*>))\1)*<!doctype[^>]*>)?"
+    return re.sub(before, r"\g<0><base target=_blank>", page, count=1)
 
 
 def embed_images(mail: Email) -> str:
@@ -6510,8 +6507,7 @@ class Listing(NamedTuple):
 class Inbox:
     """The index of all messages: order, read flags, tags, waiting.
 
-    `first` is the first sequence number: where clients outlive a restart, one above all those
-    of the earlier run.
+    `first` is the first sequence number, above those of an earlier run where clients outlive it.
     """
 
     def __init__(self, spool: Spool, log: Log, first: int = 1,
@@ -6561,9 +6557,8 @@ class Inbox:
              gone: Callable[[], bool] = lambda: False) -> Item | None:
         """Block until a message matches; None after `timeout` seconds.
 
-        With `since`, the oldest match numbered above it: a client goes on from one match to
-        the next. Without, the newest match that is there, or else the next to come. A caller
-        that is `gone`, which is asked each second, is sent away.
+        With `since`, the oldest match numbered above it; without, the newest that is there, or
+        else the next to come. A caller that is `gone`, which is asked each second, is sent away.
         """
         deadline, seen = time.monotonic() + timeout, since or 0
         while True:
