@@ -6070,8 +6070,8 @@ class Email:
         people = {name: [person for key, value in self.fields if key.lower() == name
                          for person in addresses(value)]
                   for name in ("from", "to", "cc", "bcc", "reply-to")}
-        unread = decode_words(header(self.fields, "from"))[:1000]
-        people["from"] = people["from"] or [{"Name": unread, "Address": ""}]
+        people["from"] = people["from"] or [
+            {"Name": decode_words(header(self.fields, "from"))[:1000], "Address": ""}]
         named = {p["Address"].lower() for name in ("to", "cc", "bcc") for p in people[name]}
         people["bcc"] += [{"Name": "", "Address": address} for address in self.recipients
                           if address.lower() not in named]
@@ -6099,7 +6099,7 @@ class Email:
     def plain(self) -> str:
         """The text/plain bodies, their line ends as sent."""
         texts = (part.text for part in self.having("body", "plain"))
-        return "\n--\n".join(text for text in texts if text.strip())
+        return "\n--\n".join(filter(str.strip, texts))
 
     @property
     def html(self) -> str:
@@ -6129,10 +6129,8 @@ class Email:
 
     @functools.cached_property
     def codes(self) -> list[str]:
-        """The verification codes: the surest kind found, in order.
-
-        A code is 4 to 10 letters and digits near a word such as code, OTP or PIN. Years, prices,
-        phone and order numbers, postal codes and colours are none.
+        """The verification codes, the surest kind found, in order: letters and digits near a
+        word such as code, OTP or PIN; no year, price, phone or order number, postal code, colour.
         """
         words = f"{self.subject}\n{self.text}"
         return codes_in(words) or codes_in(strip_html(self.page[:TEXT_LIMIT]))
@@ -6193,8 +6191,8 @@ def strip_html(page: str) -> str:
     page = re.sub(NOT_SHOWN, "", page.replace("\n", " "))
     page = re.sub("(?i)<(?=t[dh])", " <", re.sub(BLOCK_TAG, "\n", page))
     page = re.sub("(?i)</?[a-z!?][^<>]*>?", "", page)
-    lines = unescape(page).split("\n")
-    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
+    lines = (" ".join(line.split()) for line in unescape(page).split("\n"))
+    return "\n".join(filter(None, lines))
 
 
 # Words for code, in the languages of most mail. Those of scripts without spaces, or with signs that
@@ -6223,8 +6221,7 @@ OTHER_AFTER = (r"(?i)\A ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?
 def codes_in(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text[:TEXT_LIMIT])
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
-    lines = (re.sub(URL, " ", line).split() for line in text.split("\n"))
-    flat = "\n".join(map(" ".join, lines))
+    flat = "\n".join(" ".join(line.split()) for line in re.sub(URL, " ", text).split("\n"))
     weights: dict[str, int] = {}  # 3 where the words beside it say so, 0 where it is none at all
     end, weight = 0, 0
     for match in re.finditer(CODE_TOKEN, flat):
