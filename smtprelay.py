@@ -8606,8 +8606,8 @@ def show_stats(request: Request) -> Any:
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()],
-        "totals": {kind: int(d.metrics.get(f"smtp_messages_{counted}_total"))
-                   for kind, counted in zip(kinds, ("received", "delivered", "failed"))}}
+        "totals": {counted.replace("delivered", "forwarded"): int(d.metrics.get(f"smtp_messages_{counted}_total"))
+                   for counted in ("received", "delivered", "failed")}}
 
 
 def account_json(request: Request, account: Account) -> dict[str, Any]:
