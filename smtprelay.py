@@ -250,16 +250,10 @@ BAD_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
 #     received -> held | forwarding      held -> forwarding (released)
 #     forwarding -> forwarded | failed | retrying | held      retrying -> forwarding
 
-@functools.lru_cache(maxsize=64)
-def iso_second(seconds: int) -> str:
-    """Return a Unix time as ISO 8601 UTC without its last Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
 def iso_time(seconds: float) -> str:
     """Return a Unix time as ISO 8601 UTC, to the millisecond."""
-    whole = int(seconds)
-    return f"{iso_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
+    at = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return at.isoformat(timespec="milliseconds")[:23] + "Z"
 
 
 def unix_time(text: str) -> float:
@@ -274,7 +268,7 @@ def unix_time(text: str) -> float:
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hidden = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden[:16]}"
+    return f"{iso_time(id_micros(id) / 1e6)[:10]}/{id}_{hidden[:16]}"
 
 
 def id_micros(id: str) -> int:
@@ -2167,12 +2161,11 @@ class Spool:
 
     def tidy(self, stem: str, ends: Sequence[str]) -> None:
         """Deal with what no message needs: what is not ours is set aside, as is a cut-off arrival."""
-        for end in ends:
+        for end in {*ends} - {f".{self.run}.part"}:
             if not NAME.fullmatch(stem[11:] + end):
                 self.set_aside(stem + end, "not a name of ours")
             elif end.endswith(".part"):
-                if end != f".{self.run}.part":
-                    self.set_aside(stem + end, "never acknowledged")
+                self.set_aside(stem + end, "never acknowledged")
             elif end == ".tmp" or ".eml" not in ends:
                 try:
                     self.store.remove(self.path(stem + end))
@@ -2293,10 +2286,8 @@ class Draft:
         if self.fd < 0:
             size = b"%-12s" % TO_THE_END.encode() if self.seal else b"%012d" % self.size
             data = b"X-Envelope-Size: %s\r\n%s" % (size, data)
-        if not spool.on_disk:
-            spool.store.write(self.final, data)
-            return
-        if self.fd < 0:
+            if not spool.on_disk:
+                return spool.store.write(self.final, data)
             if spool.folder != folder or not os.path.isdir(folder):
                 os.makedirs(folder, 0o700, exist_ok=True)
                 sync_directory(spool.root)
@@ -2843,7 +2834,7 @@ class Quotas:
                     os.unlink(f"{self._directory}/{file}")
 
     def _day(self, ago: float = 0) -> str:
-        return iso_second(int(self._now() - ago))[:10]
+        return iso_time(self._now() - ago)[:10]
 
     def _read(self, day: str) -> Counts:
         """Read the file of a day; a broken one is logged, counts nothing and goes."""
@@ -3397,17 +3388,15 @@ def parse_answer(message: bytes, name: str, asked_for: int) -> DnsAnswer:
         start, at = at + 10, at + 10 + length
         if owner != name or kind not in (asked_for, CNAME) or family != 1:
             continue
-        longest, data, preference = min(longest, ttl), message[:at], 0
+        longest, data = min(longest, ttl), message[:at]
         if kind in FAMILIES:
             records.append((0, socket.inet_ntop(FAMILIES[kind], data[start:])))
             continue
-        if kind == MX:
-            preference, start = int.from_bytes(data[start:start + 2], "big"), start + 2
-        value, end = read_name(data, start)
+        value, end = read_name(data, start + 2 * (kind == MX))
         if end != at:
             raise ValueError("record of the wrong length")
         if kind == MX:
-            records.append((preference, value))
+            records.append((int.from_bytes(data[start:start + 2], "big"), value))
         else:
             alias = value
     if at > len(message):
@@ -3590,18 +3579,20 @@ ENCODINGS = (b"7bit", b"8bit", b"binary", b"quoted-printable")  # and base64 (RF
 LATER, NEVER = Status.RETRYING, Status.FAILED
 
 
+@dataclass(eq=False)
 class Trouble(Exception):
     """The next hop did not do what was asked: at which stage, what it said (code 0: no answer)."""
 
-    def __init__(self, stage: str, code: int, reply: str) -> None:
-        super().__init__(stage, code, reply)
-        self.stage, self.code, self.reply = stage, code, reply
+    stage: str
+    code: int
+    reply: str
 
 
 # A stage, the code of the answer there (0: none) and its text; what it means, and whether for every
 # message. The first that fits counts. What a host has against us is no verdict on a recipient;
 # <helo> is our name.
 MEANINGS = (
+    (r"\w+ 2", Status.FORWARDED, False),
     (r"(connect|greeting|hello|starttls|login) |\w+ 53[0458]", LATER, True),
     (r"(mail|rcpt) 5.*\b(helo|ehlo)\b", LATER, True),
     (r"offers", NEVER, True),  # it lacks what this message needs: another may have it
@@ -3610,13 +3601,6 @@ MEANINGS = (
     (r"", LATER, False),
 )
 STALE = r"rset|mail [0-4]|(rcpt|data) 421"  # what a connection says that is of no more use
-
-
-def classify(stage: str, code: int, reply: str, name: str) -> tuple[Status, bool]:
-    """Return what an answer that is no success means, and for whom; `name` is what EHLO said."""
-    case = f"{stage} {code} {reply}".replace(f"<{name}>", "<helo>")
-    return next((status, of_host) for pattern, status, of_host in MEANINGS
-                if re.match("(?is)" + pattern, case))
 
 
 class Target(NamedTuple):
@@ -3752,7 +3736,9 @@ class NextHop:
         """Connect, say hello, start TLS and log in, as the target asks."""
         target = self.target
         try:
-            sock = self.connect()
+            place = target.ip or target.host, target.port
+            places = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)  # an even share for each
+            sock = socket.create_connection(place, self.settings.relay_timeout / len(places))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.ip = sock.getpeername()[0]  # fails when the peer has gone already
             ours = str(sock.getsockname()[0]).partition("%")[0]
@@ -3770,13 +3756,6 @@ class NextHop:
             self.start_tls()
         if target.username:
             self.login()
-
-    def connect(self) -> socket.socket:
-        """Connect to one of the host's addresses, with an even share of the time for each."""
-        place = self.target.ip or self.target.host, self.target.port
-        places = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
-        share = self.settings.relay_timeout / len(places)
-        return socket.create_connection(place, share)
 
     def secure(self, stage: str) -> None:
         """Put TLS under the connection."""
@@ -3907,8 +3886,9 @@ class NextHop:
 
     def judge(self, stage: str, code: int, reply: str) -> Outcome:
         """Return what an answer means, and how it was come by."""
-        status, of_host = (Status.FORWARDED, False) if code // 100 == 2 else classify(
-            stage, code, reply, self.name)
+        case = f"{stage} {code} {reply}".replace(f"<{self.name}>", "<helo>")
+        status, of_host = next((status, of_host) for pattern, status, of_host in MEANINGS
+                               if re.match("(?is)" + pattern, case))
         verified = bool(self.tls) and self.settings.relay_tls_verify
         return Outcome(status, of_host, code, reply[:REPLY_KEPT], self.target.host, self.ip,
                        self.tls, verified, "dsn" in self.features, stage == "content" and not code)
@@ -4198,9 +4178,9 @@ class Delivery:
             for address in here:
                 stands.setdefault(address, []).append(r)
         for address, people in stands.items():
-            changed = tuple(r.address for r in people if r.address != address)
-            same = next((r for r in people if r.address == address), Recipient(address))
-            parcels.setdefault(changed, []).append(same)
+            same = [r for r in people if r.address == address] or [Recipient(address)]
+            changed = tuple([r.address for r in people if r.address != address])
+            parcels.setdefault(changed, []).append(same[0])
         return_path = message.reverse_path and (s.relay_return_path or s.relay_from)
         sent = dataclasses.replace(message, reverse_path=return_path) if return_path else message
         contents = [(people, self.content(message, file, changed))
@@ -4249,9 +4229,8 @@ class Delivery:
         it may cover what is not there, too.
         """
         s, begin = self.settings, file.tell()
-        start = begin
-        head = b"".join([b"X-Original-To: %s\r\n" % a.encode("utf-8", "surrogateescape")
-                         for a in originals])
+        original = "".join([f"X-Original-To: {address}\r\n" for address in originals])
+        head, start = original.encode("utf-8", "surrogateescape"), begin
         first = file.read(REWRITE_MOST) if s.relay_repair or s.relay_from else b""
         top = max(file.seek(0, os.SEEK_END) - start - message.size, 0)  # below our Received
         field = rb"[!-9;-~]+[ \t]*:[^\n]*(?:\n|\Z)(?:[ \t][^\n]*(?:\n|\Z))*"
@@ -4542,9 +4521,8 @@ def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: 
         spoke, failed = r.host and r.code, r.status is Status.FAILED
         bare = not r.code or r.reply.startswith(code)
         said = one_line((r.reply if bare else f"{code} {r.reply}") or "no answer", REPLY_MAX)
-        status = {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0")
-        if found and kind in (0, int(found[1][0])):
-            status = found[1]
+        status = found[1] if found and kind in (0, int(found[1][0])) else (
+            {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0"))
         keys = (status, status[2:], status[2:].partition(".")[0], code, "")
         advice = next(WHAT_TO_DO[key] for key in keys if key in WHAT_TO_DO)
         if failed:

@@ -5297,7 +5297,8 @@ def test_what_a_host_has_against_our_name_is_no_verdict_on_a_recipient(reply: st
     with FakeHop({"rcpt": [reply]}) as hop, relaying(hop) as relay:
         message = finished(relay, send_to(relay, "bob@x.test"))
         assert (message.status.value, message.attempts) == (DONE, 1)
-    assert smtprelay.classify("rcpt", 504, "<bob>: need fully-qualified address", "x")[0] is smtprelay.Status.FAILED
+        one = smtprelay.NextHop(settings_of(), smtprelay.Target(hop.host, hop.port, "none"), smtprelay.Log(os.devnull))
+        assert one.judge("rcpt", 504, "<bob>: need fully-qualified address").status is smtprelay.Status.FAILED
 
 
 UTF8 = [  # sender, header, who gets it at a host without SMTPUTF8, and as whom
@@ -6098,7 +6099,8 @@ def test_a_peer_that_is_gone_at_once_is_the_hosts_trouble(start: Any, hop: Any, 
 
     h = hop()
     relay = relaying_in_review(start, h)
-    monkeypatch.setattr(smtprelay.NextHop, "connect", lambda _: Gone())
+    connect = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda to, *rest: Gone() if to[1] == h.port else connect(to, *rest))
     stem = said_stem(relay)
     wait_until(lambda: "not connected" in relay.delivering.spool.load(stem).last_error)
 
