@@ -1769,10 +1769,7 @@ class SealReader:
 
 
 class Sealer:
-    """Seals under one key of 32 octets; with an empty key, writes plain and opens only plain.
-
-    `name` is what the sealed thing must be opened as again.
-    """
+    """Seals under one key of 32 octets, or none: plain. What has a name is opened by that alone."""
 
     def __init__(self, key: bytes = b"") -> None:
         self.key, self.magic = key, MAGIC + hkdf(key, b"", b"smtprelay key id")[:8]
@@ -1898,10 +1895,7 @@ def read_asked(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
-    """Return the envelope headers behind X-Envelope-Size, then our Received header (RFC 5321 4.4).
-
-    That one names a recipient only where there is just one.
-    """
+    """Return the envelope headers behind X-Envelope-Size, then our Received (RFC 5321 4.4)."""
     e, only = envelope, envelope.recipients[0] if len(envelope.recipients) == 1 else ""
     trace = (f"Received: from {e.helo or 'unknown'} ([{'IPv6:' if ':' in e.client else ''}{e.client}])\r\n"
              f"\tby {hostname} (smtprelay) with {e.protocol} id {id}" + (f"\r\n\tfor <{only}>" if only else "")
@@ -1938,14 +1932,15 @@ def first_record(file: BinaryIO) -> Message:
         if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
         flags = tuple(one.get("flags", "").split())
-        status = Status.HELD if "HOLD" in flags else Status.RECEIVED
+        held = HELD_BY_MODE if "HOLD" in flags else ""
+        status = Status.HELD if held else Status.RECEIVED
         received = iso_time(id_micros(one["id"]) / 1e6)
         reverse_path, told = read_asked(one["from"])
         recipients = [Recipient(path, status, **of) for path, of in (read_asked(v) for k, v in block if k == "to")]
         return Message(
             one["id"], status, received, reverse_path, recipients, size,
             one["client"], one["helo"], one["protocol"], one["user"], flags, **told,
-            history=[{"at": received, "status": status.value, "detail": HELD_BY_MODE if "HOLD" in flags else ""}])
+            history=[{"at": received, "status": status.value, "detail": held}])
     except (KeyError, TypeError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
 
@@ -2130,11 +2125,8 @@ class Spool:
         return f"{self.root}/{name}"
 
     def draft(self, envelope: Envelope) -> Draft:
-        """Begin a message; nothing is on disk before its first large block or its commit.
-
-        Queue ids sort by arrival: the time in microseconds, then who made it.
-        """
-        with self.lock:
+        """Begin a message; nothing is on disk before its first large block or its commit."""
+        with self.lock:  # ids sort by arrival: the time in microseconds, then who made it
             self.last_id = max(self.last_id + 1, time.time_ns() // 1000)
             id = f"{self.last_id:013x}{self.maker}"
         return Draft(self, envelope, id)
@@ -3368,10 +3360,7 @@ def system_dns_servers(path: str = "/etc/resolv.conf") -> list[Address]:
 
 
 def parse_answer(message: bytes, name: str, asked_for: int) -> DnsAnswer:
-    """Read what a message says about its question (RFC 1035 4.1).
-
-    ValueError, IndexError or struct.error if that is nothing.
-    """
+    """Read an answer (RFC 1035 4.1); ValueError, IndexError or struct.error when it is none."""
     records, alias = [], ""
     longest, at = MAX_TTL, DNS_HEADER_SIZE + len(name) + 6
     flags, count = struct.unpack_from("!2xH2xH", message)
@@ -3716,10 +3705,7 @@ def with_author(fields: bytes, names: Container[bytes], address: str) -> bytes:
 # -- a connection --
 
 class NextHop:
-    """One connection to a next hop; Trouble says why it was not opened or a message not passed.
-
-    `spent` tells that it is of no more use, `clean` that it is between two messages.
-    """
+    """One connection to a next hop; Trouble says why it was not opened or a message not passed."""
 
     def __init__(self, settings: Settings, target: Target, log: Log,
                  context: Callable[[], ssl.SSLContext] = client_context) -> None:
@@ -3729,7 +3715,7 @@ class NextHop:
         self.limits: dict[str, int] = {}  # SIZE and RCPTMAX, as far as it has one
         self.transcript: list[str] = []
         self.sent, self.since = 0, time.monotonic()  # when it was last taken, or given back
-        self.clean, self.spent = True, False
+        self.clean, self.spent = True, False  # between two messages; of no more use
         self.ip = self.tls = ""
 
     def open(self) -> None:
@@ -3907,10 +3893,7 @@ class NextHop:
 
     def commands(self, message: Message, recipients: Sequence[Recipient], content: Outgoing,
                  outcomes: dict[str, Outcome]) -> tuple[list[str], list[bytes]]:
-        """Return whom a transaction can be for, and its lines with the parameters offered.
-
-        Who needs what is not offered gets an outcome.
-        """
+        """Return whom a transaction can be for, and its lines; the others get an outcome."""
         offered, limit = self.features, self.limits.get("SIZE", 0)
         if 0 < limit < content.size:
             reply = f"5.3.4 message has {content.size} octets, the next hop takes {limit}"
@@ -4062,13 +4045,10 @@ class Attempt(NamedTuple):
 
 
 class Delivery:
-    """Makes attempts, keeping connections for reuse. Workers share it; its lock is a leaf.
-
-    `own` are the ports where this relay itself listens.
-    """
+    """Makes attempts, keeping connections. Workers share it; its lock is a leaf."""
 
     def __init__(self, settings: Settings, log: Log, accounts: Accounts,
-                 own: Sequence[int] = ()) -> None:
+                 own: Sequence[int] = ()) -> None:  # the ports where this relay listens
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
         self.resolver = Resolver(settings.dns_server, settings.hostname)
         self.lock = threading.Lock()
@@ -4293,10 +4273,7 @@ class Delivery:
 
     def attempt_at(self, target: Target, message: Message, parcels: Parcels,
                    reached: Callable[[], None], transcript: list[str]) -> dict[str, Outcome]:
-        """Try one target, in portions where it has a limit; return an outcome for each recipient.
-
-        A connection that has had its fill, or was left, is replaced without blame.
-        """
+        """Try one target, in portions where it has a limit; return an outcome for each recipient."""
         outcomes: dict[str, Outcome] = {}
         work, stale = list(parcels), False
         while work:
@@ -4320,7 +4297,7 @@ class Delivery:
                     work = [(more, content), *work] if more else work
             except Trouble as e:
                 stale = hop.sent > 1 and re.match(STALE, f"{e.stage} {e.code}") is not None
-                if stale:
+                if stale:  # it has had its fill, or was left: replaced without blame
                     hop.spent = True
                     work.insert(0, (people, content))
                     continue
@@ -4498,10 +4475,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
 
 def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: Sequence[Message],
             utf8: bool) -> tuple[bytes, bytes]:
-    """Tell who did not get the message, why, what to do: in words for people, fields for programs.
-
-    A status (RFC 3463) is the reply's enhanced code, or one that says no more than its code.
-    """
+    """Tell who did not get the message, why, what to do: in words for people, fields for programs."""
     arrived = mail_date(int(unix_time(message.received_at)))
     words = [f"This is the mail server {hostname}.", "",
              f"It is about your message of {arrived} ({message.size} octets)."]
@@ -4521,6 +4495,7 @@ def told_of(message: Message, told: Sequence[Recipient], hostname: str, others: 
         spoke, failed = r.host and r.code, r.status is Status.FAILED
         bare = not r.code or r.reply.startswith(code)
         said = one_line((r.reply if bare else f"{code} {r.reply}") or "no answer", REPLY_MAX)
+        # RFC 3463: the reply's enhanced code, or one that says no more than its code
         status = found[1] if found and kind in (0, int(found[1][0])) else (
             {0: "4.4.0", 2: "2.0.0", 4: "4.0.0"}.get(kind, "5.0.0"))
         keys = (status, status[2:], status[2:].partition(".")[0], code, "")
