@@ -8301,7 +8301,8 @@ def delete_messages(request: Request) -> bytes | None:
     one = "id" in request.names
     request.relay.remove([request.item()["ID"]] if one else chosen(request))
     # MailHog's clients, which say nothing of what they accept, take no body but an empty one
-    return b"" if one or not request.body and "Accept" not in request.headers else None
+    bare = not request.body and not request.query and "Accept" not in request.headers
+    return b"" if one or bare else None
 
 
 @route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
