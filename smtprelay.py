@@ -8549,7 +8549,7 @@ def show_faults(request: Request) -> Any:
 @route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
 def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
-    kinds = ("received", "forwarded", "failed")
+    kinds = {"received": "received", "forwarded": "delivered", "failed": "failed"}  # and their counters
 
     def used(figures: Mapping[str, int]) -> dict[str, int]:
         return {"received": 0, "failed": 0, **figures, "forwarded": figures.get("sent", 0)}
@@ -8560,8 +8560,8 @@ def show_stats(request: Request) -> Any:
         "days": [{"at": day, **used(figures)} for day, figures in quotas.days().items()],
         "accounts": [{"name": a.name, **used(quotas.today(a.name))}
                      for a in d.reception.accounts.listed()],
-        "totals": {counted.replace("delivered", "forwarded"): int(d.metrics.get(f"smtp_messages_{counted}_total"))
-                   for counted in ("received", "delivered", "failed")}}
+        "totals": {kind: int(d.metrics.get(f"smtp_messages_{counted}_total"))
+                   for kind, counted in kinds.items()}}
 
 
 def account_json(request: Request, account: Account) -> dict[str, Any]:
