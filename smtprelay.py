@@ -98,7 +98,6 @@ import enum
 import errno
 import fcntl
 import fnmatch
-import functools
 import gc
 import hashlib
 import heapq
@@ -134,8 +133,11 @@ import traceback
 import types
 import unicodedata
 import urllib.parse
+from collections import Counter, deque
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, Union, cast
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ class Refused(Exception):
         self.reply = reply
 
 
-@functools.lru_cache(maxsize=128)
+@lru_cache(maxsize=128)
 def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
     mark = f"{reply.enhanced} " if reply.enhanced else ""
@@ -264,7 +266,7 @@ def unix_time(text: str) -> float:
         return 0.0
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hidden = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()
@@ -617,7 +619,7 @@ PRESETS = {
 }
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def recipient_limit(host: str) -> int | None:
     """Return how many recipients a provider takes in one transaction, 0 if unknown; None for another host."""
     return next((most for known, most in PRESETS.values() if fnmatch.fnmatch(host.lower(), known.split(":")[0])), None)
@@ -806,7 +808,7 @@ class Settings:
             self, hostname=self.hostname or machine_name(), relay_tls=self.relay_tls or usual,
             delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=receivers, relay_port=port)
 
-    @functools.cached_property
+    @cached_property
     def smart_hosts(self) -> tuple[tuple[str, int, str], ...]:
         """The smart hosts in the order in which they are tried: name, port, and SMTP_RELAY_TLS for it."""
         places = (split_port(h, str(self.relay_port)) for h in self.relay_host)
@@ -818,7 +820,7 @@ def machine_name() -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address is this machine, without asking DNS."""
     try:
@@ -927,7 +929,7 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     Then there are Mailpit's and MailHog's settings: which of ours does it.
     """
     real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])}
-    first_words = collections.Counter(name.split("_")[1] for name in FIELDS)
+    first_words = Counter(name.split("_")[1] for name in FIELDS)
     found: tuple[list[str], list[str]] = ([], [])
     others = {"MP": "Mailpit's", "MH": "MailHog's"}
     for name in sorted(env.keys() - real):
@@ -984,7 +986,7 @@ class Log:
     def __init__(self, sink: logging.Logger | str, as_json: bool = False,
                  level: str = "info") -> None:
         self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
-        self.debug, self.info, self.warn, self.error = (functools.partial(self.write, each) for each in LEVELS)
+        self.debug, self.info, self.warn, self.error = (partial(self.write, each) for each in LEVELS)
 
     def write(self, level: str, event: str, /, **fields: object) -> None:
         number, sink = LEVELS[level], self.sink
@@ -1015,7 +1017,7 @@ class Log:
         return line
 
     def tell(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
+        with suppress(OSError, ValueError, AttributeError):  # it may be closed
             sys.stderr.write(line + "\n")
 
     def greet(self, lines: Sequence[str]) -> None:
@@ -1023,7 +1025,7 @@ class Log:
         for line in lines:
             event = self.line("info", "start", {"said": line}) if self.as_json else line
             if self.sink and isinstance(self.sink, str):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     append_line(self.sink, event)
             self.tell(line if self.sink else event)
 
@@ -1283,7 +1285,7 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
     """
     seconds = max(seconds, 0.001)  # none at all would be no limit
     if not isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError):  # Python and this kernel differ on the size of the time
+        with suppress(OSError):  # Python and this kernel differ on the size of the time
             limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -1459,7 +1461,7 @@ def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
     return found[1], rest
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str]]:
     """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
 
@@ -1613,7 +1615,7 @@ def with_a_labels(domain: str) -> str:
     Python's IDNA is that of 2003, in which straße.example is strasse.example: they are two.
     """
     name = unicodedata.normalize("NFC", domain.lower())
-    with contextlib.suppress(UnicodeError):
+    with suppress(UnicodeError):
         if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
             form = name.encode("idna")
             if form.decode("idna") == name:
@@ -1666,7 +1668,7 @@ def open_libcrypto() -> ctypes.PyDLL:
     # version, since macOS ends the process that loads it.
     own = getattr(sys.modules.get("_ssl"), "__file__", None)
     for name in (own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"):
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
             # back, where a chunk takes 0.05 ms.
             library = ctypes.PyDLL(name)
@@ -1777,7 +1779,7 @@ class Sealer:
 
     def cipher(self, head: bytes, name: str) -> Callable[..., Any]:
         """Return what seals a chunk of one file, by its nonce, or opens it, with a tag."""
-        return functools.partial(gcm, self.lib, hkdf(self.key, head[-32:], b"smtprelay file"),
+        return partial(gcm, self.lib, hkdf(self.key, head[-32:], b"smtprelay file"),
                                  head + name.encode("utf-8", "surrogateescape"))
 
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
@@ -1825,7 +1827,7 @@ def open_sealer(settings: Settings) -> Sealer:
     """
     try:
         sealer = Sealer(settings.spool_key)
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
+        with suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SpoolError(f"{KEY_CHECK} was altered")
     except SpoolError as e:
@@ -1875,7 +1877,7 @@ class SpoolBusy(Exception):
 
 # -- what a message opens with --
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def mail_date(seconds: int) -> str:
     """Return a Unix time as RFC 5322 writes it, in UTC."""
     return email.utils.formatdate(seconds).replace("-0000", "+0000")
@@ -1981,7 +1983,7 @@ def replace_file(path: str, content: bytes, sync: bool = False) -> None:
     draft = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}")
     try:
         write_file(draft, content, os.O_EXCL, sync)
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             was = os.stat(path)
             os.chmod(draft, stat.S_IMODE(was.st_mode))
             if os.geteuid() == 0:  # root changes a file which the relay, not root, must go on reading
@@ -2232,7 +2234,7 @@ class Spool:
     def save_first(self, message: Message) -> None:
         """Write the first record of a message, unless it has one."""
         name = message.stem + ".json"
-        with contextlib.suppress(FileExistsError):  # it was delivered, or tried, in the meantime
+        with suppress(FileExistsError):  # it was delivered, or tried, in the meantime
             self.store.write(self.path(name), self.sealer.seal(message.to_json(), name), os.O_EXCL)
 
     def remove(self, stem: str) -> None:
@@ -2299,7 +2301,7 @@ class Draft:
                 if self.spool.settings.fsync:
                     os.fsync(self.fd)  # once: after one that failed the kernel may call the next a success
             except OSError:
-                with contextlib.suppress(OSError):  # what stays is sent, and by the client once more
+                with suppress(OSError):  # what stays is sent, and by the client once more
                     os.unlink(self.final)
                 raise
             os.close(self.fd)
@@ -2310,7 +2312,7 @@ class Draft:
         """Forget the message; harmless after commit."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            with contextlib.suppress(OSError):  # what stays is set aside at the next start
+            with suppress(OSError):  # what stays is set aside at the next start
                 os.close(fd)
                 os.unlink(self.part)
 
@@ -2514,7 +2516,7 @@ class Watched:
         """Read what changes when a file does."""
         found = []
         for path in self.paths:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 now = os.stat(path)
                 found.append((now.st_mtime_ns, now.st_size, now.st_ino))
         return found
@@ -2706,7 +2708,7 @@ def may_send_as(account: Account, reverse_path: str) -> bool:
 
 # -- how much --
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def client_key(address: str) -> str:
     """Name whom an address belongs to: one IPv6 host has a whole /64 to come from."""
     return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
@@ -2738,7 +2740,7 @@ class Buckets:
 
 
 USED, FULL_AT = ("received", "sent", "failed"), "minute is full at"
-Counts = collections.Counter[tuple[str, str, str]]  # by day, account and what is counted
+Counts = Counter[tuple[str, str, str]]  # by day, account and what is counted
 
 
 class Quotas:
@@ -2754,7 +2756,7 @@ class Quotas:
         self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
         self._lock = threading.RLock()
         self._new, self._saved = Counts(), Counts()  # what no file says yet; what today's says
-        self._reserved: collections.Counter[str] = collections.Counter()
+        self._reserved: Counter[str] = Counter()
         self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
         if directory:
             os.makedirs(directory, 0o700, exist_ok=True)
@@ -2793,7 +2795,7 @@ class Quotas:
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
-        found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(collections.Counter)
+        found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(Counter)
         with self._lock:
             counts = +self._new
         for day in {file[:10] for file in os.listdir(self._directory)} if self._directory else ():
@@ -2907,7 +2909,7 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     pem, names = os.path.join(directory, "self-signed.pem"), subject_names(hostname)
     today, renewal = (iso_time(now() + days * DAY)[:10] for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS))
     made_for = renew_at = ""
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
     if made_for != f"# {names}" or today >= renew_at:
         replace_file(pem, f"# {names} renew {renewal}\n".encode() + make_pair(directory, names), sync=True)
@@ -2996,7 +2998,7 @@ NOWHERE: Mapping[str, float] = {}
 def backoff(settings: Settings, attempts: int, rng: random.Random) -> float:
     """Return the seconds to wait after so many attempts: exponential, capped, with jitter."""
     delay = settings.retry_max_delay
-    with contextlib.suppress(OverflowError):
+    with suppress(OverflowError):
         delay = min(delay, settings.retry_initial_delay * settings.retry_multiplier ** (attempts - 1))
     return delay * rng.uniform(1 - settings.retry_jitter, 1) / settings.time_scale
 
@@ -3006,7 +3008,7 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self.name, self.is_local = name, name in LOCAL_LANES
-        self.queue: collections.deque[str] = collections.deque()  # what is due
+        self.queue: deque[str] = deque()  # what is due
         self.here = {name: 0.0}  # where one waits that is due here alone; never changed
         self.running: dict[str, float] = {}  # stem: since when, oldest first
         self.proven = self.is_local  # has answered
@@ -3203,7 +3205,7 @@ class Scheduler:
                 heapq.heappush(self.heap, (lane.throttled_until, "", name))
                 old = time.time() - self.settings.retry_max_age / self.settings.time_scale
                 first_young = f"{iso_time(old)[:10]}/{int(old * 1e6):013x}"
-                lane.queue = collections.deque(sorted(lane.queue, key=first_young.__lt__))  # the old can but fail
+                lane.queue = deque(sorted(lane.queue, key=first_young.__lt__))  # the old can but fail
             return lane.throttled_until - now, first
 
     def release(self, name: str, throttled: bool = True) -> None:
@@ -3343,7 +3345,7 @@ def literal_address(literal: str) -> str:
     """Return the address in `[192.0.2.1]` or `[IPv6:2001:db8::1]` (RFC 5321 4.1.3)."""
     # a scope (%) is not for a stranger to name
     found = re.fullmatch(r"\[(?i:(IPv6:))?([^]%]*)\]", literal)
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if found:
             return str((ipaddress.IPv6Address if found[1] else ipaddress.IPv4Address)(found[2]))
     raise ResolveError(BAD_DOMAIN, literal)
@@ -3352,9 +3354,9 @@ def literal_address(literal: str) -> str:
 def system_dns_servers(path: str = "/etc/resolv.conf") -> list[Address]:
     """Return resolv.conf's name servers, this host's where it names none."""
     servers: list[Address] = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for name in re.findall(r"(?m)^[ \t]*nameserver[ \t]+(\S+)", file.read()):
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 servers += dns_servers(name)
     return servers[:3] or [Address("127.0.0.1", 53)]
 
@@ -3618,7 +3620,7 @@ class Outgoing:
 
     def blocks(self) -> Iterable[bytes]:
         self.file.seek(self.start)
-        return itertools.chain([self.head], iter(functools.partial(self.file.read, 64 * KIB), b""))
+        return itertools.chain([self.head], iter(partial(self.file.read, 64 * KIB), b""))
 
     def survey(self) -> Outgoing:
         """Find out whether there are lines that are too long, and 8-bit octets."""
@@ -3634,7 +3636,7 @@ class Outgoing:
         """Return it with short lines and, where asked for, in seven bits, as far as can be."""
         return Outgoing(io.BytesIO(mend(b"".join(self.blocks()), seven, itertools.count()))).survey()
 
-    @functools.cached_property
+    @cached_property
     def seven(self) -> Outgoing:
         """What is sent to a next hop without 8BITMIME (RFC 6152 3)."""
         return self.mended(seven=True)
@@ -3886,7 +3888,7 @@ class NextHop:
         if "smtputf8" in self.features and not re.search("[\0-\x1f\x7f]", address):
             return address
         local, _, domain = address.rpartition("@")
-        with contextlib.suppress(ResolveError):
+        with suppress(ResolveError):
             if local.isascii() and local.isprintable():
                 return f"{local}@{ascii_domain(domain)}"
         return None
@@ -3993,14 +3995,14 @@ class NextHop:
             self.wire.flush()
         except (PeerGone, OSError, SpoolError) as e:  # no final dot: half a message would end in it
             self.spent, trouble = True, Trouble(stage, 0, f"cannot send the content: {e}")
-            with contextlib.suppress(Trouble):  # it may have said why before it hung up
+            with suppress(Trouble):  # it may have said why before it hung up
                 code, text = self.ask("content", seconds=1.0)
                 trouble = Trouble("content", code, text) if code >= 400 else trouble
             raise trouble from None
 
     def close(self) -> None:
         """Say QUIT, unless it is of no more use, and go; what it answers changes nothing."""
-        with contextlib.suppress(OSError, AttributeError), self.wire.sock as sock:
+        with suppress(OSError, AttributeError), self.wire.sock as sock:
             if not self.spent:
                 sock.settimeout(1.0)
                 sock.sendall(b"QUIT\r\n")
@@ -4011,7 +4013,7 @@ class NextHop:
 def is_own_address(ip: str) -> bool:
     """Tell whether an address is one of this machine's."""
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with contextlib.suppress(OSError), socket.create_server((ip, 0), family=family):
+    with suppress(OSError), socket.create_server((ip, 0), family=family):
         return True
     return False
 
@@ -4064,7 +4066,7 @@ class Delivery:
         self.rewrites = bool(settings.relay_redirect_to or settings.local_to or settings.aliases)
         self.stopped = False
 
-    @functools.cached_property
+    @cached_property
     def context(self) -> ssl.SSLContext:
         return client_context(self.settings.relay_ca_file, self.settings.relay_tls_verify)
 
@@ -4144,7 +4146,7 @@ class Delivery:
         s, smart, lanes = self.settings, self.smart(message), [lane]
         latest = time.monotonic() + GROUPING_TIME
         for other in () if smart else self.routes(message):  # same hosts: sent together
-            with contextlib.suppress(ResolveError):
+            with suppress(ResolveError):
                 if other != lane and time.monotonic() < latest and (
                         {*self.resolver.mx_hosts(other)} == {*self.resolver.mx_hosts(lane)}):
                     lanes.append(other)
@@ -4630,7 +4632,7 @@ def parse_fault(rule: str, step: bool = False) -> Fault:
                  **dict(zip(when[::2], map(count, when[1::2]))))
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def read_faults(text: str) -> list[Fault]:
     """Read rules; ValueError names each wrong one, and what was expected."""
     rules, wrong = [], []
@@ -4764,7 +4766,7 @@ def keep_together(crowded: bool, pick: int) -> None:
     if PROCESSORS:
         places = (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS
         policy = os.SCHED_BATCH if crowded else os.SCHED_OTHER
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.sched_setaffinity(0, places)
             os.sched_setscheduler(0, policy, os.sched_param(0))
 
@@ -4815,7 +4817,7 @@ class Turns:
 
     def __init__(self, places: int) -> None:
         self.lock, self.free = threading.Lock(), places
-        self.queue: collections.deque[threading.Lock] = collections.deque()
+        self.queue: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
         with self.lock:
@@ -5031,7 +5033,7 @@ class Session:
                 reception.log.bug("session_bug", e, client=self.client)
             if words:
                 self.wire.deadline = time.monotonic() + 1.0
-                with contextlib.suppress(PeerGone, TimeoutError):
+                with suppress(PeerGone, TimeoutError):
                     self.answer(words)
                     self.wire.flush()
         finally:
@@ -5058,7 +5060,7 @@ class Session:
         named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
         if settings.lenient and (self.is_local or in_networks(client, named)):
             self.lenient = settings.hostname
-        with contextlib.suppress(OSError):  # nobody has spoken; the socket blocks (`limit_calls`)
+        with suppress(OSError):  # nobody has spoken; the socket blocks (`limit_calls`)
             if not self.implicit_tls and self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 return TALKED_EARLY
         return None
@@ -5142,7 +5144,7 @@ class Session:
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
         self.wire.deadline = time.monotonic() + 1.0
-        with contextlib.suppress(PeerGone, TimeoutError, OSError):
+        with suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
             while True:
                 self.wire.buffer = b""
@@ -5423,7 +5425,7 @@ def shown_command(line: bytes) -> str:
 
 def shut(sock: socket.socket, how: int) -> None:
     """Shut one direction of a connection; SSLSocket's own way drops TLS, and goes on in clear."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         socket.socket.shutdown(sock, how)
 
 
@@ -5432,13 +5434,13 @@ def client_name(family: int, address: Any) -> str:
     return "local" if family == socket.AF_UNIX else plain_address(str(address[0]))
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def plain_address(text: str) -> str:
     ip = ipaddress.ip_address(text.partition("%")[0])
     return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
     return client != "local" and any(ipaddress.ip_address(client) in network for network in networks)
 
@@ -5533,14 +5535,14 @@ class Listener(socketserver.ThreadingTCPServer):
                 finally:
                     sock = session.wire.sock
                     if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
-                        with contextlib.suppress(OSError, ValueError):
+                        with suppress(OSError, ValueError):
                             sock.settimeout(0)
                             sock.unwrap()
                     sock.close()
                     reception.leave(session)
         except Exception as e:  # no thread or no memory; the next connection may find some
             reception.log.error("session_not_started", error=e)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             request.settimeout(0)
             request.send(reply_octets(TOO_MANY_SESSIONS))
         request.close()
@@ -5596,7 +5598,7 @@ class Receiving:
 
 def knock(server: socketserver.TCPServer) -> None:
     """Wake a thread that waits for a connection, with one of our own."""
-    with contextlib.suppress(OSError), socket.socket(server.socket.family) as call:
+    with suppress(OSError), socket.socket(server.socket.family) as call:
         call.settimeout(0.2)
         call.connect(server.socket.getsockname())
 
@@ -5619,7 +5621,7 @@ def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socke
         family = socket.AF_UNIX if path else socket.AF_INET6 if is_v6 else socket.AF_INET
         place = path or (address.host, address.port or port * (address.host in ("::1", "::")))
         try:
-            with contextlib.suppress(FileNotFoundError), socket.socket(family) as probe:
+            with suppress(FileNotFoundError), socket.socket(family) as probe:
                 if path and stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path):
                     os.unlink(path)  # one that a relay which is gone has left
             sock = socket.create_server(place, family=family, backlog=BACKLOG)
@@ -5709,7 +5711,7 @@ utf_7: utf7 unicode11utf7 csunicode11utf7
 """
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def find_codec(label: str) -> str:
     """Give the Python codec that a charset's label means, "" where it is none."""
     key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower()).lstrip("x")
@@ -5732,13 +5734,13 @@ def decode_text(octets: bytes, charset: str = "") -> str:
         octets, charset = octets[3:], "utf-8"
     codec = find_codec(charset)
     if not codec:
-        with contextlib.suppress(UnicodeDecodeError):
+        with suppress(UnicodeDecodeError):
             return octets.decode()
         pattern = rb"(?i)<meta\b[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})"
         said = re.search(pattern, octets[:4096])
         codec = find_codec(said[1].decode("latin-1")) if said else ""
         codec = "cp1252" if codec[:6] in ("", "utf_16") else codec
-    with contextlib.suppress(UnicodeError, OverflowError):
+    with suppress(UnicodeError, OverflowError):
         return octets.decode(codec)
     if codec in ("euc_jp", "iso2022_jp_ext"):  # with the rows that only Microsoft's tables have
         return decode_jis(octets).decode("cp932", "replace")
@@ -5868,7 +5870,7 @@ def unbase64(octets: bytes) -> bytes:
         return binascii.a2b_base64(octets + b"A==")[:-1]
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def header_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Split a header value into its first word and its parameters (RFC 2045, 2231), leniently."""
     value = value[:4096]
@@ -6017,7 +6019,7 @@ class Email:
         self.from_ = self.people["from"][0]["Address"]
         self.to, self.cc = ([p["Address"] for p in self.people[name]] for name in ("to", "cc"))
 
-    @functools.cached_property
+    @cached_property
     def people(self) -> dict[str, list[Person]]:
         """Who is named in all fields of a name: From has one, Bcc those whom no field names, too."""
         people = {name: [person for key, value in self.fields if key.lower() == name
@@ -6030,7 +6032,7 @@ class Email:
                           if address.lower() not in named]
         return people
 
-    @functools.cached_property
+    @cached_property
     def subject(self) -> str:
         return decode_words(header(self.fields, "subject"))
 
@@ -6043,12 +6045,12 @@ class Email:
         except Exception:  # of which the package raises many kinds
             return ""
 
-    @functools.cached_property
+    @cached_property
     def page(self) -> str:
         """The HTML bodies, their line ends as sent."""
         return "\n".join(part.text for part in self.having("body", "html"))
 
-    @functools.cached_property
+    @cached_property
     def plain(self) -> str:
         """The text/plain bodies, their line ends as sent."""
         texts = (part.text for part in self.having("body", "plain"))
@@ -6058,12 +6060,12 @@ class Email:
     def html(self) -> str:
         return self.page.replace("\r\n", "\n")
 
-    @functools.cached_property
+    @cached_property
     def text(self) -> str:
         """The text/plain body, or else the readable text of the HTML one; lines end in LF."""
         return self.plain.replace("\r\n", "\n") or strip_html(self.page[:SEARCH_LIMIT])
 
-    @functools.cached_property
+    @cached_property
     def links(self) -> list[str]:
         """The links of any scheme that opens a page or an app: the HTML's, then the text's."""
         found, text = [], self.text[:TEXT_LIMIT]
@@ -6080,7 +6082,7 @@ class Email:
             found.append(url)
         return [url for url in dict.fromkeys(found) if re.match(LINK, url)]
 
-    @functools.cached_property
+    @cached_property
     def codes(self) -> list[str]:
         """The verification codes, the surest kind found, in order: letters and digits near a
         word such as code, OTP or PIN; no year, price, phone or order number, postal code, colour.
@@ -6372,7 +6374,7 @@ def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
     name, colon, behind = term.lower().partition(":")
     value, field = clean(behind), SEARCH_LIMITS.get(name, "")
-    word = functools.partial(holds, " ", clean(term) or term)
+    word = partial(holds, " ", clean(term) or term)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state]) is (value != "unread")
     if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
@@ -6380,7 +6382,7 @@ def compile_term(term: str, zone: str) -> Test | None:
     if not value:
         return word if behind.strip() else None
     if name in SEARCH_FIELDS:
-        return functools.partial(holds, name, value)
+        return partial(holds, name, value)
     if name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
     limit: Any = search_size(value) if field == "Size" else field and search_moment(value, zone)
@@ -6395,7 +6397,7 @@ def misread_terms(text: str, zone: str = "") -> list[str]:
     terms = [term.lstrip("-!") for term in split_terms(text)]
     kinds = "(?i)(?:before|after|larger|smaller):."
     return [term for term in terms if re.match(kinds, term)
-            and isinstance(compile_term(term, zone), functools.partial)]
+            and isinstance(compile_term(term, zone), partial)]
 
 
 def search_size(value: str) -> int:
@@ -6415,7 +6417,7 @@ def search_moment(value: str, zone: str = "") -> str:
     if re.fullmatch("[0-9]{9,10}|[0-9]{13}", value):  # seconds or milliseconds since 1970
         return iso_time(int(value[:10]))[:19]
     here = None
-    with contextlib.suppress(ValueError, LookupError, OSError):
+    with suppress(ValueError, LookupError, OSError):
         import zoneinfo
 
         here = zoneinfo.ZoneInfo(zone) if zone else None
@@ -6423,7 +6425,7 @@ def search_moment(value: str, zone: str = "") -> str:
     text = re.sub(r"(?<=\d)(?:T(?=\d)| ?(?=[AP]M))", " ", text)
     said = text, f"{datetime.datetime.now(here):%Y-%m-%d} {text}"  # a time alone is of today
     for moment, date, clock in itertools.product(said, DATES.split("|"), CLOCKS.split("|")):
-        with contextlib.suppress(ValueError, OverflowError, OSError):
+        with suppress(ValueError, OverflowError, OSError):
             when = datetime.datetime.strptime(moment, date + clock)
             when = when.replace(tzinfo=when.tzinfo or here)
             return when.astimezone(datetime.timezone.utc).isoformat()[:19]
@@ -6469,7 +6471,7 @@ class Inbox:
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
         self.kept: dict[str, tuple[bool, list[str] | None]] = {}  # of messages not yet added
         self.touched = False
-        with contextlib.suppress(Exception):  # not there, or torn in whatever way
+        with suppress(Exception):  # not there, or torn in whatever way
             if spool.on_disk:
                 kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
                 self.kept = {id: (read, tags) for id, (read, tags) in kept.items()}
@@ -6550,7 +6552,7 @@ class Inbox:
             packed = summarise(mail) if mail else entry.packed
             item = {**dict(zip(PACKED_FIELDS.split(), json.loads(packed))), "Read": entry.read,
                     "sequence": entry.sequence,
-                    "open": functools.partial(self.mail, entry.id, SEARCH_LIMIT)}
+                    "open": partial(self.mail, entry.id, SEARCH_LIMIT)}
             if mail:
                 tags = decode_words(header(mail.fields, "x-tags")).split(",")
                 for path in mail.recipients:
@@ -6593,7 +6595,7 @@ class Inbox:
         """Count all messages, those unread, and those with each tag, as far as known."""
         self.summarise_rest(within=0.2)
         entries = self.after()
-        tags = collections.Counter(tag for entry in entries for tag in entry.tags)
+        tags = Counter(tag for entry in entries for tag in entry.tags)
         unread = sum(not entry.read for entry in entries)
         return len(entries), unread, dict(sorted(tags.items()))
 
@@ -6832,7 +6834,7 @@ def type_of(content: bytes, name: str) -> str:
     """Tell a file's type by its octets, and by its name where they say nothing."""
     kind = first_octets_type(content[:600])
     if not kind and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
-        with contextlib.suppress(UnicodeDecodeError):
+        with suppress(UnicodeDecodeError):
             kind = "text/plain; charset=utf-8" if content.decode() else ""
     return kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
@@ -8231,7 +8233,7 @@ def measured(d: Delivering) -> Metrics:
     m.set("smtp_messages_held", len(d.held))
     m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
     m.set("smtp_build_info", 1, __version__)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
     return m
 
@@ -8882,7 +8884,7 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
         raise Complaint(f"cannot take the message now: relay: {trouble}; spool: {e}", EX_TEMPFAIL) from None
 
     def announce(stem: str, owed: bool) -> bool:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             write_file(spool.path(ARRIVED), b"")
         return True
 
@@ -8932,7 +8934,7 @@ def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[st
             refused = dict.fromkeys(portion, (e.smtp_code, cast(bytes, e.smtp_error)))
         told.update((address, f"{code} {text.decode('utf-8', 'replace')}")
                     for address, (code, text) in refused.items() if address not in todo)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         smtp.quit()
     return told
 
@@ -9013,7 +9015,7 @@ def speak_smtp(settings: Settings, given: int) -> int:
     os.write(1, sock.recv(4096))  # nothing may be said before the greeting
 
     def pass_on() -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for block in iter(lambda: os.read(given, 64 * KIB), b""):
                 sock.sendall(block)
             sock.shutdown(socket.SHUT_WR)
@@ -9058,12 +9060,12 @@ class SubmitHandler(socketserver.BaseRequestHandler):
                 letter += wire.read(more)
             return bytes(letter)
 
-        with contextlib.suppress(ValueError, NotImplementedError):  # it hears nothing, and does it by itself
+        with suppress(ValueError, NotImplementedError):  # it hears nothing, and does it by itself
             words = wire.read(min(int(wire.read(8), 16), SUBMIT_WORDS))
             uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             status, said = do_errand(
                 words.decode("utf-8", "surrogateescape").split("\0")[:-1], user_name(uid), relay.settings.hostname,
-                functools.partial(act, relay), read_letter, functools.partial(admit_letter, relay.reception))
+                partial(act, relay), read_letter, partial(admit_letter, relay.reception))
             shut(sock, socket.SHUT_RD)  # who is still writing learns it
             sock.settimeout(relay.settings.command_timeout)
             sock.sendall(f"{status}\n{said}".encode("utf-8", "surrogateescape"))
@@ -9109,13 +9111,13 @@ class Delivering:
         reception = self.reception = parts.reception(self.metrics)
         reception.announce = lambda stem, owed: self.take_in([stem], owed)  # it needs no Link
         self.audit, self.faults, self.port = reception.audit, reception.faults, (*parts.own, 0)[0]
-        self.scheduler = Scheduler(self.settings, show=functools.partial(self.metrics.set, "smtp_queue_depth"))
+        self.scheduler = Scheduler(self.settings, show=partial(self.metrics.set, "smtp_queue_depth"))
         self.delivery = Delivery(self.settings, self.log, reception.accounts, parts.own)
         self.can_release = bool(self.settings.relay_host or self.settings.delivery == "mx")
         tags = re.findall("([^=;]+)=([^;]*)", self.settings.tags)
         self.inbox = Inbox(self.spool, self.log, int(time.time()) * 1000, tags)
         self.feed, self.reports = Feed(), Buckets()
-        self.hours: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.hours: Counter[tuple[int, str]] = Counter()
         self.marks: dict[str, threading.Event] = {}
         self.web = [HttpServer(sock, self) for sock in parts.http] + [
             HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
@@ -9126,7 +9128,7 @@ class Delivering:
         self.owed: Shelf = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
         self.shelves = {Status.HELD: self.held, **dict.fromkeys(FINISHED, self.finished)}
         self.octets = self.octets_owed = 0
-        self.sidecars: collections.deque[str] = collections.deque()
+        self.sidecars: deque[str] = deque()
         self.unwritten: dict[str, Message] = {}  # what the disk has not taken, by stem
         self.stumbles: dict[str, tuple[int, str, str]] = {}  # stem: how often, why, until when
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
@@ -9140,7 +9142,7 @@ class Delivering:
         jobs += [("http", server.serve_forever) for server in self.web]
         jobs += [(f"worker-{i}", self.work) for i in range(self.settings.workers)]
         if self.settings.webhook_url:
-            jobs.append(("webhook", functools.partial(run_webhook, self, self.feed.subscribe())))
+            jobs.append(("webhook", partial(run_webhook, self, self.feed.subscribe())))
         for name, job in jobs:
             thread = threading.Thread(target=job, name=name, daemon=True)
             thread.start()
@@ -9160,7 +9162,7 @@ class Delivering:
             if thread.name.startswith(("worker", "sweeper")):
                 thread.join(max(0.0, end - time.monotonic()))
         for message in list(self.unwritten.values()):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.spool.save(message)
         self.delivery.stop()
 
@@ -9203,7 +9205,7 @@ class Delivering:
                 if self.settings.spool_max_size and stem not in self.owed:
                     self.shelve(stem, Status.RECEIVED)
             elif done and stem not in self.finished:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     self.shelve(stem, done, self.spool.finished_at(stem, done))
         self.scheduler.put_all(owed, UNREAD)
         if owed:
@@ -9255,7 +9257,7 @@ class Delivering:
         weighed, octets, found = self.settings.spool_max_size > 0, 0, False
         shelf = self.shelves.get(status, self.owed if weighed else None) if status else None
         if weighed and shelf is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 octets = self.spool.size(stem)
         with self.lock:
             for other in (self.owed, self.held, self.finished):
@@ -9379,7 +9381,7 @@ class Delivering:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
                 self.tell("forwarding", stem)
-            started, reached = time.monotonic(), functools.partial(self.scheduler.release, lane, False)
+            started, reached = time.monotonic(), partial(self.scheduler.release, lane, False)
             try:
                 attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
@@ -9705,7 +9707,7 @@ class Delivering:
         """Remove messages, all for None; one that is being delivered at this moment is left."""
         busy = []
         for id in list(self.inbox.entries) if ids is None else ids:
-            with contextlib.suppress(KeyError):
+            with suppress(KeyError):
                 stem = self.inbox.entry(id).stem
                 if not self.scheduler.seize(stem):
                     busy.append(id)
@@ -9795,7 +9797,7 @@ class Parts:
         self.opened.close()
         for address in (*self.settings.port, *self.settings.smtps_port, *self.settings.health_addr):
             if address.path:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.unlink(address.path)
 
     def at_rest(self) -> Delivering:
@@ -9834,7 +9836,7 @@ def notify_systemd(state: str) -> None:
     """Tell systemd of a change of state (sd_notify(3)); without systemd do nothing."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
@@ -9893,7 +9895,7 @@ class Supervisor:
 
     def signal_children(self, number: int) -> None:
         for child in self.children:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.kill(child, number)
 
     def reap(self) -> None:
@@ -9992,7 +9994,7 @@ class Upstream:
                             max_errors=sys.maxsize)
         log = Log(os.devnull, level="error")
         self.changed = threading.Condition()
-        self.steps: collections.deque[Fault] = collections.deque()
+        self.steps: deque[Fault] = deque()
         self.received: list[Taken] = []
         self.attempts = 0  # MAIL commands seen
         self.on = (True,)  # as Faults, in whose place it answers
@@ -10113,7 +10115,7 @@ class Relay:
     def clear(self) -> None:
         """Remove all messages, those that the simulated smart host took and its script."""
         self.delivering.catch_up()
-        with contextlib.suppress(HttpError):  # some are being delivered just now
+        with suppress(HttpError):  # some are being delivered just now
             self.delivering.remove(None)
         if self._upstream:
             self._upstream.received.clear()
@@ -10274,7 +10276,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     opens: set[tuple[str, int]] = set()
 
     def try_port(*place: Any) -> None:
-        with contextlib.suppress(OSError), socket.create_connection(place, PORT_PATIENCE):
+        with suppress(OSError), socket.create_connection(place, PORT_PATIENCE):
             opens.add(place)
 
     places = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
@@ -10303,7 +10305,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
 
 def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
     """Connect, say hello, start TLS and log in, and tell what was seen on the way."""
-    trouble, hop = None, NextHop(settings, target, Log(os.devnull, level="error"), functools.partial(
+    trouble, hop = None, NextHop(settings, target, Log(os.devnull, level="error"), partial(
         client_context, settings.relay_ca_file, settings.relay_tls_verify))
     try:
         hop.open()
@@ -10550,7 +10552,7 @@ def ask_password(prompt: str = "Password: ") -> str:
     import getpass
 
     given = {""}
-    with contextlib.suppress(EOFError):
+    with suppress(EOFError):
         given = ({getpass.getpass(prompt), getpass.getpass("Once more: ")} if sys.stdin.isatty() else
                  {sys.stdin.readline().rstrip("\r\n")})
     password = given.pop()
@@ -10583,7 +10585,7 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
         program = file.read()
     settings = "# Settings of the service smtprelay; `smtprelay help settings` shows all.\n" + "".join(
         f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
-    with contextlib.suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
+    with suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
         settings = file.read()
     for name, value in changes.items():  # in the place of what is there, or commented out
         before, *after = re.split(rf"(?m)^(?:# ?)?{name}=.*\n", settings)
@@ -10913,7 +10915,7 @@ def serve(arguments: Arguments) -> int:
     gc.enable()  # which the installed command has put off
     gc.collect()
     gc.freeze()  # what stands now stays: the halves share its pages
-    with contextlib.suppress(ImportError, OSError, AttributeError):
+    with suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)  # what compiling this file has left in the heap, a third of all
@@ -11034,15 +11036,15 @@ def healthcheck(arguments: Arguments) -> int:
             raise Complaint(why)
         seen = max(seen, last_seen(settings))
         if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
-            with contextlib.suppress(OSError), open(settings.log_file, encoding="utf-8", errors="replace") as file:
-                why = "".join(collections.deque(file, 1)).rstrip()
+            with suppress(OSError), open(settings.log_file, encoding="utf-8", errors="replace") as file:
+                why = "".join(deque(file, 1)).rstrip()
             raise Complaint(f"the relay has ended; {why}")
         time.sleep(0.1)
 
 
 def last_seen(settings: Settings) -> float:
     """Return when a relay had the spool, as far as can be seen: now, or when the last one took it."""
-    with contextlib.suppress(OSError), open(f"{settings.spool}/.lock", "rb") as file:
+    with suppress(OSError), open(f"{settings.spool}/.lock", "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -11065,8 +11067,8 @@ def sendmail(words: Sequence[str]) -> int:
 
     try:
         status, said = do_errand(
-            words, user_name(os.getuid()), settings.hostname, functools.partial(order, settings),
-            lambda: given().read(), functools.partial(send, settings))
+            words, user_name(os.getuid()), settings.hostname, partial(order, settings),
+            lambda: given().read(), partial(send, settings))
     except NotImplementedError:
         return speak_smtp(settings, given().fileno())
     if status:
@@ -11307,7 +11309,7 @@ def run_command(words: list[str]) -> int:
         raise Complaint(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}", EX_USAGE)
     run, arguments = COMMANDS[name]
     parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(run), formatter_class=(
-        functools.partial(argparse.HelpFormatter, width=line_width())))
+        partial(argparse.HelpFormatter, width=line_width())))
     for flag, value, text in re.findall(r"(?m)^ *(--\S+)? ?(\S*)  +(.+)", arguments):
         word = value.strip("[]")
         how = {"metavar": word, **KINDS.get(value, {})} if value else {"action": "store_true"}
