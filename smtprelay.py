@@ -147,6 +147,7 @@ __version__ = "0.2.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY = 86400.0
+Value = TypeVar("Value")
 EX_NO, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 1, 64, 65, 69, 75, 78  # sysexits.h
 
 
@@ -466,6 +467,7 @@ class Address(NamedTuple):
 
 
 Addresses = tuple[Address, ...]
+PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # none: not known
 
 
 def host_port(host: str, port: int) -> str:
@@ -476,17 +478,13 @@ def host_port(host: str, port: int) -> str:
 SIZES = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB,
          "g": GIB, "gb": GIB, "gib": GIB}
 TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
-FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-LEVEL_WORDS = dict(re.findall(
-    "([a-z]+)=([a-z]+)", "warning=warn notice=info information=info trace=debug verbose=debug err=error "
-    "crit=error critical=error alert=error emerg=error fatal=error"))
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
 
-def numeric(kind: Callable[[float], Any], expected: str, least: float = 0, most: float = 1e15,
-            units: Mapping[str, float] = {"": 1}) -> Callable[[str], Any]:
+def numeric(kind: Callable[[float], Value], expected: str, least: float = 0, most: float = 1e15,
+            units: Mapping[str, float] = {"": 1}) -> Callable[[str], Value]:
     """Return a parser of numbers, with a unit behind them where there are units."""
-    def parse(text: str) -> Any:
+    def parse(text: str) -> Value:
         match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z]*)", text)
         value = float(match[1]) * units.get(match[2].lower(), math.nan) if match else math.nan
         if not least <= value <= most or kind is int and value % 1:
@@ -503,27 +501,31 @@ port_number = numeric(int, "a port from 0 to 65535", most=65535)
 duration.__name__, count.__name__ = "duration", "count"  # so argparse calls them
 
 
-def like(pattern: str, expected: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+def like(kind: Callable[[str], Value], pattern: str, expected: str) -> Callable[[str], Value]:
     """Return a parser for a text that a pattern fits, or for none at all."""
-    def parse(text: str) -> Any:
+    def parse(text: str) -> Value:
         if text and not re.fullmatch(pattern, text):
             raise ValueError(expected)
         return kind(text)
     return parse
 
 
-def choice(allowed: str, also: Mapping[str, Any] = {}) -> Callable[[str], Any]:
-    """Return a parser for one of the words allowed, or for others that mean one; the empty word is 'not set'."""
-    table = {"": "", **{word: word for word in allowed.split()}, **also}
-    return like("(?ai)" + "|".join(table), "one of " + ", ".join(filter(None, table)), lambda text: table[text.lower()])
+def choice(allowed: str) -> Callable[[str], str]:
+    """Return a parser for one of the words allowed, or none; `this=that` lets this word mean that one."""
+    table = {word: meant or word for word, _, meant in (each.partition("=") for each in allowed.split())}
+    return like(lambda text: table.get(text.lower(), ""), "(?ai)" + "|".join(table), "one of " + ", ".join(table))
 
 
-flag = choice("", FLAGS)
-methods = like(r"(?i)((plain|login|cram-md5)([,\s]+|$))+", "a list of plain, login, cram-md5",
-               lambda text: words(text.lower()))
-printable = like("[ -~]{0,200}", "up to 200 printable ASCII characters")
-host_name = like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name such as mail.example.com")
-mailbox = like(r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
+yes_no = choice("1 true=1 yes=1 on=1 0 false=0 no=0 off=0")
+methods = like(lambda text: words(text.lower()), r"(?i)((plain|login|cram-md5)([,\s]+|$))+",
+               "a list of plain, login, cram-md5")
+printable = like(str, "[ -~]{0,200}", "up to 200 printable ASCII characters")
+host_name = like(str, r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name such as mail.example.com")
+mailbox = like(str, r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
+
+
+def flag(text: str) -> bool:
+    return yes_no(text) == "1"
 
 
 def readable(text: str) -> str:
@@ -645,175 +647,188 @@ def hop_list(text: str) -> tuple[str, ...]:
     return tuple(hops)
 
 
-def setting(help: str, parse: Callable[[str], Any] = str, default: str = "", *, secret: bool = False,
-            shown: str = "") -> Any:
-    """Declare a setting: help, parser, default text; a secret may also come from NAME_FILE."""
-    return field(default=parse(default), metadata={
-        "text": default, "parse": parse, "help": help, "secret": secret, "shown": shown or default})
+class Setting(NamedTuple):
+    """A declaration: help, parser, default as a user would write it; a secret may also come from NAME_FILE."""
+
+    help: str
+    parse: Callable[[str], Any]
+    default: str
+    secret: bool
+    shown: str  # in place of the default, which depends
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # a comparison would cost each start time; a repr shows secrets
+def setting(help: str, parse: Callable[[str], Value], default: str = "", *,
+            secret: bool = False, shown: str = "") -> Value:
+    """Declare a setting, whose value is of the type that its parser returns."""
+    return cast(Value, Setting(help, parse, default, secret, shown))
+
+
 class Settings:
     """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
 
-    port: Addresses = setting(
+    port = setting(
         "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
         "unix:/path, or a list; 0 is any free port", listen, "2525")
-    smtps_port: Addresses = setting("the same, for listeners with TLS from the first byte", listen)
-    hostname: str = setting("the name in greetings, HELO and Received", host_name, shown="this machine's name")
-    banner: str = setting("the words after the host name in the 220", printable, "smtprelay ready")
-    allow_networks: Networks = setting("clients that may connect: a list of networks", networks, "loopback")
-    proxy_networks: Networks = setting(
+    smtps_port = setting("the same, for listeners with TLS from the first byte", listen)
+    hostname = setting("the name in greetings, HELO and Received", host_name, shown="this machine's name")
+    banner = setting("the words after the host name in the 220", printable, "smtprelay ready")
+    allow_networks = setting("clients that may connect: a list of networks", networks, "loopback")
+    proxy_networks = setting(
         "balancers whose connections open with a PROXY header (v1 or v2) that names the client", networks)
-    max_size: int = setting("octets of content in one message", size, "10MiB")
-    max_recipients: int = setting("recipients in one transaction", positive, "100")
-    max_connections: int = setting("sessions at once; one more gets 421", positive, "1000")
-    max_connections_per_client: int = setting("sessions at once from one address; 0 is no limit", count, "0")
-    max_errors: int = setting("bad commands before 421", positive, "20")
-    command_timeout: float = setting("time for one command line", duration, "5m")
-    data_timeout: float = setting("time for the content of one message", duration, "10m")
-    session_timeout: float = setting("time for the whole session", duration, "1h")
-    tls_cert: str = setting("PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered", readable)
-    tls_key: str = setting("PEM key; both are reread when they change", readable)
-    tls_self_signed: bool = setting("make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
-    tls_required: bool = setting("nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS", flag, "0")
-    auth_user: str = setting("one account's name")
-    auth_password: str = setting("and its password", secret=True)
-    users_file: str = setting("a JSON file of accounts; reread when it changes")
-    auth_required: bool | None = setting(
-        "no MAIL before AUTH", choice("", {**FLAGS, "": None}), shown="1 if accounts exist")
-    auth_methods: tuple[str, ...] = setting("mechanisms offered", methods, "plain,login,cram-md5")
-    auth_insecure: bool = setting("allow PLAIN and LOGIN without TLS off loopback", flag, "0")
-    auth_any: bool = setting("accept any user and password (tests); loopback and private networks only", flag, "0")
-    auth_failures: int = setting("failed logins a minute from one address, then 421", positive, "5")
-    rate_limit: int = setting(
+    max_size = setting("octets of content in one message", size, "10MiB")
+    max_recipients = setting("recipients in one transaction", positive, "100")
+    max_connections = setting("sessions at once; one more gets 421", positive, "1000")
+    max_connections_per_client = setting("sessions at once from one address; 0 is no limit", count, "0")
+    max_errors = setting("bad commands before 421", positive, "20")
+    command_timeout = setting("time for one command line", duration, "5m")
+    data_timeout = setting("time for the content of one message", duration, "10m")
+    session_timeout = setting("time for the whole session", duration, "1h")
+    tls_cert = setting("PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered", readable)
+    tls_key = setting("PEM key; both are reread when they change", readable)
+    tls_self_signed = setting("make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
+    tls_required = setting("nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS", flag, "0")
+    auth_user = setting("one account's name", str)
+    auth_password = setting("and its password", str, secret=True)
+    users_file = setting("a JSON file of accounts; reread when it changes", str)
+    auth_required = setting(
+        "no MAIL before AUTH", lambda text: flag(text) if text else None, shown="1 if accounts exist")
+    auth_methods = setting("mechanisms offered", methods, "plain,login,cram-md5")
+    auth_insecure = setting("allow PLAIN and LOGIN without TLS off loopback", flag, "0")
+    auth_any = setting("accept any user and password (tests); loopback and private networks only", flag, "0")
+    auth_failures = setting("failed logins a minute from one address, then 421", positive, "5")
+    rate_limit = setting(
         "messages a minute for an account, or a client address where there is none; 0 is no limit", count, "0")
-    rate_burst: int = setting("messages at once before the rate holds", positive, "10")
-    faults: str = setting(
+    rate_burst = setting("messages at once before the rate holds", positive, "10")
+    faults = setting(
         "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted "
-        "by ; (see README)")
-    storage: str = setting("where messages are kept: file or memory", choice("file memory"), "file")
-    spool: str = setting("the spool's directory", str, "./data/spool")
-    spool_max_size: int = setting("octets of spool; past it finished messages go first; 0 is no limit", size, "0")
-    spool_max_messages: int = setting("messages in the spool, likewise; 0 is no limit", count, "0")
-    spool_min_free: int = setting("less free disk space than this: 452", size, "64MiB")
-    spool_key: bytes = setting(
+        "by ; (see README)", str)
+    storage = setting("where messages are kept: file or memory", choice("file memory"), "file")
+    spool = setting("the spool's directory", str, "./data/spool")
+    spool_max_size = setting("octets of spool; past it finished messages go first; 0 is no limit", size, "0")
+    spool_max_messages = setting("messages in the spool, likewise; 0 is no limit", count, "0")
+    spool_min_free = setting("less free disk space than this: 452", size, "64MiB")
+    spool_key = setting(
         "32 octets in hexadecimal: messages at rest are AES-256-GCM",
-        like("[0-9A-Fa-f]{64}", "64 hexadecimal digits", bytes.fromhex), secret=True)
-    keep: float = setting("how long finished messages stay; a held one has no age limit", duration, "7d")
-    fsync: bool = setting("sync each message to disk before its 250; 0 is for tests", flag, "1")
-    queue_size: int = setting("messages owed at once; past it 452; 0 is no limit", count, "0")
-    delivery: str = setting(
+        like(bytes.fromhex, "[0-9A-Fa-f]{64}", "64 hexadecimal digits"), secret=True)
+    keep = setting("how long finished messages stay; a held one has no age limit", duration, "7d")
+    fsync = setting("sync each message to disk before its 250; 0 is for tests", flag, "1")
+    queue_size = setting("messages owed at once; past it 452; 0 is no limit", count, "0")
+    delivery = setting(
         "hold, relay (to a smart host) or mx (straight to the recipients' hosts)",
         choice("hold relay mx"), shown="relay with SMTP_RELAY_HOST, else hold")
-    relay_host: tuple[str, ...] = setting(
+    relay_host = setting(
         "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
         "sendgrid, postmark, smtp2go, fastmail", hop_list)
-    relay_port: int = setting("the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
-    relay_tls: str = setting(
+    relay_port = setting("the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
+    relay_tls = setting(
         "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
-        choice("starttls tls opportunistic none", {"ssl": "tls", "smtps": "tls"}),
+        choice("starttls tls opportunistic none ssl=tls smtps=tls"),
         shown="starttls; opportunistic for a loopback host and for mx")
-    relay_tls_verify: bool = setting("0 skips certificate verification", flag, "1")
-    relay_ca_file: str = setting("PEM roots to trust instead of the system's", readable)
-    relay_username: str = setting("login at the smart host")
-    relay_password: str = setting("and its password, or OAuth token", secret=True)
-    relay_password_file: str = setting("a file with it, reread for each login")
-    relay_auth: str = setting(
+    relay_tls_verify = setting("0 skips certificate verification", flag, "1")
+    relay_ca_file = setting("PEM roots to trust instead of the system's", readable)
+    relay_username = setting("login at the smart host", str)
+    relay_password = setting("and its password, or OAuth token", str, secret=True)
+    relay_password_file = setting("a file with it, reread for each login", str)
+    relay_auth = setting(
         "auto, plain, login, cram-md5, xoauth2", choice("auto plain login cram-md5 xoauth2"), "auto")
-    relay_return_path: str = setting("replaces the reverse-path (never the null one)", mailbox)
-    relay_redirect_to: str = setting("every recipient becomes this one; the original stays in X-Original-To", mailbox)
-    relay_allowed_recipients: re.Pattern[str] = setting(
+    relay_return_path = setting("replaces the reverse-path (never the null one)", mailbox)
+    relay_redirect_to = setting("every recipient becomes this one; the original stays in X-Original-To", mailbox)
+    relay_allowed_recipients = setting(
         "regular expression, found anywhere in the address; others are held, not sent", pattern)
-    relay_connections: int = setting("connections to one next hop at once", positive, "4")
-    relay_timeout: float = setting("time for reaching a next hop: connection and TLS", duration, "30s")
-    relay_reply_timeout: float = setting(
+    relay_connections = setting("connections to one next hop at once", positive, "4")
+    relay_timeout = setting("time for reaching a next hop: connection and TLS", duration, "30s")
+    relay_reply_timeout = setting(
         "time for each reply of a next hop, twice that after the final dot", duration, "5m")
-    relay_from: str = setting("replaces the header From's address and the reverse-path", mailbox)
-    relay_repair: bool = setting("adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
-    local_to: str = setting("where mail for local users goes: names alone, or at this host's name", mailbox)
-    aliases: str = setting("a file like /etc/aliases, read with SMTP_LOCAL_TO", readable)
-    lenient: bool = setting("take what old devices send (loopback and named networks alone)", flag, "0")
-    mx_port: int = setting("the port of the recipients' hosts in mx mode", port_number, "25")
-    dns_server: Addresses = setting("addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
-    bounce: bool = setting("a failed message sends its sender a report", flag, "1")
-    retry: bool = setting("0: one attempt only", flag, "1")
-    retry_max_attempts: int = setting("attempts that the next hop answered; 0 is no limit", count, "0")
-    retry_initial_delay: float = setting("the first delay", duration, "5s")
-    retry_max_delay: float = setting("the longest delay", duration, "1h")
-    retry_multiplier: float = setting(
+    relay_from = setting("replaces the header From's address and the reverse-path", mailbox)
+    relay_repair = setting("adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
+    local_to = setting("where mail for local users goes: names alone, or at this host's name", mailbox)
+    aliases = setting("a file like /etc/aliases, read with SMTP_LOCAL_TO", readable)
+    lenient = setting("take what old devices send (loopback and named networks alone)", flag, "0")
+    mx_port = setting("the port of the recipients' hosts in mx mode", port_number, "25")
+    dns_server = setting("addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
+    bounce = setting("a failed message sends its sender a report", flag, "1")
+    retry = setting("0: one attempt only", flag, "1")
+    retry_max_attempts = setting("attempts that the next hop answered; 0 is no limit", count, "0")
+    retry_initial_delay = setting("the first delay", duration, "5s")
+    retry_max_delay = setting("the longest delay", duration, "1h")
+    retry_multiplier = setting(
         "each delay is this many times the one before", numeric(float, "a number, 1 or more", least=1), "2.0")
-    retry_jitter: float = setting(
+    retry_jitter = setting(
         "each delay is multiplied by a random factor in [1-jitter, 1]",
         numeric(float, "a number from 0 to 1", most=1), "0.5")
-    retry_max_age: float = setting("older than this, a message has failed", duration, "5d")
-    time_scale: float = setting(
+    retry_max_age = setting("older than this, a message has failed", duration, "5d")
+    time_scale = setting(
         "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter",
         numeric(float, "a number above 0", least=1e-9), "1")
-    seed: str = setting("tests: makes the random factors of the waits the same in each run")
-    workers: int = setting("delivery threads", positive, "8")
-    processes: int = setting(
+    seed = setting("tests: makes the random factors of the waits the same in each run", str)
+    workers = setting("delivery threads", positive, "8")
+    processes = setting(
         "receiving processes that share the listening sockets; one alone where there is much to count: "
         "with accounts, SMTP_RATE_LIMIT, SMTP_MAX_CONNECTIONS_PER_CLIENT, and with SMTP_STORAGE=memory",
         count, "0", shown="2; 1 on one processor")
-    health_addr: Addresses = setting(
+    health_addr = setting(
         "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port",
         listen, "127.0.0.1:8080")
-    api_token: str = setting("Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
-    api_networks: Networks = setting(
+    api_token = setting("Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
+    api_networks = setting(
         "from where the API and the page need no token: a list of networks", networks, "loopback")
-    tags: str = setting(
+    tags = setting(
         "rules that tag messages: TAG=SEARCH, parted by ;",
-        like(r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"))
-    web_root: str = setting(
+        like(str, r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"))
+    web_root = setting(
         "the path under which a reverse proxy shows the page",
-        like("/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"), "/")
-    webhook_url: str = setting(
+        like(str, "/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"), "/")
+    webhook_url = setting(
         "POSTed a JSON event on received, forwarded, failed",
-        like(r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
+        like(str, r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
              "an http:// or https:// address"))
-    log_level: str = setting("debug, info, warn, error", choice("debug info warn error", LEVEL_WORDS), "info")
-    log_format: str = setting("text or json", choice("text json"), "text")
-    log_file: str = setting("a file for the log", appendable, shown="stderr")
-    audit_log: str = setting("a file for a JSON line for each session, login, refusal and message", appendable)
-    debug: bool = setting("1: both dialogues in the log, secrets masked", flag, "0")
+    log_level = setting("debug, info, warn, error", choice(
+        "debug info warn error warning=warn notice=info information=info trace=debug verbose=debug err=error "
+        "crit=error critical=error alert=error emerg=error fatal=error"), "info")
+    log_format = setting("text or json", choice("text json"), "text")
+    log_file = setting("a file for the log", appendable, shown="stderr")
+    audit_log = setting("a file for a JSON line for each session, login, refusal and message", appendable)
+    debug = setting("1: both dialogues in the log, secrets masked", flag, "0")
+
+    def __init__(self, **given: Any) -> None:
+        """Take values as they are; all else is as it is where nothing is set."""
+        vars(self).update({name[5:].lower(): f.parse(f.default) for name, f in FIELDS.items()}, **given)
+        self.hostname = self.hostname or machine_name()
+        self.delivery = self.delivery or ("relay" if self.relay_host else "hold")
+        self.relay_port = self.relay_port or {"tls": 465, "none": 25}.get(self.relay_tls, 587)
+        ends = [split_port(h, str(self.relay_port)) for h in self.relay_host]
+        easy = self.delivery == "mx" or (ends and all(is_loopback(host) for host, _ in ends))
+        usual = "tls" if ends and all(p == 465 for _, p in ends) else "opportunistic" if easy else "starttls"
+        self.relay_tls = self.relay_tls or usual
+        # in the order in which they are tried: name, port, and SMTP_RELAY_TLS for it; RFC 8314 3.3: nobody
+        # speaks STARTTLS at 465
+        self.smart_hosts = tuple((host, port, "tls" if port == 465 and self.relay_tls != "none" else self.relay_tls)
+                                 for host, port in ends)
+        # what is counted by client or account is counted in one place
+        counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
+        alone = counts or self.storage == "memory"
+        self.processes = 1 if alone else self.processes or (1 if len(PROCESSORS) == 1 else 2)
+
+    def but(self, **changed: Any) -> Settings:
+        """Return the same settings but for some."""
+        return Settings(**{**vars(self), **changed})
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Settings:
         """Read all settings from environment variables; SettingsError lists every mistake."""
         values, wrong_names, problems = {}, set(), unknown_settings(env)[0]
-        for name, f in FIELDS.items():
+        for name in FIELDS:
             try:
-                values[f.name] = read_setting(env, name)
+                values[name[5:].lower()] = read_setting(env, name)
             except ValueError as e:
                 wrong_names.add(name)
                 problems.append(str(e))
-        settings = cls(**values)._derived()
+        settings = cls(**values)
         problems += [text for wrong, text in conflicts(settings)  # what follows from a mistake is not said, too
                      if wrong and not wrong_names.intersection(re.findall("SMTP_[A-Z_]+", text))]
         if problems:
             raise SettingsError(problems)
         return settings
-
-    def _derived(self) -> Settings:
-        port = self.relay_port or {"tls": 465, "none": 25}.get(self.relay_tls, 587)
-        ends = [split_port(h, str(port)) for h in self.relay_host]
-        easy = self.delivery == "mx" or (ends and all(is_loopback(host) for host, _ in ends))
-        usual = "tls" if ends and all(p == 465 for _, p in ends) else "opportunistic" if easy else "starttls"
-        # what is counted by client or account is counted in one place
-        counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
-        mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        receivers = 1 if counts or self.storage == "memory" else self.processes or (2 if mine > 1 else 1)
-        return dataclasses.replace(
-            self, hostname=self.hostname or machine_name(), relay_tls=self.relay_tls or usual,
-            delivery=self.delivery or ("relay" if self.relay_host else "hold"), processes=receivers, relay_port=port)
-
-    @cached_property
-    def smart_hosts(self) -> tuple[tuple[str, int, str], ...]:
-        """The smart hosts in the order in which they are tried: name, port, and SMTP_RELAY_TLS for it."""
-        places = (split_port(h, str(self.relay_port)) for h in self.relay_host)
-        return tuple((host, port, "tls" if port == 465 and self.relay_tls != "none" else self.relay_tls)
-                     for host, port in places)  # RFC 8314 3.3: nobody speaks STARTTLS at 465
 
 
 def machine_name() -> str:
@@ -864,7 +879,7 @@ def conflicts(s: Settings) -> list[tuple[object, str]]:
     ]
 
 
-FIELDS = {f"SMTP_{f.name.upper()}": f for f in dataclasses.fields(Settings)}
+FIELDS = {f"SMTP_{name.upper()}": f for name, f in vars(Settings).items() if isinstance(f, Setting)}
 
 
 def read_secret(env: Mapping[str, str], name: str) -> str:
@@ -884,12 +899,12 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
 
 def read_setting(env: Mapping[str, str], name: str) -> Any:
     """Return one setting; ValueError names it, its value (never a secret's) and what is expected."""
-    meta = FIELDS[name].metadata
-    text = read_secret(env, name) if meta["secret"] else env.get(name, "").strip()
+    f = FIELDS[name]
+    text = read_secret(env, name) if f.secret else env.get(name, "").strip()
     try:
-        return meta["parse"](text or meta["text"])
+        return f.parse(text or f.default)
     except ValueError as e:
-        shown = "(a secret)" if meta["secret"] else repr(shown_url(text) if "://" in text else text)
+        shown = "(a secret)" if f.secret else repr(shown_url(text) if "://" in text else text)
         raise ValueError(f"{name}={shown}: expected {e}") from None
 
 
@@ -916,6 +931,9 @@ SMTP_RELAY_HOST: MP_SMTP_RELAY_CONFIG MH_OUTGOING_SMTP
 SMTP_DELIVERY=relay: MP_SMTP_RELAY_ALL
 SMTP_RELAY_ALLOWED_RECIPIENTS: MP_SMTP_RELAY_MATCHING MP_SMTP_RELAY_ALLOWED_RECIPIENTS
 SMTP_TAGS: MP_TAG
+SMTP_WEBHOOK_URL: MP_WEBHOOK_URL
+SMTP_HOSTNAME: MH_HOSTNAME
+SMTP_LOG_FILE: MP_LOG_FILE
 SMTP_FAULTS: MP_ENABLE_CHAOS MP_CHAOS_TRIGGERS MH_INVITE_JIM
 SMTP_LOG_LEVEL=debug: MP_VERBOSE
 SMTP_LOG_LEVEL=error: MP_QUIET
@@ -928,7 +946,7 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
     Then there are Mailpit's and MailHog's settings: which of ours does it.
     """
-    real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.metadata["secret"])}
+    real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.secret)}
     first_words = Counter(name.split("_")[1] for name in FIELDS)
     found: tuple[list[str], list[str]] = ([], [])
     others = {"MP": "Mailpit's", "MH": "MailHog's"}
@@ -939,8 +957,8 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
             mistake = bool(more) and first_words[word] > 1
             found[not mistake].append(f"{name} is not a setting{nearest(name, real, 0.5)}")
         elif whose in others:
-            ours = MAILPITS.get(name) or next((n for n in FIELDS if n.endswith(rest.removeprefix("SMTP_"))), "")
-            found[1].append(f"{name} is {others[whose]}: {f'set {ours}' if ours else 'nothing here is like it'}")
+            ours = f"set {MAILPITS[name]}" if name in MAILPITS else "nothing here is like it"
+            found[1].append(f"{name} is {others[whose]}: {ours}")
     return found
 
 
@@ -4748,7 +4766,6 @@ LINK_LINE = len(stem_of("0" * 16, "")) + 1
 LINK_FULL = 15 * KIB  # octets; the smallest pipes in use hold 16 KiB
 LOOK = "="  # a mark: look through the spool
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
-PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 CROWD = 3  # threads at work from which on they keep to one processor
 # Commits at once, first come, first served: at 50 clients that took a session's p99 from 237 to
 # 127 ms, with no message a second less. 8 and 16 at once changed nothing, 1 halved the rate.
@@ -6706,7 +6723,6 @@ class BadRequest(ValueError):
     """A request that will not do; the text names the field and goes into {"Error": text}."""
 
 
-Value = TypeVar("Value")
 MAILBOX = r"(?a)[^\s<>()\[\]\\,;:\"@]{1,250}@[^\s<>()\[\]\\,;:\"@]{1,250}"
 OWN_FIELDS = ("(?i)to|from|cc|bcc|reply-to|date|subject|content-.*|mime-version|x-tags|received"
               "|x-envelope-.*")
@@ -8870,8 +8886,8 @@ def own_reception(settings: Settings, trouble: OSError) -> Reception:
     Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
     Whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know.
     """
-    open_door = dataclasses.replace(
-        settings, delivery="relay", users_file="", auth_required=False, tls_required=False, rate_limit=0, audit_log="")
+    open_door = settings.but(
+        delivery="relay", users_file="", auth_required=False, tls_required=False, rate_limit=0, audit_log="")
     log = Log(os.devnull, level="error")
     try:
         if settings.storage == "memory":
@@ -10584,7 +10600,7 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
     with open(__file__, encoding="utf-8") as file:
         program = file.read()
     settings = "# Settings of the service smtprelay; `smtprelay help settings` shows all.\n" + "".join(
-        f"\n# {FIELDS[name].metadata['help']}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
+        f"\n# {FIELDS[name].help}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
     with suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
         settings = file.read()
     for name, value in changes.items():  # in the place of what is there, or commented out
@@ -10783,7 +10799,7 @@ def order(settings: Settings, method: str, path: str) -> Any:
         return ask(settings, method, path)
     except NoRelay:
         enter_spool(settings)
-    quiet = dataclasses.replace(settings, users_file="", faults="", log_level="error", log_file="", debug=False)
+    quiet = settings.but(users_file="", faults="", log_level="error", log_file="", debug=False)
     parts = Parts(quiet, open_log(quiet))
     if method != "GET":
         parts.spool.open()
@@ -10961,8 +10977,8 @@ def first_lines(parts: Parts) -> list[str]:
     place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
     lines += [f"mail is {where}", f"spool in {place}"]
     for name, words in UNUSUAL.items():
-        value = getattr(s, FIELDS[name].name)
-        if value != FIELDS[name].default:
+        value = getattr(s, name[5:].lower())
+        if value != read_setting({}, name):
             lines.append(f"warning: {name}={setting_text(value)}: {words}")
     listens_beyond = is_open((*s.port, *s.smtps_port))
     lets_in_others = not all(is_loopback(str(n.network_address)) for n in s.allow_networks)
@@ -10988,13 +11004,13 @@ def check(arguments: Arguments) -> int:
     if settings.storage == "file":
         check_spool(os.path.abspath(settings.spool))
         open_sealer(settings)
-    unseen = dataclasses.replace(settings, storage="memory", log_file="", log_level="warn")  # nothing is touched
+    unseen = settings.but(storage="memory", log_file="", log_level="warn")  # nothing is touched
     Parts(unseen, open_log(unseen)).open_doors()
     if arguments.print:
         for name, f in FIELDS.items():
-            value = getattr(settings, f.name)
+            value = getattr(settings, name[5:].lower())
             shown = shown_url(value) if name == "SMTP_WEBHOOK_URL" else setting_text(value)
-            print(f"{name}={'***' if f.metadata['secret'] and value else shown}")
+            print(f"{name}={'***' if f.secret and value else shown}")
     else:
         print("settings are fine")
     return 0
@@ -11092,8 +11108,8 @@ def settings_table() -> Iterator[Row]:
     for name, f in FIELDS.items():
         if name in GROUPS:
             yield (GROUPS[name],)
-        file = f" (or `{name}_FILE`)" if f.metadata["secret"] and f"{name}_FILE" not in FIELDS else ""
-        yield name, f.metadata["shown"], f.metadata["help"] + file
+        file = f" (or `{name}_FILE`)" if f.secret and f"{name}_FILE" not in FIELDS else ""
+        yield name, f.shown or f.default, f.help + file
 
 
 def replies_table() -> Iterator[Row]:

@@ -5825,7 +5825,7 @@ def test_we_do_not_deliver_to_ourselves() -> None:
     with by_mx(
         0, zone(a_own_test="127.0.0.1", mx_named_test="5 relay.test", a_relay_test="127.0.0.5"), SMTP_BOUNCE="0"
     ) as relay:
-        relay.delivering.delivery.settings = smtprelay.dataclasses.replace(relay.parts.settings, mx_port=relay.port)
+        relay.delivering.delivery.settings = relay.parts.settings.but(mx_port=relay.port)
         for domain in ("own.test", "named.test"):
             message = finished(relay, send_to(relay, "bob@" + domain))
             assert message.status is smtprelay.Status.FAILED and "5.4.6" in message.last_error
