@@ -169,77 +169,80 @@ class Reply(NamedTuple):
 
     def __call__(self, text: str) -> Reply:
         """Return the same reply in other words."""
-        return self._replace(text=text)
+        return Reply(self.code, self.enhanced, text)
 
 
 class Refused(Exception):
     """A rule was broken; `reply` says which."""
 
     def __init__(self, reply: Reply) -> None:
-        super().__init__(reply)
         self.reply = reply
 
 
 @lru_cache(maxsize=128)
 def reply_octets(reply: Reply) -> bytes:
     """Return a reply as it is sent (RFC 5321 4.2.1)."""
-    mark = f"{reply.enhanced} " if reply.enhanced else ""
-    *lines, last = reply.text.split("\n")
-    text = f"{reply.code} {mark}{last}\r\n"
-    for line in reversed(lines):
-        text = f"{reply.code}-{mark}{line}\r\n{text}"
-    return text.encode("utf-8", "replace")
+    mark = reply.enhanced and f"{reply.enhanced} "
+    lines = [f"{reply.code}-{mark}{line}\r\n" for line in reply.text.split("\n")]
+    lines[-1] = lines[-1].replace("-", " ", 1)
+    return "".join(lines).encode("utf-8", "replace")
 
 
-HELP = Reply(214, "2.0.0", "HELO EHLO MAIL RCPT DATA BDAT STARTTLS AUTH RSET NOOP QUIT VRFY EXPN HELP: see RFC 5321")
-BYE = Reply(221, "2.0.0", "Bye")
-OK = Reply(250, "2.0.0", "Ok")
-SENDER_OK = Reply(250, "2.1.0", "Sender ok")
-RECIPIENT_OK = Reply(250, "2.1.5", "Recipient ok")
-CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify, but will take mail and try to deliver it")
+def read_reply(line: str) -> Reply:
+    """Make a reply of a line as it is sent, with an enhanced code."""
+    code, enhanced, text = line.split(" ", 2)
+    return Reply(int(code), enhanced, text)
+
+
+HELP = read_reply("214 2.0.0 HELO EHLO MAIL RCPT DATA BDAT STARTTLS AUTH RSET NOOP QUIT VRFY EXPN HELP: see RFC 5321")
+BYE = read_reply("221 2.0.0 Bye")
+OK = read_reply("250 2.0.0 Ok")
+SENDER_OK = read_reply("250 2.1.0 Sender ok")
+RECIPIENT_OK = read_reply("250 2.1.5 Recipient ok")
+CANNOT_VERIFY = read_reply("252 2.5.2 Cannot verify, but will take mail and try to deliver it")
 GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 
-AUTH_OK = Reply(235, "2.7.0", "Authentication succeeded")
-TLS_READY = Reply(220, "2.0.0", "Ready to start TLS")
+AUTH_OK = read_reply("235 2.7.0 Authentication succeeded")
+TLS_READY = read_reply("220 2.0.0 Ready to start TLS")
 
-STOPPING = Reply(421, "4.3.2", "Service is stopping, try again later")
-TOO_MANY_SESSIONS = Reply(421, "4.3.2", "Too many sessions, try again later")
-TIMED_OUT = Reply(421, "4.4.2", "Timed out waiting for you")
-TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
-TOO_MANY_LOGINS = Reply(421, "4.7.0", "Too many failed logins, try again later")
-RATE_SPENT = Reply(450, "4.7.1", "Too many messages for now, try again later")
-INTERNAL = Reply(451, "4.3.0", "Could not take this now, try again later")
-SPOOL_FULL = Reply(452, "4.3.1", "No room in the spool, try again later")
-TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
+STOPPING = read_reply("421 4.3.2 Service is stopping, try again later")
+TOO_MANY_SESSIONS = read_reply("421 4.3.2 Too many sessions, try again later")
+TIMED_OUT = read_reply("421 4.4.2 Timed out waiting for you")
+TOO_MANY_ERRORS = read_reply("421 4.7.0 Too many errors")
+TOO_MANY_LOGINS = read_reply("421 4.7.0 Too many failed logins, try again later")
+RATE_SPENT = read_reply("450 4.7.1 Too many messages for now, try again later")
+INTERNAL = read_reply("451 4.3.0 Could not take this now, try again later")
+SPOOL_FULL = read_reply("452 4.3.1 No room in the spool, try again later")
+TOO_MANY_RECIPIENTS = read_reply("452 4.5.3 Too many recipients")
 
-ACCOUNTS_NOT_NOW = Reply(454, "4.7.0", "Logins cannot be checked now, try again later")
+ACCOUNTS_NOT_NOW = read_reply("454 4.7.0 Logins cannot be checked now, try again later")
 
-UNKNOWN_COMMAND = Reply(500, "5.5.2", "Unknown command")
-LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
-BAD_LINE = Reply(500, "5.5.2", "Control or 8-bit character in a command, or a line that does not end with CRLF")
-BAD_ARGUMENT = Reply(501, "5.5.4", "Bad argument")
-BAD_SENDER = Reply(501, "5.1.7", "Bad sender address")
-BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address")
-NOT_IMPLEMENTED = Reply(502, "5.5.1", "Not implemented")
-SEQUENCE = Reply(503, "5.5.1", "Out of order")
-AUTH_CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
-AUTH_MALFORMED = Reply(501, "5.5.2", "Not base64, or not a response this mechanism knows")
-UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Unknown authentication mechanism")
-LOGIN_FIRST = Reply(530, "5.7.0", "Log in first")
-TLS_FIRST = Reply(530, "5.7.0", "Say STARTTLS first")
-AUTH_WRONG = Reply(535, "5.7.8", "Authentication credentials invalid")
-MECHANISM_NEEDS_TLS = Reply(538, "5.7.11", "This mechanism needs TLS: say STARTTLS first")
-WRONG_DOMAIN = Reply(550, "5.7.1", "This account may not send as that domain")
-TOO_BIG = Reply(552, "5.3.4", "Message is larger than this server takes")
+UNKNOWN_COMMAND = read_reply("500 5.5.2 Unknown command")
+LINE_TOO_LONG = read_reply("500 5.5.2 Line too long")
+BAD_LINE = read_reply("500 5.5.2 Control or 8-bit character in a command, or a line that does not end with CRLF")
+BAD_ARGUMENT = read_reply("501 5.5.4 Bad argument")
+BAD_SENDER = read_reply("501 5.1.7 Bad sender address")
+BAD_RECIPIENT = read_reply("501 5.1.3 Bad recipient address")
+NOT_IMPLEMENTED = read_reply("502 5.5.1 Not implemented")
+SEQUENCE = read_reply("503 5.5.1 Out of order")
+AUTH_CANCELLED = read_reply("501 5.7.0 Authentication cancelled")
+AUTH_MALFORMED = read_reply("501 5.5.2 Not base64, or not a response this mechanism knows")
+UNKNOWN_MECHANISM = read_reply("504 5.5.4 Unknown authentication mechanism")
+LOGIN_FIRST = read_reply("530 5.7.0 Log in first")
+TLS_FIRST = read_reply("530 5.7.0 Say STARTTLS first")
+AUTH_WRONG = read_reply("535 5.7.8 Authentication credentials invalid")
+MECHANISM_NEEDS_TLS = read_reply("538 5.7.11 This mechanism needs TLS: say STARTTLS first")
+WRONG_DOMAIN = read_reply("550 5.7.1 This account may not send as that domain")
+TOO_BIG = read_reply("552 5.3.4 Message is larger than this server takes")
 LOST = Reply(0, "", "")  # not sent: the connection ends in its place
-NEED_SMTPUTF8 = Reply(553, "5.6.7", "This address needs SMTPUTF8")
-NOT_SMTP = Reply(554, "5.5.1", "This is SMTP, not HTTP")
-TALKED_EARLY = Reply(554, "5.5.1", "You spoke before the greeting, or between STARTTLS and the handshake")
-NOT_ALLOWED = Reply(554, "5.7.1", "Your address may not use this server")
-NO_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
-LOOP = Reply(554, "5.4.6", "Too many Received headers: this message is looping")
-BARE_NEWLINE = Reply(554, "5.6.0", "Bare CR or LF in the message: lines end with CRLF (with curl, add --crlf)")
-BAD_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
+NEED_SMTPUTF8 = read_reply("553 5.6.7 This address needs SMTPUTF8")
+NOT_SMTP = read_reply("554 5.5.1 This is SMTP, not HTTP")
+TALKED_EARLY = read_reply("554 5.5.1 You spoke before the greeting, or between STARTTLS and the handshake")
+NOT_ALLOWED = read_reply("554 5.7.1 Your address may not use this server")
+NO_RECIPIENTS = read_reply("554 5.5.1 No valid recipients")
+LOOP = read_reply("554 5.4.6 Too many Received headers: this message is looping")
+BARE_NEWLINE = read_reply("554 5.6.0 Bare CR or LF in the message: lines end with CRLF (with curl, add --crlf)")
+BAD_PARAMETER = read_reply("555 5.5.4 Unknown parameter")
 
 
 # === 02 MESSAGES =============================================================
@@ -3323,13 +3326,13 @@ MAX_CACHED_ANSWERS = 1000
 MAX_TTL, NEGATIVE_TTL, FAILURE_TTL = 3600.0, 60.0, 10.0  # seconds in the cache, at most
 HOST_NAME = r"(?!.{254})([a-z0-9_-]{1,63}\.)*(?![0-9]+$)[a-z0-9_-]{1,63}"  # 192.0.2.1 is none
 
-NULL_MX = Reply(556, "5.1.10", "takes no mail (null MX)")
-NO_DOMAIN = Reply(550, "5.1.2", "no such domain in DNS")
-BAD_DOMAIN = Reply(550, "5.1.2", "neither a domain name nor an address literal")
-BAD_IDN = Reply(550, "5.1.2", "no certain ASCII form of this name; write its xn-- form")
-NO_ADDRESS = Reply(550, "5.4.4", "no mail host with an address")
-LOOPS_BACK = Reply(554, "5.4.6", "mail would loop back to this host")
-DNS_FAILED = Reply(451, "4.4.3", "DNS lookup failed")
+NULL_MX = read_reply("556 5.1.10 takes no mail (null MX)")
+NO_DOMAIN = read_reply("550 5.1.2 no such domain in DNS")
+BAD_DOMAIN = read_reply("550 5.1.2 neither a domain name nor an address literal")
+BAD_IDN = read_reply("550 5.1.2 no certain ASCII form of this name; write its xn-- form")
+NO_ADDRESS = read_reply("550 5.4.4 no mail host with an address")
+LOOPS_BACK = read_reply("554 5.4.6 mail would loop back to this host")
+DNS_FAILED = read_reply("451 4.4.3 DNS lookup failed")
 
 
 class ResolveError(Exception):
@@ -5398,7 +5401,7 @@ class Session:
             self.forget(accepted)
         if reply:
             raise PeerGone("dropped by SMTP_FAULTS")
-        return Reply(250, "2.0.0", f"Ok: queued as {id}")
+        return OK(f"Ok: queued as {id}")
 
 
 class Verb(NamedTuple):
