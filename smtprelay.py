@@ -1215,21 +1215,13 @@ class PeerGone(Exception):
     """The peer closed the connection, or broke it."""
 
 
-def time_left(deadline: float) -> float:
-    """Return the seconds until a deadline; TimeoutError when there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("deadline passed")
-    return left
-
-
 class Wire:
     """A socket with a reading buffer and replies that wait for the next read."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline = sock, deadline
         self.buffer = b""  # what has come and is not taken yet
-        self.out = bytearray()
+        self.out = b""
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
         self.bulk = False  # content is read: large blocks pay
 
@@ -1238,16 +1230,18 @@ class Wire:
 
         TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
         """
-        out, self.out = memoryview(self.out), bytearray()
-        while out or reading:
+        while self.out or reading:
             left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("deadline passed")
             if not min(left / 4, 10.0) <= self.timeout <= left:
                 # It gives up somewhat before the deadline: to tell it each time costs system calls.
-                self.timeout = 0.9 * time_left(self.deadline)
+                self.timeout = 0.9 * left
                 limit_calls(self.sock, self.timeout)
             try:
-                if out:
-                    out = out[self.sock.send(out):]
+                if self.out:
+                    self.out = self.out[self.sock.send(self.out):]
+                if self.out or not reading:
                     continue
                 block = self.sock.recv(min(most, BLOCK_MOST if self.bulk else BLOCK_FIRST))
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
@@ -1262,18 +1256,15 @@ class Wire:
     def line(self, limit: int = LINE_LIMIT) -> bytes:
         """Return the next line with its end; Refused once one that is too long has passed by."""
         scanned, too_long = 0, False
-        while True:
-            at = self.buffer.find(b"\n", scanned) + 1
-            too_long = too_long or (at or len(self.buffer)) > limit - (not at)
-            if at:
-                line, self.buffer = self.buffer[:at], self.buffer[at:]
-                if too_long:
-                    raise Refused(LINE_TOO_LONG)
-                return line
-            if too_long:
-                self.buffer = b""
+        while not (end := self.buffer.find(b"\n", scanned) + 1):
             scanned = len(self.buffer)
+            if scanned >= limit:
+                self.buffer, scanned, too_long = b"", 0, True
             self.fill()
+        line, self.buffer = self.buffer[:end], self.buffer[end:]
+        if too_long or end > limit:
+            raise Refused(LINE_TOO_LONG)
+        return line
 
     def blocks(self, octets: int) -> Iterator[bytes]:
         """Yield the next octets, so many, as they come; what follows them is not read."""
@@ -1327,36 +1318,28 @@ class Content:
         self.size = 0
         self.fault: Reply | None = None
         self.error: OSError | None = None
-        self.head: bytearray | None = bytearray(b"\r\n")
-        self.carry = b""
+        self.head, self.carry = bytearray(b"\r\n"), b""
 
-    def take(self, block: bytes, stuffed: bool = False, skip: int = 0, last: bool = False) -> None:
-        """Take a block that does not end between CR and LF, but for what it opens with (`skip`).
+    def take(self, block: bytes, skip: int | None = None) -> None:
+        """Take a block that does not end between CR and LF.
 
-        `stuffed`: its transparency is to be undone (RFC 5321 4.5.2). `last`: with it, what `carry`
-        holds, the content is over.
+        `skip`: its transparency is to be undone (RFC 5321 4.5.2), and so many octets go before it.
         """
-        pairs = block.count(b"\r\n")
-        clean = pairs == block.count(b"\n") == block.count(b"\r")
-        if not clean and self.lenient:
-            block = re.sub(rb"\r\n?|\n", b"\r\n", block)
-        if stuffed and b"\r\n." in block:
+        if not block.count(b"\r\n") == block.count(b"\n") == block.count(b"\r"):
+            if self.lenient:
+                block = re.sub(rb"\r\n?|\n", b"\r\n", block)
+            else:
+                self.fault = BARE_NEWLINE
+        if skip is not None and b"\r\n." in block:
             # A dot alone between line ends that were bare has ended nothing: it is kept, and doubled
             # on its way out. So is one at the end of a block: its line end is held back there.
             block = re.sub(rb"\r\n\.(?!\r\n|\Z)", b"\r\n", block)
-        block = block[skip:] if skip else block
+        block = block[skip:]
         self.size += len(block)
-        if not clean and not self.lenient:
-            self.fault = BARE_NEWLINE
-        elif self.size > self.limit and self.fault is not BARE_NEWLINE:
-            self.fault = TOO_BIG
-        if self.head is not None:
+        if self.size > self.limit:
+            self.fault = self.fault or TOO_BIG
+        if len(self.head) < HEAD_LIMIT:
             self.head += block
-            if last or b"\r\n\r\n" in self.head or len(self.head) > HEAD_LIMIT:
-                section = self.head.partition(b"\r\n\r\n")[0].lower()
-                if section.count(b"\r\nreceived:") > MAX_RECEIVED:  # RFC 5321 6.3
-                    self.fault = self.fault or LOOP
-                self.head = None
         if block and not self.fault and not self.error:
             try:
                 self.write(block)
@@ -1370,6 +1353,13 @@ class Content:
         self.carry = block[cut:]
         self.take(block[:cut])
 
+    def end(self) -> None:
+        """Judge what can be judged only now: a last CR, the header section."""
+        if self.carry:
+            self.take(self.carry)
+        if self.head.partition(b"\r\n\r\n")[0].lower().count(b"\r\nreceived:") > MAX_RECEIVED:  # RFC 5321 6.3
+            self.fault = self.fault or LOOP
+
 
 def read_data(wire: Wire, content: Content) -> None:
     """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it.
@@ -1377,24 +1367,19 @@ def read_data(wire: Wire, content: Content) -> None:
     That of BDAT (RFC 3030 2) is in `blocks`, for `feed`.
     """
     wire.buffer, skip = b"\r\n" + wire.buffer, 2  # what ended DATA: content may open with its own end
-    while True:
-        data = wire.buffer
-        at = data.find(END)
-        stop = at + 2
-        if at < 0:
-            tail = UNDECIDED.search(data, max(len(data) - 4, 0))
-            stop = tail.start() if tail else len(data)
+    while (at := wire.buffer.find(END)) < 0:
+        tail = UNDECIDED.search(wire.buffer, max(len(wire.buffer) - 4, 0))
+        stop = tail.start() if tail else len(wire.buffer)
         if stop:
-            content.take(data[:stop], True, skip)
-            skip = 0
-        wire.buffer = data[stop if at < 0 else at + len(END):]
-        if at >= 0:
-            return
+            content.take(wire.buffer[:stop], skip)
+            wire.buffer, skip = wire.buffer[stop:], 0
         wire.fill()
+    content.take(wire.buffer[:at + 2], skip)
+    wire.buffer = wire.buffer[at + len(END):]
 
 
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
-PROXY_OCTETS = {0x11: 4, 0x12: 4, 0x21: 16, 0x22: 16}  # of an address, by family
+PROXY_V1 = rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+(?: [0-9]{1,5}){2})\r\n"
 
 
 def proxied_client(wire: Wire) -> str:
@@ -1409,12 +1394,12 @@ def proxied_client(wire: Wire) -> str:
         length = int.from_bytes(head[14:], "big")
         if head[:12] != PROXY_V2 or head[12] not in (0x20, 0x21) or length > 4096:
             raise ValueError("not a PROXY header")
-        address = wire.read(length)[:PROXY_OCTETS.get(head[13], 0) * (head[12] & 1)]
+        octets = {1: 4, 2: 16}.get(head[13] >> 4, 0)  # of an address, by family
+        address = wire.read(length)[:octets * (head[12] & 1)]
         return str(ipaddress.ip_address(address)) if address else ""
     while head.startswith(b"PROXY ") and not head.endswith(b"\n") and len(head) < 107:
         head += wire.read(1)
-    addresses = rb"TCP[46] ([0-9a-fA-F.:]+) [0-9a-fA-F.:]+(?: [0-9]{1,5}){2}"
-    found = re.fullmatch(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|%s)\r\n" % addresses, head)
+    found = re.fullmatch(PROXY_V1, head)
     if not found:
         raise ValueError("not a PROXY header")
     return str(ipaddress.ip_address(found[1].decode())) if found[1] else ""
@@ -4977,7 +4962,7 @@ class Reception:
 
         Returns its queue id, or raises Refused.
         """
-        content.take(content.carry, last=True)
+        content.end()
         size, owed = content.size, "HOLD" not in envelope.flags
         try:
             if content.error:
@@ -5236,7 +5221,7 @@ class Session:
             sock = self.reception.tls.current().wrap_socket(
                 self.wire.sock, server_side=True, do_handshake_on_connect=False)
             self.wire.sock, self.wire.timeout = sock, -1.0
-            sock.settimeout(time_left(self.wire.deadline))
+            limit_calls(sock, self.wire.deadline - time.monotonic())
             sock.do_handshake()
         except OSError as e:
             self.reception.log.info("tls_failed", client=self.client, error=e)

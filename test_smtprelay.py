@@ -1486,7 +1486,7 @@ def test_content_means_the_same_however_it_is_split() -> None:
             kept: list[bytes] = []
             content = smtprelay.Content(kept.append, 100, lenient)
             smtprelay.read_data(wire, content)
-            content.take(content.carry, last=True)
+            content.end()
             assert wire.buffer + b"".join(wire.pieces) == rest, data
             assert content.fault == (smtprelay.BARE_NEWLINE if bare and not lenient else None), data
             assert content.fault or (b"".join(kept), content.size) == (mended, len(mended)), (data, cuts)
