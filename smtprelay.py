@@ -2288,11 +2288,15 @@ class Draft:
             data = b"X-Envelope-Size: %s\r\n%s" % (size, data)
             if not spool.on_disk:
                 return spool.store.write(self.final, data)
-            if spool.folder != folder or not os.path.isdir(folder):
-                os.makedirs(folder, 0o700, exist_ok=True)
-                sync_directory(spool.root)
-                spool.folder = folder
-            self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            while self.fd < 0:
+                try:
+                    if spool.folder != folder:
+                        raise FileNotFoundError
+                    self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                except FileNotFoundError:
+                    os.makedirs(folder, 0o700, exist_ok=True)
+                    sync_directory(spool.root)
+                    spool.folder = folder
         write_all(self.fd, self.seal.update(data, last) if self.seal else data)
 
     def commit(self) -> str:
