@@ -251,10 +251,7 @@ BAD_PARAMETER = read_reply("555 5.5.4 Unknown parameter")
 # heard; a Message is the spool's record of it, to and from JSON; an Outcome is
 # what one attempt meant for one recipient. A message has one owner at a time
 # (the session, then nobody, then the worker that took it), so none of them is
-# locked. MOVES is the whole life of a message:
-#
-#     received -> held | forwarding      held -> forwarding (released)
-#     forwarding -> forwarded | failed | retrying | held      retrying -> forwarding
+# locked. MOVES is the whole life of a message.
 
 def iso_time(seconds: float) -> str:
     """Return a Unix time as ISO 8601 UTC, to the millisecond."""
@@ -295,14 +292,14 @@ class Status(str, enum.Enum):
 
 FINISHED = (Status.FORWARDED, Status.FAILED)
 SETTLED = (*FINISHED, Status.HELD)
-MOVES: dict[Status, tuple[Status, ...]] = {
-    Status.RECEIVED: (Status.HELD, Status.FORWARDING, Status.RETRYING, Status.FAILED),
-    Status.HELD: (Status.FORWARDING, Status.RETRYING),
-    Status.FORWARDING: (Status.FORWARDED, Status.FAILED, Status.RETRYING, Status.HELD),
-    Status.RETRYING: (Status.FORWARDING, Status.FAILED, Status.RETRYING, Status.HELD),
-    Status.FORWARDED: (),
-    Status.FAILED: (Status.RETRYING,),
-}
+MOVES = {before: after for before, _, *after in map(str.split, """\
+received -> held forwarding retrying failed
+held -> forwarding retrying
+forwarding -> forwarded failed retrying held
+retrying -> forwarding failed retrying held
+forwarded ->
+failed -> retrying
+""".splitlines())}
 HELD_BY_MODE, HELD_BY_RULE = "SMTP_DELIVERY is hold", "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
 HISTORY_KEPT = 100
 RECORD_ENCODER = json.JSONEncoder(default=vars, ensure_ascii=False)
@@ -610,18 +607,18 @@ def are_private(given: Networks) -> bool:
     return all(any(n.version == home.version and n.subnet_of(home) for home in homes) for n in given)  # type: ignore
 
 
-# A provider's name in SMTP_RELAY_HOST: its host, with a port where that is not the usual one, and how many
-# recipients one transaction may have, where that is known.
-PRESETS = {
-    "gmail": ("smtp.gmail.com", 100),
-    "ses": ("email-smtp.*.amazonaws.com", 50),  # ses:REGION
-    "m365": ("smtp.office365.com", 500),
-    "mailgun": ("smtp.mailgun.org", 1000),
-    "sendgrid": ("smtp.sendgrid.net", 1000),
-    "postmark": ("smtp.postmarkapp.com", 50),
-    "smtp2go": ("mail.smtp2go.com", 0),
-    "fastmail": ("smtp.fastmail.com:465", 0),
-}
+# A provider's name in SMTP_RELAY_HOST: its host (* is the REGION of ses:REGION), with a port where that is not the
+# usual one, and how many recipients one transaction may have, 0 where that is not known.
+PRESETS = {name: (host, int(most)) for name, host, most in map(str.split, """\
+gmail smtp.gmail.com 100
+ses email-smtp.*.amazonaws.com 50
+m365 smtp.office365.com 500
+mailgun smtp.mailgun.org 1000
+sendgrid smtp.sendgrid.net 1000
+postmark smtp.postmarkapp.com 50
+smtp2go mail.smtp2go.com 0
+fastmail smtp.fastmail.com:465 0
+""".splitlines())}
 
 
 @lru_cache(maxsize=64)
@@ -2335,7 +2332,7 @@ class Draft:
 # A login names an account by its name or its api_key, and proves it by the password
 # or the api_key: a client with one secret for both fields is served, too. Each login
 # that fails costs one password hash, for an unknown user as for a wrong password; one
-# that succeeded is remembered as a keyed hash until the accounts are reread.
+# that succeeded is remembered as a keyed hash until the account changes.
 #
 # Called by sessions, HTTP and the sweeper, on their own threads. What was read from
 # the users file is one value, swapped whole, so that reading it needs no lock; Buckets
@@ -2350,19 +2347,21 @@ USAGE_DAYS = 35
 USAGE_COUNTS = 300_000  # a day; only SMTP_AUTH_ANY can bring that many
 
 
-@dataclass(frozen=True)
-class Account:
-    """Someone who may send; 0 and empty are no limit. Its repr shows no secret."""
+class Account(NamedTuple):
+    """Someone who may send; 0 and empty are no limit."""
 
     name: str
-    password: str = field(default="", repr=False)  # a hash, or in clear
-    api_key: str = field(default="", repr=False)
+    password: str = ""  # a hash, or in clear
+    api_key: str = ""
     allowed_domains: tuple[str, ...] = ()
     quota_daily: int = 0  # messages a UTC day
     quota_per_minute: int = 0
     relay_host: str = ""
     relay_username: str = ""
-    relay_password: str = field(default="", repr=False)
+    relay_password: str = ""
+
+    def __repr__(self) -> str:  # shows no secret
+        return self.name
 
 
 # A hash says how it was made; the pattern allows what a login may cost, up to 128 MiB.
@@ -2448,7 +2447,7 @@ def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, "", [])}
 
 
-def parse_users(users: Mapping[str, Any]) -> dict[str, Account]:
+def parse_users(users: Mapping[str, Any]) -> Logins:
     """Index the accounts by what a client may give as user name.
 
     SettingsError lists every mistake; no value is shown, it may be a secret.
@@ -2553,14 +2552,7 @@ class Watched:
 # -- the store --
 
 Login = tuple[Account, bool]  # who it is, with a name fit for the log, and whether that was proved
-
-
-class Known(NamedTuple):
-    """What was read at one time, and the logins it proved."""
-
-    logins: dict[str, Account]
-    hashes: list[str]  # the passwords that CRAM-MD5 cannot check
-    proved: set[bytes]  # at most four for each account: two names, two secrets
+Logins = dict[str, Account]  # by what a client may give as user name
 
 
 def named(logins: Mapping[str, Account], user: str) -> Account:
@@ -2574,12 +2566,13 @@ class Accounts:
 
     def __init__(self, settings: Settings, log: Log) -> None:
         self.settings, self.log, self._key = settings, log, secrets.token_bytes(32)
+        self._proved: dict[bytes, Account] = {}  # at most four for each account: two names, two secrets
         self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
         # whether there may be logins, even if the file names nobody yet
         self.configured = bool(settings.auth_user or settings.users_file or settings.auth_any)
         self.file = Watched("users_file", [settings.users_file] * bool(settings.users_file), self._read, log)
 
-    def _read(self) -> Known:
+    def _read(self) -> Logins:
         path, user = self.settings.users_file, self.settings.auth_user
         users = read_users(path) if path else {}
         if user and user in users:
@@ -2587,7 +2580,7 @@ class Accounts:
         mine = {user: {"password": self.settings.auth_password}} if user else {}
         logins, sealer = parse_users({**users, **mine}), Sealer(self.settings.spool_key)
         try:
-            logins = {login: dataclasses.replace(a, relay_password=sealer.unseal_text(
+            logins = {login: a._replace(relay_password=sealer.unseal_text(
                 a.relay_password, f"{a.name}/relay_password")) for login, a in logins.items()}
         except SpoolError as e:
             raise SettingsError([str(e)]) from None
@@ -2597,22 +2590,22 @@ class Accounts:
                           warning=f"passwords in clear: {', '.join(clear)} (`user passwd` hashes them)")
         if path and os.stat(path).st_mode & 0o077:
             self.log.warn("users_file", file=path, warning="not only its owner may read it (chmod 600)")
-        return Known(logins, [a.password for a in logins.values() if is_hash(a.password)], set())
+        return logins
 
     def listed(self) -> list[Account]:
         """List the accounts, those of the file in its order."""
-        return [account for login, account in self.file.current().logins.items() if login == account.name]
+        return [account for login, account in self.file.current().items() if login == account.name]
 
     def get(self, name: str) -> Account | None:
         """Find an account by its name; None once it is gone from the file."""
-        account: Account | None = self.file.current().logins.get(name)
+        account: Account | None = self.file.current().get(name)
         if account and account.name == name:
             return account
         return Account(name) if self.settings.auth_any else None
 
     def by_key(self, api_key: str) -> Account | None:
         """Find the account whose api_key this is (HTTP's Bearer)."""
-        account: Account | None = self.file.current().logins.get(api_key)
+        account: Account | None = self.file.current().get(api_key)
         return account if account and same_secret(account.api_key, api_key) else None
 
     def offers(self, secure: bool) -> list[str]:
@@ -2622,15 +2615,15 @@ class Accounts:
         choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
-        cram = self.settings.auth_any or not self.file.current().hashes
+        cram = self.settings.auth_any or not any(is_hash(a.password) for a in self.file.current().values())
         return [name for name in map(str.upper, self.settings.auth_methods) if (cram if name == "CRAM-MD5" else secure)]
 
     def login(self, user: str, password: str) -> Login:
         """Check a user name with a password. Refused when no turn comes, or no memory is left."""
-        known: Known = self.file.current()
-        account = named(known.logins, user)
+        logins: Logins = self.file.current()
+        account = named(logins, user)
         ticket = hmac.digest(self._key, encoded(f"{len(user)} {user}{password}"), "sha256")
-        if self.settings.auth_any or ticket in known.proved:
+        if self.settings.auth_any or self._proved.get(ticket) == account:
             return account, True
         if not self._turns.acquire(timeout=TURN_PATIENCE):
             raise Refused(ACCOUNTS_NOT_NOW)
@@ -2638,20 +2631,20 @@ class Accounts:
             hashed = is_hash(account.password)
             good = same_secret(account.api_key, password) or not hashed and same_secret(account.password, password)
             if not good:  # a failure costs one hash, whoever it was
-                decoy = (*known.hashes, f"{NEW_HASH}:{secrets.token_hex(16)}:")[0]
-                good = check_password(password, account.password if hashed else decoy) and hashed
+                hashes = [each.password for each in (account, *logins.values()) if is_hash(each.password)]
+                good = check_password(password, [*hashes, f"{NEW_HASH}:{secrets.token_hex(16)}:"][0]) and hashed
         except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
             self.log.error("login_not_checked", error=error)
             raise Refused(ACCOUNTS_NOT_NOW) from None
         finally:
             self._turns.release()
         if good:
-            known.proved.add(ticket)
+            self._proved[ticket] = account
         return account, good
 
     def login_cram(self, user: str, challenge: str, digest: str) -> Login:
         """Check a CRAM-MD5 digest (RFC 2195), at the same work for every user."""
-        account, good = named(self.file.current().logins, user), self.settings.auth_any
+        account, good = named(self.file.current(), user), self.settings.auth_any
         for secret in (account.password, account.api_key):
             wanted = hmac.digest(encoded(secret), encoded(challenge), "md5").hex()
             good |= same_secret(wanted, digest) and secret != "" and not is_hash(secret)
@@ -2900,7 +2893,7 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif not ca_file:
-        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        context.load_default_certs()
     else:
         try:
             context.load_verify_locations(ca_file)
@@ -2955,22 +2948,20 @@ def make_pair(directory: str, names: str) -> bytes:
     In two steps with a configuration file: LibreSSL (macOS) has no -addext, and answers
     `req -newkey ec -pkeyopt` with a broken key and exit status 0.
     """
-    with tempfile.TemporaryDirectory(dir=directory) as place:
-        config, key = os.path.join(place, "config"), os.path.join(place, "key")
-        write_file(config, OPENSSL_CONFIG.format(names=names).encode())
-        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
-        days = ("-days", str(SELF_SIGNED_DAYS))
-        cert = openssl("req", "-new", "-x509", "-sha256", "-key", key, "-config", config, *days)
-        return read_whole(key) + cert
+    key, config = openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout"), f"{directory}/openssl.cnf"
+    write_file(config, OPENSSL_CONFIG.format(names=names).encode())
+    cert = openssl("req", "-new", "-x509", "-sha256", "-days", str(SELF_SIGNED_DAYS), "-config", config,
+                   "-key", "/dev/stdin", given=key)
+    remove_file(config)
+    return key + cert
 
 
-def openssl(*arguments: str) -> bytes:
+def openssl(*arguments: str, given: bytes = b"") -> bytes:
     """Run the openssl program; returns what it printed. Raises SettingsError."""
     import subprocess
 
     try:
-        return subprocess.run(
-            ("openssl", *arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True).stdout
+        return subprocess.run(("openssl", *arguments), input=given, capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         words = (getattr(error, "stderr", b"") or b"").decode("utf-8", "replace").strip()[-300:]
         raise SettingsError([f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error} {words}"]) from None
@@ -3303,7 +3294,8 @@ class Scheduler:
 
 A, CNAME, MX, AAAA = 1, 5, 15, 28
 FAMILIES = {A: socket.AF_INET, AAAA: socket.AF_INET6}
-DNS_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+DNS_RCODES = words("NOERROR FORMERR SERVFAIL NXDOMAIN NOTIMP REFUSED YXDOMAIN YXRRSET NXRRSET NOTAUTH NOTZONE "
+                   "DSOTYPENI RCODE12 RCODE13 RCODE14 RCODE15")
 NXDOMAIN = 3
 DNS_HEADER_SIZE = 12
 DNS_ROUNDS = 3
@@ -3378,7 +3370,7 @@ def parse_answer(message: bytes, name: str, asked_for: int) -> DnsAnswer:
     flags, count = struct.unpack_from("!2xH2xH", message)
     rcode = flags & 0x000F
     if rcode not in (0, NXDOMAIN):
-        raise ValueError(DNS_RCODES.get(rcode, f"RCODE {rcode}"))
+        raise ValueError(DNS_RCODES[rcode])
     if not flags & 0x0480:  # AA or RA: a mere referral looks like "no such record", which is final
         raise ValueError("server does not recurse")
     if count > MAX_DNS_RECORDS:
