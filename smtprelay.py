@@ -10612,7 +10612,15 @@ def chosen_root(arguments: argparse.Namespace) -> tuple[str, bool]:
 
 
 def install(arguments: argparse.Namespace) -> int:
-    """Make this program a service of this machine, or upgrade it; settings and mail stay."""
+    """Make this program a service of this machine, or upgrade it; settings and mail stay.
+
+    --relay HOST     the smart host, as in SMTP_RELAY_HOST: gmail, host:port
+    --user NAME      the login there; asks for the password
+    --port PORT      where to listen, as in SMTP_PORT
+    --sendmail       be sendmail, mailq and newaliases, too
+    --root DIR       put all files under this directory, and start nothing
+    --dry-run        print what would be done
+    """
     (root, live), password, status = chosen_root(arguments), "", 0
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
@@ -10676,8 +10684,13 @@ def run_tool(*command: str) -> None:
         raise Complaint(f"{' '.join(command[:2])} failed", EX_UNAVAILABLE)
 
 
-def uninstall(arguments: argparse.Namespace) -> int:
-    """Remove what install wrote; --purge removes settings and mail, too."""
+def uninstall(arguments: argparse.Namespace) -> None:
+    """Remove what install wrote; --purge removes settings and mail, too.
+
+    --purge          remove settings and mail, too
+    --root DIR       put all files under this directory, and start nothing
+    --dry-run        print what would be done
+    """
     root, live = chosen_root(arguments)
     managed = live and systemd_runs()
     doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN),
@@ -10695,15 +10708,14 @@ def uninstall(arguments: argparse.Namespace) -> int:
         print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
     elif live:
         run_tool("userdel", SERVICE_USER)
-    return 0
 
 
 # === 26 COMMAND LINE =========================================================
 #
 # One function for each verb; it takes its arguments, and returns the exit status, of
-# sysexits.h. COMMANDS is the table from which argparse, the help and the completion of
-# shells are made. Settings come from the environment, or, where that names none, from
-# the file of the installed service.
+# sysexits.h, if it is not 0. Its docstring is its help and lists the arguments: argparse
+# and the completion of shells are made from that. Settings come from the environment, or,
+# where that names none, from the file of the installed service.
 #
 # Verbs that ask about mail are requests to the running relay; where none answers, the
 # same routes act on the spool, and those that change it take its lock.
@@ -10718,14 +10730,13 @@ class NoRelay(Exception):
     status = EX_UNAVAILABLE
 
 
-def tell(arguments: Arguments, value: object, lines: Iterable[str]) -> int:
+def tell(arguments: Arguments, value: object, lines: Iterable[str]) -> None:
     """Print what was found, as JSON or as lines for people, each when it is known."""
     for line in lines:
         if not arguments.json:
             print(line, flush=True)
     if arguments.json:
         print(json.dumps(value, indent=1, ensure_ascii=False))
-    return 0
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
@@ -10795,8 +10806,11 @@ def order(settings: Settings, method: str, path: str) -> Any:
         parts.spool.close()
 
 
-def queue_(arguments: Arguments) -> int:
-    """List what is owed and held."""
+def queue_(arguments: Arguments) -> None:
+    """List what is owed and held.
+
+    --json  print JSON
+    """
     listed = order(read_environment(), "GET", "/api/v1/queue")
     rows, lines = [*listed["messages"], *listed["held"]], []
     for row in rows:
@@ -10808,25 +10822,34 @@ def queue_(arguments: Arguments) -> int:
         lines += [f"    {why}"] * bool(why)
     total = size_shown(sum(row["size"] for row in rows))
     lines.append(f"{len(rows)} message{'s' * (len(rows) != 1)}, {total}" if rows else "the queue is empty")
-    return tell(arguments, rows, lines)
+    tell(arguments, rows, lines)
 
 
-def retry_(arguments: Arguments) -> int:
-    """Try a message, or all that is owed, at once; a held one is released, with "held" all of them."""
+def retry_(arguments: Arguments) -> None:
+    """Try a message, or all that is owed, at once; a held one is released, with "held" all of them.
+
+    ID        a queue id, "all" that are owed, or all that are "held"
+    --held    with all: release those that are held
+    """
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
     done = order(read_environment(), "POST", f"/api/v1/queue/{id}/retry")
     print(f"{done['retried']} due as soon as a relay runs", file=sys.stderr)
-    return 0
 
 
-def remove(arguments: Arguments) -> int:
-    """Remove a message for good, whether it is owed, held or finished."""
+def remove(arguments: Arguments) -> None:
+    """Remove a message for good, whether it is owed, held or finished.
+
+    ID  a queue id
+    """
     order(read_environment(), "DELETE", f"/api/v1/queue/{arguments.id}")
-    return 0
 
 
-def show(arguments: Arguments) -> int:
-    """Print a message: its record, then its content."""
+def show(arguments: Arguments) -> None:
+    """Print a message: its record, then its content.
+
+    ID        a queue id
+    --json    print JSON
+    """
     settings, path = read_environment(), f"/api/v1/message/{arguments.id}"
     content, record = order(settings, "GET", path + "/raw"), order(settings, "GET", path)["Delivery"]
     tell(arguments, record, (
@@ -10834,25 +10857,42 @@ def show(arguments: Arguments) -> int:
         for name, value in record.items() for each in (value if isinstance(value, list) else [value])))
     if not arguments.json:
         sys.stdout.buffer.write(b"\n" + content.replace(b"\r\n", b"\n"))
-    return 0
 
 
-def wait(arguments: Arguments) -> int:
-    """Block until a message arrives; print it, or just the code or link of one that has any."""
+def wait(arguments: Arguments) -> None:
+    """Block until a message arrives; print it, or just the code or link of one that has any.
+
+    --to ADDRESS     a recipient
+    --subject WORDS  words of the subject
+    --since N        only after the message with this sequence number (see --json)
+    --timeout TIME   how long, up to 5m (30s)
+    --code           print its verification code alone
+    --link           print its first link alone
+    --json           print JSON
+    """
     part = "code" if arguments.code else "link" if arguments.link else ""
     found = ask(read_environment(), "GET", "/api/v1/wait", arguments.timeout + 10, **{
         "to": arguments.to, "subject": arguments.subject, "timeout": arguments.timeout, "with": part,
         "since": arguments.since})
     if part:
         print(found[f"{part.title()}s"][0])
-        return 0
-    return tell(arguments, found, [
-        f"From: {found['From']['Address']}", f"To: {', '.join(p['Address'] for p in found['To'])}",
-        f"Subject: {found['Subject']}\n\n{found['Text']}"])
+    else:
+        tell(arguments, found, [
+            f"From: {found['From']['Address']}", f"To: {', '.join(p['Address'] for p in found['To'])}",
+            f"Subject: {found['Subject']}\n\n{found['Text']}"])
 
 
-def user(arguments: Arguments) -> int:
-    """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE."""
+def user(arguments: Arguments) -> None:
+    """Add, list or remove accounts, or change a password, in SMTP_USERS_FILE.
+
+    ACTION           add, list, remove or passwd
+    [NAME]           whose account
+    --domain DOMAIN  may send as this domain (again for more)
+    --daily N        messages a day
+    --per-minute N   messages a minute
+    --api-key        make an API key, and print it
+    --json           print JSON
+    """
     settings, action, name, change = read_environment(), arguments.action, arguments.name, None
     path = settings.users_file
     if not path:
@@ -10878,11 +10918,14 @@ def user(arguments: Arguments) -> int:
         raise Complaint(f"SMTP_USERS_FILE {path}: {e}", EX_CONFIG) from None
     if change and arguments.api_key:
         print(change["api_key"])
-    return 0
 
 
 def doctor(arguments: Arguments) -> int:
-    """Try the next hop and say what stands in the way; sends nothing."""
+    """Try the next hop and say what stands in the way; sends nothing.
+
+    [DOMAIN]  examine the hosts that take this domain's mail
+    --json    print JSON
+    """
     found: list[dict[str, str]] = []
 
     def lines() -> Iterator[str]:
@@ -10982,8 +11025,11 @@ def first_lines(parts: Parts) -> list[str]:
     ] if holds]
 
 
-def check(arguments: Arguments) -> int:
-    """Read the settings, and the files that they name, and say all that is wrong; --print shows them."""
+def check(arguments: Arguments) -> None:
+    """Read the settings, and the files that they name, and say all that is wrong; --print shows them.
+
+    --print  print every setting
+    """
     settings = read_environment()
     if settings.storage == "file":
         check_spool(os.path.abspath(settings.spool))
@@ -10997,7 +11043,6 @@ def check(arguments: Arguments) -> int:
             print(f"{name}={'***' if f.secret and value else shown}")
     else:
         print("settings are fine")
-    return 0
 
 
 def setting_text(value: Any) -> str:
@@ -11007,21 +11052,23 @@ def setting_text(value: Any) -> str:
     return str(value.pattern if isinstance(value, re.Pattern) else int(value) if isinstance(value, bool) else value)
 
 
-def status(arguments: Arguments) -> int:
+def status(arguments: Arguments) -> None:
     """Say whether the relay runs, how it fares, and what it owes; exit 0 when it is ready."""
     settings = read_environment()
     parts, listed = ask(settings, "GET", "/readyz", verbose=1), ask(settings, "GET", "/api/v1/queue")
     for name, how in parts.items():
         print(f"{name:<10} {how}")
     print(f"queue      {listed['total']} owed, {len(listed['held'])} held")
-    return 0
 
 
 ENDED_AFTER = 3.0  # a relay that is started again has the spool by then
 
 
-def healthcheck(arguments: Arguments) -> int:
-    """Exit 0 when the relay is ready; --wait waits for it, up to a minute, but not for one that has ended."""
+def healthcheck(arguments: Arguments) -> None:
+    """Exit 0 when the relay is ready; --wait waits for it, up to a minute, but not for one that has ended.
+
+    --wait  wait up to a minute
+    """
     settings = read_environment()
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
@@ -11029,7 +11076,7 @@ def healthcheck(arguments: Arguments) -> int:
     while True:
         try:
             ask(settings, "GET", "/readyz", 5.0)
-            return 0
+            return
         except (NoRelay, Complaint) as e:
             why = str(e)
         if not arguments.wait or time.time() > begun + 60:
@@ -11183,15 +11230,18 @@ def laid_out(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def help_(arguments: Arguments) -> int:
-    """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command."""
+def help_(arguments: Arguments) -> None:
+    """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command.
+
+    [TOPIC]  a table, or a command
+    """
     if arguments.topic in TOPICS:
         print(laid_out(TOPICS[arguments.topic]()).lstrip("\n"))
-        return 0
-    if arguments.topic:
-        return run_command([arguments.topic, "--help"])
-    commands = [("command", ""), *((name, summary_of(run)) for name, (run, _) in COMMANDS.items())]
-    print(f"""\
+    elif arguments.topic:
+        run_command([arguments.topic, "--help"])
+    else:
+        commands = [("command", ""), *((name, summary_of(action)) for name, action in COMMANDS.items())]
+        print(f"""\
 usage: smtprelay.py [COMMAND [...]]
        (or --version, or --completion bash|zsh)
 
@@ -11204,76 +11254,14 @@ commands:
 
 settings (environment variables):
 {laid_out(settings_table())}""")
-    return 0
 
 
-def version(arguments: Arguments) -> int:
+def version(arguments: Arguments) -> None:
     """Print the version."""
     print(f"smtprelay {__version__}")
-    return 0
 
-
-# -- the verbs --
 
 ACTIONS = ("add", "list", "remove", "passwd")
-COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {  # what runs each verb; its arguments, each with its help
-    "serve": (serve, ""),
-    "check": (check, "--print  print every setting"),
-    "doctor": (doctor, """
-        [DOMAIN]  examine the hosts that take this domain's mail
-        --json    print JSON"""),
-    "status": (status, ""),
-    "queue": (queue_, "--json  print JSON"),
-    "retry": (retry_, """
-        ID        a queue id, "all" that are owed, or all that are "held"
-        --held    with all: release those that are held"""),
-    "remove": (remove, "ID  a queue id"),
-    "show": (show, """
-        ID        a queue id
-        --json    print JSON"""),
-    "wait": (wait, """
-        --to ADDRESS     a recipient
-        --subject WORDS  words of the subject
-        --since N        only after the message with this sequence number (see --json)
-        --timeout TIME   how long, up to 5m (30s)
-        --code           print its verification code alone
-        --link           print its first link alone
-        --json           print JSON"""),
-    "user": (user, """
-        ACTION           add, list, remove or passwd
-        [NAME]           whose account
-        --domain DOMAIN  may send as this domain (again for more)
-        --daily N        messages a day
-        --per-minute N   messages a minute
-        --api-key        make an API key, and print it
-        --json           print JSON"""),
-    "healthcheck": (healthcheck, "--wait  wait up to a minute"),
-    "sendmail": (sendmail, ""),
-    "install": (install, """
-        --relay HOST     the smart host, as in SMTP_RELAY_HOST: gmail, host:port
-        --user NAME      the login there; asks for the password
-        --port PORT      where to listen, as in SMTP_PORT
-        --sendmail       be sendmail, mailq and newaliases, too
-        --root DIR       put all files under this directory, and start nothing
-        --dry-run        print what would be done"""),
-    "uninstall": (uninstall, """
-        --purge          remove settings and mail, too
-        --root DIR       put all files under this directory, and start nothing
-        --dry-run        print what would be done"""),
-    "help": (help_, "[TOPIC]  a table, or a command"),
-    "version": (version, ""),
-}
-KINDS: dict[str, dict[str, Any]] = {  # what argparse is to know of an argument, by the word that stands for its value
-    "N": {"type": count}, "TIME": {"type": duration, "default": 30.0}, "DIR": {"default": ""},
-    "ACTION": {"choices": ACTIONS}, "DOMAIN": {"action": "append"},
-    **dict.fromkeys(("[DOMAIN]", "[NAME]", "[TOPIC]"), {"nargs": "?"}),
-}
-
-
-def summary_of(action: Callable[..., int]) -> str:
-    return (action.__doc__ or "").partition("\n")[0]
-
-
 COMPLETION = """\
 _smtprelay() {{
     local words="{verbs}"
@@ -11287,34 +11275,51 @@ _smtprelay() {{
 complete -F _smtprelay smtprelay smtprelay.py"""
 
 
-def completion() -> str:
-    """Return what makes bash or zsh complete verbs and their options."""
+def completion(arguments: Arguments) -> None:
+    """Print what makes a shell complete verbs and their options, also as --completion.
+
+    SHELL  bash or zsh
+    """
     cases = []
-    for name, (_, arguments) in COMMANDS.items():
-        words = [*re.findall(r"(?m)^ *(--\S+)", arguments), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
+    for name, action in COMMANDS.items():
+        words = [*re.findall(r"(?m)^ *(--\S+)", action.__doc__ or ""), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
         cases.append(f'        {name})  words="{" ".join(words)}";;')
-    return COMPLETION.format(verbs=" ".join(COMMANDS), cases="\n".join(cases))
+    print(COMPLETION.format(verbs=" ".join(COMMANDS), cases="\n".join(cases)))
+
+
+# -- the verbs --
+
+VERB_ACTIONS: tuple[Callable[[Any], int | None], ...] = (
+    serve, check, doctor, status, queue_, retry_, remove, show, wait, user, healthcheck, sendmail, install, uninstall,
+    help_, version, completion)
+COMMANDS = {action.__name__.strip("_"): action for action in VERB_ACTIONS}
+KINDS: dict[str, dict[str, Any]] = {  # what argparse is to know of an argument, by the word that stands for its value
+    "N": {"type": count}, "TIME": {"type": duration, "default": 30.0}, "DIR": {"default": ""},
+    "ACTION": {"choices": ACTIONS}, "SHELL": {"choices": ("bash", "zsh")}, "DOMAIN": {"action": "append"},
+    **dict.fromkeys(("[DOMAIN]", "[NAME]", "[TOPIC]"), {"nargs": "?"}),
+}
+
+
+def summary_of(action: Callable[..., object]) -> str:
+    return (action.__doc__ or "").partition("\n")[0]
 
 
 def run_command(words: list[str]) -> int:
     """Run a verb; SystemExit after --help, and after a mistake in its arguments."""
-    name, *rest = words or ["serve"]
+    said, *rest = words or ["serve"]
+    name = "help" if said == "-h" else said.removeprefix("--")
     if name == "sendmail":  # whose flags are its own
         return sendmail(rest)
-    if name == "--completion" and rest in (["bash"], ["zsh"]):
-        print(completion())
-        return 0
-    name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name not in COMMANDS:
-        raise Complaint(f"{name!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}", EX_USAGE)
-    run, arguments = COMMANDS[name]
-    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(run), formatter_class=(
+        raise Complaint(f"{said!r} is not a command{nearest(name, COMMANDS, 0.6) or '; see --help'}", EX_USAGE)
+    action = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"smtprelay.py {name}", description=summary_of(action), formatter_class=(
         partial(argparse.HelpFormatter, width=line_width())))
-    for flag, value, text in re.findall(r"(?m)^ *(--\S+)? ?(\S*)  +(.+)", arguments):
+    for flag, value, text in re.findall(r"(?m)^ *(--\S+)? ?(\S*)  +(\S.+)", action.__doc__ or ""):
         word = value.strip("[]")
         how = {"metavar": word, **KINDS.get(value, {})} if value else {"action": "store_true"}
         parser.add_argument(flag or word.lower(), help=text, **how)
-    return run(parser.parse_args(rest))
+    return action(parser.parse_args(rest)) or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12359,7 +12359,7 @@ def test_mistakes_of_usage(words: list[str], status: int) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_for_the_shell(shell: str) -> None:
-    path, script = need(shell), smtprelay.completion()
+    path, script = need(shell), verb({}, "--completion", shell)
     assert all(name in script for name in (*smtprelay.COMMANDS, "sendmail", "--subject"))
     run_command(path, "-n", env=clean_env(), stdin=script.encode())
     if shell == "bash":
