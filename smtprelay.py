@@ -5794,7 +5794,7 @@ def addresses(value: str) -> list[Person]:
             for name, address in pairs]
 
 
-def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) -> tuple[Headers, int]:
+def read_headers(raw: bytes, start: int, end: int, limit: int) -> tuple[Headers, int]:
     """Read a header block; give its fields with the offset of the body.
 
     A line that is no field costs itself alone where a field follows. A field that is not needed may
@@ -5802,22 +5802,18 @@ def read_headers(raw: bytes, start: int, end: int, limit: int = HEADERS_MOST) ->
     """
     kept: Headers = []
     at, room, last_line = start, limit, start + 8 * limit
-    field = re.compile(FIELD_NAME + rb"[^\n]*(?:\n[ \t]+[^\s][^\n]*)*(?:\n|\Z)")
-    stray = re.compile(rb"\S[^\n]*\n(?=%s)" % FIELD_NAME)
-    while at < last_line:
-        line = field.match(raw, at, end)
-        if line:
-            size = line.end() - at
-            if (size <= room // 4 and len(kept) < 2000
-                    or size <= room and re.match(NEEDED_FIELD, line[0])):
-                name, _, value = decode_text(line[0]).replace("\r\n", "").partition(":")
-                kept.append((name.rstrip(), value.translate(NO_BREAKS).strip()))
-                room -= size
-        else:
-            line = stray.match(raw, at, end)
-            if not line or at == start and not re.match(b">?From ", line[0]):
-                break  # the body, be it without an empty line before it
-        at = line.end()
+    line = re.compile(rb"(%s[^\n]*(?:\n[ \t]+[^\s][^\n]*)*(?:\n|\Z))|\S[^\n]*\n(?=%s)"
+                      % (FIELD_NAME, FIELD_NAME))
+    while at < last_line and (found := line.match(raw, at, end)):
+        size = found.end() - at
+        if not found[1] and at == start and not re.match(b">?From ", found[0]):
+            break  # the body, be it without an empty line before it
+        if found[1] and (size <= room // 4 and len(kept) < 2000
+                         or size <= room and re.match(NEEDED_FIELD, found[1])):
+            name, _, value = decode_text(found[1]).replace("\r\n", "").partition(":")
+            kept.append((name.rstrip(), value.translate(NO_BREAKS).strip()))
+            room -= size
+        at = found.end()
     blank, spent = re.compile(rb"(?m)^[ \t\r]*(?:\n|\Z)"), at >= last_line
     empty = (blank.search if spent else blank.match)(raw, at, end)  # past the fields not looked at
     return kept, empty.end() if empty else end if spent else at
@@ -5954,20 +5950,6 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
     return Part(number, headers, kind, more, role, filename, cid)
 
 
-def find_pieces(raw: bytes, start: int, end: int, boundary: str) -> list[tuple[int, int]]:
-    """Find where the parts between boundary lines begin and end (RFC 2046, 5.1.1)."""
-    mark = re.escape(boundary.encode("utf-8", "replace"))
-    line = re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark)
-    pieces: list[tuple[int, int]] = []
-    for found in itertools.islice(line.finditer(raw, start - 1, end), PART_LIMIT + 1):
-        at = found.start()
-        pieces[-1:] = [(begin, at - (raw[at - 1] == 13)) for begin, _ in pieces[-1:]]
-        if found[1]:
-            break
-        pieces.append((found.end() + 1, end))
-    return pieces
-
-
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
 
@@ -5986,15 +5968,21 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
         part = describe_part(number.rstrip(".") or "0", headers, among)
         multipart = part.content_type.startswith("multipart/")
         boundary, pieces = part.parameters.get("boundary"), []
-        if multipart and boundary and number.count(".") < DEPTH_LIMIT:
-            pieces = find_pieces(raw, body, end, boundary)
+        if multipart and boundary and number.count(".") < DEPTH_LIMIT:  # RFC 2046 5.1.1
+            mark = re.escape(boundary.encode("utf-8", "replace"))
+            line = re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark)
+            lines = list(itertools.islice(line.finditer(raw, body - 1, end), PART_LIMIT))
+            opening = itertools.takewhile(lambda line: not line[1], lines)
+            ends = [*(line.start() for line in lines[1:]), end]
+            pieces = [(line.end() + 1, end) for line, end in zip(opening, ends)]
         todo += [(f"{number}{n}.", *pieces[n - 1], part.content_type)
                  for n in range(len(pieces), 0, -1)]
         if not pieces:  # a multipart without parts is shown, not lost
             kind, role = ("text/plain", "body") if multipart else (part.content_type, part.role)
             if part.filename and ("body", kind) in ((p.role, p.content_type) for p in parts):
                 role = "attachment" if role == "body" else role  # one more text with a name
-            parts.append(part._replace(content_type=kind, role=role, raw=raw[body:end]))
+            content = raw[body : end - (raw[end - 1 : end] == b"\r")]
+            parts.append(part._replace(content_type=kind, role=role, raw=content))
         if not todo:
             break
     return top, parts
