@@ -253,10 +253,14 @@ BAD_PARAMETER = read_reply("555 5.5.4 Unknown parameter")
 # (the session, then nobody, then the worker that took it), so none of them is
 # locked. MOVES is the whole life of a message.
 
+@lru_cache(maxsize=16)
+def iso_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 def iso_time(seconds: float) -> str:
     """Return a Unix time as ISO 8601 UTC, to the millisecond."""
-    at = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return at.isoformat(timespec="milliseconds")[:23] + "Z"
+    return f"{iso_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
 
 
 def unix_time(text: str) -> float:
@@ -1916,13 +1920,11 @@ def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
 
 def read_block(file: BinaryIO) -> list[tuple[str, str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
-    block, length = [], 0
-    while (line := file.readline(8192)).startswith(b"X-Envelope-"):
-        length += len(line)
-        name, _, value = line[11:].decode("utf-8", "surrogateescape").partition(":")
-        block.append((name.lower(), value.strip(" \r\n")))
-    file.seek(length)
-    return block
+    lines = iter(partial(file.readline, 8192), b"")
+    raw = b"".join(itertools.takewhile(re.compile(b"X-Envelope-").match, lines))
+    file.seek(len(raw))
+    text = raw.decode("utf-8", "surrogateescape")
+    return re.findall(r"X-Envelope-([^:\n]+): *(.*?)[ \r]*\n", text)
 
 
 def first_record(file: BinaryIO) -> Message:
@@ -1932,19 +1934,19 @@ def first_record(file: BinaryIO) -> Message:
     block = read_block(file)
     try:
         one = dict(block)
-        rest = length - file.tell() - int(one["trace"])
-        size = rest if one["size"] == TO_THE_END else int(one["size"])
+        rest = length - file.tell() - int(one["Trace"])
+        size = rest if one["Size"] == TO_THE_END else int(one["Size"])
         if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
-        flags = tuple(one.get("flags", "").split())
+        flags = tuple(one.get("Flags", "").split())
         held = HELD_BY_MODE if "HOLD" in flags else ""
         status = Status.HELD if held else Status.RECEIVED
-        received = iso_time(id_micros(one["id"]) / 1e6)
-        reverse_path, told = read_asked(one["from"])
-        recipients = [Recipient(path, status, **of) for path, of in (read_asked(v) for k, v in block if k == "to")]
+        received = iso_time(id_micros(one["Id"]) / 1e6)
+        reverse_path, told = read_asked(one["From"])
+        recipients = [Recipient(path, status, **of) for path, of in (read_asked(v) for k, v in block if k == "To")]
         return Message(
-            one["id"], status, received, reverse_path, recipients, size,
-            one["client"], one["helo"], one["protocol"], one["user"], flags, **told,
+            one["Id"], status, received, reverse_path, recipients, size,
+            one["Client"], one["Helo"], one["Protocol"], one["User"], flags, **told,
             history=[{"at": received, "status": status.value, "detail": held}])
     except (KeyError, TypeError, ValueError, OverflowError, OSError) as e:
         raise SpoolError(f"envelope headers do not parse: {e!r}") from None
