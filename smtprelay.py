@@ -1419,7 +1419,8 @@ LOCAL_LIMIT, PATH_LIMIT = 256, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
 ATEXT = r'[^\x00-\x20"(),.:;<>@[\\\]\x7f]+'
 QUOTED_STRING = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
-LABEL = r"(?!-)[0-9A-Za-z_\x80-\U0010ffff-]{1,252}(?<!-)"  # underscores are in use; U-labels pass
+# Underscores are in use; U-labels pass. Said by what may not be in it: to compile what may takes 25 ms.
+LABEL = r"(?!-)[^\x00-,./:-@[-^`{-\x7f]{1,252}(?<!-)"
 DOMAIN = rf"{LABEL}(?:\.{LABEL})*\.?"
 CUT_PATH = r'(?s)<((?:[^">]|"(?:[^"\\]|\\.)*")*)>((?: .*)?)'
 PATH = (  # behind a source route; the domain may be a literal such as [127.0.0.1] or [IPv6:::1]
