@@ -652,147 +652,145 @@ def hop_list(text: str) -> tuple[str, ...]:
 
 
 class Setting(NamedTuple):
-    """A declaration: help, parser, default as a user would write it; a secret may also come from NAME_FILE."""
+    """A declaration; `shown` is said in place of a default that depends. A secret may also come from NAME_FILE."""
 
-    help: str
     parse: Callable[[str], Any]
-    default: str
+    default: str  # as a user would write it
+    help: str
     secret: bool
-    shown: str  # in place of the default, which depends
+    shown: str
 
 
-def setting(help: str, parse: Callable[[str], Value], default: str = "", *,
-            secret: bool = False, shown: str = "") -> Value:
-    """Declare a setting, whose value is of the type that its parser returns."""
-    return cast(Value, Setting(help, parse, default, secret, shown))
+def setting(parse: Callable[[str], Value], text: str, *, secret: bool = False, shown: str = "") -> Value:
+    """Declare a setting by `default | help`, or `help`; its value is of the type that its parser returns."""
+    default, _, help = text.rpartition(" | ")
+    return cast(Value, Setting(parse, default, help, secret, shown or default))
 
 
 class Settings:
     """What the SMTP_* environment variables say: sizes in octets, durations in seconds."""
 
     port = setting(
-        "where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
-        "unix:/path, or a list; 0 is any free port", listen, "2525")
-    smtps_port = setting("the same, for listeners with TLS from the first byte", listen)
-    hostname = setting("the name in greetings, HELO and Received", host_name, shown="this machine's name")
-    banner = setting("the words after the host name in the 220", printable, "smtprelay ready")
-    allow_networks = setting("clients that may connect: a list of networks", networks, "loopback")
+        listen, "2525 | where to listen: a port (on 127.0.0.1 and ::1), addr:port, :port for every interface, "
+        "unix:/path, or a list; 0 is any free port")
+    smtps_port = setting(listen, "the same, for listeners with TLS from the first byte")
+    hostname = setting(host_name, "the name in greetings, HELO and Received", shown="this machine's name")
+    banner = setting(printable, "smtprelay ready | the words after the host name in the 220")
+    allow_networks = setting(networks, "loopback | clients that may connect: a list of networks")
     proxy_networks = setting(
-        "balancers whose connections open with a PROXY header (v1 or v2) that names the client", networks)
-    max_size = setting("octets of content in one message", size, "10MiB")
-    max_recipients = setting("recipients in one transaction", positive, "100")
-    max_connections = setting("sessions at once; one more gets 421", positive, "1000")
-    max_connections_per_client = setting("sessions at once from one address; 0 is no limit", count, "0")
-    max_errors = setting("bad commands before 421", positive, "20")
-    command_timeout = setting("time for one command line", duration, "5m")
-    data_timeout = setting("time for the content of one message", duration, "10m")
-    session_timeout = setting("time for the whole session", duration, "1h")
-    tls_cert = setting("PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered", readable)
-    tls_key = setting("PEM key; both are reread when they change", readable)
-    tls_self_signed = setting("make a self-signed pair, kept in the spool, when no pair is set", flag, "0")
-    tls_required = setting("nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS", flag, "0")
-    auth_user = setting("one account's name", str)
-    auth_password = setting("and its password", str, secret=True)
-    users_file = setting("a JSON file of accounts; reread when it changes", str)
+        networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
+    max_size = setting(size, "10MiB | octets of content in one message")
+    max_recipients = setting(positive, "100 | recipients in one transaction")
+    max_connections = setting(positive, "1000 | sessions at once; one more gets 421")
+    max_connections_per_client = setting(count, "0 | sessions at once from one address; 0 is no limit")
+    max_errors = setting(positive, "20 | bad commands before 421")
+    command_timeout = setting(duration, "5m | time for one command line")
+    data_timeout = setting(duration, "10m | time for the content of one message")
+    session_timeout = setting(duration, "1h | time for the whole session")
+    tls_cert = setting(readable, "PEM certificate; with SMTP_TLS_KEY, STARTTLS is offered")
+    tls_key = setting(readable, "PEM key; both are reread when they change")
+    tls_self_signed = setting(flag, "0 | make a self-signed pair, kept in the spool, when no pair is set")
+    tls_required = setting(flag, "0 | nothing but EHLO, NOOP, RSET, STARTTLS, QUIT before TLS")
+    auth_user = setting(str, "one account's name")
+    auth_password = setting(str, "and its password", secret=True)
+    users_file = setting(str, "a JSON file of accounts; reread when it changes")
     auth_required = setting(
-        "no MAIL before AUTH", lambda text: flag(text) if text else None, shown="1 if accounts exist")
-    auth_methods = setting("mechanisms offered", methods, "plain,login,cram-md5")
-    auth_insecure = setting("allow PLAIN and LOGIN without TLS off loopback", flag, "0")
-    auth_any = setting("accept any user and password (tests); loopback and private networks only", flag, "0")
-    auth_failures = setting("failed logins a minute from one address, then 421", positive, "5")
+        lambda text: flag(text) if text else None, "no MAIL before AUTH", shown="1 if accounts exist")
+    auth_methods = setting(methods, "plain,login,cram-md5 | mechanisms offered")
+    auth_insecure = setting(flag, "0 | allow PLAIN and LOGIN without TLS off loopback")
+    auth_any = setting(flag, "0 | accept any user and password (tests); loopback and private networks only")
+    auth_failures = setting(positive, "5 | failed logins a minute from one address, then 421")
     rate_limit = setting(
-        "messages a minute for an account, or a client address where there is none; 0 is no limit", count, "0")
-    rate_burst = setting("messages at once before the rate holds", positive, "10")
+        count, "0 | messages a minute for an account, or a client address where there is none; 0 is no limit")
+    rate_burst = setting(positive, "10 | messages at once before the rate holds")
     faults = setting(
-        "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted "
-        "by ; (see README)", str)
-    storage = setting("where messages are kept: file or memory", choice("file memory"), "file")
-    spool = setting("the spool's directory", str, "./data/spool")
-    spool_max_size = setting("octets of spool; past it finished messages go first; 0 is no limit", size, "0")
-    spool_max_messages = setting("messages in the spool, likewise; 0 is no limit", count, "0")
-    spool_min_free = setting("less free disk space than this: 452", size, "64MiB")
+        str, "scripted failures for tests: rules such as `rcpt to=*@slow.test 450 greylisted first 2`, parted by ; "
+        "(see README)")
+    storage = setting(choice("file memory"), "file | where messages are kept: file or memory")
+    spool = setting(str, "./data/spool | the spool's directory")
+    spool_max_size = setting(size, "0 | octets of spool; past it finished messages go first; 0 is no limit")
+    spool_max_messages = setting(count, "0 | messages in the spool, likewise; 0 is no limit")
+    spool_min_free = setting(size, "64MiB | less free disk space than this: 452")
     spool_key = setting(
-        "32 octets in hexadecimal: messages at rest are AES-256-GCM",
-        like(bytes.fromhex, "[0-9A-Fa-f]{64}", "64 hexadecimal digits"), secret=True)
-    keep = setting("how long finished messages stay; a held one has no age limit", duration, "7d")
-    fsync = setting("sync each message to disk before its 250; 0 is for tests", flag, "1")
-    queue_size = setting("messages owed at once; past it 452; 0 is no limit", count, "0")
+        like(bytes.fromhex, "[0-9A-Fa-f]{64}", "64 hexadecimal digits"),
+        "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
+    keep = setting(duration, "7d | how long finished messages stay; a held one has no age limit")
+    fsync = setting(flag, "1 | sync each message to disk before its 250; 0 is for tests")
+    queue_size = setting(count, "0 | messages owed at once; past it 452; 0 is no limit")
     delivery = setting(
-        "hold, relay (to a smart host) or mx (straight to the recipients' hosts)",
-        choice("hold relay mx"), shown="relay with SMTP_RELAY_HOST, else hold")
+        choice("hold relay mx"), "hold, relay (to a smart host) or mx (straight to the recipients' hosts)",
+        shown="relay with SMTP_RELAY_HOST, else hold")
     relay_host = setting(
-        "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
-        "sendgrid, postmark, smtp2go, fastmail", hop_list)
-    relay_port = setting("the smart host's port", port_number, "0", shown="587; 465 with tls; 25 with none")
+        hop_list, "the smart host: host or host:port, a list tried in order, or gmail, ses:REGION, m365, mailgun, "
+        "sendgrid, postmark, smtp2go, fastmail")
+    relay_port = setting(port_number, "0 | the smart host's port", shown="587; 465 with tls; 25 with none")
     relay_tls = setting(
-        "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
         choice("starttls tls opportunistic none ssl=tls smtps=tls"),
+        "starttls (required), tls (from the first octet), opportunistic, none; a host with port 465 means tls",
         shown="starttls; opportunistic for a loopback host and for mx")
-    relay_tls_verify = setting("0 skips certificate verification", flag, "1")
-    relay_ca_file = setting("PEM roots to trust instead of the system's", readable)
-    relay_username = setting("login at the smart host", str)
-    relay_password = setting("and its password, or OAuth token", str, secret=True)
-    relay_password_file = setting("a file with it, reread for each login", str)
-    relay_auth = setting(
-        "auto, plain, login, cram-md5, xoauth2", choice("auto plain login cram-md5 xoauth2"), "auto")
-    relay_return_path = setting("replaces the reverse-path (never the null one)", mailbox)
-    relay_redirect_to = setting("every recipient becomes this one; the original stays in X-Original-To", mailbox)
+    relay_tls_verify = setting(flag, "1 | 0 skips certificate verification")
+    relay_ca_file = setting(readable, "PEM roots to trust instead of the system's")
+    relay_username = setting(str, "login at the smart host")
+    relay_password = setting(str, "and its password, or OAuth token", secret=True)
+    relay_password_file = setting(str, "a file with it, reread for each login")
+    relay_auth = setting(choice("auto plain login cram-md5 xoauth2"), "auto | auto, plain, login, cram-md5, xoauth2")
+    relay_return_path = setting(mailbox, "replaces the reverse-path (never the null one)")
+    relay_redirect_to = setting(mailbox, "every recipient becomes this one; the original stays in X-Original-To")
     relay_allowed_recipients = setting(
-        "regular expression, found anywhere in the address; others are held, not sent", pattern)
-    relay_connections = setting("connections to one next hop at once", positive, "4")
-    relay_timeout = setting("time for reaching a next hop: connection and TLS", duration, "30s")
-    relay_reply_timeout = setting(
-        "time for each reply of a next hop, twice that after the final dot", duration, "5m")
-    relay_from = setting("replaces the header From's address and the reverse-path", mailbox)
-    relay_repair = setting("adds what a submission lacks on its way out; 0 sends it as it came", flag, "1")
-    local_to = setting("where mail for local users goes: names alone, or at this host's name", mailbox)
-    aliases = setting("a file like /etc/aliases, read with SMTP_LOCAL_TO", readable)
-    lenient = setting("take what old devices send (loopback and named networks alone)", flag, "0")
-    mx_port = setting("the port of the recipients' hosts in mx mode", port_number, "25")
-    dns_server = setting("addr or addr:port, or a list, for mx mode", dns_servers, shown="from resolv.conf")
-    bounce = setting("a failed message sends its sender a report", flag, "1")
-    retry = setting("0: one attempt only", flag, "1")
-    retry_max_attempts = setting("attempts that the next hop answered; 0 is no limit", count, "0")
-    retry_initial_delay = setting("the first delay", duration, "5s")
-    retry_max_delay = setting("the longest delay", duration, "1h")
+        pattern, "regular expression, found anywhere in the address; others are held, not sent")
+    relay_connections = setting(positive, "4 | connections to one next hop at once")
+    relay_timeout = setting(duration, "30s | time for reaching a next hop: connection and TLS")
+    relay_reply_timeout = setting(duration, "5m | time for each reply of a next hop, twice that after the final dot")
+    relay_from = setting(mailbox, "replaces the header From's address and the reverse-path")
+    relay_repair = setting(flag, "1 | adds what a submission lacks on its way out; 0 sends it as it came")
+    local_to = setting(mailbox, "where mail for local users goes: names alone, or at this host's name")
+    aliases = setting(readable, "a file like /etc/aliases, read with SMTP_LOCAL_TO")
+    lenient = setting(flag, "0 | take what old devices send (loopback and named networks alone)")
+    mx_port = setting(port_number, "25 | the port of the recipients' hosts in mx mode")
+    dns_server = setting(dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
+    bounce = setting(flag, "1 | a failed message sends its sender a report")
+    retry = setting(flag, "1 | 0: one attempt only")
+    retry_max_attempts = setting(count, "0 | attempts that the next hop answered; 0 is no limit")
+    retry_initial_delay = setting(duration, "5s | the first delay")
+    retry_max_delay = setting(duration, "1h | the longest delay")
     retry_multiplier = setting(
-        "each delay is this many times the one before", numeric(float, "a number, 1 or more", least=1), "2.0")
+        numeric(float, "a number, 1 or more", least=1), "2.0 | each delay is this many times the one before")
     retry_jitter = setting(
-        "each delay is multiplied by a random factor in [1-jitter, 1]",
-        numeric(float, "a number from 0 to 1", most=1), "0.5")
-    retry_max_age = setting("older than this, a message has failed", duration, "5d")
+        numeric(float, "a number from 0 to 1", most=1),
+        "0.5 | each delay is multiplied by a random factor in [1-jitter, 1]")
+    retry_max_age = setting(duration, "5d | older than this, a message has failed")
     time_scale = setting(
-        "tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter",
-        numeric(float, "a number above 0", least=1e-9), "1")
-    seed = setting("tests: makes the random factors of the waits the same in each run", str)
-    workers = setting("delivery threads", positive, "8")
+        numeric(float, "a number above 0", least=1e-9),
+        "1 | tests: waits before another attempt, and SMTP_RETRY_MAX_AGE, are this many times shorter")
+    seed = setting(str, "tests: makes the random factors of the waits the same in each run")
+    workers = setting(positive, "8 | delivery threads")
     processes = setting(
-        "receiving processes that share the listening sockets; one alone where there is much to count: "
+        count, "0 | receiving processes that share the listening sockets; one alone where there is much to count: "
         "with accounts, SMTP_RATE_LIMIT, SMTP_MAX_CONNECTIONS_PER_CLIENT, and with SMTP_STORAGE=memory",
-        count, "0", shown="2; 1 on one processor")
+        shown="2; 1 on one processor")
     health_addr = setting(
-        "the HTTP listener: addr:port, :port for every interface, off; port 0 is any free port",
-        listen, "127.0.0.1:8080")
-    api_token = setting("Bearer token for /api and the page; needed for them off loopback", printable, secret=True)
-    api_networks = setting(
-        "from where the API and the page need no token: a list of networks", networks, "loopback")
+        listen, "127.0.0.1:8080 | the HTTP listener: addr:port, :port for every interface, off; port 0 is any free "
+        "port")
+    api_token = setting(printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
+    api_networks = setting(networks, "loopback | from where the API and the page need no token: a list of networks")
     tags = setting(
-        "rules that tag messages: TAG=SEARCH, parted by ;",
-        like(str, r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"))
+        like(str, r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"),
+        "rules that tag messages: TAG=SEARCH, parted by ;")
     web_root = setting(
-        "the path under which a reverse proxy shows the page",
-        like(str, "/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"), "/")
+        like(str, "/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"),
+        "/ | the path under which a reverse proxy shows the page")
     webhook_url = setting(
-        "POSTed a JSON event on received, forwarded, failed",
         like(str, r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
-             "an http:// or https:// address"))
-    log_level = setting("debug, info, warn, error", choice(
-        "debug info warn error warning=warn notice=info information=info trace=debug verbose=debug err=error "
-        "crit=error critical=error alert=error emerg=error fatal=error"), "info")
-    log_format = setting("text or json", choice("text json"), "text")
-    log_file = setting("a file for the log", appendable, shown="stderr")
-    audit_log = setting("a file for a JSON line for each session, login, refusal and message", appendable)
-    debug = setting("1: both dialogues in the log, secrets masked", flag, "0")
+             "an http:// or https:// address"),
+        "POSTed a JSON event on received, forwarded, failed")
+    log_level = setting(
+        choice("debug info warn error warning=warn notice=info information=info trace=debug verbose=debug err=error "
+               "crit=error critical=error alert=error emerg=error fatal=error"),
+        "info | debug, info, warn, error")
+    log_format = setting(choice("text json"), "text | text or json")
+    log_file = setting(appendable, "a file for the log", shown="stderr")
+    audit_log = setting(appendable, "a file for a JSON line for each session, login, refusal and message")
+    debug = setting(flag, "0 | 1: both dialogues in the log, secrets masked")
 
     def __init__(self, **given: Any) -> None:
         """Take values as they are; all else is as it is where nothing is set."""
@@ -11131,7 +11129,7 @@ def settings_table() -> Iterator[Row]:
         if name in GROUPS:
             yield (GROUPS[name],)
         file = f" (or `{name}_FILE`)" if f.secret and f"{name}_FILE" not in FIELDS else ""
-        yield name, f.shown or f.default, f.help + file
+        yield name, f.shown, f.help + file
 
 
 def replies_table() -> Iterator[Row]:
