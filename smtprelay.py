@@ -345,10 +345,8 @@ class Envelope:
     user: str = ""
     flags: tuple[str, ...] = ()  # of 8BITMIME, SMTPUTF8, HOLD, RELEASED (a copy of a held one)
     recipients: list[str] = field(default_factory=list)
-    ret: str = ""  # RFC 3461, for the message and each address
-    envid: str = ""
-    notify: dict[str, str] = field(default_factory=dict)
-    orcpt: dict[str, str] = field(default_factory=dict)
+    asked: str = ""  # about reports, as it stands behind the reverse-path (RFC 3461)
+    asked_for: dict[str, str] = field(default_factory=dict)  # and behind each forward-path
 
 
 @dataclass
@@ -1467,9 +1465,14 @@ def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
     return found[1], rest
 
 
+def asked(**parameters: str) -> str:
+    """Return what the sender asked about reports, as it stands behind a path."""
+    return "".join(f" {name}={value}" for name, value in parameters.items() if value)
+
+
 @lru_cache(maxsize=256)
-def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str]]:
-    """Parse what follows MAIL or RCPT, and check its parameters; many messages have the same.
+def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str], str]:
+    """Return path, parameters, and what they ask, of what follows MAIL or RCPT; many messages have the same.
 
     An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none.
     """
@@ -1490,8 +1493,8 @@ def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple
             raise Refused(BAD_PARAMETER(f"Unknown parameter {name}"))
         if name in found or not re.fullmatch(pattern, value):
             raise Refused(BAD_ARGUMENT(expected))
-        found[name] = value
-    return address, found
+        found[name] = value.upper() if "(?ai:" in pattern else value
+    return address, found, asked(**{name: found.get(name, "") for name in ("RET", "ENVID", "NOTIFY", "ORCPT")})
 
 
 # -- what MAIL and RCPT say about reports (RFC 3461; RFC 6533 for addresses beyond ASCII) --
@@ -1889,11 +1892,6 @@ def mail_date(seconds: int) -> str:
     return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
-def asked(**parameters: str | None) -> str:
-    """Return what the sender asked about reports, as it stands behind a path."""
-    return "".join(f" {name}={value}" for name, value in parameters.items() if value)
-
-
 def read_asked(text: str) -> tuple[str, dict[str, Any]]:
     """Undo `<path>` and `asked`."""
     if not text.endswith(">") or " " in text:
@@ -1904,17 +1902,18 @@ def read_asked(text: str) -> tuple[str, dict[str, Any]]:
 
 def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
     """Return the envelope headers behind X-Envelope-Size, then our Received (RFC 5321 4.4)."""
-    e, only = envelope, envelope.recipients[0] if len(envelope.recipients) == 1 else ""
+    e = envelope
+    only = f"\r\n\tfor <{e.recipients[0]}>" if len(e.recipients) == 1 else ""
     trace = (f"Received: from {e.helo or 'unknown'} ([{'IPv6:' if ':' in e.client else ''}{e.client}])\r\n"
-             f"\tby {hostname} (smtprelay) with {e.protocol} id {id}" + (f"\r\n\tfor <{only}>" if only else "")
-             + f";\r\n\t{mail_date(id_micros(id) // 1000000)}\r\n").encode("utf-8", "surrogateescape")
-    lines = [f"X-Envelope-Trace: {len(trace)}", f"X-Envelope-Id: {id}",
-             f"X-Envelope-From: <{e.reverse_path}>{asked(RET=e.ret, ENVID=e.envid)}",
-             *[f"X-Envelope-To: <{r}>{asked(NOTIFY=e.notify.get(r), ORCPT=e.orcpt.get(r))}" for r in e.recipients],
-             *([f"X-Envelope-Flags: {' '.join(e.flags)}"] if e.flags else []),
-             f"X-Envelope-Client: {e.client}", f"X-Envelope-Helo: {e.helo}",
-             f"X-Envelope-Protocol: {e.protocol}", f"X-Envelope-User: {e.user}", ""]
-    return "\r\n".join(lines).encode("utf-8", "surrogateescape") + trace
+             f"\tby {hostname} (smtprelay) with {e.protocol} id {id}{only};\r\n"
+             f"\t{mail_date(id_micros(id) // 1000000)}\r\n").encode("utf-8", "surrogateescape")
+    to = "".join([f"X-Envelope-To: <{r}>{e.asked_for.get(r, '')}\r\n" for r in e.recipients])
+    flags = f"X-Envelope-Flags: {' '.join(e.flags)}\r\n" if e.flags else ""
+    return (f"X-Envelope-Trace: {len(trace)}\r\nX-Envelope-Id: {id}\r\n"
+            f"X-Envelope-From: <{e.reverse_path}>{e.asked}\r\n{to}{flags}"
+            f"X-Envelope-Client: {e.client}\r\nX-Envelope-Helo: {e.helo}\r\n"
+            f"X-Envelope-Protocol: {e.protocol}\r\nX-Envelope-User: {e.user}\r\n"
+            ).encode("utf-8", "surrogateescape") + trace
 
 
 def read_block(file: BinaryIO) -> list[tuple[str, str]]:
@@ -5283,7 +5282,7 @@ class Session:
         account = self.account
         if not account.name and (reception.accounts.configured or not self.is_local if needed is None else needed):
             return LOGIN_FIRST
-        address, given = read_path("MAIL", argument, self.extended, self.lenient)
+        address, given, asked = read_path("MAIL", argument, self.extended, self.lenient)
         size, utf8 = int(given.get("SIZE", "0")), "SMTPUTF8" in given
         if address.lower() == "postmaster":
             return BAD_SENDER
@@ -5305,11 +5304,10 @@ class Session:
             reception.metrics.inc("smtp_rate_limited_total")
             reception.audit.info("quota", client=self.client, user=account.name, limit=limit)
             return RATE_SPENT
-        flags = ("8BITMIME",) * (given.get("BODY", "").upper() == "8BITMIME") + ("SMTPUTF8",) * utf8
+        flags = ("8BITMIME",) * (given.get("BODY") == "8BITMIME") + ("SMTPUTF8",) * utf8
         protocol = "UTF8SMTP" if utf8 else "ESMTP"  # RFC 3848, 6531
         protocol = protocol + "S" * bool(self.tls) + "A" * bool(account.name) if self.extended else "SMTP"
-        self.envelope = Envelope(address, self.client, self.helo, protocol, account.name, flags,
-                                 ret=given.get("RET", "").upper(), envid=given.get("ENVID", ""))
+        self.envelope = Envelope(address, self.client, self.helo, protocol, account.name, flags, asked=asked)
         fault = self.fault("mail")
         if fault:
             self.forget()
@@ -5319,7 +5317,7 @@ class Session:
         """RCPT TO (RFC 5321 4.1.1.3)."""
         envelope = self.envelope
         assert envelope is not None
-        address, given = read_path("RCPT", argument, self.extended, self.lenient)
+        address, given, asked = read_path("RCPT", argument, self.extended, self.lenient)
         utf8, orcpt = "SMTPUTF8" in envelope.flags, given.get("ORCPT", "")
         if not utf8 and not (address + orcpt).isascii():
             return NEED_SMTPUTF8
@@ -5334,8 +5332,7 @@ class Session:
             return fault
         if address not in envelope.recipients:
             envelope.recipients.append(address)
-            envelope.notify[address] = given.get("NOTIFY", "").upper()
-            envelope.orcpt[address] = orcpt
+            envelope.asked_for[address] = asked
         return RECIPIENT_OK
 
     def data(self, argument: bytes) -> Reply:
@@ -8806,10 +8803,10 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
     if not recipients:
         raise ValueError("nobody is named to send to")
     content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
-    notify, ret = (value * bool(re.fullmatch(PARAMETERS[name][1], value))  # RFC 3461
+    notify, ret = (asked(**{name: value * bool(re.fullmatch(PARAMETERS[name][1], value))})  # RFC 3461
                    for name in ("NOTIFY", "RET") for value in [flags.get(f"-{name[0]}", "").upper()])
     return Envelope(sender, "local", me, "local", "", needed_flags(content, sender, *recipients),
-                    recipients, ret, "", dict.fromkeys(recipients, notify)), content
+                    recipients, ret, dict.fromkeys(recipients, notify)), content
 
 
 def write_mailbox(name: str, address: str) -> str:
@@ -8906,14 +8903,14 @@ def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[st
         raise smtplib.SMTPConnectError(*greeting)
     if settings.auth_user:
         smtp.login(settings.auth_user, settings.auth_password)
-    options = asked(RET=envelope.ret).split() + [flag.replace("8BIT", "BODY=8BIT") for flag in envelope.flags]
+    options = envelope.asked.split() + [flag.replace("8BIT", "BODY=8BIT") for flag in envelope.flags]
     told: dict[str, str] = {}
     todo = envelope.recipients
     while todo:
         portion, todo = todo, []
         try:
             refused = smtp.sendmail(f"<{envelope.reverse_path}>", portion, content, options,
-                                    asked(NOTIFY=envelope.notify[portion[0]]).split())
+                                    envelope.asked_for[portion[0]].split())
             todo = [address for address, reply in refused.items() if reply[0] == 452]  # RFC 5321 4.5.3.1.10
         except smtplib.SMTPRecipientsRefused as e:
             refused = e.recipients
