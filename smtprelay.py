@@ -7787,6 +7787,7 @@ VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-
             "sandbox allow-popups allow-popups-to-escape-sandbox")  # links open in their own tab
 INSIDE = "img-src data:; style-src 'unsafe-inline'"
 REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
+HTML = "text/html; charset=utf-8"
 WEBHOOK_TIME = 10.0
 WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
 
@@ -7797,23 +7798,6 @@ class HttpError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
-
-
-@dataclass
-class Answer:
-    """An HTTP answer: octets, text, a value for JSON, or blocks that end with the connection."""
-
-    body: Any = b""
-    kind: str = "text/plain; charset=utf-8"
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.body, (bytes, str, Generator)):
-            self.kind = "application/json"
-            self.body = json.dumps(self.body, default=vars, ensure_ascii=False)
-        if isinstance(self.body, str):
-            self.body = self.body.encode("utf-8", "replace")
 
 
 # -- routes, and who may call them --
@@ -7832,7 +7816,7 @@ class Route(NamedTuple):
     does: str
     access: str
     takes: str | None  # None: all others are ignored, and errors are text, as with Mailpit
-    action: Callable[[Request], Any]  # which returns JSON, octets, an Answer; None is "ok"
+    action: Callable[[Request], Any]  # which returns text, octets, blocks, else JSON; None is "ok"
 
 
 ROUTES: list[Route] = []
@@ -7856,7 +7840,7 @@ def view_key(token: str, id: str) -> str:
 # -- a connection's requests --
 
 class Request(http.server.BaseHTTPRequestHandler):
-    """The requests of a connection, one after another: what a route sees of one, and its answer."""
+    """The requests of a connection, one after another; a route sets the answer's status and fields."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
     default_request_version = protocol_version
@@ -7864,6 +7848,8 @@ class Request(http.server.BaseHTTPRequestHandler):
     timeout = HTTP_TIME
     server: HttpServer
     rfile: Any
+    route: Route | None
+    body: Any  # None: not read
     account: Any  # whose key this is
 
     def setup(self) -> None:
@@ -7907,9 +7893,9 @@ class Request(http.server.BaseHTTPRequestHandler):
                 error = HttpError(405, "method not allowed")
         raise error
 
-    def admit(self) -> None:
+    def admit(self, route: Route) -> None:
         """Let a request through, or raise HttpError; note whether it has the token or needs none."""
-        s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
+        s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, route
         secret, host = self.login()[1], headers.get("Host", "")
         if access == OPEN:
             return
@@ -7982,7 +7968,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         text = self.query.get(name, "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
             return float(text)
-        if text and self.route.takes is not None:
+        if text and self.route and self.route.takes is not None:
             raise BadRequest(f"{name}: expected a number, not {text[:40]!r}")
         return default
 
@@ -8025,45 +8011,45 @@ class Request(http.server.BaseHTTPRequestHandler):
     # -- reading and answering --
 
     def respond(self) -> None:
+        self.status, self.head, self.route, self.body = 200, dict[str, str](), None, None
         answer = self.tried()
         if self.command not in ("GET", "HEAD"):
             self.relay.audit.info(
-                "changed" if answer.status < 400 else "change_refused", status=answer.status,
+                "changed" if self.status < 400 else "change_refused", status=self.status,
                 client=self.client, method=self.command, path=self.path.partition("?")[0])
         self.send_answer(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
 
-    def tried(self) -> Answer:
+    def tried(self) -> Any:
         """Find the route, let the caller through, read the body, act; return what comes of it."""
-        found, headers = None, self.headers
-        unread = "Content-Length" in headers or "Transfer-Encoding" in headers
         try:
-            self.route = found = self.find_route()
-            self.admit()
-            self.body, unread = self.read_body(), False
+            route = self.route = self.find_route()
+            self.admit(route)
+            self.body = self.read_body()
             self.fields = self.read_fields()
-            if found.access != OPEN:
+            if route.access != OPEN:
                 working = [c.client for c in self.server.callers.copy() if c.since == math.inf]
                 if len(working) >= HTTP_WORKING or working.count(self.client) >= HTTP_PER_CLIENT:
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
                 self.since = math.inf
                 self.relay.catch_up()
-            value = found.action(self)
-            return value if isinstance(value, Answer) else Answer("ok" if value is None else value)
+            value = route.action(self)
+            return "ok" if value is None else value
         except (HttpError, BadRequest, SettingsError) as e:
-            status, text = getattr(e, "status", 400), str(e)
+            self.status, text = getattr(e, "status", 400), str(e)
         except (KeyError, FileNotFoundError, SpoolError):
-            status, text = 404, "message not found"
+            self.status, text = 404, "message not found"
         except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
             raise
         except Exception as e:
             self.relay.log.bug("http_bug", e, path=self.path)
-            status, text = 500, "internal error"
-        finally:
-            self.close_connection |= unread
+            self.status, text = 500, "internal error"
+        self.head, found = {}, self.route
+        framed = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        self.close_connection |= framed and self.body is None
         as_text = found and found.takes is None and found.path != "/api/v1/send"  # as Mailpit does
-        return Answer(text if as_text else {"Error": text}, status=status)
+        return text if as_text else {"Error": text}
 
     def read_body(self) -> bytes:
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
@@ -8107,33 +8093,38 @@ class Request(http.server.BaseHTTPRequestHandler):
                 if size:  # else it is the trailer, which is skipped
                     raise BadRequest("Transfer-Encoding: expected the end of a chunk")
 
-    def send_answer(self, answer: Answer) -> None:
-        self.send_response(answer.status)
-        fields = {"Content-Type": answer.kind, "Cache-Control": "no-store",
+    def send_answer(self, body: Any) -> None:
+        """Send text, octets, blocks that end with the connection, or anything else as JSON."""
+        kind, streamed = "text/plain; charset=utf-8", isinstance(body, Generator)
+        if not isinstance(body, (bytes, str, Generator)):
+            kind, body = "application/json", json.dumps(body, default=vars, ensure_ascii=False)
+        if isinstance(body, str):
+            body = body.encode("utf-8", "replace")
+        fields = {"Content-Type": kind, "Cache-Control": "no-store",
                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                   "Cross-Origin-Resource-Policy": "same-origin",
-                  "Content-Security-Policy": CALM, **answer.headers}
-        streamed = isinstance(answer.body, Generator)
+                  "Content-Security-Policy": CALM, **self.head}
         if not streamed:
-            fields["Content-Length"] = str(len(answer.body))
+            fields["Content-Length"] = str(len(body))
         if streamed or self.close_connection:
             fields["Connection"] = "close"  # which send_header does, too
+        self.send_response(self.status)
         for name, value in fields.items():
             self.send_header(name, value)
         # Who sends Bearer, as our page does, asks for the token by itself: a browser need not.
         login = self.headers.get("Authorization", "")
-        asks = "Bearer" in login or answer.kind.startswith("text/html")
-        for scheme in ("Bearer", "Basic")[:2 - asks] if answer.status == 401 else ():
+        asks = "Bearer" in login or fields["Content-Type"] == HTML
+        for scheme in ("Bearer", "Basic")[:2 - asks] if self.status == 401 else ():
             self.send_header("WWW-Authenticate", f'{scheme} realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
         try:
-            blocks = answer.body if streamed else [answer.body]
+            blocks = body if streamed else [body]
             for block in blocks if self.command != "HEAD" else ():
                 self.wfile.write(block)
         finally:
             if streamed:
-                answer.body.close()
+                body.close()
             self.since = time.monotonic()
 
     def handle_expect_100(self) -> bool:
@@ -8180,7 +8171,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 @route("GET /healthz /health /readyz", "200 `OK` when the listeners answer, the workers live and the spool takes "
        "writes; else 503 and why. `?verbose` gives the parts", OPEN)
-def show_health(request: Request) -> Answer:
+def show_health(request: Request) -> Any:
     d = request.relay
     beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
@@ -8194,11 +8185,11 @@ def show_health(request: Request) -> Answer:
     except OSError as e:
         wrong["spool"] = f"cannot write: {e.strerror}"
     why = "; ".join(f"{part}: {trouble}" for part, trouble in wrong.items() if trouble)
-    status = 503 if why else 200
+    request.status = 503 if why else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
         parts = {part: trouble or "ok" for part, trouble in wrong.items()}
-        return Answer({"status": "unavailable" if why else "ok", **parts}, status=status)
-    return Answer(f"{why or 'OK'}\n", status=status)
+        return {"status": "unavailable" if why else "ok", **parts}
+    return f"{why or 'OK'}\n"
 
 
 @route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
@@ -8207,7 +8198,8 @@ def show_metrics(request: Request) -> Any:
     m = measured(request.relay)
     form = request.query.get("format", request.headers.get("Accept", ""))
     if re.search("prometheus|text/plain|openmetrics", form):
-        return Answer(prometheus(m), "text/plain; version=0.0.4; charset=utf-8")
+        request.head["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+        return prometheus(m)
     return expvar(m)
 
 
@@ -8309,18 +8301,20 @@ route("GET /api/v1/message/{id}/headers", "its header fields")(
 
 
 @route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
-def show_raw(request: Request) -> Answer:
-    id = request.item()["ID"]
-    saved = {"Content-Disposition": f'attachment; filename="{id}.eml"'}
-    return Answer(request.inbox.mail(id).raw, headers=saved if request.query.get("dl") == "1" else {})
+def show_raw(request: Request) -> bytes:
+    mail = request.mail()
+    if request.query.get("dl") == "1":
+        request.head["Content-Disposition"] = f'attachment; filename="{mail.id}.eml"'
+    return mail.raw
 
 
 @route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
        "one part, decoded; what could run in a browser is a download")
-def show_part(request: Request) -> Answer:
+def show_part(request: Request) -> bytes:
     for part in request.mail().parts:
         if part.number == request.names["part"]:
-            return Answer(part.content, headers=part_headers(part))
+            request.head = part_headers(part)
+            return part.content
     raise HttpError(404, "part not found")
 
 
@@ -8340,8 +8334,9 @@ def view(request: Request) -> Any:
     if not mail.page:
         raise HttpError(404, "this message has no HTML")
     policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
-    return Answer(view_html(mail), "text/html; charset=utf-8", headers={
-        "Content-Security-Policy": policy, "X-DNS-Prefetch-Control": "off"})
+    request.head = {"Content-Type": HTML, "Content-Security-Policy": policy,
+                    "X-DNS-Prefetch-Control": "off"}
+    return view_html(mail)
 
 
 @route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
@@ -8487,7 +8482,7 @@ def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
 
 
 @route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
-def show_events(request: Request) -> Answer:
+def show_events(request: Request) -> Any:
     feed = request.relay.feed
 
     def stream() -> Generator[bytes, None, None]:
@@ -8504,7 +8499,8 @@ def show_events(request: Request) -> Answer:
         finally:
             feed.listeners.discard(events)
 
-    return Answer(stream(), "text/event-stream")
+    request.head["Content-Type"] = "text/event-stream"
+    return stream()
 
 
 route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(
@@ -8602,10 +8598,12 @@ def show_account(request: Request) -> Any:
 
 
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
-def show_page(request: Request) -> Answer:
+def show_page(request: Request) -> str:
     """The page: one document that loads nothing from elsewhere; with 401 it asks for the token."""
-    return Answer(PAGE, "text/html; charset=utf-8", 200 if request.known else 401,
-                  {"Content-Security-Policy": PAGE_CSP})
+    request.status = 200 if request.known else 401
+    request.head = {"Content-Type": HTML, "Content-Security-Policy": PAGE_CSP}
+    return PAGE
+
 
 # -- the webhook --
 
@@ -8928,13 +8926,13 @@ def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[st
 def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
     """Do what a route does, for a caller in this process who may do anything; HttpError says what is wrong."""
     request = Request.__new__(Request)  # on no connection
-    request.relay, request.inbox, request.command = relay, relay.inbox, method
+    request.relay, request.inbox, request.command, request.head = relay, relay.inbox, method, {}
     request.path = f"{urllib.parse.quote(path)}?limit={limit}"
     try:
         value = request.find_route().action(request)
     except (KeyError, FileNotFoundError):
         raise HttpError(404, "message not found") from None
-    return value.body if isinstance(value, Answer) else json.loads(Answer(value).body)
+    return value if isinstance(value, bytes) else json.loads(json.dumps(value, default=vars))
 
 
 def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str, str], Any],
@@ -11181,14 +11179,15 @@ TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
 
 
 @route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", SHELL)
-def show_help(request: Request) -> Answer:
+def show_help(request: Request) -> str:
     """The tables of `smtprelay.py help TOPIC`, as a page."""
     page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=color-scheme content='light dark'>"
             "<title>smtprelay: help</title><h1>smtprelay</h1>", *(f"<a href=#{topic}>{topic}</a>" for topic in TOPICS)]
     for topic, table in TOPICS.items():
         rows = ("".join(f"<td>{html.escape(cell.replace('`', ''))}" for cell in row) for row in table())
         page.append(f"<h2 id={topic}>{topic}</h2><table><tr valign=top>{'<tr valign=top>'.join(rows)}</table>")
-    return Answer("\n".join(page).encode(), "text/html; charset=utf-8")
+    request.head["Content-Type"] = HTML
+    return "\n".join(page)
 
 
 def line_width() -> int:
