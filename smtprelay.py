@@ -7768,14 +7768,13 @@ PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src 
 
 # === 20 HTTP =================================================================
 #
-# The web side over http.server: health and metrics, the mail API, the page, the
-# webhook. A route is declared where its function stands: method and path, what it
-# does, who may call it, which parameters it knows. The function takes a Request and
-# returns what is sent as JSON, octets, or an Answer. `admit` is the one guard: it
-# turns strangers away, DNS rebinding by the Host header (a rebinding page cannot
-# know the token), other sites' pages by Origin and Sec-Fetch-Site, and whoever
-# comes through a proxy without the token. Each connection has a thread, each request
-# a deadline.
+# The web side over http.server: health and metrics, the mail API, the page, the webhook. A route is
+# declared where its function stands: method and path, what it does, who may call it, which
+# parameters it knows. The function takes a Request; what it returns is sent as text, octets or
+# JSON. `admit` is the one guard: it turns strangers away, DNS rebinding by the Host header (a
+# rebinding page cannot know the token), other sites' pages by Origin and Sec-Fetch-Site, and
+# whoever comes through a proxy without the token. Each connection has a thread, each request a
+# deadline.
 
 HTTP_TIME = 30.0  # for the whole of a request, and for its answer
 HTTP_CONNECTIONS = 220
@@ -7803,8 +7802,8 @@ class HttpError(Exception):
 # -- routes, and who may call them --
 
 # Who may call a route: who has SMTP_API_TOKEN, or needs none for where it asks from; the same, or
-# who has the key to this one message; who has an account's api_key; anybody; anybody, to whom the
-# page is shown that holds no mail and asks for the token itself.
+# who has the key to this one message; who has an account's api_key; anybody; anybody, but with 401
+# where it lacks the token: the page, which holds no mail and asks for it.
 ADMIN, VIEW, ACCOUNT, OPEN, SHELL = "admin", "view", "account", "open", "shell"
 
 
@@ -7893,43 +7892,42 @@ class Request(http.server.BaseHTTPRequestHandler):
                 error = HttpError(405, "method not allowed")
         raise error
 
-    def admit(self, route: Route) -> None:
-        """Let a request through, or raise HttpError; note whether it has the token or needs none."""
-        s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, route
-        secret, host = self.login()[1], headers.get("Host", "")
+    def admit(self, access: str, takes: str | None) -> None:
+        """Let a request through, or raise HttpError."""
+        s, headers, secret = self.relay.settings, self.headers, self.login()[1]
         if access == OPEN:
             return
-        site, origin = headers.get("Sec-Fetch-Site", "none"), headers.get("Origin", f"://{host}")
-        foreign = self.command not in ("GET", "HEAD") and origin.partition("://")[2] != host
+        host, site = headers.get("Host", ""), headers.get("Sec-Fetch-Site", "none")
+        own = headers.get("Origin", f"://{host}").partition("://")[2] == host
         # Another site may link to our page, but not make a browser ask for more.
-        if access != SHELL and (foreign or site not in ("same-origin", "none")):
+        if access != SHELL and not (
+                site in ("same-origin", "none") and (own or self.command in ("GET", "HEAD"))):
             raise HttpError(403, "requests from other sites are not taken")
         # This machine needs no token where none is set, networks that SMTP_API_NETWORKS names need
         # none at all. Where a proxy stands between, its address is no proof of who asks.
         trusted = (self.client == "local" or is_loopback(self.client)) and not s.api_token
         if s.api_networks != networks("loopback"):
             trusted |= in_networks(self.client, s.api_networks)
-        proxied = r"(?i)forwarded|x-forwarded-.*|x-real-ip|via"
-        trusted &= not any(re.fullmatch(proxied, name) for name in headers)
-        has_token = same_secret(s.api_token, secret)
-        self.known = has_token or trusted
+        proxied = r"(?im)^(?:forwarded|x-forwarded-.*|x-real-ip|via)$"
         if access == ACCOUNT:
             self.account = self.relay.reception.accounts.by_key(secret)
             if not self.account:
                 raise HttpError(401, "an account's key is needed: Authorization: Bearer API_KEY")
-        elif has_token:
+        elif same_secret(s.api_token, secret):
             pass
-        elif trusted:  # a rebound name has a dot, and is no address
+        elif trusted and not re.search(proxied, "\n".join(headers)):
+            # A rebound name has a dot, and is no address.
             name = re.sub(r":\d*$", "", host.lower()).strip("[].")
-            if not (is_loopback(name) or name == s.hostname.lower()
-                    or re.fullmatch(r"[^.]+|[0-9.]+", name)):
+            if name != s.hostname.lower() and not re.fullmatch(r"[^.]+|[0-9.]+|.*:.*|.*\.localhost", name):
                 raise HttpError(
                     403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
         elif not s.api_token:
             raise HttpError(403, "only this machine, and no proxy, is served until "
                             "SMTP_API_TOKEN is set")
-        elif access != SHELL and (access != VIEW or not same_secret(
-                view_key(s.api_token, self.names["id"]), self.query.get("key", ""))):
+        elif access == SHELL:
+            self.status = 401
+        elif access != VIEW or not same_secret(
+                view_key(s.api_token, self.names["id"]), self.query.get("key", "")):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
@@ -8025,7 +8023,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Find the route, let the caller through, read the body, act; return what comes of it."""
         try:
             route = self.route = self.find_route()
-            self.admit(route)
+            self.admit(route.access, route.takes)
             self.body = self.read_body()
             self.fields = self.read_fields()
             if route.access != OPEN:
@@ -8599,8 +8597,6 @@ def show_account(request: Request) -> Any:
 
 @route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
 def show_page(request: Request) -> str:
-    """The page: one document that loads nothing from elsewhere; with 401 it asks for the token."""
-    request.status = 200 if request.known else 401
     request.head = {"Content-Type": HTML, "Content-Security-Policy": PAGE_CSP}
     return PAGE
 
@@ -11178,7 +11174,7 @@ TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
     "spool": lambda: rows_of(SPOOL_TABLE), "exit": lambda: rows_of(EXIT_TABLE)}
 
 
-@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", SHELL)
+@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", OPEN)
 def show_help(request: Request) -> str:
     """The tables of `smtprelay.py help TOPIC`, as a page."""
     page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=color-scheme content='light dark'>"
