@@ -7781,11 +7781,6 @@ HTTP_CONNECTIONS = 220
 HTTP_WORKING, HTTP_PER_CLIENT = 200, 150  # of them asking for more than health and metrics
 HTTP_BODY = 32 * MIB
 HEARTBEAT = 15.0
-CALM = "default-src 'none'; frame-ancestors 'none'"
-VIEW_CSP = ("default-src 'none'; {}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
-            "sandbox allow-popups allow-popups-to-escape-sandbox")  # links open in their own tab
-INSIDE = "img-src data:; style-src 'unsafe-inline'"
-REMOTE = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
 HTML = "text/html; charset=utf-8"
 WEBHOOK_TIME = 10.0
 WEBHOOK_PAUSES = (1.0, 5.0)  # before an event is sent again
@@ -7847,7 +7842,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     timeout = HTTP_TIME
     server: HttpServer
     rfile: Any
-    route: Route | None
+    route: Any
     body: Any  # None: not read
     account: Any  # whose key this is
 
@@ -7881,23 +7876,24 @@ class Request(http.server.BaseHTTPRequestHandler):
         root = re.escape(self.relay.settings.web_root.strip("/"))
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.words = self.query.get("query", "")
-        self.path = path = re.sub(f"^/{root}(/|$)", "/", url.path)
+        self.path = re.sub(f"^/{root}(/|$)", "/", url.path)
         error = HttpError(404, "not found")
         for route in ROUTES:
-            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", route.path.replace(".", r"\."))
-            if match := re.fullmatch(pattern, path):
+            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", route.path)
+            if match := re.fullmatch(pattern, self.path):
                 self.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
                 if route.method == self.command.replace("HEAD", "GET"):
                     return route
                 error = HttpError(405, "method not allowed")
         raise error
 
-    def admit(self, access: str, takes: str | None) -> None:
+    def admit(self) -> None:
         """Let a request through, or raise HttpError."""
-        s, headers, secret = self.relay.settings, self.headers, self.login()[1]
+        s, headers, (*_, access, takes, _) = self.relay.settings, self.headers, self.route
         if access == OPEN:
             return
-        host, site = headers.get("Host", ""), headers.get("Sec-Fetch-Site", "none")
+        secret, host = self.login()[1], headers.get("Host", "")
+        site = headers.get("Sec-Fetch-Site", "none")
         own = headers.get("Origin", f"://{host}").partition("://")[2] == host
         # Another site may link to our page, but not make a browser ask for more.
         if access != SHELL and not (
@@ -7966,7 +7962,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         text = self.query.get(name, "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
             return float(text)
-        if text and self.route and self.route.takes is not None:
+        if text and self.route.takes is not None:
             raise BadRequest(f"{name}: expected a number, not {text[:40]!r}")
         return default
 
@@ -7974,12 +7970,12 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Return where a list begins, and its length."""
         return int(self.number("start", 0)), int(self.number("limit", 50))
 
-    def search(self, words: str) -> Query:
-        return compile_query(words, self.query.get("tz", ""))
+    def search(self, words: str = "") -> Query:
+        return compile_query(words or self.words, self.query.get("tz", ""))
 
     def item(self) -> Item:
         """Return the message that the path names; `latest` may come with a query."""
-        item = self.inbox.get(self.names["id"], self.search(self.words))
+        item = self.inbox.get(self.names["id"], self.search())
         if item is None:
             raise HttpError(404, "message not found")
         return item
@@ -7989,12 +7985,11 @@ class Request(http.server.BaseHTTPRequestHandler):
 
     def login(self) -> tuple[str, str]:
         """Return the user and secret of Basic, which Mailpit's clients send, or Bearer's token."""
-        scheme, _, rest = self.headers.get("Authorization", "").partition(" ")
-        told = ":" + rest.strip() * (scheme.lower() == "bearer")
+        scheme, _, told = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "basic":
-            told = decode_text(unbase64(rest.encode("utf-8", "replace")))
-        user, _, secret = told.partition(":")
-        return user, secret
+            user, _, secret = decode_text(unbase64(told.encode("utf-8", "replace"))).partition(":")
+            return user, secret
+        return "", told.strip() * (scheme.lower() == "bearer")
 
     def heard(self) -> Any:
         """Return what has come and was not read; None for nothing, b"" where it has hung up."""
@@ -8022,17 +8017,17 @@ class Request(http.server.BaseHTTPRequestHandler):
     def tried(self) -> Any:
         """Find the route, let the caller through, read the body, act; return what comes of it."""
         try:
-            route = self.route = self.find_route()
-            self.admit(route.access, route.takes)
+            self.route = self.find_route()
+            self.admit()
             self.body = self.read_body()
             self.fields = self.read_fields()
-            if route.access != OPEN:
+            if self.route.access != OPEN:
                 working = [c.client for c in self.server.callers.copy() if c.since == math.inf]
                 if len(working) >= HTTP_WORKING or working.count(self.client) >= HTTP_PER_CLIENT:
                     raise HttpError(503, "too many requests: all but health and metrics must wait")
                 self.since = math.inf
                 self.relay.catch_up()
-            value = route.action(self)
+            value = self.route.action(self)
             return "ok" if value is None else value
         except (HttpError, BadRequest, SettingsError) as e:
             self.status, text = getattr(e, "status", 400), str(e)
@@ -8053,10 +8048,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Read the body; what a proxy may read otherwise than we do is refused (RFC 9112 6.3)."""
         codings = self.headers.get_all("Transfer-Encoding", [])
         framed = [*{*self.headers.get_all("Content-Length", [])}, *codings]
-        if len(framed) > 1:
+        if len(framed) > 1 or codings and self.request_version == "HTTP/1.0":
             raise BadRequest("expected one Content-Length, or else Transfer-Encoding: chunked")
-        if codings and (
-                codings[0].strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+        if codings and codings[0].strip().lower() != "chunked":
             raise HttpError(501, "Transfer-Encoding: expected chunked")
         if framed and not codings and not re.fullmatch("[0-9]{1,12}", framed[0]):
             raise HttpError(411, "Content-Length: expected a number of octets")
@@ -8101,7 +8095,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         fields = {"Content-Type": kind, "Cache-Control": "no-store",
                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                   "Cross-Origin-Resource-Policy": "same-origin",
-                  "Content-Security-Policy": CALM, **self.head}
+                  "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+                  **self.head}
         if not streamed:
             fields["Content-Length"] = str(len(body))
         if streamed or self.close_connection:
@@ -8224,14 +8219,15 @@ def chosen(request: Request, *others: str) -> list[str] | None:
 
     A search for nothing is refused.
     """
+    if request.path.endswith("/search"):
+        request.fields = {"search": request.words}
     given, ids = request.fields, request.strings("IDs")
     words = take_field(given, "Search", "")
     if given and not given.keys() & {"ids", "search", *others} or ids and words:
         raise BadRequest("body: expected IDs or a Search, not both")
-    searched = request.path.endswith("/search")
-    if not searched and not words and ("search" not in given or others or ids):
+    if not words and (others or ids or "search" not in given):
         return ids or None
-    query = request.search(request.words if searched else words)
+    query = compile_query(words, request.query.get("tz", ""))
     if query == ALL:
         raise BadRequest("query: expected what to look for; "
                          "for everything there is /api/v1/messages")
@@ -8252,7 +8248,7 @@ def list_messages(request: Request) -> Any:
     inbox, words, (start, limit) = request.inbox, request.words, request.page()
     if request.path.endswith("/search") and not words.strip():
         raise BadRequest("query: expected what to look for")
-    page, (total, unread, tags) = inbox.search(request.search(words), start, limit), inbox.counts()
+    page, (total, unread, tags) = inbox.search(request.search(), start, limit), inbox.counts()
     shown = {
         "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
         "messages_unread": page.unread, "start": start, "tags": list(tags),
@@ -8331,9 +8327,14 @@ def view(request: Request) -> Any:
         return mail.text
     if not mail.page:
         raise HttpError(404, "this message has no HTML")
-    policy = VIEW_CSP.format(REMOTE if request.query.get("remote") == "1" else INSIDE)
-    request.head = {"Content-Type": HTML, "Content-Security-Policy": policy,
-                    "X-DNS-Prefetch-Control": "off"}
+    loads = "img-src data:; style-src 'unsafe-inline'"
+    if request.query.get("remote") == "1":
+        loads = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
+    request.head = {
+        "Content-Type": HTML, "X-DNS-Prefetch-Control": "off",
+        "Content-Security-Policy":  # links open in their own tab
+            f"default-src 'none'; {loads}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
+            "sandbox allow-popups allow-popups-to-escape-sandbox"}
     return view_html(mail)
 
 
@@ -8461,7 +8462,7 @@ def wait_for_message(request: Request) -> Any:
         meant = is_meant(item, *(q.get(name, "") for name in names))
         return meant and (not part or bool(getattr(inbox.mail(item["ID"]), f"{part}s")))
 
-    query = (*request.search(request.words), (fits, True))
+    query = (*request.search(), (fits, True))
     item = inbox.wait(query, since, timeout, lambda: request.heard() == b"")
     if item is None:
         part = f" with a {part}" if part else ""
