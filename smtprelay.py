@@ -7875,7 +7875,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise BadRequest("the address does not parse") from None
         root = re.escape(self.relay.settings.web_root.strip("/"))
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        self.words = self.query.get("query", "")
+        self.words, self.zone = (self.query.get(name, "") for name in ("query", "tz"))
         self.path = re.sub(f"^/{root}(/|$)", "/", url.path)
         error = HttpError(404, "not found")
         for route in ROUTES:
@@ -7958,24 +7958,17 @@ class Request(http.server.BaseHTTPRequestHandler):
         return values
 
     def number(self, name: str, default: Any) -> Any:
-        """Return a number of the query; what is none is ignored as Mailpit does, or refused."""
+        """Return a number of the query, of default's type; what is none is ignored, or refused."""
         text = self.query.get(name, "")
         if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
-            return float(text)
+            return type(default)(float(text))
         if text and self.route.takes is not None:
             raise BadRequest(f"{name}: expected a number, not {text[:40]!r}")
         return default
 
-    def page(self) -> tuple[int, int]:
-        """Return where a list begins, and its length."""
-        return int(self.number("start", 0)), int(self.number("limit", 50))
-
-    def search(self, words: str = "") -> Query:
-        return compile_query(words or self.words, self.query.get("tz", ""))
-
     def item(self) -> Item:
         """Return the message that the path names; `latest` may come with a query."""
-        item = self.inbox.get(self.names["id"], self.search())
+        item = self.inbox.get(self.names["id"], compile_query(self.words, self.zone))
         if item is None:
             raise HttpError(404, "message not found")
         return item
@@ -8227,7 +8220,7 @@ def chosen(request: Request, *others: str) -> list[str] | None:
         raise BadRequest("body: expected IDs or a Search, not both")
     if not words and (others or ids or "search" not in given):
         return ids or None
-    query = compile_query(words, request.query.get("tz", ""))
+    query = compile_query(words, request.zone)
     if query == ALL:
         raise BadRequest("query: expected what to look for; "
                          "for everything there is /api/v1/messages")
@@ -8245,18 +8238,18 @@ def status_of(inbox: Inbox, id: str) -> str:
 @route("GET /api/v1/messages", "list (`start`, `limit`)")
 @route("GET /api/v1/search", "list what `query` finds")
 def list_messages(request: Request) -> Any:
-    inbox, words, (start, limit) = request.inbox, request.words, request.page()
+    inbox, words, zone = request.inbox, request.words, request.zone
+    start, limit = request.number("start", 0), request.number("limit", 50)
     if request.path.endswith("/search") and not words.strip():
         raise BadRequest("query: expected what to look for")
-    page, (total, unread, tags) = inbox.search(request.search(), start, limit), inbox.counts()
+    page, (total, unread, tags) = inbox.search(compile_query(words, zone), start, limit), inbox.counts()
     shown = {
         "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
         "messages_unread": page.unread, "start": start, "tags": list(tags),
         "messages": [{**summary_json(item), "Status": status_of(inbox, item["ID"])}
                      for item in page.items],
     }
-    misread = misread_terms(words, request.query.get("tz", ""))
-    if misread:
+    if misread := misread_terms(words, zone):
         shown["Warnings"] = [f"{term} cannot be read" for term in misread]
     return shown
 
@@ -8409,6 +8402,7 @@ def show_webui(request: Request) -> Any:
 @route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
 def mailhog_messages(request: Request) -> Any:
     inbox, kind, query = request.inbox, request.query.get("kind", ""), ALL
+    start, limit = request.number("start", 0), request.number("limit", 50)
 
     def holds(item: Item) -> bool:
         mail = inbox.mail(item["ID"])
@@ -8421,15 +8415,13 @@ def mailhog_messages(request: Request) -> Any:
         return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
 
     def content(fields: Headers, body: bytes) -> dict[str, Any]:
-        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body),
-                "MIME": None}
+        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
 
     if request.path.endswith("/search"):
         if kind not in ("from", "to", "containing") or not request.words:
             raise BadRequest("expected a query, and a kind: from, to, containing")
         query = ((holds, True),)
-    (start, limit), items = request.page(), []
-    page = inbox.search(query, start, limit)
+    page, items = inbox.search(query, start, limit), []
     for item in page.items:
         mail = inbox.mail(item["ID"])
         parts = [content(p.headers, p.raw) for p in mail.parts if p.number != "0"]
@@ -8449,20 +8441,21 @@ def mailhog_messages(request: Request) -> Any:
        "`query` and has a code or a link (`with`), up to `timeout` seconds, or 408; `since` is a sequence number. "
        "With its links and codes", takes="to from subject query with since timeout tz")
 def wait_for_message(request: Request) -> Any:
-    q, inbox = request.query, request.inbox
-    since, timeout = request.number("since", None), min(request.number("timeout", 10), 300.0)
-    part = q.get("with", "")
+    q, inbox, part = request.query, request.inbox, request.query.get("with", "")
+    since = request.number("since", 0) if "since" in q else None
+    timeout = min(request.number("timeout", 10.0), 300.0)
     if part not in ("", "code", "link"):
         raise BadRequest("with: expected code or link")
     names = "to", "subject", "from"
-    if blank := [name for name in names if q.get(name) == ""]:
-        raise BadRequest(f"{blank[0]}: expected something")  # a variable that is not set is not anybody
+    for name in names:
+        if q.get(name) == "":  # a variable that is not set is not anybody
+            raise BadRequest(f"{name}: expected something")
 
     def fits(item: Item) -> bool:
         meant = is_meant(item, *(q.get(name, "") for name in names))
         return meant and (not part or bool(getattr(inbox.mail(item["ID"]), f"{part}s")))
 
-    query = (*request.search(), (fits, True))
+    query = (*compile_query(request.words, request.zone), (fits, True))
     item = inbox.wait(query, since, timeout, lambda: request.heard() == b"")
     if item is None:
         part = f" with a {part}" if part else ""
@@ -8508,7 +8501,7 @@ route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own r
       "may be `all`, or `held`", takes="")(
     lambda request: {"retried": request.relay.retry(request.names["id"])})
 route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")(
-    lambda request: request.relay.queue(int(request.number("limit", 200))))
+    lambda request: request.relay.queue(request.number("limit", 200)))
 
 
 @route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
@@ -8589,7 +8582,7 @@ def show_account(request: Request) -> Any:
         days = request.relay.reception.quotas.days(name)
         return {"account": name, **account_json(request, request.account), "days": days}
     mine: Query = ((lambda item: item["Username"] == name, True),)
-    page = inbox.search(mine, 0, int(request.number("limit", 50)))
+    page = inbox.search(mine, 0, request.number("limit", 50))
     return {"total": page.total, "emails": [
         {"id": i["ID"], "subject": i["Subject"], "size": i["Size"],
          "to": [p["Address"] for p in i["To"]], "created": i["Created"],
