@@ -7816,12 +7816,18 @@ class Route(NamedTuple):
 ROUTES: list[Route] = []
 
 
-def route(where: str, does: str, access: str = ADMIN,
-          takes: str | None = None) -> Callable[[Any], Any]:
-    """Declare the routes of a function: "METHOD /path /path"."""
+def route(said: str, access: str = ADMIN) -> Callable[[Any], Any]:
+    """Declare the routes of a function: "METHOD /path /path: what it does".
+
+    A path of ours has a ? with the parameters that it knows behind it.
+    """
     def declare(action: Any) -> Any:
+        where, _, does = said.partition(": ")
         method, *paths = where.split()
-        ROUTES.extend(Route(method, path, does, access, takes, action) for path in paths)
+        for path in paths:
+            path, ours, known = path.partition("?")
+            takes = known.replace("&", " ") if ours else None
+            ROUTES.append(Route(method, path, does, access, takes, action))
         return action
     return declare
 
@@ -8155,8 +8161,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # -- health and metrics --
 
-@route("GET /healthz /health /readyz", "200 `OK` when the listeners answer, the workers live and the spool takes "
-       "writes; else 503 and why. `?verbose` gives the parts", OPEN)
+@route("GET /healthz /health /readyz: 200 `OK` when the listeners answer, the workers "
+       "live and the spool takes writes; else 503 and why. `?verbose` gives the parts", OPEN)
 def show_health(request: Request) -> Any:
     d = request.relay
     beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
@@ -8178,8 +8184,8 @@ def show_health(request: Request) -> Any:
     return f"{why or 'OK'}\n"
 
 
-@route("GET /metrics /debug/vars", "JSON in expvar's manner; Prometheus text where `Accept` asks for it, or with "
-       "`?format=prometheus`", OPEN)
+@route("GET /metrics /debug/vars: JSON in expvar's manner; Prometheus text where `Accept` "
+       "asks for it, or with `?format=prometheus`", OPEN)
 def show_metrics(request: Request) -> Any:
     m = measured(request.relay)
     form = request.query.get("format", request.headers.get("Accept", ""))
@@ -8202,7 +8208,7 @@ def measured(d: Delivering) -> Metrics:
     return m
 
 
-route("GET /livez", "200 while the process answers", OPEN)(lambda request: "OK\n")
+route("GET /livez: 200 while the process answers", OPEN)(lambda request: "OK\n")
 
 
 # -- mail: Mailpit's API v1, and MailHog's v2 --
@@ -8235,8 +8241,8 @@ def status_of(inbox: Inbox, id: str) -> str:
         return ""
 
 
-@route("GET /api/v1/messages", "list (`start`, `limit`)")
-@route("GET /api/v1/search", "list what `query` finds")
+@route("GET /api/v1/messages: list (`start`, `limit`)")
+@route("GET /api/v1/search: list what `query` finds")
 def list_messages(request: Request) -> Any:
     inbox, words, zone = request.inbox, request.words, request.zone
     start, limit = request.number("start", 0), request.number("limit", 50)
@@ -8254,16 +8260,17 @@ def list_messages(request: Request) -> Any:
     return shown
 
 
-@route("PUT /api/v1/messages", "mark `IDs`, or what a `Search` finds, as `Read` or not (neither: all)")
+@route("PUT /api/v1/messages: mark `IDs`, or what a `Search` finds, as `Read` or not (neither: "
+       "all)")
 def mark_messages(request: Request) -> None:
     if not request.body.strip():
         raise BadRequest("body: expected JSON")
     request.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
 
 
-@route("DELETE /api/v1/search", "delete what `query` finds")
-@route("DELETE /api/v1/messages", "delete `IDs`, or what a `Search` finds (neither: all)")
-@route("DELETE /api/v1/messages/{id}", "MailHog's: delete one")
+@route("DELETE /api/v1/search: delete what `query` finds")
+@route("DELETE /api/v1/messages: delete `IDs`, or what a `Search` finds (neither: all)")
+@route("DELETE /api/v1/messages/{id}: MailHog's: delete one")
 def delete_messages(request: Request) -> bytes | None:
     one = "id" in request.names
     request.relay.remove([request.item()["ID"]] if one else chosen(request))
@@ -8272,8 +8279,8 @@ def delete_messages(request: Request) -> bytes | None:
     return b"" if one or bare else None
 
 
-@route("GET /api/v1/message/{id}", "one message, which marks it read: people, subject, text, HTML, parts, delivery. "
-       "`latest` is an id, and may come with a `query`")
+@route("GET /api/v1/message/{id}: one message, which marks it read: people, subject, text, "
+       "HTML, parts, delivery. `latest` is an id, and may come with a `query`")
 def show_message(request: Request) -> Any:
     inbox, item = request.inbox, request.item()
     id = item["ID"]
@@ -8283,11 +8290,11 @@ def show_message(request: Request) -> Any:
             "ViewKey": view_key(request.relay.settings.api_token, id)}
 
 
-route("GET /api/v1/message/{id}/headers", "its header fields")(
+route("GET /api/v1/message/{id}/headers: its header fields")(
     lambda request: headers_json(request.mail()))
 
 
-@route("GET /api/v1/message/{id}/raw", "its octets; `dl=1`: to be saved")
+@route("GET /api/v1/message/{id}/raw: its octets; `dl=1`: to be saved")
 def show_raw(request: Request) -> bytes:
     mail = request.mail()
     if request.query.get("dl") == "1":
@@ -8295,8 +8302,8 @@ def show_raw(request: Request) -> bytes:
     return mail.raw
 
 
-@route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb",
-       "one part, decoded; what could run in a browser is a download")
+@route("GET /api/v1/message/{id}/part/{part} /api/v1/message/{id}/part/{part}/thumb: one part, "
+       "decoded; what could run in a browser is a download")
 def show_part(request: Request) -> bytes:
     for part in request.mail().parts:
         if part.number == request.names["part"]:
@@ -8305,14 +8312,15 @@ def show_part(request: Request) -> bytes:
     raise HttpError(404, "part not found")
 
 
-@route("GET /api/v1/message/{id}/html-check /api/v1/message/{id}/link-check /api/v1/message/{id}/sa-check /api/events",
-       "404: HTML check, link check, spam check and WebSocket are not done here")
+@route("GET /api/v1/message/{id}/html-check /api/v1/message/{id}/link-check "
+       "/api/v1/message/{id}/sa-check /api/events: 404: HTML check, link check, spam check and "
+       "WebSocket are not done here")
 def not_done(request: Request) -> Any:
     raise HttpError(404, f"{request.path.rpartition('/')[2]} is not done here")
 
 
-@route("GET /view/{id}.html", "its HTML, sandboxed; `remote=1` loads what is elsewhere", VIEW)
-@route("GET /view/{id}.txt", "its text")
+@route("GET /view/{id}.html: its HTML, sandboxed; `remote=1` loads what is elsewhere", VIEW)
+@route("GET /view/{id}.txt: its text")
 def view(request: Request) -> Any:
     mail = request.mail()
     request.inbox.mark([mail.id], True)
@@ -8331,8 +8339,8 @@ def view(request: Request) -> Any:
     return view_html(mail)
 
 
-@route("POST /api/v1/message/{id}/release", "send a message to the addresses in `To`; those that "
-       "SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `\"Beyond\": true`")
+@route('POST /api/v1/message/{id}/release: send a message to the addresses in `To`; those that '
+       'SMTP_RELAY_ALLOWED_RECIPIENTS leaves out only with `"Beyond": true`')
 def release_message(request: Request) -> None:
     to, beyond = read_each(request.fields, "To", read_mailbox), take_field(request.fields, "Beyond", False)
     if not to:
@@ -8340,7 +8348,7 @@ def release_message(request: Request) -> None:
     request.relay.release(request.item()["ID"], to, beyond)
 
 
-@route("POST /api/v1/send", "put a message in, given as JSON")
+@route("POST /api/v1/send: put a message in, given as JSON")
 def send_message(request: Request) -> Any:
     (content, sender, to), most = compose(request.fields), request.relay.settings.max_size
     if len(content) > most:
@@ -8351,16 +8359,16 @@ def send_message(request: Request) -> Any:
     return {"ID": request.relay.store(envelope, [content])}
 
 
-route("GET /api/v1/tags", "the tags that there are")(
+route("GET /api/v1/tags: the tags that there are")(
     lambda request: list(request.inbox.counts()[2]))
 
 
-route("PUT /api/v1/tags", "give `IDs` these `Tags` alone")(
+route("PUT /api/v1/tags: give `IDs` these `Tags` alone")(
     lambda request: request.inbox.tag(request.strings("IDs"), request.strings("Tags")))
 
 
-@route("PUT /api/v1/tags/{tag}", "rename to `Name`")
-@route("DELETE /api/v1/tags/{tag}", "take it off all messages")
+@route("PUT /api/v1/tags/{tag}: rename to `Name`")
+@route("DELETE /api/v1/tags/{tag}: take it off all messages")
 def change_tag(request: Request) -> None:
     known, old = {tag.lower() for tag in request.inbox.counts()[2]}, request.names["tag"]
     new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
@@ -8373,7 +8381,7 @@ def change_tag(request: Request) -> None:
     request.inbox.rename_tag(old, new)
 
 
-@route("GET /api/v1/info", "version, counts, memory")
+@route("GET /api/v1/info: version, counts, memory")
 def show_info(request: Request) -> Any:
     d, m = request.relay, measured(request.relay)
     total, unread, tags = d.inbox.counts()
@@ -8387,7 +8395,7 @@ def show_info(request: Request) -> Any:
             "RelayHost": ", ".join(host_port(*h[:2]) for h in d.settings.smart_hosts)}
 
 
-@route("GET /api/v1/webui", "what Mailpit's clients ask for at start")
+@route("GET /api/v1/webui: what Mailpit's clients ask for at start")
 def show_webui(request: Request) -> Any:
     s = request.relay.settings
     hosts = ", ".join(host_port(*h[:2]) for h in s.smart_hosts)
@@ -8398,8 +8406,8 @@ def show_webui(request: Request) -> Any:
             "ChaosEnabled": True, "DuplicatesIgnored": False}
 
 
-@route("GET /api/v2/messages", "MailHog's list")
-@route("GET /api/v2/search", "MailHog's search: `kind` is from, to or containing")
+@route("GET /api/v2/messages: MailHog's list")
+@route("GET /api/v2/search: MailHog's search: `kind` is from, to or containing")
 def mailhog_messages(request: Request) -> Any:
     inbox, kind, query = request.inbox, request.query.get("kind", ""), ALL
     start, limit = request.number("start", 0), request.number("limit", 50)
@@ -8437,9 +8445,10 @@ def mailhog_messages(request: Request) -> Any:
 
 # -- waiting, events, queue, faults, accounts: ours --
 
-@route("GET /api/v1/wait", "block until a message comes that is to `to`, from `from`, about `subject`, matches "
-       "`query` and has a code or a link (`with`), up to `timeout` seconds, or 408; `since` is a sequence number. "
-       "With its links and codes", takes="to from subject query with since timeout tz")
+@route("GET /api/v1/wait?to&from&subject&query&with&since&timeout&tz: block until a message "
+       "comes that is to `to`, from `from`, about `subject`, matches `query` and has a code or "
+       "a link (`with`), up to `timeout` seconds, or 408; `since` is a sequence number. With "
+       "its links and codes")
 def wait_for_message(request: Request) -> Any:
     q, inbox, part = request.query, request.inbox, request.query.get("with", "")
     since = request.number("since", 0) if "since" in q else None
@@ -8473,7 +8482,8 @@ def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
             and subject.lower() in item["Subject"].lower())
 
 
-@route("GET /api/v1/events", "server-sent events: received, forwarding, retrying, forwarded, failed", takes="")
+@route("GET /api/v1/events?: server-sent events: received, forwarding, retrying, forwarded, "
+       "failed")
 def show_events(request: Request) -> Any:
     feed = request.relay.feed
 
@@ -8495,19 +8505,19 @@ def show_events(request: Request) -> Any:
     return stream()
 
 
-route("DELETE /api/v1/queue/{id}", "remove it for good", takes="")(
+route("DELETE /api/v1/queue/{id}?: remove it for good")(
     lambda request: request.relay.remove([request.relay.load(request.names["id"]).id]))
-route("POST /api/v1/queue/{id}/retry", "try it now; a held one goes to its own recipients; the id "
-      "may be `all`, or `held`", takes="")(
+route("POST /api/v1/queue/{id}/retry?: try it now; a held one goes to its own recipients; the "
+      "id may be `all`, or `held`")(
     lambda request: {"retried": request.relay.retry(request.names["id"])})
-route("GET /api/v1/queue", "what is owed, what is held, and the next hops", takes="limit")(
+route("GET /api/v1/queue?limit: what is owed, what is held, and the next hops")(
     lambda request: request.relay.queue(request.number("limit", 200)))
 
 
-@route("GET /api/v1/faults", "the rules of `SMTP_FAULTS`", takes="")
-@route("PUT /api/v1/faults", "put other `rules` in their place, until the relay stops", takes="")
-@route("GET /api/v1/chaos", "Mailpit's failures on order, as rules of `SMTP_FAULTS`")
-@route("PUT /api/v1/chaos", "set them; one that is not named is off")
+@route("GET /api/v1/faults?: the rules of `SMTP_FAULTS`")
+@route("PUT /api/v1/faults?: put other `rules` in their place, until the relay stops")
+@route("GET /api/v1/chaos: Mailpit's failures on order, as rules of `SMTP_FAULTS`")
+@route("PUT /api/v1/chaos: set them; one that is not named is off")
 def show_faults(request: Request) -> Any:
     faults, chaos, fields = request.relay.faults, request.path.endswith("/chaos"), request.fields
     if request.command == "PUT":
@@ -8522,7 +8532,7 @@ def show_faults(request: Request) -> Any:
     return to_chaos(faults.text) if chaos else {"rules": faults.text.splitlines()}
 
 
-@route("GET /api/v1/stats", "figures by hour, by day and by account", takes="")
+@route("GET /api/v1/stats?: figures by hour, by day and by account")
 def show_stats(request: Request) -> Any:
     d, now, quotas = request.relay, int(time.time() // 3600), request.relay.reception.quotas
     kinds = {"received": "received", "forwarded": "delivered", "failed": "failed"}  # and their counters
@@ -8549,13 +8559,13 @@ def account_json(request: Request, account: Account) -> dict[str, Any]:
             "left_today": max(0, most - used) if most else None}
 
 
-route("GET /api/v1/users", "list accounts", takes="")(lambda request: {"users": [
+route("GET /api/v1/users?: list accounts")(lambda request: {"users": [
     account_json(request, account) for account in request.relay.reception.accounts.listed()]})
 
 
-@route("POST /api/v1/users", "make one; its key is shown this once", takes="")
-@route("PUT /api/v1/users/{name}", "change it", takes="")
-@route("DELETE /api/v1/users/{name}", "remove it", takes="")
+@route("POST /api/v1/users?: make one; its key is shown this once")
+@route("PUT /api/v1/users/{name}?: change it")
+@route("DELETE /api/v1/users/{name}?: remove it")
 def change_user(request: Request) -> Any:
     s, given, new = request.relay.settings, request.fields, request.command == "POST"
     name = request.names.get("name") or take_field(given, "name", "")
@@ -8574,8 +8584,8 @@ def change_user(request: Request) -> Any:
     return given_keys({"name": name, "api_key": changed.get("api_key")})
 
 
-@route("GET /api/emails", "the account's own messages", ACCOUNT, takes="limit")
-@route("GET /api/stats", "the account's own figures", ACCOUNT, takes="")
+@route("GET /api/emails?limit: the account's own messages", ACCOUNT)
+@route("GET /api/stats?: the account's own figures", ACCOUNT)
 def show_account(request: Request) -> Any:
     name, inbox = request.account.name, request.inbox
     if request.path.endswith("/stats"):
@@ -8589,7 +8599,7 @@ def show_account(request: Request) -> Any:
          "status": status_of(inbox, i["ID"])} for i in page.items]}
 
 
-@route("GET / /view/{id} /search", "the page; at a message, at what `q` finds", SHELL)
+@route("GET / /view/{id} /search: the page; at a message, at what `q` finds", SHELL)
 def show_page(request: Request) -> str:
     request.head = {"Content-Type": HTML, "Content-Security-Policy": PAGE_CSP}
     return PAGE
@@ -11168,7 +11178,7 @@ TOPICS: dict[str, Callable[[], Iterable[Row]]] = {
     "spool": lambda: rows_of(SPOOL_TABLE), "exit": lambda: rows_of(EXIT_TABLE)}
 
 
-@route("GET /help", "these tables: settings, replies, HTTP, metrics, spool, exit status", OPEN)
+@route("GET /help: these tables: settings, replies, HTTP, metrics, spool, exit status", OPEN)
 def show_help(request: Request) -> str:
     """The tables of `smtprelay.py help TOPIC`, as a page."""
     page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=color-scheme content='light dark'>"
