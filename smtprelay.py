@@ -989,8 +989,7 @@ EVENT_ENCODER = json.JSONEncoder(default=str)
 
 def append_line(path: str, line: str) -> None:
     """Append a line to a file that its owner alone may read, in one write: lines stay whole."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with open(fd, "wb", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=partial(os.open, mode=0o600)) as file:
         file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
@@ -1001,8 +1000,7 @@ class Log:
     the logging module, which has a level of its own. Each level has a call of its name.
     """
 
-    def __init__(self, sink: logging.Logger | str, as_json: bool = False,
-                 level: str = "info") -> None:
+    def __init__(self, sink: logging.Logger | str, as_json: bool = False, level: str = "info") -> None:
         self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
         self.debug, self.info, self.warn, self.error = (partial(self.write, each) for each in LEVELS)
 
@@ -1024,8 +1022,8 @@ class Log:
     def line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = iso_time(time.time())
         if self.as_json:  # a NamedTuple is what it prints as, not all that is in it
-            shown = {name: str(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-            return EVENT_ENCODER.encode({"time": now, "level": level, "event": event, **shown})
+            fields = {name: str(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+            return EVENT_ENCODER.encode({"time": now, "level": level, "event": event, **fields})
         line = f"{now} {level} {event}"
         for name, value in fields.items():
             text = str(value)
@@ -1047,9 +1045,9 @@ class Log:
                     append_line(self.sink, event)
             self.tell(line if self.sink else event)
 
-    def bug(self, event: str, error: BaseException, **fields: object) -> None:
+    def bug(self, event: str, **fields: object) -> None:
         """Log the unexpected exception in hand with its traceback, on one line."""
-        self.error(event, **fields, error=repr(error), traceback=traceback.format_exc())
+        self.error(event, **fields, error=repr(sys.exc_info()[1]), traceback=traceback.format_exc())
 
 
 def open_log(settings: Settings) -> Log:
@@ -1126,8 +1124,7 @@ class Metrics:
     """The counters of one relay: a writer's own row, and the sum of all rows for readers."""
 
     def __init__(self, cells: Any = None, row: int = 0, rows: int = 2) -> None:
-        size = rows * len(CELLS) * 8
-        self.cells = memoryview(mmap.mmap(-1, size)).cast("d") if cells is None else cells
+        self.cells = cells or memoryview(mmap.mmap(-1, rows * len(CELLS) * 8)).cast("d")
         self.base = row * len(CELLS)
         self.lock = threading.Lock()
 
@@ -2518,7 +2515,7 @@ class Watched:
     """
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log, value: Any = None) -> None:
-        self.name, self.paths, self.read, self.log, self.trouble = name, paths, read, log, ""
+        self.name, self.paths, self.read, self.log, self.trouble = name, [*filter(None, paths)], read, log, ""
         self.seen = ([], value) if value is not None else (self.stamps(), read())
 
     def stamps(self) -> list[tuple[int, int, int]]:
@@ -2530,23 +2527,19 @@ class Watched:
                 found.append((now.st_mtime_ns, now.st_size, now.st_ino))
         return found
 
-    def current(self) -> Any:
-        """Return what the files say now, or said when they were last good."""
-        if self.stamps() != self.seen[0]:
-            self.reload()
-        return self.seen[1]
-
-    def reload(self) -> None:
-        """Reread the files (SIGHUP); what cannot be used changes `trouble` alone."""
+    def current(self, anew: bool = False) -> Any:
+        """Return what the files say now, or said when they were last good; `anew` rereads them in any case (SIGHUP)."""
         stamps, value = self.stamps(), self.seen[1]  # first: a change while reading is seen the next time
-        try:
-            value, self.trouble = self.read(), ""
-            if self.paths:
-                self.log.info(f"{self.name}_reread", files=", ".join(self.paths))
-        except (SettingsError, OSError) as error:
-            self.trouble = f"{self.name} {', '.join(self.paths)}: {error}"
-            self.log.error(f"{self.name}_broken", reason=self.trouble, now="what was last good stays")
-        self.seen = stamps, value
+        if anew or stamps != self.seen[0]:
+            try:
+                value, self.trouble = self.read(), ""
+                if self.paths:
+                    self.log.info(f"{self.name}_reread", files=", ".join(self.paths))
+            except (SettingsError, OSError) as error:
+                self.trouble = f"{self.name} {', '.join(self.paths)}: {error}"
+                self.log.error(f"{self.name}_broken", reason=self.trouble, now="what was last good stays")
+            self.seen = stamps, value
+        return value
 
 
 # -- the store --
@@ -2570,7 +2563,7 @@ class Accounts:
         self._turns = threading.BoundedSemaphore(LOGINS_AT_ONCE)
         # whether there may be logins, even if the file names nobody yet
         self.configured = bool(settings.auth_user or settings.users_file or settings.auth_any)
-        self.file = Watched("users_file", [settings.users_file] * bool(settings.users_file), self._read, log)
+        self.file = Watched("users_file", [settings.users_file], self._read, log)
 
     def _read(self) -> Logins:
         path, user = self.settings.users_file, self.settings.auth_user
@@ -2733,10 +2726,10 @@ class Buckets:
         """Take a token, if there is one; with an n of -1, put one back."""
         each, now = 60.0 / per_minute, self._clock()
         with self._lock:
-            full_at = max(self.full_at.pop(key, now), now)
-            full_at = min(full_at, now + burst * each)  # no emptier than empty, if the clock was set back
-            granted = full_at - now <= (burst - n) * each + 1e-6
-            self.full_at[key] = full_at + n * each if granted else full_at
+            taken = max(self.full_at.pop(key, now) - now, 0)
+            taken = min(taken, burst * each)  # no emptier than empty, if the clock was set back
+            granted = taken <= (burst - n) * each + 1e-6
+            self.full_at[key] = now + taken + n * each * granted
             if len(self.full_at) > self._size:
                 self.full_at.popitem(last=False)
         return granted
@@ -2784,8 +2777,7 @@ class Quotas:
         """Add one to today's figure for an account: received, sent or failed."""
         key = self._day(), name, what
         with self._lock:
-            full = len(self._saved) + len(self._new) >= USAGE_COUNTS
-            if full and key not in self._saved and key not in self._new:
+            if len(self._saved) + len(self._new) >= USAGE_COUNTS and not self._saved[key] + self._new[key]:
                 key = key[0], "", what
             self._new[key] += 1
 
@@ -2793,16 +2785,15 @@ class Quotas:
         """Give today's figures of an account."""
         day = self._day()
         with self._lock:
-            return {what: n for what in USED
-                    if (n := self._saved[day, name, what] + self._new[day, name, what])}
+            return {what: n for what in USED if (n := self._saved[day, name, what] + self._new[day, name, what])}
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
         found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(Counter)
         with self._lock:
             counts = +self._new
-        for day in {file[:10] for file in os.listdir(self._directory)} if self._directory else ():
-            counts += self._read(day)
+        for file in os.listdir(self._directory) if self._directory else ():
+            counts += self._read(file[:10])
         for (day, who, what), n in sorted(counts.items()):
             if name in (None, who) and what in USED:
                 found[day][what] += n
@@ -2812,22 +2803,22 @@ class Quotas:
         """Add what is new to the files, and read what other processes added. Raises OSError."""
         if not self._directory:
             return
-        with self._lock:
-            new, today = +self._new, self._day()
+        today = self._day()
         with locked(self._directory):
-            for day in (*({day for day, _, _ in new} - {today}), today):
-                added = Counts({key: n for key, n in new.items() if key[0] == day})
-                kept = self._read(day) + added
-                if added:
+            for day in {today, *(day for day, _, _ in [*self._new])}:
+                with self._lock:
+                    new = Counts({key: n for key, n in self._new.items() if key[0] == day})
+                kept = self._read(day) + new
+                if new:
                     kept |= Counts({(day, name, FULL_AT): math.ceil(at)
                                     for name, at in [*self.minutes.full_at.items()]})
                     rows = [[*key[1:], n] for key, n in kept.items()]
                     replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
                 with self._lock:
-                    self._new, self._saved = self._new - added, kept if day == today else self._saved
-            oldest = self._day(USAGE_DAYS * DAY)
+                    self._new -= new
+                    self._saved = kept if day == today else self._saved
             for file in os.listdir(self._directory):
-                if re.match(DATE, file) and file < oldest:
+                if re.match(DATE, file) and file < self._day(USAGE_DAYS * DAY):
                     os.unlink(f"{self._directory}/{file}")
 
     def _day(self, ago: float = 0) -> str:
@@ -4060,7 +4051,7 @@ class Delivery:
         self.live: set[NextHop] = set()  # those that are open
         self.avoided: dict[Target, float] = {}
         self.aliases = Watched(
-            "aliases", [settings.aliases] * bool(settings.aliases),
+            "aliases", [settings.aliases],
             lambda: read_aliases(read_whole(settings.aliases).decode("utf-8", "replace")), log, {})
         self.local = {"localhost", settings.hostname.lower(), machine_name().lower()}
         login = settings.relay_username, settings.relay_password
@@ -4883,7 +4874,7 @@ class Reception:
     def reload(self) -> None:
         """Reread accounts and certificate (SIGHUP)."""
         for file in self.watched:
-            file.reload()
+            file.current(anew=True)
 
     # -- who is here --
 
@@ -5031,7 +5022,7 @@ class Session:
         except Exception as e:  # the peer may no longer listen
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
             if not isinstance(e, (PeerGone, TimeoutError)):
-                reception.log.bug("session_bug", e, client=self.client)
+                reception.log.bug("session_bug", client=self.client)
             if words:
                 self.wire.deadline = time.monotonic() + 1.0
                 with suppress(PeerGone, TimeoutError):
@@ -5079,8 +5070,8 @@ class Session:
                 reply = e.reply
             except (PeerGone, TimeoutError):
                 raise
-            except Exception as e:
-                self.reception.log.bug("session_bug", e, client=self.client)
+            except Exception:
+                self.reception.log.bug("session_bug", client=self.client)
                 self.forget()
                 reply = INTERNAL
             if reply:
@@ -6529,8 +6520,8 @@ class Inbox:
                     yield item
             except (KeyError, OSError, SpoolError):  # gone meanwhile
                 continue
-            except Exception as error:  # a fault of ours with one message is not one with all
-                self.log.bug("unsearchable", error)
+            except Exception:  # a fault of ours with one message is not one with all
+                self.log.bug("unsearchable")
 
     def shown(self, entry: Entry) -> Item | None:
         """Show an entry, which is summed up on first reading; None when its message is gone."""
@@ -8034,8 +8025,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.status, text = 404, "message not found"
         except (PeerGone, TimeoutError, socket.timeout, ConnectionError):
             raise
-        except Exception as e:
-            self.relay.log.bug("http_bug", e, path=self.path)
+        except Exception:
+            self.relay.log.bug("http_bug", path=self.path)
             self.status, text = 500, "internal error"
         self.head, found = {}, self.route
         framed = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -8156,7 +8147,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if isinstance(error, RuntimeError):
             self.relay.log.warn("no_thread_for_http", error=error)
         elif error and not isinstance(error, (OSError, PeerGone)):
-            self.relay.log.bug("http_bug", error)
+            self.relay.log.bug("http_bug")
 
 
 # -- health and metrics --
@@ -9156,8 +9147,8 @@ class Delivering:
         """Take in what the spool holds, then what arrives; so the inbox is in order of arrival."""
         try:
             self.look_again()
-        except Exception as e:
-            self.log.bug("find_bug", e)
+        except Exception:
+            self.log.bug("find_bug")
         while (words := self.link.read(LINK_QUIET if self.sidecars else None)) is not None:
             try:
                 before = self.came_at
@@ -9175,8 +9166,8 @@ class Delivering:
                     time.sleep(LINK_QUIET)
             except (KeyError, OSError, SpoolError) as e:
                 self.log.debug("sidecar_not_written", error=e)
-            except Exception as e:
-                self.log.bug("intake_bug", e)
+            except Exception:
+                self.log.bug("intake_bug")
 
     def find(self) -> None:
         """Queue what the spool holds, by name only: workers read the records."""
@@ -9296,8 +9287,8 @@ class Delivering:
                     bound = crowded
                 if task:
                     self.work_at(task)
-            except Exception as e:
-                self.log.bug("worker_bug", e)
+            except Exception:
+                self.log.bug("worker_bug")
                 self.stopping.wait(SWEEP_EVERY)
 
     def work_at(self, task: Task) -> None:
@@ -9319,7 +9310,7 @@ class Delivering:
             if isinstance(e, OSError):
                 self.log.error("spool_error", stem=stem, error=e, seconds=round(delay, 1))
             else:
-                self.log.bug("delivery_bug", e, stem=stem)
+                self.log.bug("delivery_bug", stem=stem)
         finally:
             self.scheduler.done(stem)
 
@@ -9369,7 +9360,7 @@ class Delivering:
             try:
                 attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
-                self.log.bug("attempt_bug", e, id=message.id)
+                self.log.bug("attempt_bug", id=message.id)
                 trouble = Outcome(LATER, False, 0, f"trouble here: {e!r}")
                 attempt = Attempt({r.address: trouble for r in owed}, None, [])
         if attempt.crowded:
@@ -9530,7 +9521,7 @@ class Delivering:
             self.reports.take("", rate, REPORTS_AN_HOUR, -1)
             why = f"the report is not written: {e}"
             if not isinstance(e, (OSError, Refused)):
-                self.log.bug("report_bug", e, id=message.id)
+                self.log.bug("report_bug", id=message.id)
                 return why, self.settings.retry_max_delay
             self.log.error("report_failed", id=message.id, error=e)
             if isinstance(e, Refused) and e.reply.code >= 500 and not others:
@@ -9551,8 +9542,8 @@ class Delivering:
                         self.reception.quotas.save, self.inbox.save, self.sum_up):
                 try:
                     job()
-                except Exception as e:  # the others are done all the same
-                    self.log.bug("sweep_bug", e)
+                except Exception:  # the others are done all the same
+                    self.log.bug("sweep_bug")
 
     def sum_up(self) -> None:
         """Read what nobody has looked at once nothing has come for a while: a search is quick then."""
@@ -9909,8 +9900,8 @@ class Supervisor:
             try:
                 self.be(row)
                 status = 0
-            except BaseException as e:
-                self.parts.log.bug("half_failed", e, row=row)
+            except BaseException:
+                self.parts.log.bug("half_failed", row=row)
             finally:
                 os._exit(status)
 

@@ -3023,7 +3023,7 @@ def test_account_of_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFix
         store(tmp_path, {"env": {"password": "y"}}, **settings)
     caplog.set_level(logging.INFO)
     nobody = smtprelay.Accounts(smtprelay.Settings(), LOG)
-    nobody.file.reload()
+    nobody.file.current(anew=True)
     assert not nobody.configured and "reread" not in caplog.text  # there is no file
 
 
