@@ -1198,7 +1198,7 @@ def prometheus(metrics: Metrics) -> str:
 # split, a doubled dot is never cut in half, and CR and LF are counted together.
 
 LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
-BLOCK_FIRST, BLOCK_MOST, OUT_MOST = 8 * KIB, 256 * KIB, 64 * KIB
+READ_MOST, OUT_MOST = 64 * KIB, 64 * KIB  # malloc asks the kernel for each piece of 128 KiB
 END = b"\r\n.\r\n"
 UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")  # a block's end that the next may change
 HEAD_LIMIT = 128 * KIB
@@ -1217,9 +1217,8 @@ class Wire:
         self.buffer = b""  # what has come and is not taken yet
         self.out = b""
         self.timeout = -1.0  # after which the socket gives up; -1.0: not known
-        self.bulk = False  # content is read: large blocks pay
 
-    def fill(self, reading: bool = True, most: int = BLOCK_MOST) -> None:
+    def fill(self, reading: bool = True, most: int = READ_MOST) -> None:
         """Send what waits; then read what there is, once, and no more than so many octets.
 
         TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
@@ -1237,7 +1236,7 @@ class Wire:
                     self.out = self.out[self.sock.send(self.out):]
                 if self.out or not reading:
                     continue
-                block = self.sock.recv(min(most, BLOCK_MOST if self.bulk else BLOCK_FIRST))
+                block = self.sock.recv(min(most, READ_MOST))
             except (socket.timeout, BlockingIOError):  # the deadline is asked once more
                 continue
             except OSError as e:
@@ -5350,13 +5349,13 @@ class Session:
             self.wire.write(reply_octets(GO_AHEAD))
         content = self.content or Content(lambda block: None, 0)
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
-        self.wire.bulk = self.over = True  # what is left of content that breaks off is not to be taken for commands
+        self.over = True  # what is left of content that breaks off is not to be taken for commands
         if chunk:
             for block in self.wire.blocks(int(chunk[1])):
                 content.feed(block)
         else:
             read_data(self.wire, content)
-        self.wire.bulk = self.over = False
+        self.over = False
         if reply or chunk and not (chunk[2] or content.fault or content.error):
             return reply or OK
         assert envelope and self.draft
@@ -5566,7 +5565,7 @@ class Receiving:
         end = time.monotonic() + patience
         while self.reception.sessions and time.monotonic() < end:
             for session in list(self.reception.sessions):
-                if not session.wire.bulk:  # it waits for a command: its next read finds the end
+                if not session.over:  # it waits for a command: its next read finds the end
                     shut(session.wire.sock, socket.SHUT_RD)
             time.sleep(0.002)
         self.stopped.set()
