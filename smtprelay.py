@@ -130,7 +130,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import unicodedata
 import urllib.parse
 from collections import Counter, deque
@@ -10141,25 +10140,17 @@ MAILS_SHOWN = 10
 
 
 def relay_fixture(request: Any) -> Iterator[Relay]:
-    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...")."""
-    marker, plugins = request.node.get_closest_marker("smtp_relay"), request.config.pluginmanager
-    if not plugins.has_plugin("smtprelay-mail"):
-        plugin = types.ModuleType("smtprelay_mail")
-        vars(plugin)["pytest_runtest_makereport"] = pytest.hookimpl(hookwrapper=True)(add_mail)
-        plugins.register(plugin, "smtprelay-mail")
+    """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...").
+
+    Pytest shows the mail that it received with a test that failed.
+    """
+    marker = request.node.get_closest_marker("smtp_relay")
     with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
         yield relay
-
-
-def add_mail(item: Any) -> Iterator[None]:
-    """Add the mail that its relays received to the report of a test that failed (pytest_runtest_makereport)."""
-    outcome: Any = yield
-    report = outcome.get_result()
-    relays = [relay for relay in getattr(item, "funcargs", {}).values() if isinstance(relay, Relay)]
-    if report.when == "call" and report.failed and relays:
-        mails = [f"{mail}\n" for relay in relays for mail in relay.messages]
-        text = ("-" * 40 + "\n").join(mails[:MAILS_SHOWN]) or "none"
-        report.sections.append((f"mail received ({len(mails)})", text))
+        mails = relay.messages
+        text = ("-" * 40 + "\n").join(f"{mail}\n" for mail in mails[:MAILS_SHOWN])
+        if request.scope == "function":
+            request.node.add_report_section("teardown", f"mail received ({len(mails)})", text or "none")
 
 
 if pytest:
