@@ -119,7 +119,6 @@ import re
 import resource
 import secrets
 import select
-import smtplib
 import socket
 import socketserver
 import ssl
@@ -8837,7 +8836,7 @@ def enter_spool(settings: Settings) -> None:
         raise Complaint(f"no relay answers, and the spool {path} belongs to {who}: be {who}, or root", EX_UNAVAILABLE)
 
 
-def own_reception(settings: Settings, trouble: OSError) -> Reception:
+def own_reception(settings: Settings, trouble: object) -> Reception:
     """Return a way into the spool where the relay does not answer; Complaint when there is none.
 
     Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
@@ -8875,41 +8874,6 @@ def admit_letter(reception: Reception, envelope: Envelope, content: bytes) -> di
         except (Refused, OSError) as e:
             refused.update(dict.fromkeys(portion, str(getattr(e, "reply", INTERNAL))))
     return refused
-
-
-def hand_over(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
-    """Send a message to the relay by SMTP, in portions; return the replies to those recipients that it refused.
-
-    OSError, of which smtplib's exceptions are, says that nobody knows that it was taken.
-    """
-    smtp = smtplib.SMTP(local_hostname=settings.hostname)
-    smtp.sock = dial(settings.port[0], settings.relay_timeout)
-    smtp.sock.settimeout(settings.relay_reply_timeout)
-    greeting = smtp.getreply()
-    if greeting[0] != 220:
-        raise smtplib.SMTPConnectError(*greeting)
-    if settings.auth_user:
-        smtp.login(settings.auth_user, settings.auth_password)
-    options = envelope.asked.split() + [flag.replace("8BIT", "BODY=8BIT") for flag in envelope.flags]
-    told: dict[str, str] = {}
-    todo = envelope.recipients
-    while todo:
-        portion, todo = todo, []
-        try:
-            refused = smtp.sendmail(f"<{envelope.reverse_path}>", portion, content, options,
-                                    envelope.asked_for[portion[0]].split())
-            todo = [address for address, reply in refused.items() if reply[0] == 452]  # RFC 5321 4.5.3.1.10
-        except smtplib.SMTPRecipientsRefused as e:
-            refused = e.recipients
-        except smtplib.SMTPResponseException as e:
-            if e.smtp_code in (421, 530, 538):
-                raise
-            refused = dict.fromkeys(portion, (e.smtp_code, cast(bytes, e.smtp_error)))
-        told.update((address, f"{code} {text.decode('utf-8', 'replace')}")
-                    for address, (code, text) in refused.items() if address not in todo)
-    with suppress(OSError):
-        smtp.quit()
-    return told
 
 
 def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
@@ -8964,11 +8928,27 @@ def complain(*lines: object) -> None:
 
 
 def send(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
-    """Hand a message over, to the relay or into the spool; return the replies to recipients that were refused."""
-    try:
-        return hand_over(settings, envelope, content)
-    except OSError as e:
-        return admit_letter(own_reception(settings, e), envelope, content)
+    """Hand a message to the relay by SMTP, as to any next hop, and into the spool for whom that does not answer.
+
+    Return the replies to those recipients that were refused.
+    """
+    place, quiet = settings.port[0], settings.but(users_file="", aliases="")
+    owed = [Recipient(a, **read_asked(f"<{a}>{envelope.asked_for[a]}")[1]) for a in envelope.recipients]
+    message = Message("", Status.RECEIVED, "", envelope.reverse_path, owed, flags=envelope.flags,
+                      **read_asked(f"<>{envelope.asked}")[1])
+    log = Log(os.devnull, level="error")
+    delivery = Delivery(quiet, log, Accounts(quiet, log))
+    outcomes = delivery.attempt_at(
+        Target(place.host, place.port, "none", settings.auth_user, settings.auth_password), message,
+        [(owed, Outgoing(io.BytesIO(content)))], lambda: None, [])
+    delivery.stop()
+    refused = {address: o for address, o in outcomes.items() if o.status is not Status.FORWARDED}
+    unanswered = [a for a, o in refused.items() if o.status is LATER and (o.of_host or o.code in (0, 421))]
+    told = {a: f"{o.code} {o.reply}" for a, o in refused.items() if a not in unanswered}
+    if unanswered:
+        envelope.recipients = unanswered
+        told.update(admit_letter(own_reception(settings, refused[unanswered[0]]), envelope, content))
+    return told
 
 
 def speak_smtp(settings: Settings, given: int) -> int:

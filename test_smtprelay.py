@@ -10265,6 +10265,15 @@ def test_a_running_relay_finds_what_was_spooled_beside_it(env: dict[str, str], t
         wait_until(lambda: len(relay.delivering.scheduler) == 1)
 
 
+def test_the_spool_takes_only_what_the_relay_does_not_answer_for(env: dict[str, str], tmp_path: Path) -> None:
+    with smtprelay.start(SMTP_MAX_RECIPIENTS="2", SMTP_FAULTS="rcpt to=c@* 421 going; rcpt to=d@* 550 no") as relay:
+        env = {**env, "SMTP_PORT": f"127.0.0.1:{relay.port}", "SMTP_SPOOL": str(tmp_path / "spool")}
+        run_command("sendmail", "a", "d", "b", "c", env=env, stdin=b"x\n", status=69)
+        assert the_only(relay)[0] == ["a@box.example"]  # taken in a portion of its own: it is not sent twice
+    assert [[r.address for r in record.recipients] for record, _ in spooled(tmp_path / "spool")] == [
+        ["b@box.example", "c@box.example"]]
+
+
 NO_SPOOL: list[dict[str, str]] = [{}, {"SMTP_STORAGE": "memory"}, {"SMTP_SPOOL": "/proc/nowhere"}, {"SMTP_SPOOL": "."}]
 
 
