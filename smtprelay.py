@@ -8074,19 +8074,20 @@ class Request(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, body: Any) -> None:
         """Send text, octets, blocks that end with the connection, or anything else as JSON."""
-        kind, streamed = "text/plain; charset=utf-8", isinstance(body, Generator)
-        if not isinstance(body, (bytes, str, Generator)):
-            kind, body = "application/json", json.dumps(body, default=vars, ensure_ascii=False)
-        if isinstance(body, str):
-            body = body.encode("utf-8", "replace")
-        fields = {"Content-Type": kind, "Cache-Control": "no-store",
+        fields = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store",
                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                   "Cross-Origin-Resource-Policy": "same-origin",
-                  "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-                  **self.head}
-        if not streamed:
-            fields["Content-Length"] = str(len(body))
-        if streamed or self.close_connection:
+                  "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
+        if isinstance(body, Generator):
+            self.close_connection = True
+        else:
+            if not isinstance(body, (bytes, str)):
+                fields["Content-Type"] = "application/json"
+                body = json.dumps(body, default=vars, ensure_ascii=False)
+            body = [body.encode("utf-8", "replace") if isinstance(body, str) else body]
+            fields["Content-Length"] = str(len(body[0]))
+        fields.update(self.head)
+        if self.close_connection:
             fields["Connection"] = "close"  # which send_header does, too
         self.send_response(self.status)
         for name, value in fields.items():
@@ -8098,14 +8099,9 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_header("WWW-Authenticate", f'{scheme} realm="smtprelay"')
         self.end_headers()
         self.connection.settimeout(HTTP_TIME)
-        try:
-            blocks = body if streamed else [body]
-            for block in blocks if self.command != "HEAD" else ():
-                self.wfile.write(block)
-        finally:
-            if streamed:
-                body.close()
-            self.since = time.monotonic()
+        for block in body if self.command != "HEAD" else ():
+            self.wfile.write(block)
+        self.since = time.monotonic()
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -8167,8 +8163,8 @@ def show_health(request: Request) -> Any:
     why = "; ".join(f"{part}: {trouble}" for part, trouble in wrong.items() if trouble)
     request.status = 503 if why else 200
     if "verbose" in request.query or "application/json" in request.headers.get("Accept", ""):
-        parts = {part: trouble or "ok" for part, trouble in wrong.items()}
-        return {"status": "unavailable" if why else "ok", **parts}
+        return {"status": "unavailable" if why else "ok",
+                **{part: trouble or "ok" for part, trouble in wrong.items()}}
     return f"{why or 'OK'}\n"
 
 
@@ -8414,7 +8410,7 @@ def mailhog_messages(request: Request) -> Any:
         return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
 
     if request.path.endswith("/search"):
-        if kind not in ("from", "to", "containing") or not request.words:
+        if kind not in words("from to containing") or not request.words:
             raise BadRequest("expected a query, and a kind: from, to, containing")
         query = ((holds, True),)
     page, items = inbox.search(query, start, limit), []
@@ -8540,8 +8536,8 @@ def show_stats(request: Request) -> Any:
 
 def account_json(request: Request, account: Account) -> dict[str, Any]:
     today, most = request.relay.reception.quotas.today(account.name), account.quota_daily
-    shown = ("name", "allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
     used = today.get("received", 0)
+    shown = words("name allowed_domains quota_daily quota_per_minute relay_host")
     return {**{name: getattr(account, name) for name in shown},
             "has_api_key": bool(account.api_key), "today": today, "used_today": used,
             "left_today": max(0, most - used) if most else None}
@@ -8567,8 +8563,8 @@ def change_user(request: Request) -> Any:
         changed["password"] = hash_password(password)
     if new:
         changed.setdefault("api_key", new_api_key())
-    gone = request.command == "DELETE"
-    change_account(s.users_file, name, None if gone else changed, Sealer(s.spool_key))
+    change = None if request.command == "DELETE" else changed
+    change_account(s.users_file, name, change, Sealer(s.spool_key))
     return given_keys({"name": name, "api_key": changed.get("api_key")})
 
 
@@ -8607,9 +8603,9 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
         secret = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
         headers["Authorization"] = f"Basic {secret}"
     opener = web.OpenerDirector()  # one that follows no redirect
-    aside = web.ProxyHandler({} if is_loopback(url.hostname or "") else None)
-    for handler in (aside, web.HTTPHandler(), web.HTTPSHandler(),
-                    web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor()):
+    for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None),
+                    web.HTTPHandler(), web.HTTPSHandler(), web.HTTPDefaultErrorHandler(),
+                    web.HTTPErrorProcessor()):
         opener.add_handler(handler)
     while True:
         event = events.get()
@@ -8619,7 +8615,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
             events = d.feed.subscribe()
             d.log.warn("webhook_behind", url=shown)
             continue
-        if event["type"] not in ("received", "forwarded", "failed"):
+        if event["type"] not in words("received forwarded failed"):
             continue
         for pause in (0.0, *WEBHOOK_PAUSES):
             if d.stopping.wait(pause):
