@@ -7805,10 +7805,7 @@ ROUTES: list[Route] = []
 
 
 def route(said: str, access: str = ADMIN) -> Callable[[Any], Any]:
-    """Declare the routes of a function: "METHOD /path /path: what it does".
-
-    A path of ours has a ? with the parameters that it knows behind it.
-    """
+    """Declare routes: "METHOD /path /path: what it does"; a path of ours ends in ?what&it&takes."""
     def declare(action: Any) -> Any:
         where, _, does = said.partition(": ")
         method, *paths = where.split()
@@ -7828,7 +7825,7 @@ def view_key(token: str, id: str) -> str:
 # -- a connection's requests --
 
 class Request(http.server.BaseHTTPRequestHandler):
-    """The requests of a connection, one after another; a route sets the answer's status and fields."""
+    """The requests of a connection, in turn; a route may set the answer's status and fields."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"smtprelay/{__version__}", ""
     default_request_version = protocol_version
@@ -7888,10 +7885,10 @@ class Request(http.server.BaseHTTPRequestHandler):
             return
         secret, host = self.login()[1], headers.get("Host", "")
         site = headers.get("Sec-Fetch-Site", "none")
-        own = headers.get("Origin", f"://{host}").partition("://")[2] == host
+        same = headers.get("Origin", f"://{host}").partition("://")[2] == host
         # Another site may link to our page, but not make a browser ask for more.
-        if access != SHELL and not (
-                site in ("same-origin", "none") and (own or self.command in ("GET", "HEAD"))):
+        same |= self.command in ("GET", "HEAD")
+        if access != SHELL and not (same and site in ("same-origin", "none")):
             raise HttpError(403, "requests from other sites are not taken")
         # This machine needs no token where none is set, networks that SMTP_API_NETWORKS names need
         # none at all. Where a proxy stands between, its address is no proof of who asks.
@@ -7907,13 +7904,11 @@ class Request(http.server.BaseHTTPRequestHandler):
             pass
         elif trusted and not re.search(proxied, "\n".join(headers)):
             # A rebound name has a dot, and is no address.
-            name = re.sub(r":\d*$", "", host.lower()).strip("[].")
-            if name != s.hostname.lower() and not re.fullmatch(r"[^.]+|[0-9.]+|.*:.*|.*\.localhost", name):
-                raise HttpError(
-                    403, f"Host {host[:100]!r} is neither this machine nor SMTP_HOSTNAME")
+            own = r"[^.]+|[0-9.]+|.*:.*|.*\.localhost|" + re.escape(s.hostname.lower())
+            if not re.fullmatch(own, re.sub(r":\d*$", "", host.lower()).strip("[].")):
+                raise HttpError(403, f"Host {host[:99]!r} is neither this machine nor SMTP_HOSTNAME")
         elif not s.api_token:
-            raise HttpError(403, "only this machine, and no proxy, is served until "
-                            "SMTP_API_TOKEN is set")
+            raise HttpError(403, "until SMTP_API_TOKEN is set only this machine is served, and no proxy")
         elif access == SHELL:
             self.status = 401
         elif access != VIEW or not same_secret(
@@ -7921,8 +7916,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             raise HttpError(401, "a token is needed: Authorization: Bearer SMTP_API_TOKEN")
         for name in self.query:
             if takes is not None and name not in takes.split():
-                raise BadRequest(
-                    f"{name[:100]}: not known here; expected {takes or 'no parameters'}")
+                raise BadRequest(f"{name[:99]}: not known here; expected {takes or 'no parameters'}")
 
     def read_fields(self) -> dict[str, Any]:
         """Read the body's fields, of JSON or a form: in lower case, for Mailpit takes any."""
@@ -7994,9 +7988,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.status, self.head, self.route, self.body = 200, dict[str, str](), None, None
         answer = self.tried()
         if self.command not in ("GET", "HEAD"):
-            self.relay.audit.info(
-                "changed" if self.status < 400 else "change_refused", status=self.status,
-                client=self.client, method=self.command, path=self.path.partition("?")[0])
+            self.relay.audit.info("changed" if self.status < 400 else "change_refused",
+                                  status=self.status, client=self.client, method=self.command,
+                                  path=self.path.partition("?")[0])
         self.send_answer(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = respond
@@ -8042,8 +8036,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         if framed and not codings and not re.fullmatch("[0-9]{1,12}", framed[0]):
             raise HttpError(411, "Content-Length: expected a number of octets")
         # Node sends DELETE's body with no field that tells of it; and no body means all.
-        if not framed and self.command == "DELETE" and not re.match(
-                b"[A-Z]+ |$", self.heard() or b""):
+        following = self.command == "DELETE" and not framed and self.heard() or b""
+        if not re.match(b"[A-Z]+ |$", following):
             self.close_connection = True
             raise BadRequest("a body needs Content-Length, or Transfer-Encoding: chunked")
         if self.headers.get("Expect", "").lower() == "100-continue":
@@ -8112,7 +8106,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves HTTP on a bound socket, with always a place for health and metrics: busy is not dead."""
+    """Serves HTTP on a bound socket; for health and metrics there is always a place."""
 
     daemon_threads = True
 
@@ -8144,6 +8138,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 
 # -- health and metrics --
+
+route("GET /livez: 200 while the process answers", OPEN)(lambda request: "OK\n")
+
 
 @route("GET /healthz /health /readyz: 200 `OK` when the listeners answer, the workers "
        "live and the spool takes writes; else 503 and why. `?verbose` gives the parts", OPEN)
@@ -8192,16 +8189,10 @@ def measured(d: Delivering) -> Metrics:
     return m
 
 
-route("GET /livez: 200 while the process answers", OPEN)(lambda request: "OK\n")
-
-
 # -- mail: Mailpit's API v1, and MailHog's v2 --
 
 def chosen(request: Request, *others: str) -> list[str] | None:
-    """Return what a search, or a body's IDs or Search, chooses; None for neither: all.
-
-    A search for nothing is refused.
-    """
+    """Return what a search, or a body's IDs or Search, chooses; None for neither: all."""
     if request.path.endswith("/search"):
         request.fields = {"search": request.words}
     given, ids = request.fields, request.strings("IDs")
@@ -8212,8 +8203,7 @@ def chosen(request: Request, *others: str) -> list[str] | None:
         return ids or None
     query = compile_query(words, request.zone)
     if query == ALL:
-        raise BadRequest("query: expected what to look for; "
-                         "for everything there is /api/v1/messages")
+        raise BadRequest("query: expected what to look for; all are at /api/v1/messages")
     return [item["ID"] for item in request.inbox.search(query, 0, 0).items]
 
 
@@ -8232,20 +8222,18 @@ def list_messages(request: Request) -> Any:
     start, limit = request.number("start", 0), request.number("limit", 50)
     if request.path.endswith("/search") and not words.strip():
         raise BadRequest("query: expected what to look for")
-    page, (total, unread, tags) = inbox.search(compile_query(words, zone), start, limit), inbox.counts()
+    page = inbox.search(compile_query(words, zone), start, limit)
+    total, unread, tags = inbox.counts()
     shown = {
         "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
-        "messages_unread": page.unread, "start": start, "tags": list(tags),
-        "messages": [{**summary_json(item), "Status": status_of(inbox, item["ID"])}
-                     for item in page.items],
-    }
+        "messages_unread": page.unread, "start": start, "tags": list(tags), "messages": [
+            {**summary_json(item), "Status": status_of(inbox, item["ID"])} for item in page.items]}
     if misread := misread_terms(words, zone):
         shown["Warnings"] = [f"{term} cannot be read" for term in misread]
     return shown
 
 
-@route("PUT /api/v1/messages: mark `IDs`, or what a `Search` finds, as `Read` or not (neither: "
-       "all)")
+@route("PUT /api/v1/messages: mark `IDs`, or what a `Search` finds, `Read` or not (neither: all)")
 def mark_messages(request: Request) -> None:
     if not request.body.strip():
         raise BadRequest("body: expected JSON")
@@ -8272,10 +8260,6 @@ def show_message(request: Request) -> Any:
     mail = inbox.mail(id)
     return {**waited_json(item, mail), "Status": mail.record.status, "Delivery": mail.record,
             "ViewKey": view_key(request.relay.settings.api_token, id)}
-
-
-route("GET /api/v1/message/{id}/headers: its header fields")(
-    lambda request: headers_json(request.mail()))
 
 
 @route("GET /api/v1/message/{id}/raw: its octets; `dl=1`: to be saved")
@@ -8318,8 +8302,8 @@ def view(request: Request) -> Any:
     request.head = {
         "Content-Type": HTML, "X-DNS-Prefetch-Control": "off",
         "Content-Security-Policy":  # links open in their own tab
-            f"default-src 'none'; {loads}; form-action 'none'; base-uri 'none'; frame-ancestors 'self'; "
-            "sandbox allow-popups allow-popups-to-escape-sandbox"}
+            f"default-src 'none'; {loads}; form-action 'none'; base-uri 'none'; "
+            "frame-ancestors 'self'; sandbox allow-popups allow-popups-to-escape-sandbox"}
     return view_html(mail)
 
 
@@ -8343,10 +8327,9 @@ def send_message(request: Request) -> Any:
     return {"ID": request.relay.store(envelope, [content])}
 
 
-route("GET /api/v1/tags: the tags that there are")(
-    lambda request: list(request.inbox.counts()[2]))
-
-
+route("GET /api/v1/message/{id}/headers: its header fields")(
+    lambda request: headers_json(request.mail()))
+route("GET /api/v1/tags: the tags that there are")(lambda request: list(request.inbox.counts()[2]))
 route("PUT /api/v1/tags: give `IDs` these `Tags` alone")(
     lambda request: request.inbox.tag(request.strings("IDs"), request.strings("Tags")))
 
@@ -8407,7 +8390,8 @@ def mailhog_messages(request: Request) -> Any:
         return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
 
     def content(fields: Headers, body: bytes) -> dict[str, Any]:
-        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body), "MIME": None}
+        return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body),
+                "MIME": None}
 
     if request.path.endswith("/search"):
         if kind not in words("from to containing") or not request.words:
@@ -8466,8 +8450,7 @@ def is_meant(item: Item, to: str, subject: str, sender: str) -> bool:
             and subject.lower() in item["Subject"].lower())
 
 
-@route("GET /api/v1/events?: server-sent events: received, forwarding, retrying, forwarded, "
-       "failed")
+@route("GET /api/v1/events?: server-sent events: received, forwarding, retrying, forwarded, failed")
 def show_events(request: Request) -> Any:
     feed = request.relay.feed
 
@@ -8509,8 +8492,8 @@ def show_faults(request: Request) -> Any:
             raise BadRequest("rules: expected a list of rules")
         given = {stage: take_field(fields, stage, {}) for stage in CHAOS}
         try:
-            faults.change(with_chaos(faults.text, given) if chaos
-                          else "\n".join(request.strings("rules")))
+            faults.change(
+                with_chaos(faults.text, given) if chaos else "\n".join(request.strings("rules")))
         except ValueError as e:
             raise BadRequest(str(e)) from None
     return to_chaos(faults.text) if chaos else {"rules": faults.text.splitlines()}
