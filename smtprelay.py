@@ -1251,7 +1251,7 @@ class Wire:
             scanned = len(self.buffer)
             if scanned >= limit:
                 self.buffer, scanned, too_long = b"", 0, True
-            self.fill()
+            self.fill(most=limit)  # of a burst, not more than is soon taken from it
         line, self.buffer = self.buffer[:end], self.buffer[end:]
         if too_long or end > limit:
             raise Refused(LINE_TOO_LONG)
@@ -1298,14 +1298,14 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
 
 
 class Content:
-    """The content of one message as it passes: judged, counted, handed on in blocks.
+    """The content of one message as it passes into a draft: judged, counted, written in blocks.
 
     `lenient` makes CRLF of each bare CR and LF before anything else is done with it. `fault` is the
-    reply of a rule that was broken, `error` what the disk said: from then on nothing is handed on.
+    reply of a rule that was broken, `error` what the disk said: from then on nothing is written.
     """
 
-    def __init__(self, write: Callable[[bytes], None], limit: int, lenient: bool = False) -> None:
-        self.write, self.limit, self.lenient = write, limit, lenient
+    def __init__(self, draft: Any, limit: int, lenient: bool = False) -> None:
+        self.draft, self.limit, self.lenient = draft, limit, lenient
         self.size = 0
         self.fault: Reply | None = None
         self.error: OSError | None = None
@@ -1333,7 +1333,7 @@ class Content:
             self.head += block
         if block and not self.fault and not self.error:
             try:
-                self.write(block)
+                self.draft.write(block)
             except OSError as e:  # the rest must be read all the same: the session stays in step
                 self.error = e
 
@@ -2257,7 +2257,7 @@ class Draft:
     """A message on its way into the spool: write its content in blocks, then commit or abort."""
 
     def __init__(self, spool: Spool, envelope: Envelope, id: str) -> None:
-        self.spool, self.id = spool, id
+        self.spool, self.envelope, self.id = spool, envelope, id
         self.stem = stem_of(id, envelope.recipients[0])
         self.final = f"{spool.root}/{self.stem}.eml"
         self.part = f"{spool.root}/{self.stem}.{spool.run}.part"
@@ -4923,29 +4923,30 @@ class Reception:
                 raise Refused(NO_RECIPIENTS)
             if len(envelope.recipients) > self.settings.max_recipients:
                 raise Refused(TOO_MANY_RECIPIENTS)
-            draft, content = self.begin(envelope)
+            content = self.begin(envelope)
             try:
                 for block in blocks:
                     content.feed(block)
-                return self.keep(draft, content, envelope)
+                return self.keep(content)
             finally:
-                draft.abort()
+                content.draft.abort()
         except Refused as e:
             self.refused(e.reply, envelope.client, envelope.user)
             raise
 
-    def begin(self, envelope: Envelope, lenient: bool = False) -> tuple[Draft, Content]:
+    def begin(self, envelope: Envelope, lenient: bool = False) -> Content:
         """Begin a message; in hold mode only a copy that somebody released is owed to anybody."""
         if self.settings.delivery == "hold" and not {"HOLD", "RELEASED"} & {*envelope.flags}:
             envelope.flags += ("HOLD",)
-        draft = self.spool.draft(envelope)
-        return draft, Content(draft.write, self.settings.max_size, lenient)
+        return Content(self.spool.draft(envelope), self.settings.max_size, lenient)
 
-    def keep(self, draft: Draft, content: Content, envelope: Envelope) -> str:
+    def keep(self, content: Content) -> str:
         """Judge a message whose content is over, make it safe, and only then let it be known.
 
         Returns its queue id, or raises Refused.
         """
+        draft: Draft = content.draft
+        envelope = draft.envelope
         content.end()
         size, owed = content.size, "HOLD" not in envelope.flags
         try:
@@ -4987,34 +4988,37 @@ class Session:
         self.failed_logins = self.errors = 0
         self.over = self.quitting = False
         self.latest = time.monotonic() + self.settings.session_timeout
-        self.wire = Wire(sock, min(time.monotonic() + self.settings.command_timeout, self.latest))
+        self.wire = Wire(sock, 0.0)
         self.helo, self.extended = "", False  # extended: it was EHLO
         self.envelope: Envelope | None = None
-        self.draft: Draft | None = None
-        self.content: Content | None = None
+        self.content: Content | None = None  # since DATA, or the first BDAT
 
     # -- the loop --
 
     def run(self) -> None:
-        """Hold the whole dialogue."""
+        """Hold the whole dialogue; what is unexpected is 451, and ends nothing but content that it broke off."""
         reception = self.reception
+        step: Callable[[], Reply | None] = self.greet
         reception.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
         reception.audit.info("session_start", client=self.client)
         try:
-            crowded = reception.crowded(self, self.client)
-            if not crowded and in_networks(self.client, self.settings.proxy_networks):
-                crowded = reception.crowded(self, self.meet_balancer())
-            if self.implicit_tls and not crowded:
-                self.handshake()
-            refusal = TOO_MANY_SESSIONS if crowded else self.refusal()
-            if refusal:
-                reception.metrics.inc("smtp_connections_refused_total")
-                self.over = True
-                self.answer(refusal)
-            else:
-                self.converse()
+            while not self.over:
+                self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
+                try:
+                    reply = step()
+                except Refused as e:
+                    reply = e.reply
+                except (PeerGone, TimeoutError):
+                    raise
+                except Exception:
+                    reception.log.bug("session_bug", client=self.client)
+                    self.forget()
+                    reply = INTERNAL
+                if reply:
+                    self.answer(reply)
+                step = self.obey
             self.wire.flush()
-            if not (self.quitting or crowded):
+            if not self.quitting:
                 self.linger()
         except Exception as e:  # the peer may no longer listen
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
@@ -5029,6 +5033,36 @@ class Session:
             self.forget()
             reception.audit.info("session_end", client=self.client, user=self.account.name, tls=self.tls)
 
+    def greet(self) -> Reply:
+        """Return the greeting, or why there is none; where any login is good nobody from afar gets it."""
+        reception, settings = self.reception, self.settings
+        self.over, spoken = True, b""
+        crowded = reception.crowded(self, self.client)
+        if not crowded and in_networks(self.client, settings.proxy_networks):
+            crowded = reception.crowded(self, self.meet_balancer())
+        client, allowed = self.client, settings.allow_networks
+        if self.implicit_tls and not crowded:
+            self.handshake()
+        else:
+            with suppress(OSError):  # nobody has spoken; the socket blocks (`limit_calls`)
+                spoken = self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if crowded:
+            self.quitting, refusal = True, TOO_MANY_SESSIONS
+        elif client != "local" and (settings.auth_any and not are_private(networks(client))
+                                    or not in_networks(client, allowed)):
+            refusal = NOT_ALLOWED
+        elif spoken:
+            refusal = TALKED_EARLY
+        else:
+            named = tuple(n for n in allowed if n.prefixlen and not n.is_loopback)
+            if settings.lenient and (self.is_local or in_networks(client, named)):
+                self.lenient = settings.hostname
+            self.fault("connect")
+            self.over = False
+            return reception.greeting
+        reception.metrics.inc("smtp_connections_refused_total")
+        return refusal
+
     def meet_balancer(self) -> str:
         """Learn from a balancer who the client is; a bad header ends the session without a word."""
         try:
@@ -5040,42 +5074,11 @@ class Session:
         self.is_local = bool(named) and is_loopback(client)  # one not named may be anybody
         return client
 
-    def refusal(self) -> Reply | None:
-        """Return why a client is not greeted, if so; where any login is good none is from afar."""
-        settings, client = self.settings, self.client
-        if client != "local" and (settings.auth_any and not are_private(networks(client))
-                                  or not in_networks(client, settings.allow_networks)):
-            return NOT_ALLOWED
-        named = tuple(n for n in settings.allow_networks if n.prefixlen and not n.is_loopback)
-        if settings.lenient and (self.is_local or in_networks(client, named)):
-            self.lenient = settings.hostname
-        with suppress(OSError):  # nobody has spoken; the socket blocks (`limit_calls`)
-            if not self.implicit_tls and self.wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                return TALKED_EARLY
-        return None
-
-    def converse(self) -> None:
-        """Greet, then answer commands to the end; what is unexpected is 451, and ends nothing."""
-        fault = self.fault("connect")
-        self.over = fault is not None
-        self.wire.write(reply_octets(fault or self.reception.greeting))
-        while not self.over:
-            self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
-            try:
-                reply = STOPPING if self.reception.stopping else self.obey(self.wire.line(AUTH_LINE_LIMIT))
-            except Refused as e:
-                reply = e.reply
-            except (PeerGone, TimeoutError):
-                raise
-            except Exception:
-                self.reception.log.bug("session_bug", client=self.client)
-                self.forget()
-                reply = INTERNAL
-            if reply:
-                self.answer(reply)
-
-    def obey(self, line: bytes) -> Reply | None:
-        """Check what every command must pass, then do as it says."""
+    def obey(self) -> Reply | None:
+        """Read a command, check what each must pass, then do as it says."""
+        if self.reception.stopping:
+            return STOPPING
+        line = self.wire.line(AUTH_LINE_LIMIT)
         if self.settings.debug:
             self.reception.log.debug("wire", client=self.client, line="C: " + shown_command(line))
         if len(line) > LINE_LIMIT and line[:5].upper() != b"AUTH ":
@@ -5116,19 +5119,20 @@ class Session:
             self.reception.log.debug("wire", client=self.client, line=f"S: {reply}")
         self.wire.write(reply_octets(reply))
 
-    def fault(self, stage: str, *recipients: str) -> Reply | None:
-        """Do as SMTP_FAULTS says at a stage: wait, hang up, return the reply in place of the true one."""
+    def fault(self, stage: str, sender: str = "", *recipients: str) -> bool:
+        """Do as SMTP_FAULTS says at a stage: wait, hang up, raise Refused; True: the true reply is not to be sent."""
         reception = self.reception
         if not reception.faults.on[0]:
-            return None
-        sender = self.envelope.reverse_path if self.envelope else ""
+            return False
         fault = reception.faults.answer(stage, sender, *recipients)
         end = time.monotonic() + fault.delay
         while (left := end - time.monotonic()) > 0 and not reception.stopping:
             time.sleep(min(0.05, left))
         if fault.reply is HANG_UP:
             raise PeerGone("dropped by SMTP_FAULTS")
-        return fault.reply
+        if fault.reply and fault.reply is not LOST:
+            raise Refused(fault.reply)
+        return fault.reply is LOST
 
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
@@ -5145,9 +5149,9 @@ class Session:
             self.reception.quotas.settle(self.account.name, accepted)
         elif accepted:
             self.reception.quotas.count(self.account.name, "received")
-        if self.draft and not accepted:
-            self.draft.abort()
-        self.envelope = self.draft = self.content = None
+        if self.content and not accepted:
+            self.content.draft.abort()
+        self.envelope = self.content = None
 
     # -- hello, and commands that change nothing --
 
@@ -5228,9 +5232,7 @@ class Session:
         safe = self.is_local or self.tls or self.settings.auth_insecure
         if mechanism != "CRAM-MD5" and not safe:
             return MECHANISM_NEEDS_TLS
-        fault = self.fault("auth")
-        if fault:
-            return fault
+        self.fault("auth")
         if not reception.logins.take(who, rate, rate):
             return TOO_MANY_LOGINS
         if self.lenient:  # with "=" old devices wish to be asked
@@ -5278,6 +5280,7 @@ class Session:
             return TOO_BIG
         if not utf8 and not address.isascii():
             return NEED_SMTPUTF8
+        self.fault("mail", address)
         if not reception.has_room(size):
             return SPOOL_FULL
         if account.allowed_domains and not may_send_as(account, address):
@@ -5296,10 +5299,7 @@ class Session:
         protocol = "UTF8SMTP" if utf8 else "ESMTP"  # RFC 3848, 6531
         protocol = protocol + "S" * bool(self.tls) + "A" * bool(account.name) if self.extended else "SMTP"
         self.envelope = Envelope(address, self.client, self.helo, protocol, account.name, flags, asked=asked)
-        fault = self.fault("mail")
-        if fault:
-            self.forget()
-        return fault or SENDER_OK
+        return SENDER_OK
 
     def rcpt(self, argument: bytes) -> Reply:
         """RCPT TO (RFC 5321 4.1.1.3)."""
@@ -5315,9 +5315,7 @@ class Session:
             return BAD_RECIPIENT
         if len(envelope.recipients) >= self.settings.max_recipients:
             return TOO_MANY_RECIPIENTS
-        fault = self.fault("rcpt", address)
-        if fault:
-            return fault
+        self.fault("rcpt", envelope.reverse_path, address)
         if address not in envelope.recipients:
             envelope.recipients.append(address)
             envelope.asked_for[address] = asked
@@ -5325,50 +5323,49 @@ class Session:
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 4.1.1.4), or BDAT (RFC 3030), whose octets are read whatever the answer."""
-        envelope, chunk = self.envelope, None
-        if argument:
-            chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper())
-            if not chunk:
-                return BAD_ARGUMENT("Syntax: BDAT octets [LAST]")
-        reply: Reply | None = NO_RECIPIENTS
-        if self.settings.tls_required and not self.tls:
-            reply = TLS_FIRST
-        elif not envelope:
-            reply = SEQUENCE("Say MAIL first")
-        elif envelope.recipients:
-            reply = None if self.content else self.fault("data", *envelope.recipients)
-            if not (reply or self.content):
-                self.draft, self.content = self.reception.begin(envelope, bool(self.lenient))
-        if reply and (chunk or reply is not NO_RECIPIENTS):
-            self.forget()
-        if not chunk:
-            if reply:
-                return reply
-            self.wire.write(reply_octets(GO_AHEAD))
-        content = self.content or Content(lambda block: None, 0)
+        chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper()) if argument else None
+        if argument and not chunk:
+            return BAD_ARGUMENT("Syntax: BDAT octets [LAST]")
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
+        try:
+            content = self.content = self.content or self.begin()
+        except Refused as e:
+            if chunk or e.reply is not NO_RECIPIENTS:
+                self.forget()
+            for _ in self.wire.blocks(int(chunk[1]) if chunk else 0):
+                """It is not taken for commands."""
+            raise
         self.over = True  # what is left of content that breaks off is not to be taken for commands
+        id, envelope = "", content.draft.envelope
         if chunk:
             for block in self.wire.blocks(int(chunk[1])):
                 content.feed(block)
         else:
+            self.wire.write(reply_octets(GO_AHEAD))
             read_data(self.wire, content)
         self.over = False
-        if reply or chunk and not (chunk[2] or content.fault or content.error):
-            return reply or OK
-        assert envelope and self.draft
-        accepted = False
+        if chunk and not (chunk[2] or content.fault or content.error):
+            return OK
         try:
-            reply = self.fault("end", *envelope.recipients)
-            if reply and reply is not LOST:
-                return reply
-            id = self.reception.keep(self.draft, content, envelope)
-            accepted = True
+            lost = self.fault("end", envelope.reverse_path, *envelope.recipients)
+            id = self.reception.keep(content)
         finally:
-            self.forget(accepted)
-        if reply:
+            self.forget(bool(id))
+        if lost:
             raise PeerGone("dropped by SMTP_FAULTS")
         return OK(f"Ok: queued as {id}")
+
+    def begin(self) -> Content:
+        """Begin the content of the transaction, or raise Refused."""
+        envelope = self.envelope
+        if self.settings.tls_required and not self.tls:
+            raise Refused(TLS_FIRST)
+        if not envelope:
+            raise Refused(SEQUENCE("Say MAIL first"))
+        if not envelope.recipients:
+            raise Refused(NO_RECIPIENTS)
+        self.fault("data", envelope.reverse_path, *envelope.recipients)
+        return self.reception.begin(envelope, bool(self.lenient))
 
 
 class Verb(NamedTuple):

@@ -1482,13 +1482,13 @@ def test_content_means_the_same_however_it_is_split() -> None:
         cuts = sorted(rng.sample(range(1, len(data)), rng.randint(0, 6))) if rng.random() < 0.7 else range(1, len(data))
         for lenient in (False, True):
             wire = Pieces(*(data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])))
-            kept: list[bytes] = []
-            content = smtprelay.Content(kept.append, 100, lenient)
+            kept = io.BytesIO()
+            content = smtprelay.Content(kept, 100, lenient)
             smtprelay.read_data(wire, content)
             content.end()
             assert wire.buffer + b"".join(wire.pieces) == rest, data
             assert content.fault == (smtprelay.BARE_NEWLINE if bare and not lenient else None), data
-            assert content.fault or (b"".join(kept), content.size) == (mended, len(mended)), (data, cuts)
+            assert content.fault or (kept.getvalue(), content.size) == (mended, len(mended)), (data, cuts)
 
 
 NEAR_ENDS = [
