@@ -1912,11 +1912,11 @@ def envelope_block(envelope: Envelope, id: str, hostname: str) -> bytes:
 
 def read_block(file: BinaryIO) -> list[tuple[str, str]]:
     """Read the envelope headers from the start of an .eml, leaving the file behind them."""
-    lines = iter(partial(file.readline, 8192), b"")
-    raw = b"".join(itertools.takewhile(re.compile(b"X-Envelope-").match, lines))
+    raw = b""
+    while (line := file.readline(8192)).startswith(b"X-Envelope-"):
+        raw += line
     file.seek(len(raw))
-    text = raw.decode("utf-8", "surrogateescape")
-    return re.findall(r"X-Envelope-([^:\n]+): *(.*?)[ \r]*\n", text)
+    return re.findall("X-Envelope-([^:\n]+): ([^\r\n]*)", raw.decode("utf-8", "surrogateescape"))
 
 
 def first_record(file: BinaryIO) -> Message:
@@ -1927,7 +1927,7 @@ def first_record(file: BinaryIO) -> Message:
     try:
         one = dict(block)
         rest = length - file.tell() - int(one["Trace"])
-        size = rest if one["Size"] == TO_THE_END else int(one["Size"])
+        size = rest if one["Size"].strip() == TO_THE_END else int(one["Size"])
         if rest < size or size < 0:
             raise SpoolError(f"content is cut short: {length} octets")
         flags = tuple(one.get("Flags", "").split())
@@ -3614,12 +3614,14 @@ class Outgoing:
 
     def survey(self) -> Outgoing:
         """Find out whether there are lines that are too long, and 8-bit octets."""
-        line = b""  # the beginning of one that the next block goes on with
+        text, at = b"", 0
         for block in self.blocks():
-            lines = (line + block).split(b"\n")
+            text, at = text[at:] + block, 0  # what no line end was found in goes on
             self.eight = self.eight or not block.isascii()
-            self.long = self.long or max(map(len, lines)) > LINE_MOST + 1  # with its CR
-            line = lines[-1][:KIB]
+            while len(text) - at > LINE_MOST + 1:  # with its CR
+                end = text.rfind(b"\n", at, at + LINE_MOST + 2) + 1
+                self.long = self.long or not end
+                at = end or len(text)
         return self
 
     def mended(self, seven: bool) -> Outgoing:
