@@ -6295,7 +6295,9 @@ SEARCH_FIELDS = {  # where a word is looked for; Mailpit has no recipient:
 }
 SEARCH_STATES = {"is:read": "Read", "is:unread": "Read", "is:tagged": "Tags",
                  "has:attachment": "Attachments", "has:inline": "inline"}
-SEARCH_LIMITS = {"larger": "Size", "smaller": "Size", "before": "Created", "after": "Created"}
+SEARCH_LIMITS: dict[str, tuple[str, Any]] = {
+    "larger": ("Size", int.__gt__), "smaller": ("Size", int.__lt__),
+    "before": ("Created", str.__lt__), "after": ("Created", str.__ge__)}
 
 
 def words_of(value: Any) -> str:
@@ -6330,48 +6332,39 @@ def compile_query(text: str, zone: str = "") -> Query:
     `zone` names the time zone of before: and after:, the machine's where it is not known.
     """
     tests: list[tuple[Test, bool]] = []
-    # Words come last, for they may read the message.
-    for term in sorted(split_terms(text), key=lambda term: ":" not in term):
-        wanted = len(term) == 1 or term[0] not in "-!"
-        test = compile_term(term if wanted else term[1:], zone)
-        tests += [(test, wanted)] if test else []
-    return tuple(tests)
-
-
-def split_terms(text: str) -> list[str]:
-    """Split at spaces outside double quotes."""
     terms = re.findall(r'(?:"[^"]*"?|[^\s"])+', text[:10000])
-    return [term.replace('"', "").strip() for term in terms if term.strip('"\t\n ')]
+    # Words come last, for they may read the message.
+    for term in sorted(terms, key=lambda term: ":" not in term):
+        found = re.fullmatch(r"(?s)\s*([-!]?)(\S.*?)\s*", term.replace('"', ""))
+        test = compile_term(found[2], zone) if found else None
+        tests += [(test, not found[1])] if found and test else []
+    return tuple(tests)
 
 
 def compile_term(term: str, zone: str) -> Test | None:
     """Compile one term; None where nothing stands behind a field: "from:" is yet being typed."""
     name, colon, behind = term.lower().partition(":")
-    value, field = clean(behind), SEARCH_LIMITS.get(name, "")
-    word = partial(holds, " ", clean(term) or term)
+    value = clean(behind)
     if state := SEARCH_STATES.get(f"{name}:{value.rstrip('s')}"):
         return lambda item: bool(item[state]) is (value != "unread")
-    if not colon or not field and name not in (*SEARCH_FIELDS, "is", "has", "tag"):
-        return word
-    if not value:
-        return word if behind.strip() else None
-    if name in SEARCH_FIELDS:
+    if colon and not behind and name in (*SEARCH_FIELDS, *SEARCH_LIMITS, "is", "has", "tag"):
+        return None
+    if value and name in SEARCH_FIELDS:
         return partial(holds, name, value)
-    if name == "tag":
+    if value and name == "tag":
         return lambda item: value in map(str.lower, item["Tags"])
-    limit: Any = search_size(value) if field == "Size" else field and search_moment(value, zone)
-    if not limit:
-        return word
-    return lambda item: (item[field] > limit if name == "larger"
-                         else (item[field] < limit) is (name != "after"))
+    if name in SEARCH_LIMITS:
+        field, compare = SEARCH_LIMITS[name]
+        limit = search_size(value) if field == "Size" else search_moment(value, zone)
+        if limit:
+            return lambda item: compare(item[field], limit)
+    return partial(holds, " ", clean(term) or term)
 
 
-def misread_terms(text: str, zone: str = "") -> list[str]:
+def misread_terms(query: Query) -> list[str]:
     """Return the terms whose date or size cannot be read; they are looked for as words."""
-    terms = [term.lstrip("-!") for term in split_terms(text)]
-    kinds = "(?i)(?:before|after|larger|smaller):."
-    return [term for term in terms if re.match(kinds, term)
-            and isinstance(compile_term(term, zone), partial)]
+    words = ("".join(test.args) for test, _ in query if isinstance(test, partial))
+    return [word[1:] for word in words if re.match(f" (?:{'|'.join(SEARCH_LIMITS)}):.", word)]
 
 
 def search_size(value: str) -> int:
@@ -6406,15 +6399,16 @@ def search_moment(value: str, zone: str = "") -> str:
     return ""
 
 
-class Entry:
+class Entry(NamedTuple):
     """A message in the inbox: its place, what a person did, what is shown of it, packed."""
 
-    __slots__ = ("found", "given", "id", "packed", "read", "sequence", "stem")  # no dict for each
-
-    def __init__(self, stem: str, sequence: int, read: bool, given: Sequence[str] | None) -> None:
-        self.id, self.stem, self.sequence, self.packed = stem[11:27], stem, sequence, b""
-        self.found: Sequence[str] = ()  # the tags that it came with, and those by rule
-        self.read, self.given = read, given  # the tags that a person gave it in place of those
+    id: str
+    stem: str
+    sequence: int
+    read: bool = False
+    given: list[str] | None = None  # tags in place of those found
+    found: Sequence[str] = ()  # the tags that it came with, and those by rule
+    packed: bytes = b""
 
     @property
     def tags(self) -> Sequence[str]:
@@ -6456,7 +6450,7 @@ class Inbox:
             id = stem[11:27]
             if id not in self.entries:
                 self.last += 1
-                self.entries[id] = Entry(stem, self.last, *self.kept.pop(id, (False, None)))
+                self.entries[id] = Entry(id, stem, self.last, *self.kept.pop(id, ()))
                 self.changed.notify_all()
             return self.entries[id].sequence
 
@@ -6505,41 +6499,37 @@ class Inbox:
             return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
 
     def chosen(self, ids: Iterable[str] | None) -> list[Entry]:
-        """The entries with some ids, all for None; the caller holds the lock."""
-        ids = self.entries if ids is None else ids
-        return [self.entries[id] for id in ids if id in self.entries]
+        """The entries with some ids, all for None."""
+        return list(filter(None, map(self.entries.get, [*self.entries] if ids is None else ids)))
 
-    def matching(self, entries: Iterable[Entry], query: Query) -> Iterator[Item]:
-        for item in filter(None, map(self.shown, entries)):
+    def matching(self, entries: Iterable[Entry], query: Query = ALL) -> Iterator[Item]:
+        """Show the messages that match; one that is gone meanwhile is forgotten."""
+        for entry in entries:
             try:
+                item = self.shown(entry)
                 if matches(query, item):
                     yield item
-            except (KeyError, OSError, SpoolError):  # gone meanwhile
-                continue
+            except (KeyError, FileNotFoundError, SpoolError):
+                self.delete([entry.id])
+            except OSError as error:
+                self.log.warn("unreadable", id=entry.id, error=error)
             except Exception:  # a fault of ours with one message is not one with all
                 self.log.bug("unsearchable")
 
-    def shown(self, entry: Entry) -> Item | None:
-        """Show an entry, which is summed up on first reading; None when its message is gone."""
-        try:
-            mail = None if entry.packed else self.mail(entry.id)
-            packed = summarise(mail) if mail else entry.packed
-            item = {**dict(zip(PACKED_FIELDS.split(), json.loads(packed))), "Read": entry.read,
-                    "sequence": entry.sequence,
-                    "open": partial(self.mail, entry.id, SEARCH_LIMIT)}
-            if mail:
-                tags = decode_words(header(mail.fields, "x-tags")).split(",")
-                for path in mail.recipients:
-                    tags += path.rpartition("@")[0].split("+")[1:]
-                item["Tags"] = entry.tags
-                tags += [tag for tag, query in self.rules if matches(query, item)]
-                entry.found, entry.packed = tuple(clean_tags(tags)), packed
-            return {**item, "Tags": list(entry.tags)}
-        except (KeyError, FileNotFoundError, SpoolError):
-            self.delete([entry.id])
-        except OSError as error:
-            self.log.warn("unreadable", id=entry.id, error=error)
-        return None
+    def shown(self, entry: Entry) -> Item:
+        """Show an entry, which is summed up on first reading."""
+        if not entry.packed:
+            mail = self.mail(entry.id)
+            entry = entry._replace(packed=summarise(mail))
+            tags = decode_words(header(mail.fields, "x-tags")).split(",")
+            for path in mail.recipients:
+                tags += path.rpartition("@")[0].split("+")[1:]
+            tags += [tag for tag, query in self.rules if matches(query, self.shown(entry))]
+            entry = entry._replace(found=clean_tags(tags))
+            self.change([entry.id], packed=entry.packed, found=entry.found)
+        return {**dict(zip(PACKED_FIELDS.split(), json.loads(entry.packed))), "Read": entry.read,
+                "Tags": list(entry.tags), "sequence": entry.sequence,
+                "open": partial(self.mail, entry.id, SEARCH_LIMIT)}
 
     def mail(self, id: str, limit: int = -1) -> Email:
         """Read a message, so many octets of it; KeyError or OSError when it is gone."""
@@ -6552,18 +6542,16 @@ class Inbox:
         """Find a message by its id; `latest` is the newest that matches the query."""
         if id == "latest":
             return self.wait(query, timeout=0)
-        entry = self.entries.get(id)
-        return self.shown(entry) if entry else None
+        return next(self.matching(self.chosen([id])), None)
 
     def search(self, query: Query = ALL, start: int = 0, limit: int = 50) -> Listing:
         """List the messages that match, newest first; limit 0 is none."""
         entries = self.after()
-        page = slice(start, start + limit if limit else None)
-        if query == ALL:  # only the page itself needs summaries
-            unread = sum(not entry.read for entry in entries)
-            return Listing(list(self.matching(entries[page], query)), len(entries), unread)
-        found = list(self.matching(entries, query))
-        return Listing(found[page], len(found), sum(not item["Read"] for item in found))
+        if query:  # else only the page itself needs summaries
+            entries = self.chosen(item["ID"] for item in self.matching(entries, query))
+        page = entries[start : start + limit if limit else None]
+        unread = sum(not entry.read for entry in entries)
+        return Listing(list(self.matching(page)), len(entries), unread)
 
     def counts(self) -> tuple[int, int, dict[str, int]]:
         """Count all messages, those unread, and those with each tag, as far as known."""
@@ -6573,20 +6561,15 @@ class Inbox:
         unread = sum(not entry.read for entry in entries)
         return len(entries), unread, dict(sorted(tags.items()))
 
-    def mark(self, ids: Iterable[str] | None, read: bool) -> None:
-        """Mark messages read or unread, all for None."""
+    def change(self, ids: Iterable[str] | None, **new: Any) -> None:
+        """Give entries, all for None, other values, such as `read`."""
         with self.changed:
-            for entry in self.chosen(ids):
-                entry.read = read
-            self.touched = True
+            self.entries |= {e.id: e._replace(**new) for e in self.chosen(ids)}
+            self.touched |= "packed" not in new
 
     def tag(self, ids: Iterable[str], tags: Iterable[str]) -> None:
         """Replace the tags of messages."""
-        with self.changed:
-            given = clean_tags(tags)
-            for entry in self.chosen(ids):
-                entry.given = given
-            self.touched = True
+        self.change(ids, given=clean_tags(tags))
 
     def rename_tag(self, old: str, new: str = "") -> None:
         """Rename a tag on every message, or take it off where there is no new name."""
@@ -6599,11 +6582,9 @@ class Inbox:
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
         deadline = time.monotonic() + within
-        for entry in self.after()[:most]:
+        for _ in self.matching(entry for entry in self.after()[:most] if not entry.packed):
             if self.closed or time.monotonic() > deadline:
                 break
-            if not entry.packed:
-                self.shown(entry)
 
     def save(self) -> None:
         """Write what a person did since the last time beside the messages: read state and tags."""
@@ -8217,17 +8198,18 @@ def status_of(inbox: Inbox, id: str) -> str:
 @route("GET /api/v1/messages: list (`start`, `limit`)")
 @route("GET /api/v1/search: list what `query` finds")
 def list_messages(request: Request) -> Any:
-    inbox, words, zone = request.inbox, request.words, request.zone
+    inbox, words = request.inbox, request.words
     start, limit = request.number("start", 0), request.number("limit", 50)
     if request.path.endswith("/search") and not words.strip():
         raise BadRequest("query: expected what to look for")
-    page = inbox.search(compile_query(words, zone), start, limit)
+    query = compile_query(words, request.zone)
+    page = inbox.search(query, start, limit)
     total, unread, tags = inbox.counts()
     shown = {
         "total": total, "unread": unread, "count": len(page.items), "messages_count": page.total,
         "messages_unread": page.unread, "start": start, "tags": list(tags), "messages": [
             {**summary_json(item), "Status": status_of(inbox, item["ID"])} for item in page.items]}
-    if misread := misread_terms(words, zone):
+    if misread := misread_terms(query):
         shown["Warnings"] = [f"{term} cannot be read" for term in misread]
     return shown
 
@@ -8236,7 +8218,7 @@ def list_messages(request: Request) -> Any:
 def mark_messages(request: Request) -> None:
     if not request.body.strip():
         raise BadRequest("body: expected JSON")
-    request.inbox.mark(chosen(request, "read"), take_field(request.fields, "Read", False))
+    request.inbox.change(chosen(request, "read"), read=take_field(request.fields, "Read", False))
 
 
 @route("DELETE /api/v1/search: delete what `query` finds")
@@ -8255,7 +8237,7 @@ def delete_messages(request: Request) -> bytes | None:
 def show_message(request: Request) -> Any:
     inbox, item = request.inbox, request.item()
     id = item["ID"]
-    inbox.mark([id], True)
+    inbox.change([id], read=True)
     mail = inbox.mail(id)
     return {**waited_json(item, mail), "Status": mail.record.status, "Delivery": mail.record,
             "ViewKey": view_key(request.relay.settings.api_token, id)}
@@ -8290,7 +8272,7 @@ def not_done(request: Request) -> Any:
 @route("GET /view/{id}.txt: its text")
 def view(request: Request) -> Any:
     mail = request.mail()
-    request.inbox.mark([mail.id], True)
+    request.inbox.change([mail.id], read=True)
     if request.path.endswith(".txt"):
         return mail.text
     if not mail.page:

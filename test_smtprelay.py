@@ -8044,7 +8044,7 @@ def four(box: Box) -> Box:
         "d",
         received_at="2026-11-23T00:00:00Z",
     )
-    box.inbox.mark(["a"], True)
+    box.inbox.change(["a"], read=True)
     box.inbox.tag(["c", "nobody"], ["Second", "bad/tag"])
     return box
 
@@ -8171,7 +8171,7 @@ def test_what_a_person_did_survives_a_restart(tmp_path: Path) -> None:
                 assert inbox.wait(smtprelay.ALL, since=seen, timeout=10)
                 seen = inbox.last
             first, second, _ = list(inbox.entries)
-            inbox.mark([first], True)
+            inbox.change([first], read=True)
             inbox.tag([second], ["Kept"])
             wait_until((spool / "inbox.json").exists)  # at once, not only at the end
         assert (b"Kept" in (spool / "inbox.json").read_bytes()) == (not more)
@@ -8185,7 +8185,7 @@ def test_what_a_person_did_survives_a_restart(tmp_path: Path) -> None:
             with smtprelay.start(**settings) as relay:
                 assert relay.delivering.inbox.counts() == (3, 3, {})
         with smtprelay.start(**settings) as relay:
-            relay.delivering.inbox.mark(None, True)
+            relay.delivering.inbox.change(None, read=True)
         with smtprelay.start(**settings) as relay:
             assert relay.delivering.inbox.counts()[1] == 0
 
@@ -8222,7 +8222,7 @@ def test_tags(four: Box) -> None:
     four.inbox.rename_tag("URGENT", "Later")
     four.inbox.rename_tag("second")
     assert four.inbox.counts()[2] == {"badtag": 1, "Later": 1, "xy": 1}
-    four.inbox.mark(None, True)
+    four.inbox.change(None, read=True)
     assert four.inbox.counts()[1] == 0
 
 
