@@ -7523,7 +7523,7 @@ class Box:
 def asking(box: Box, words: str = "", page: tuple[int, int] = (0, 50)) -> Any:
     """Stand in for a request."""
     return SimpleNamespace(
-        inbox=box.inbox, words=words, page=lambda: page, search=smtprelay.compile_query, query={}, path="/api/v1/messages"
+        inbox=box.inbox, words=words, zone="", query={}, path="/api/v1/messages", number=lambda name, _: page[name == "limit"]
     )
 
 
