@@ -4748,18 +4748,19 @@ NOBODY = Account("")
 DESCRIPTORS_KEPT = 40  # for all but sessions, which need two each: a connection and a file
 
 
-def keep_together(crowded: bool, pick: int) -> None:
-    """Bind the calling thread to one processor when there is a crowd, and let it finish there.
+def keep_together(bound: bool | None, crowded: bool, pick: int) -> bool:
+    """Bind the calling thread to one processor when there is a crowd; return whether it is bound now.
 
     Threads that pass the interpreter's lock between processors do half the work. Each process
     picks another processor (-1 is the last); where this is not to be had, only speed is lost.
     """
-    if PROCESSORS:
+    if PROCESSORS and crowded != bound:
         places = (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS
         policy = os.SCHED_BATCH if crowded else os.SCHED_OTHER
         with suppress(OSError):
             os.sched_setaffinity(0, places)
             os.sched_setscheduler(0, policy, os.sched_param(0))
+    return crowded
 
 
 def descriptors(wanted: int = 0) -> int:
@@ -4998,7 +4999,7 @@ class Session:
     # -- the loop --
 
     def run(self) -> None:
-        """Hold the whole dialogue; what is unexpected is 451, and ends nothing but content that it broke off."""
+        """Hold the whole dialogue, then close; what is unexpected is 451, and ends only content it broke off."""
         reception = self.reception
         step: Callable[[], Reply | None] = self.greet
         reception.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
@@ -5034,6 +5035,13 @@ class Session:
         finally:
             self.forget()
             reception.audit.info("session_end", client=self.client, user=self.account.name, tls=self.tls)
+            sock = self.wire.sock
+            if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
+                with suppress(OSError, ValueError):
+                    sock.settimeout(0)
+                    sock.unwrap()
+            sock.close()
+            reception.leave(self)
 
     def greet(self) -> Reply:
         """Return the greeting, or why there is none; where any login is good nobody from afar gets it."""
@@ -5460,10 +5468,12 @@ def accept(sock: socket.socket, reception: Reception) -> tuple[socket.socket, An
 
 
 class SessionHandler(socketserver.BaseRequestHandler):
-    """Joins socketserver and Session: the listener passes the session as the client's address."""
+    """Holds the session on one connection."""
+
+    server: Listener
 
     def handle(self) -> None:
-        self.client_address.run()
+        Session(self.server.reception, self.request, self.client_address, self.server.tls).run()
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -5497,10 +5507,7 @@ class Listener(socketserver.ThreadingTCPServer):
             finally:
                 with self.lock:
                     self.waiting -= 1
-            crowded = len(self.reception.sessions) >= CROWD
-            if crowded != bound:
-                keep_together(crowded, self.reception.pick)
-                bound = crowded
+            bound = keep_together(bound, len(self.reception.sessions) >= CROWD, self.reception.pick)
             self.process_request(request, client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -5515,17 +5522,7 @@ class Listener(socketserver.ThreadingTCPServer):
             if not self.waiting:  # another thread must accept while this one is busy
                 self.start_thread()
             if not reception.stopping:
-                session = Session(reception, request, client_address, self.tls)
-                try:
-                    return self.finish_request(request, session)
-                finally:
-                    sock = session.wire.sock
-                    if isinstance(sock, ssl.SSLSocket):  # TLS's own close, without waiting for the peer's
-                        with suppress(OSError, ValueError):
-                            sock.settimeout(0)
-                            sock.unwrap()
-                    sock.close()
-                    reception.leave(session)
+                return self.finish_request(request, client_address)
         except Exception as e:  # no thread or no memory; the next connection may find some
             reception.log.error("session_not_started", error=e)
         with suppress(OSError):
@@ -5619,8 +5616,7 @@ def bind_all(setting: str, addresses: Sequence[Address], log: Log) -> list[socke
                 continue
             for sock in bound:
                 sock.close()
-            why = os.strerror(e.errno or 0)
-            raise OSError(e.errno, f"{setting}: cannot listen on {address}: {why}") from None
+            raise OSError(e.errno, f"{setting}: cannot listen on {address}: {os.strerror(e.errno or 0)}") from None
         bound.append(sock)
         port = 0 if path else sock.getsockname()[1]
     return bound
@@ -8917,13 +8913,7 @@ def speak_smtp(settings: Settings, given: int) -> int:
         sock = dial(settings.port[0], settings.relay_timeout)
     except OSError as e:
         sock, theirs = socket.socketpair()
-        session = Session(own_reception(settings, e), theirs, "local")
-
-        def hold_session() -> None:
-            with theirs:
-                session.run()
-
-        threading.Thread(target=hold_session, daemon=True).start()
+        threading.Thread(target=Session(own_reception(settings, e), theirs, "local").run, daemon=True).start()
     sock.settimeout(None)
     os.write(1, sock.recv(4096))  # nothing may be said before the greeting
 
@@ -9219,10 +9209,7 @@ class Delivering:
         while not self.stopping.is_set():
             try:
                 task = self.scheduler.take()
-                crowded = len(self.scheduler.active) >= CROWD
-                if crowded != bound:
-                    keep_together(crowded, -1)
-                    bound = crowded
+                bound = keep_together(bound, len(self.scheduler.active) >= CROWD, -1)
                 if task:
                     self.work_at(task)
             except Exception:
