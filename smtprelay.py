@@ -7024,7 +7024,7 @@ const list = $('list'), rows = $('rows'), pane = $('pane');
 const state = {
   view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
   query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1,
-  queue: {messages: [], next_hops: []}, users: [], refusal: '', info: {}, stats: {}, token: '',
+  queue: {messages: [], next_hops: []}, users: [], info: {}, stats: {}, token: '',
   lost: false, busy: false, warning: '', theme: '',
 };
 
@@ -7134,8 +7134,16 @@ function soon(ms, work) {
   };
 }
 const reloadSoon = soon(60, reload), updateSoon = soon(150, updateMessage);
-const figuresSoon = soon(500, () => Promise.all([loadQueue(), loadStats()]));
+const figuresSoon = soon(500, loadFigures);
 const everythingSoon = () => [reloadSoon, figuresSoon].forEach(load => load());
+/* Has the relay do something, says that it is done, and looks at everything anew. */
+async function change(done, method, path, body) {
+  const answer = await api(method, path, body);
+  say(done);
+  everythingSoon();
+  updateSoon();
+  return answer;
+}
 /* Reads server-sent events by hand, because EventSource cannot send a token. */
 async function listen() {
   const show = (word, kind = '') => Object.assign($('live'), {textContent: word, className: kind});
@@ -7144,8 +7152,8 @@ async function listen() {
       const answer = await api('GET', 'api/v1/events');
       pause = 500;
       show('live', 'on');
-      attempt(loadStats);
-      everythingSoon();
+      attempt(loadFigures);
+      reloadSoon();
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let part, kept = ''; !(part = await reader.read()).done;) {
         const heard = kept + part.value;
@@ -7185,14 +7193,18 @@ function render() {
   else if (!id) renderOverview();
 }
 
-/* == The strip: what came in stands on the line, what went out hangs from it == */
-const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
-const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
-async function loadStats() {
-  [state.info, state.stats] = await Promise.all([get('api/v1/info'), get('api/v1/stats')]);
+/* Reads what stands beside the mail. */
+async function loadFigures() {
+  const parts = ['info', 'stats', `queue?limit=${state.view === 'queue' ? 200 : 1}`, 'users'];
+  const [info, stats, queue, {users}] = await Promise.all(parts.map(part => get('api/v1/' + part)));
+  Object.assign(state, {info, stats, queue, users});
   renderStrip();
   render();
 }
+
+/* == The strip: what came in stands on the line, what went out hangs from it == */
+const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
+const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
 function renderStrip() {
   const hours = state.stats.hours || [], out = hour => sum(OUT.map(key => hour[key]));
   const up = Math.max(1, ...hours.map(hour => hour.received || 0));
@@ -7327,8 +7339,8 @@ function route() {
     if (query !== state.query) attempt(() => { state.query = query; return reload(); });
   }
   render();
-  const load = state.id ? openMessage : {queue: loadQueue, accounts: loadUsers}[state.view];
-  if (load) attempt(load);
+  if (state.id) attempt(openMessage);
+  else if (state.view !== 'inbox') attempt(loadFigures);
 }
 
 /* == Nothing open == */
@@ -7493,35 +7505,25 @@ async function release(m) {
   const form = await ask(`${verb} this message`, 'To these addresses, separated by commas.', verb,
     [{name: 'to', label: 'To', value: known.map(address).join(', '), required: ''}]);
   if (!form) return;
-  const To = names(form.to);
-  if (held && To.join() === known.map(address).join()) await retry(m.ID);
-  else await api('POST', mail(m.ID, '/release'), {To});
-  say(`On its way to ${form.to}.`);
-  updateSoon();
-  reloadSoon();
+  const To = names(form.to), stay = held && To.join() === known.map(address).join();
+  await change(`On its way to ${form.to}.`, 'POST',
+    ...stay ? [`api/v1/queue/${enc(m.ID)}/retry`] : [mail(m.ID, '/release'), {To}]);
 }
-async function retry(id) {
-  await api('POST', `api/v1/queue/${enc(id)}/retry`);
-  say('Trying now.');
-  figuresSoon();
-}
+const retry = id => change('Trying now.', 'POST', `api/v1/queue/${enc(id)}/retry`);
 async function remove(id, status) {
   const i = indexOf(id), next = rowAt(i + 1) || rowAt(i - 1);
   if (OWED.includes(status || rowAt(i)?.Status || state.message?.Status)
     && !await ask('Delete it?', 'It is still owed, and will not be delivered.', 'Delete')) return;
-  await api('DELETE', 'api/v1/messages', {IDs: [id]});
-  say('Deleted.');
+  await change('Deleted.', 'DELETE', 'api/v1/messages', {IDs: [id]});
   if (state.id) i >= 0 && next ? open(next.ID) : close();
-  everythingSoon();
 }
 async function deleteAll() {
   const {query, total} = state, what = plural(total, 'message');
   const note = query ? `All that match ${query}` : 'The whole inbox.';
   if (!await ask(`Delete ${what}?`, note, 'Delete')) return;
-  await api('DELETE', query ? 'api/v1/search?query=' + enc(query) : 'api/v1/messages');
-  say(`Deleted ${what}.`);
+  const found = query ? 'search?query=' + enc(query) : 'messages';
+  await change(`Deleted ${what}.`, 'DELETE', 'api/v1/' + found);
   if (state.id) close();
-  await reload();
 }
 async function mark(IDs, Read) {
   await api('PUT', 'api/v1/messages', {IDs, Read});
@@ -7540,11 +7542,6 @@ async function copy(text) {
 }
 
 /* == The queue and the next hops == */
-async function loadQueue() {
-  state.queue = await get(`api/v1/queue?limit=${state.view === 'queue' ? 200 : 1}`);
-  state.queue.total ??= state.queue.messages.length;
-  render();
-}
 function renderQueue() {
   const {messages, total = 0, next_hops: hops = []} = state.queue;
   const line = m => [
@@ -7568,13 +7565,8 @@ function renderQueue() {
 }
 
 /* == Accounts == */
-async function loadUsers() {
-  const refused = error => ({users: [], refusal: error.message});
-  Object.assign(state, {refusal: ''}, await get('api/v1/users').catch(refused));
-  render();
-}
 function renderAccounts() {
-  const {users, refusal, stats} = state;
+  const {users, stats} = state;
   const quota = ({used_today: used, quota_daily: most}) => most ? [h('meter', '',
     {max: most, high: most - 0.5, value: used}), ` ${count(used)} of ${count(most)}`] : count(used);
   const line = user => [bdi(user.name), user.allowed_domains?.join(', ') || soft('any domain'),
@@ -7586,9 +7578,9 @@ function renderAccounts() {
     items.map(it => [name(it), count(it.received), count(it.forwarded), count(it.failed)]));
   fill($('side'), [figures('Day', stats.days, day => dated(DAY, day.at)),
     figures('Account', stats.accounts, account => bdi(account.name))]);
-  sheet([h('h1', 'Accounts'), !refusal && button('Add account', () => editUser())],
+  sheet([h('h1', 'Accounts'), button('Add account', () => editUser())],
     users.length ? table(['Name', 'Sends as', 'Today', 'A minute', ''], users.map(line))
-      : h('p.soft', refusal || 'None: nobody has to log in.'));
+      : h('p.soft', 'None: nobody has to log in.'));
 }
 async function editUser(user) {
   const number = (name, label, value = 0) => ({name, label, value, type: 'number', min: 0});
@@ -7601,21 +7593,19 @@ async function editUser(user) {
     number('daily', 'Messages a day (0: no limit)', user?.quota_daily),
     number('minute', 'Messages a minute (0: no limit)', user?.quota_per_minute)]));
   if (!form) return;
-  const body = {name: user?.name || form.name, password: form.password || undefined,
+  const [method, path] = user ? ['PUT', '/' + enc(user.name)] : ['POST', ''];
+  const answer = await change('Saved.', method, 'api/v1/users' + path, {
+    name: user?.name || form.name, password: form.password || undefined,
     allowed_domains: names(form.domains), quota_daily: Number(form.daily),
-    quota_per_minute: Number(form.minute)};
-  const answer = user ? await api('PUT', 'api/v1/users/' + enc(user.name), body)
-    : await api('POST', 'api/v1/users', body);
-  await loadUsers();
+    quota_per_minute: Number(form.minute)});
   if (user) return;
   const {name, api_key: value} = await answer.json();
   await ask(`Account ${name}`, 'Shown this once: keep it somewhere safe.', 'Done',
     [{name: 'key', label: 'API key', value, readonly: ''}], '');
 }
 async function removeUser(name) {
-  if (!await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')) return;
-  await api('DELETE', 'api/v1/users/' + enc(name));
-  await loadUsers();
+  if (await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove'))
+    await change('Removed.', 'DELETE', 'api/v1/users/' + enc(name));
 }
 
 /* == Saying and asking == */
