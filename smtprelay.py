@@ -7075,8 +7075,8 @@ const address = who => typeof who === 'string' ? who : who.Address || who.addres
 const names = text => text.split(/[\s,;]+/).filter(Boolean);
 const short = text => text.length <= LONG ? text
   : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
-const octets = n => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB`
-  : `${(n / 1048576).toFixed(1)} MiB`;
+const BYTES = {style: 'unit', unit: 'byte', notation: 'compact', unitDisplay: 'narrow'};
+const octets = n => n.toLocaleString('en', BYTES);
 /* A URL in a text ends before what ends the sentence; brackets in it come in pairs. */
 const WEB = /(https?:\/\/(?:\([^\s<>"()]*\)|[^\s<>"()])*(?:\([^\s<>"()]*\)|[^\s<>"'.,;:!?()\]}]))/i;
 const linked = text => text.split(WEB).map((part, i) => i % 2 && i < 4e3 ? follow(part) : part);
@@ -7087,22 +7087,22 @@ const FULL = format({dateStyle: 'medium', timeStyle: 'long'});
 const dated = (format, at) => isNaN(Date.parse(at)) ? '' : format.format(new Date(at));
 const isToday = at => new Date(at).toDateString() === new Date().toDateString();
 const when = at => dated(isToday(at) ? CLOCK : DAY, at);
+const AGO = new Intl.RelativeTimeFormat('en', {style: 'short', numeric: 'auto'});
 function relative(at) {
-  const seconds = Math.round((Date.parse(at) - Date.now()) / 1000), size = Math.abs(seconds);
-  const [unit, name] = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']].find(([n]) => size >= n);
-  const amount = `${Math.floor(size / (unit || 1))} ${name}`;
-  return size < 2 ? 'now' : seconds > 0 ? 'in ' + amount : seconds < 0 ? amount + ' ago' : '';
+  const seconds = Math.round((Date.parse(at) - Date.now()) / 1000);
+  const [size, unit] = [[86400, 'day'], [3600, 'hour'], [60, 'minute'], [1, 'second']]
+    .find(([size]) => size <= Math.abs(seconds) || size === 1);
+  return AGO.format(Math.trunc(seconds / size), unit);
 }
 
 /* == Asking the server == */
 async function api(method, path, body) {
-  const {token} = state;
+  const {token, lost} = state;
   const headers = {'Content-Type': 'application/json', Authorization: 'Bearer ' + token};
   const answer = await fetch(ROOT + path, {method, headers, body: body && JSON.stringify(body)})
     .catch(() => null);
-  const was = state.lost;
   state.lost = !answer;
-  if (was !== state.lost) render();
+  if (lost !== state.lost) render();
   if (!answer) throw new Error('Cannot reach the relay.');
   if (answer.status === 401) {
     if (token === state.token) await logIn();
@@ -7203,25 +7203,24 @@ async function loadFigures() {
 }
 
 /* == The strip: what came in stands on the line, what went out hangs from it == */
-const OUT = ['forwarded', 'deferred', 'failed'], FLOWS = ['received', ...OUT];
-const sum = numbers => numbers.reduce((all, n) => all + (n || 0), 0);
+const FLOWS = ['received', 'forwarded', 'deferred', 'failed'];
+const sum = numbers => numbers.reduce((all, n) => all + n, 0);
 function renderStrip() {
-  const hours = state.stats.hours || [], out = hour => sum(OUT.map(key => hour[key]));
-  const up = Math.max(1, ...hours.map(hour => hour.received || 0));
-  const scale = 49 / (up + Math.max(0, ...hours.map(out))), line = up * scale;
+  const {hours} = state.stats, out = hour => sum(FLOWS.slice(1).map(key => hour[key]));
+  const up = Math.max(1, ...hours.map(hour => hour.received));
+  const scale = 49 / (up + Math.max(...hours.map(out))), line = up * scale;
   const box = (x, y, width, height, kind) => h('rect.' + kind, '', {x, y, width, height});
   const words = some => FLOWS.map(key => [key, sum(some.map(hour => hour[key]))])
     .filter(([key, n]) => n > 0 || key === 'received')
     .map(([key, n]) => h('span.' + key, `${count(n)} ${key} `));
   const caption = h('figcaption', words(hours));
   const column = (hour, i) => {
-    let y = line + 2;
-    const tall = key => hour[key] ? Math.max(1, hour[key] * scale) : 0;
-    const hanging = OUT.map(key => box(i * 10, (y += tall(key)) - tall(key), 6, tall(key), key));
-    return h('g', [box(i * 10 - 2, 0, 10, 52, 'hit'), hanging,
-      box(i * 10, line - tall('received'), 6, tall('received'), 'received')],
-    {onpointerenter: () => fill(caption, [`${dated(CLOCK, hour.at)}:`, words([hour])]),
-      onpointerleave: () => fill(caption, words(hours))});
+    const tall = FLOWS.map(key => hour[key] && Math.max(1, hour[key] * scale));
+    const bars = FLOWS.map((key, n) => box(i * 10, line + (n && 2) - tall[0] + sum(tall.slice(0, n)),
+      6, tall[n], key));
+    return h('g', [box(i * 10 - 2, 0, 10, 52, 'hit'), bars],
+      {onpointerenter: () => fill(caption, [`${dated(CLOCK, hour.at)}:`, words([hour])]),
+        onpointerleave: () => fill(caption, words(hours))});
   };
   const plot = h('svg', [hours.map(column), box(0, line, 236, 1, 'axis')], {viewBox: '0 0 236 52',
     preserveAspectRatio: 'none', role: 'img', 'aria-label': `Last day: ${caption.textContent}`});
@@ -7241,23 +7240,21 @@ function inSight() {
 }
 /* Fetches what is in sight anew, from the top for a new search. */
 async function reload() {
-  const {query, total, rows: old} = state, same = query === state.listed;
+  const {query, total} = state, same = query === state.listed;
   const [first, last] = same ? inSight() : [0, 0], start = first - first % PAGE;
   const slow = setTimeout(() => { state.busy = !same; render(); }, 200);
   const answer = await slice(start, PAGE * Math.max(1, Math.ceil((last - start) / PAGE)))
     .finally(() => { clearTimeout(slow); state.busy = false; });
   if (query !== state.query) return;
   const {cursor} = state, under = state.id || rowAt(cursor)?.ID, all = answer.messages;
-  Object.assign(state, {listed: query, total: answer.messages_count ?? answer.total,
-    unread: answer.unread, warning: answer.Warnings?.join('; '),
-    rows: new Map(all.map((row, i) => [start + i, row]))});
+  Object.assign(state, {listed: query, total: answer.messages_count, unread: answer.unread,
+    warning: answer.Warnings?.join('; '), rows: new Map(all.map((row, i) => [start + i, row]))});
   const now = indexOf(under), grown = same ? Math.max(0, state.total - total) : 0;
   state.cursor = now >= 0 || !same ? now : Math.min(cursor, state.total - 1);
   rows.style.height = ROW * state.total + 'px';
   if (!same) list.scrollTop = 0;  /* mail that came in above does not move what is being read */
   else if (list.scrollTop > ROW) list.scrollTop += grown * ROW;
-  const before = new Set([...old.values()].map(row => row.ID));
-  const fresh = all.slice(0, total && !start ? grown : 0).filter(row => !before.has(row.ID));
+  const fresh = all.slice(0, total && !start ? grown : 0);
   if (fresh.length) $('heard').textContent = fresh.length > 1 ? `${fresh.length} new messages`
     : `New message from ${person(fresh[0].From)}: ${fresh[0].Subject}`;
   render();
@@ -7669,7 +7666,6 @@ function press(event) {
 
 /* == Beginning == */
 function search() {
-  clearTimeout(search.timer);
   const query = $('search').value.trim(), {id, view} = state;
   if (query !== state.query || view !== 'inbox') go(listOf(query), view === 'inbox' && !id);
 }
@@ -7690,10 +7686,9 @@ function begin() {
     : place === 'search' && listOf(words.get('q') || words.get('query'));
   if (hash) history.replaceState(null, '', ROOT + hash);
   route();
-  renderStrip();
   listen();
 }
-$('search').oninput = () => { clearTimeout(search.timer); search.timer = setTimeout(search, 150); };
+$('search').oninput = soon(150, search);
 document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
 $('help').onclick = help;
 $('theme').onclick = switchTheme;
