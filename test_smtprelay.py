@@ -107,6 +107,16 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, shown: Calla
         time.sleep(0.003)
 
 
+def assert_linear(work: Callable[[int], object], size: int) -> None:
+    """Fail where the work of a size takes this thread far more than eight times that of an eighth of it."""
+    spent = []
+    for n in (size // 8, size):
+        begun = time.thread_time()
+        work(n)
+        spent.append(time.thread_time() - begun)
+    assert spent[1] < 16 * spent[0] + 0.2, spent
+
+
 class Ticker:
     """A clock that moves when told to."""
 
@@ -2049,9 +2059,7 @@ def test_address_lists(text: str, pairs: list[tuple[str, str]]) -> None:
     "text", ["(", "a:", "<", '"a\\', "a@b.example,", '<"', '"\\"', "[[@", "=?a?q?x", "(\\(", '<"<\\', "A,", "<a@x,>", ";:", "a@x ("]
 )
 def test_address_lists_take_linear_time(text: str) -> None:
-    begun = time.process_time()
-    smtprelay.read_addresses(text * 100_000)
-    assert time.process_time() - begun < 20  # a hang, not a speed
+    assert_linear(lambda n: smtprelay.read_addresses(text * n), 25_000)
 
 
 def test_address_lists_of_any_signs_raise_nothing() -> None:
@@ -4417,10 +4425,10 @@ TROUBLE: list[tuple[str, DnsScript]] = [
 def test_one_bad_server_is_transient_and_costs_little(_: str, script: DnsScript) -> None:
     with FakeDns(script) as bad, FakeDns(lambda q, _: [good(q)]) as well:
         began = time.monotonic()
-        assert outcome(lambda: addresses_of(resolver_of(bad, timeout=0.15), "x.test")) == (451, "4.4.3")
+        assert outcome(lambda: addresses_of(resolver_of(bad, timeout=0.06), "x.test")) == (451, "4.4.3")
         assert time.monotonic() - began < 1
-        assert len(bad.asked) >= 3
-        assert addresses_of(resolver_of(bad, well, timeout=0.6), "x.test") == [GOOD_ADDRESS]
+        wait_until(lambda: len(bad.asked) >= 3)
+        assert addresses_of(resolver_of(bad, well, timeout=0.3), "x.test") == [GOOD_ADDRESS]
 
 
 def dns_noise(query: bytes) -> list[bytes]:
@@ -4728,6 +4736,9 @@ DNSMASQ_ZONE = [
     "--txt-record=empty.test,x",
     "--mx-host=dead.test,nowhere.test,10",
     *[f"--mx-host=many.test,host{n}.a-long-enough-name.test,{n}" for n in range(1, 41)],
+    *[f"--mx-host={domain}.test,{host}" for domain in "xy" for host in ("mx.pf.test,10", "down.test,5")],  # see postfix
+    "--host-record=mx.pf.test,127.0.0.1",
+    "--host-record=down.test,127.0.0.5",
 ]
 REAL = [
     ("one.test", [("mx.one.test", "2001:db8::1"), ("mx.one.test", "192.0.2.1")]),
@@ -4741,39 +4752,28 @@ REAL = [
 ]
 
 
-def is_up(server: tuple[str, int]) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(server, 1).close()
-        return True
-    return False
+def resolves(server: tuple[str, int]) -> bool:
+    resolver = smtprelay.Resolver([smtprelay.Address(*server)], timeout=0.3)
+    return outcome(lambda: resolver.mx_hosts("one.test")) == [(10, "mx.one.test")]
 
 
 @pytest.fixture(scope="module")
 def dnsmasq() -> Iterator[tuple[str, int]]:
     if not DNSMASQ:
         pytest.skip("dnsmasq is not installed (Debian: dnsmasq-base)")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        server = sock.getsockname()
-    where = [f"--port={server[1]}", "--listen-address=127.0.0.1", "--bind-interfaces", "--pid-file"]
-    plain = ["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]
-    command = [
-        DNSMASQ,
-        *plain,
-        *where,
-        f"--user={getpass.getuser()}",
-        "--log-facility=-",
-        *DNSMASQ_ZONE,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        ends = time.monotonic() + 10
-        while not is_up(server) and time.monotonic() < ends:
-            assert process.poll() is None
-            time.sleep(0.02)
-        yield server
-    finally:
-        process.kill()
-        process.wait(10)
+    while True:  # until a port is free for UDP and for TCP
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            server = probe.getsockname()
+        command = [DNSMASQ, "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file",
+                   f"--port={server[1]}", "--listen-address=127.0.0.1", "--bind-interfaces", f"--user={getpass.getuser()}",
+                   "--log-facility=-", *DNSMASQ_ZONE]  # fmt: skip
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                if wait_until(lambda: process.poll() or resolves(server)) is True:  # noqa: B023
+                    yield server
+                    return
+            finally:
+                process.kill()
 
 
 @pytest.mark.parametrize(("domain", "expected"), REAL)
@@ -5033,14 +5033,14 @@ def statuses(relay: smtprelay.Relay, stem: str) -> dict[str, str]:
     return {r.address.partition("@")[0]: r.status.value for r in record_of(relay, stem).recipients}
 
 
-def finished(relay: smtprelay.Relay, stem: str) -> smtprelay.Message:
+def finished(relay: smtprelay.Relay, stem: str, timeout: float = 10.0) -> smtprelay.Message:
     """Wait until a message is finished; its record is whole by then."""
 
     def last() -> smtprelay.Message | None:
         record = record_of(relay, stem)
         return record if record.status in smtprelay.FINISHED else None
 
-    return wait_until(last, shown=lambda: record_of(relay, stem))
+    return wait_until(last, timeout, lambda: record_of(relay, stem))
 
 
 @contextlib.contextmanager
@@ -5918,6 +5918,7 @@ def postfix() -> Iterator[tuple[str, int, str]]:
             os.chown(f"{top}/{name}", 65534, 65534)
         os.rename(smtprelay.self_signed(top, "mx.pf.test")[0], f"{top}/cert.pem")
         Path(f"{top}/etc/main.cf").write_text(MAIN_CF.format(top=top, owner=owner, group=group))
+        os.utime(f"{top}/etc/main.cf", (1, 1))  # when it is younger than two seconds, Postfix waits and reads it again
         master = re.sub(r"(?m)^smtp      inet", f"{port}      inet", dist.read_text())
         Path(f"{top}/etc/master.cf").write_text(re.sub(r"(?m)^(\S+ +\S+ +\S+ +\S+ +)y( )", r"\1n\2", master))
         Path(f"{top}/etc/dynamicmaps.cf").touch()
@@ -5927,7 +5928,7 @@ def postfix() -> Iterator[tuple[str, int, str]]:
             assert started.returncode == 0, started.stderr
             yield "127.0.0.1", port, top
         finally:
-            run(["/usr/sbin/postfix", "-c", f"{top}/etc", "stop"])
+            run(["/usr/sbin/postfix", "-c", f"{top}/etc", "abort"])  # stop waits in steps of a second
 
 
 def delivered(top: str) -> list[bytes]:
@@ -5954,69 +5955,19 @@ def test_postfix_as_smart_host(postfix: tuple[str, int, str]) -> None:
         assert max(delivered(top), key=len).endswith(content.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
 
 
-def knows(port: int, domain: str) -> bool:
-    """Tell whether a DNS server is up."""
-    with contextlib.suppress(smtprelay.ResolveError):
-        return bool(smtprelay.Resolver([smtprelay.Address("127.0.0.1", port)], timeout=0.3).mx_hosts(domain))
-    return False
-
-
-def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str]) -> None:
+def test_postfix_as_mx_found_by_dnsmasq(postfix: tuple[str, int, str], dnsmasq: tuple[str, int]) -> None:
     host, port, top = postfix
-    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
-    if not dnsmasq:
-        pytest.skip("needs dnsmasq")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        dns = probe.getsockname()[1]
-    records = [
-        "--mx-host=x.test,mx.pf.test,10",
-        "--mx-host=x.test,down.test,5",
-        "--mx-host=y.test,mx.pf.test,10",
-        "--mx-host=y.test,down.test,5",
-        f"--host-record=mx.pf.test,{host}",
-        "--host-record=down.test,127.0.0.5",
-        "--local=/test/",
-    ]
-    server = subprocess.Popen(
-        [
-            dnsmasq,
-            "-k",
-            "-C",
-            "/dev/null",
-            "--no-hosts",
-            "--no-resolv",
-            "--listen-address=127.0.0.1",
-            "--bind-interfaces",
-            "--user=root",
-            "--pid-file=",
-            f"--port={dns}",
-            *records,
-        ],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_until(lambda: knows(dns, "x.test"))
-        with smtprelay.start(
-            SMTP_DELIVERY="mx",
-            SMTP_MX_PORT=str(port),
-            SMTP_DNS_SERVER=f"127.0.0.1:{dns}",
-            SMTP_RELAY_CA_FILE=f"{top}/cert.pem",
-            SMTP_BOUNCE="0",
-            **QUICK_LANES,
-        ) as relay:
-            before = len(delivered(top))
-            stem = send_to(relay, "bob@x.test", "bob@y.test", "bob@gone.test")
-            message = finished(relay, stem)
-            assert [r.status.value for r in message.recipients] == [DONE, DONE, NEVER]
-            r = message.recipients[0]
-            assert (r.host, r.ip, r.tls, r.verified) == ("mx.pf.test", host, "TLSv1.3", True)
-            assert message.recipients[2].reply.startswith("5.1.2 gone.test")
-            wait_until(lambda: len(delivered(top)) == before + 2, 30)
-            assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
-    finally:
-        server.kill()
-        server.wait()
+    settings = {"SMTP_DELIVERY": "mx", "SMTP_MX_PORT": str(port), "SMTP_DNS_SERVER": f"127.0.0.1:{dnsmasq[1]}"}
+    with smtprelay.start(**settings, SMTP_RELAY_CA_FILE=f"{top}/cert.pem", SMTP_BOUNCE="0", **QUICK_LANES) as relay:
+        before = len(delivered(top))
+        stem = send_to(relay, "bob@x.test", "bob@y.test", "bob@gone.test")
+        message = finished(relay, stem, 60)
+        assert [r.status.value for r in message.recipients] == [DONE, DONE, NEVER]
+        r = message.recipients[0]
+        assert (r.host, r.ip, r.tls, r.verified) == ("mx.pf.test", host, "TLSv1.3", True)
+        assert message.recipients[2].reply.startswith("5.1.2 gone.test")
+        wait_until(lambda: len(delivered(top)) == before + 2, 30)
+        assert message.recipients[0].reply == message.recipients[1].reply  # one transaction
 
 
 # -- many next hops at once --
@@ -7594,6 +7545,7 @@ def test_read_tree() -> None:
 
 
 MEGABYTE = 1 << 20
+LENGTH = MEGABYTE // 4
 MULTIPART = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n"
 HTML_HEAD = b"Content-Type: text/html\r\n\r\n"
 
@@ -8589,48 +8541,48 @@ def bomb(depth: int) -> bytes:
 
 HOSTILE = {
     "parameters without values": MULTIPART + b"".join(
-        b"--b\r\nContent-Type: text/plain;" + b"%dx" % n * 1500 + b"\r\n\r\n" for n in range(300)),
+        b"--b\r\nContent-Type: text/plain;" + b"%dx" % n * 1500 + b"\r\n\r\n" for n in range(150)),
     "deep": bomb(2000),
-    "deep and long": bomb(16) + b"\r\n--b" * (MEGABYTE // 5),
+    "deep and long": bomb(16) + b"\r\n--b" * (LENGTH // 5),
     "messages in messages": b"Content-Type: message/rfc822\r\n\r\n" * 10000,
     "10,000 parts": MULTIPART + b"--b\r\n\r\nx\r\n" * 10000,
-    "empty parts": MULTIPART + b"--b\n" * (MEGABYTE // 4),
-    "one line of boundaries": MULTIPART + b"--b" * (MEGABYTE // 3),
-    "boundary of dashes": MULTIPART.replace(b"=b", b"=------") + b"\n-" * (MEGABYTE // 2),
+    "empty parts": MULTIPART + b"--b\n" * (LENGTH // 4),
+    "one line of boundaries": MULTIPART + b"--b" * (LENGTH // 3),
+    "boundary of dashes": MULTIPART.replace(b"=b", b"=------") + b"\n-" * (LENGTH // 2),
     "header without end": b"X: " + b"a" * MEGABYTE,
     "folded header": b"Subject: a\r\n" + b" b\r\n" * (MEGABYTE // 4),
-    "many headers": b"a:\r\n" * (MEGABYTE // 4),
+    "many headers": b"a:\r\n" * (LENGTH // 4),
     "encoded words": b"Subject: " + b"=?a?q?x" * 20000,
     "encoded words 2": b"Subject: " + b"=?utf-8?q?x?= " * 20000,
-    "encoded words 3": b"From: " + b"=?utf-8?b?!!!!?= <" * 20000,
-    "comments": b"From: " + b"(" * MEGABYTE,
-    "groups": b"To: " + b"a:" * MEGABYTE,
-    "quotes": b"To: " + b'"a\\' * MEGABYTE,
-    "recipients": b"To: " + b"a@b.example," * 90000,
-    "parameters": b"Content-Type: text/plain" + b'; a="b;c' * 100000,
+    "encoded words 3": b"From: " + b"=?utf-8?b?!!!!?= <" * 8000,
+    "comments": b"From: " + b"(" * (LENGTH // 2),
+    "groups": b"To: " + b"a:" * LENGTH,
+    "quotes": b"To: " + b'"a\\' * LENGTH,
+    "recipients": b"To: " + b"a@b.example," * 10000,
+    "parameters": b"Content-Type: text/plain" + b'; a="b;c' * 60000,
     "continuations": b"Content-Type: text/plain" + b"; name*0*=utf-8''a; name*1=b; name*x=c" * 1000,
     "bad continuation": b"Content-Type: a/b; name*=a; name*0=x; charset*=punycode''utf-8\r\n\r\nx",
-    "tags": HTML_HEAD + b"<" * MEGABYTE,
-    "comments in html": HTML_HEAD + b"<!-- " * (MEGABYTE // 5),
-    "scripts in html": HTML_HEAD + b"<script>" * (MEGABYTE // 8),
-    "anchors": HTML_HEAD + b"<a href='https://x.example/" * (MEGABYTE // 27),
-    "hrefs in one": b"Content-Type: text/html\r\n\r\n<a " + b"href=\"href='" * (MEGABYTE // 12),
-    "entities": HTML_HEAD + b"&#" * (MEGABYTE // 2),
-    "urls": b"\r\n" + b"https://" * (MEGABYTE // 8),
-    "codes": b"\r\n" + b"code is 123456 " * (MEGABYTE // 15),
-    "almost codes": b"\r\n" + b"code to a a a a A1B2 " * (MEGABYTE // 21),
-    "digits": b"\r\n" + b"1 " * (MEGABYTE // 2),
-    "spaces": b"\r\ncode" + b" " * MEGABYTE + b"123456",
-    "base64": b"Content-Transfer-Encoding: base64\r\n\r\n" + b"=" * MEGABYTE + b"A",
+    "tags": HTML_HEAD + b"<" * LENGTH,
+    "comments in html": HTML_HEAD + b"<!-- " * (LENGTH // 5),
+    "scripts in html": HTML_HEAD + b"<script>" * (LENGTH // 8),
+    "anchors": HTML_HEAD + b"<a href='https://x.example/" * (LENGTH // 27),
+    "hrefs in one": b"Content-Type: text/html\r\n\r\n<a " + b"href=\"href='" * (LENGTH // 12),
+    "entities": HTML_HEAD + b"&#" * (LENGTH // 2),
+    "urls": b"\r\n" + b"https://" * (LENGTH // 8),
+    "codes": b"\r\n" + b"code is 123456 " * (LENGTH // 15),
+    "almost codes": b"\r\n" + b"code to a a a a A1B2 " * (LENGTH // 21),
+    "digits": b"\r\n" + b"1 " * (LENGTH // 2),
+    "spaces": b"\r\ncode" + b" " * LENGTH + b"123456",
+    "base64": b"Content-Transfer-Encoding: base64\r\n\r\n" + b"=" * LENGTH + b"A",
     "nul": b"Subject: \0\r\n\0: x\r\n\r\n\0",
-    "long number in html": HTML_HEAD + b"&#" + b"1" * 4400 + b"; &#x" + b"f" * MEGABYTE + b" &#" + b"0" * MEGABYTE + b"65;",
-    "entity runs": HTML_HEAD + b"&amp" * (MEGABYTE // 4) + b"&" * MEGABYTE,
-    "parts of many fields": MULTIPART + (b"--b\r\n" + b"a:\r\n" * 2400 + b"\r\nx\r\n") * 700,
-    "cid quotes": HTML_HEAD + b"\"cid:" * (MEGABYTE // 5),
-    "attributes": HTML_HEAD + b"<a " + b"x='" * (MEGABYTE // 3),
-    "anchors without end": HTML_HEAD + b"<a " * (MEGABYTE // 3),
-    "spaces before a doctype": HTML_HEAD + b"<!--" * (MEGABYTE // 4),
-    "cids": HTML_HEAD + b"cid:" * (MEGABYTE // 4),
+    "long number in html": HTML_HEAD + b"&#" + b"1" * 4400 + b"; &#x" + b"f" * LENGTH + b" &#" + b"0" * LENGTH + b"65;",
+    "entity runs": HTML_HEAD + b"&amp" * (LENGTH // 4) + b"&" * LENGTH,
+    "parts of many fields": MULTIPART + (b"--b\r\n" + b"X-Something-Longer:\r\n" * 480 + b"\r\nx\r\n") * 250,
+    "cid quotes": HTML_HEAD + b"\"cid:" * (LENGTH // 5),
+    "attributes": HTML_HEAD + b"<a " + b"x='" * (LENGTH // 3),
+    "anchors without end": HTML_HEAD + b"<a " * (LENGTH // 3),
+    "spaces before a doctype": HTML_HEAD + b"<!--" * (LENGTH // 4),
+    "cids": HTML_HEAD + b"cid:" * (LENGTH // 4),
 }
 
 
@@ -8657,10 +8609,8 @@ def read_all(raw: bytes) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(name: str) -> None:
-    begun = time.process_time()
-    read_all(HOSTILE[name])
-    spent = time.process_time() - begun
-    assert spent < 20  # a hang, not a speed
+    raw = HOSTILE[name]
+    assert_linear(lambda n: read_all(raw[:n]), len(raw))
 
 
 def test_hostile_on_a_small_stack() -> None:
@@ -12082,17 +12032,26 @@ def test_the_verbs_speak_to_the_running_relay(served: dict[str, str]) -> None:
     assert verb(served, "queue") == "the queue is empty\n"
 
 
+def in_a_terminal(env: Mapping[str, str], *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Run the program in a session and a terminal of its own; return it and the terminal's other end."""
+    terminal, its = pty.openpty()
+    code = 'exec 0<>"$0" 1>&0 2>&0; exec "$@"'  # the first terminal that the session's leader opens becomes its own
+    process = subprocess.Popen(["sh", "-c", code, os.ttyname(its), sys.executable, str(PROGRAM), *arguments], env=env,
+                               stdin=its, start_new_session=True)  # fmt: skip
+    os.close(its)
+    return process, terminal
+
+
 def test_a_password_that_is_not_given(tmp_path: Path) -> None:
-    pid, terminal = pty.fork()
-    if not pid:  # with a terminal of its own
-        os.execve(sys.executable, [sys.executable, str(PROGRAM), "user", "add", "ann"], clean_env(SMTP_USERS_FILE="u"))
+    process, terminal = in_a_terminal(clean_env(SMTP_USERS_FILE="u"), "user", "add", "ann")
     said = b""
     with contextlib.suppress(OSError):  # at its end
         while block := os.read(terminal, 1000):
             said += block
             if said.endswith(b"Password: "):
                 os.write(terminal, b"\x04")
-    assert os.waitpid(pid, 0)[1] >> 8 == 65
+    os.close(terminal)
+    assert process.wait(10) == 65
     assert said.endswith(b"smtprelay: no password was given\r\n")
 
 
@@ -12212,14 +12171,15 @@ def test_the_first_lines_name_what_is_unusual(start: Any) -> None:
     assert "warning: SMTP_RELAY_REDIRECT_TO=me@x.test: " in lines
 
 
-def test_healthcheck_does_not_wait_for_a_relay_that_has_ended(tmp_path: Path) -> None:
+def test_healthcheck_does_not_wait_for_a_relay_that_has_ended(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(smtprelay, "ENDED_AFTER", 1.0)
     env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_LOG_FILE=str(tmp_path / "log"), SMTP_HEALTH_ADDR=free_place())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env["SMTP_PORT"] = f"127.0.0.1:{taken.getsockname()[1]}"
-        run_command(sys.executable, str(PROGRAM), env=env, status=69)
-    done = subprocess.run([sys.executable, str(PROGRAM), "healthcheck", "--wait"], env=env, capture_output=True, text=True,
-                          timeout=30)  # fmt: skip
-    assert done.returncode == 1 and "the relay has ended" in done.stderr and "cannot listen" in done.stderr
+        verb(env, "serve", status=69)
+        capsys.readouterr()
+        verb(env, "healthcheck", "--wait", status=1)
+    assert re.search("the relay has ended; .*cannot listen", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -12285,19 +12245,17 @@ def test_an_old_python_can_read_why_it_is_too_old() -> None:
 
 def test_a_terminal_that_closes_ends_what_it_started(tmp_path: Path) -> None:
     env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_PORT="127.0.0.1:0", SMTP_HEALTH_ADDR="off")
-    pid, terminal = pty.fork()
-    if not pid:
-        os.execve(sys.executable, [sys.executable, str(PROGRAM)], env)
+    process, terminal = in_a_terminal(env)
     try:
         said = b""
         while b"spool in" not in said:
             said += os.read(terminal, 1000)
         time.sleep(0.05)
         os.close(terminal)
-        assert wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 12) == pid
+        process.wait(12)
     finally:  # it and its halves: none may outlive the test
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -12324,30 +12282,30 @@ def slowed(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def test_a_slow_machine_is_not_left_alone(tmp_path: Path) -> None:
-    """Start, healthcheck and sendmail at a fifth of the pace, in units of a small program at that pace."""
+    """A relay at a fifth of the pace, and what is run beside it; processor time, in units of a small program."""
     env = clean_env(SMTP_SPOOL=str(tmp_path / "spool"), SMTP_PORT=free_place(), SMTP_HEALTH_ADDR=free_place())
 
-    def begin(*command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", *command], env=env, stdin=subprocess.PIPE,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    def used() -> float:
+        """Return the processor time of all programs that have ended: whatever else runs changes it little."""
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
 
-    def seconds(*command: str, stdin: bytes = b"") -> float:
-        begun = time.perf_counter()
-        with begin(*command) as process, slowed(process):
-            process.communicate(stdin, timeout=60)
-        assert process.returncode == 0, command
-        return time.perf_counter() - begun
+    def cost(*command: str) -> float:
+        begun = used()
+        run_command(sys.executable, "-c", *command, env=env, stdin=b"Subject: x\n\nx\n")
+        return used() - begun
 
-    seconds(ONE_LINER, "version")
-    unit, begun = seconds("import http.client, json, argparse"), time.perf_counter()
-    with begin(ONE_LINER) as relay, slowed(relay):
-        verb(env, "healthcheck", "--wait")
-        took = {"start": time.perf_counter() - begun, "healthcheck": seconds(ONE_LINER, "healthcheck"),
-                "sendmail": seconds(ONE_LINER, "sendmail", "bob", stdin=b"Subject: x\n\nx\n")}  # fmt: skip
+    begun = used()
+    with subprocess.Popen([sys.executable, "-c", ONE_LINER], env=env, stderr=subprocess.DEVNULL, start_new_session=True) as relay:
+        with slowed(relay):
+            verb(env, "healthcheck", "--wait")
+            unit = cost("import http.client, json, argparse")
+            took = {"healthcheck": cost(ONE_LINER, "healthcheck"), "sendmail": cost(ONE_LINER, "sendmail", "bob")}
         relay.terminate()
+    took["relay"] = used() - begun - unit - sum(took.values())
     shown = {name: round(each / unit, 1) for name, each in took.items()}
     print("a slow machine, in units of a small program:", shown)
-    assert shown["healthcheck"] < 25, shown
+    assert max(shown.values()) < 10, shown
 
 
 CLI_MISTAKES = [
