@@ -814,16 +814,16 @@ class Settings:
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Settings:
         """Read all settings from environment variables; SettingsError lists every mistake."""
-        values, wrong_names, problems = {}, set(), unknown_settings(env)[0]
+        values, wrong = {}, {}
         for name in FIELDS:
             try:
                 values[name[5:].lower()] = read_setting(env, name)
             except ValueError as e:
-                wrong_names.add(name)
-                problems.append(str(e))
+                wrong[name] = str(e)
         settings = cls(**values)
-        problems += [text for wrong, text in conflicts(settings)  # what follows from a mistake is not said, too
-                     if wrong and not wrong_names.intersection(re.findall("SMTP_[A-Z_]+", text))]
+        problems = unknown_settings(env)[0] + [*wrong.values()] + [
+            text for holds, text in conflicts(settings)  # what follows from a mistake is not said, too
+            if holds and not wrong.keys() & re.findall("SMTP_[A-Z_]+", text)]
         if problems:
             raise SettingsError(problems)
         return settings
@@ -906,36 +906,20 @@ def read_setting(env: Mapping[str, str], name: str) -> Any:
         raise ValueError(f"{name}={shown}: expected {e}") from None
 
 
+# Mailpit's and MailHog's settings, by what does the same here
 MAILPITS = {name: ours for line in """\
-SMTP_PORT: MP_SMTP_BIND_ADDR MH_SMTP_BIND_ADDR
-SMTP_HEALTH_ADDR: MP_UI_BIND_ADDR MH_API_BIND_ADDR MH_UI_BIND_ADDR
-SMTP_SPOOL: MP_DATABASE MP_DATA_FILE MH_MAILDIR_PATH
-SMTP_SPOOL_MAX_MESSAGES: MP_MAX_MESSAGES
-SMTP_KEEP: MP_MAX_AGE
-SMTP_MAX_SIZE: MP_MAX_MESSAGE_SIZE
-SMTP_MAX_RECIPIENTS: MP_SMTP_MAX_RECIPIENTS
-SMTP_WEB_ROOT: MP_WEBROOT MH_UI_WEB_PATH
-SMTP_API_TOKEN: MP_UI_AUTH MH_AUTH_FILE
-SMTP_API_TOKEN_FILE: MP_UI_AUTH_FILE
-SMTP_AUTH_USER and SMTP_AUTH_PASSWORD: MP_SMTP_AUTH
-SMTP_USERS_FILE: MP_SMTP_AUTH_FILE
-SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0: MP_SMTP_AUTH_ACCEPT_ANY
-SMTP_AUTH_INSECURE: MP_SMTP_AUTH_ALLOW_INSECURE
-SMTP_TLS_CERT: MP_SMTP_TLS_CERT
-SMTP_TLS_KEY: MP_SMTP_TLS_KEY
-SMTP_SMTPS_PORT: MP_SMTP_REQUIRE_TLS
-SMTP_TLS_REQUIRED: MP_SMTP_REQUIRE_STARTTLS
-SMTP_RELAY_HOST: MP_SMTP_RELAY_CONFIG MH_OUTGOING_SMTP
-SMTP_DELIVERY=relay: MP_SMTP_RELAY_ALL
-SMTP_RELAY_ALLOWED_RECIPIENTS: MP_SMTP_RELAY_MATCHING MP_SMTP_RELAY_ALLOWED_RECIPIENTS
-SMTP_TAGS: MP_TAG
-SMTP_WEBHOOK_URL: MP_WEBHOOK_URL
-SMTP_HOSTNAME: MH_HOSTNAME
-SMTP_LOG_FILE: MP_LOG_FILE
-SMTP_FAULTS: MP_ENABLE_CHAOS MP_CHAOS_TRIGGERS MH_INVITE_JIM
-SMTP_LOG_LEVEL=debug: MP_VERBOSE
-SMTP_LOG_LEVEL=error: MP_QUIET
-""".splitlines() for ours, _, theirs in [line.partition(": ")] for name in theirs.split()}
+SMTP_PORT: MP_SMTP_BIND_ADDR MH_SMTP_BIND_ADDR; SMTP_HEALTH_ADDR: MP_UI_BIND_ADDR MH_API_BIND_ADDR MH_UI_BIND_ADDR
+SMTP_SPOOL: MP_DATABASE MP_DATA_FILE MH_MAILDIR_PATH; SMTP_SPOOL_MAX_MESSAGES: MP_MAX_MESSAGES; SMTP_KEEP: MP_MAX_AGE
+SMTP_MAX_SIZE: MP_MAX_MESSAGE_SIZE; SMTP_MAX_RECIPIENTS: MP_SMTP_MAX_RECIPIENTS; SMTP_HOSTNAME: MH_HOSTNAME
+SMTP_WEB_ROOT: MP_WEBROOT MH_UI_WEB_PATH; SMTP_API_TOKEN: MP_UI_AUTH MH_AUTH_FILE; SMTP_API_TOKEN_FILE: MP_UI_AUTH_FILE
+SMTP_AUTH_USER and SMTP_AUTH_PASSWORD: MP_SMTP_AUTH; SMTP_USERS_FILE: MP_SMTP_AUTH_FILE; SMTP_TLS_CERT: MP_SMTP_TLS_CERT
+SMTP_AUTH_ANY=1 and SMTP_AUTH_REQUIRED=0: MP_SMTP_AUTH_ACCEPT_ANY; SMTP_AUTH_INSECURE: MP_SMTP_AUTH_ALLOW_INSECURE
+SMTP_TLS_KEY: MP_SMTP_TLS_KEY; SMTP_SMTPS_PORT: MP_SMTP_REQUIRE_TLS; SMTP_TLS_REQUIRED: MP_SMTP_REQUIRE_STARTTLS
+SMTP_RELAY_HOST: MP_SMTP_RELAY_CONFIG MH_OUTGOING_SMTP; SMTP_DELIVERY=relay: MP_SMTP_RELAY_ALL; SMTP_TAGS: MP_TAG
+SMTP_RELAY_ALLOWED_RECIPIENTS: MP_SMTP_RELAY_MATCHING MP_SMTP_RELAY_ALLOWED_RECIPIENTS; SMTP_LOG_FILE: MP_LOG_FILE
+SMTP_FAULTS: MP_ENABLE_CHAOS MP_CHAOS_TRIGGERS MH_INVITE_JIM; SMTP_WEBHOOK_URL: MP_WEBHOOK_URL
+SMTP_LOG_LEVEL=debug: MP_VERBOSE; SMTP_LOG_LEVEL=error: MP_QUIET
+""".replace("\n", "; ").split("; ") for ours, _, theirs in [line.partition(": ")] for name in theirs.split()}
 
 
 def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -949,10 +933,9 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     found: tuple[list[str], list[str]] = ([], [])
     others = {"MP": "Mailpit's", "MH": "MailHog's"}
     for name in sorted(env.keys() - real):
-        whose, _, rest = name.partition("_")
-        word, more, _ = rest.partition("_")
+        whose, word, *more = f"{name}_".split("_")
         if whose == "SMTP":
-            mistake = bool(more) and first_words[word] > 1
+            mistake = len(more) > 1 and first_words[word] > 1
             found[not mistake].append(f"{name} is not a setting{nearest(name, real, 0.5)}")
         elif whose in others:
             ours = f"set {MAILPITS[name]}" if name in MAILPITS else "nothing here is like it"
@@ -1148,15 +1131,15 @@ class Metrics:
 
     def get(self, name: str, label: str = "") -> float:
         """Return the sum of all rows, an int where it is whole."""
-        value = sum(self.cells[CELLS[name, label]::len(CELLS)])
+        value = sum(self.each(name, label))
         return int(value) if value == int(value) else value
 
     def values(self, name: str, label: str) -> dict[str, float]:
         return {value: self.get(name, value) for value in LABELS[label]}
 
-    def each(self, name: str) -> list[float]:
+    def each(self, name: str, label: str = "") -> list[float]:
         """Return every process's part of a metric."""
-        return list(self.cells[CELLS[name, ""]::len(CELLS)])
+        return list(self.cells[CELLS[name, label]::len(CELLS)])
 
 
 def expvar(metrics: Metrics) -> dict[str, Any]:
@@ -1710,20 +1693,20 @@ class SealWriter:
     """Seals a stream as it comes, holding back at most a chunk."""
 
     def __init__(self, sealer: Sealer, name: str) -> None:
-        head = sealer.magic + os.urandom(32)
-        self.cipher = sealer.cipher(head, name)
-        self.out, self.held, self.number = bytearray(head), bytearray(), 0
+        self.head = sealer.magic + os.urandom(32)
+        self.cipher = sealer.cipher(self.head, name)
+        self.held, self.number = bytearray(), 0
 
     def update(self, data: bytes, last: bool = False) -> bytes:
         """Take some of the text; return what can be written of it: all, with the last."""
         self.held += data
-        done = False
-        while not done and (last or len(self.held) > CHUNK_SIZE):  # not >=: the last chunk is marked
+        out, self.head = bytearray(self.head), b""
+        while last or len(self.held) > CHUNK_SIZE:  # not >=: the last chunk is marked
             done = len(self.held) <= CHUNK_SIZE
-            self.out += self.cipher(self.number << 8 | done, bytes(self.held[:CHUNK_SIZE]))
+            out += self.cipher(self.number << 8 | done, bytes(self.held[:CHUNK_SIZE]))
             del self.held[:CHUNK_SIZE]
             self.number += 1
-        out, self.out = self.out, bytearray()
+            last = last and not done
         return bytes(out)
 
 
@@ -2402,27 +2385,26 @@ def new_api_key() -> str:
 
 # -- the users file --
 
-TEXT = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}"
-WORD = r"[!-~]{1,255}"
-ACCOUNT_KEYS: dict[str, tuple[object, str]] = {
-    "password": (rf"(?!scrypt:){TEXT}|{HASH}", "expected a scrypt hash (`user passwd` makes one), or a password"),
+CHARACTERS = r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1000}"
+TEXT, WORD, NUMBER = f"str {CHARACTERS}", "str [!-~]{1,255}", "int [0-9]+"
+QUOTED_DOMAIN = r"'(\*?\.)?[^\s@*.,;:/'\\]+(\.[^\s@*.,;:/'\\]+)*'"
+ACCOUNT_KEYS = {
+    "password": (rf"str ((?!scrypt:){CHARACTERS}|{HASH})",
+                 "expected a scrypt hash (`user passwd` makes one), or a password"),
     "api_key": (WORD, "expected printable ASCII, no spaces"),
-    "allowed_domains": (list, 'expected a list of domains such as "example.com" or "*.example.com"'),
-    "quota_daily": (int, "expected a whole number, 0 for no limit"),
-    "quota_per_minute": (int, "expected a whole number, 0 for no limit"),
+    "allowed_domains": (rf"list \[({QUOTED_DOMAIN}(, |(?=])))*]",
+                        'expected a list of domains such as "example.com" or "*.example.com"'),
+    "quota_daily": (NUMBER, "expected a whole number, 0 for no limit"),
+    "quota_per_minute": (NUMBER, "expected a whole number, 0 for no limit"),
     "relay_host": (WORD, "expected host or host:port"),
     "relay_username": (TEXT, "expected a text"),
     "relay_password": (TEXT, "expected a text"),
 }
 
 
-def fits(kind: object, value: object) -> bool:
-    if kind is int:
-        return type(value) is int and value >= 0  # True is an int, too
-    if kind is list:
-        domain = r"(\*?\.)?[^\s@*.,;:/]+(\.[^\s@*.,;:/]+)*"
-        return isinstance(value, list) and all(fits(domain, each) for each in value)
-    return isinstance(value, str) and re.fullmatch(str(kind), value) is not None
+def fits(pattern: str, value: object) -> bool:
+    """Tell whether a pattern fits a value's type and text; True is no int here."""
+    return re.fullmatch(pattern, f"{type(value).__name__} {value}") is not None
 
 
 def read_users(path: str) -> dict[str, Any]:
@@ -2447,19 +2429,18 @@ def parse_users(users: Mapping[str, Any]) -> Logins:
     SettingsError lists every mistake; no value is shown, it may be a secret.
     """
     mistakes: list[str] = []
-    logins: dict[str, Account] = {}
+    logins: Logins = {}
     for name, fields in users.items():
         if len(name) > 255 or not fits(TEXT, name):
-            mistakes.append(f"account {name[:64]!a}: expected a name of 1 to 255 printable characters")
-            continue
-        if not isinstance(fields, dict):
-            mistakes.append(f"account {name}: expected a JSON object")
-            continue
-        given = given_keys(fields)
-        wrong = [f"{key}: {mistake}" for key, value in given.items()
-                 for kind, mistake in [ACCOUNT_KEYS.get(key, ("", "no such key"))] if not fits(kind, value)]
-        if not {"password", "api_key"} & given.keys():
-            wrong.append("expected a password or an api_key")
+            name, wrong = ascii(name[:64]), ["expected a name of 1 to 255 printable characters"]
+        elif not isinstance(fields, dict):
+            wrong = ["expected a JSON object"]
+        else:
+            given = given_keys(fields)
+            wrong = [f"{key}: {mistake}" for key, value in given.items()
+                     for kind, mistake in [ACCOUNT_KEYS.get(key, ("", "no such key"))] if not fits(kind, value)]
+            if not {"password", "api_key"} & given.keys():
+                wrong.append("expected a password or an api_key")
         if not wrong:
             given["allowed_domains"] = tuple(given.get("allowed_domains", ()))
             account = Account(name, **given)
@@ -2897,13 +2878,13 @@ def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.t
     first line says what it was made for. Raises SettingsError, OSError.
     """
     os.makedirs(directory, 0o700, exist_ok=True)
-    pem, names = os.path.join(directory, "self-signed.pem"), subject_names(hostname)
-    today, renewal = (iso_time(now() + days * DAY)[:10] for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS))
-    made_for = renew_at = ""
+    pem, names, made = os.path.join(directory, "self-signed.pem"), subject_names(hostname), b""
+    today, renewal = [f"# {names} renew {iso_time(now() + days * DAY)[:10]}".encode()
+                      for days in (0, SELF_SIGNED_DAYS - RENEW_BEFORE_DAYS)]
     with suppress(FileNotFoundError):
-        made_for, _, renew_at = read_whole(pem).partition(b"\n")[0].decode("ascii", "replace").partition(" renew ")
-    if made_for != f"# {names}" or today >= renew_at:
-        replace_file(pem, f"# {names} renew {renewal}\n".encode() + make_pair(directory, names), sync=True)
+        made = read_whole(pem).partition(b"\n")[0]
+    if not today < made <= renewal:
+        replace_file(pem, renewal + b"\n" + make_pair(directory, names), sync=True)
     return pem, pem
 
 
@@ -3281,7 +3262,6 @@ class Scheduler:
 # cannot answer, so that a laptop may change networks.
 
 A, CNAME, MX, AAAA = 1, 5, 15, 28
-FAMILIES = {A: socket.AF_INET, AAAA: socket.AF_INET6}
 DNS_RCODES = words("NOERROR FORMERR SERVFAIL NXDOMAIN NOTIMP REFUSED YXDOMAIN YXRRSET NXRRSET NOTAUTH NOTZONE "
                    "DSOTYPENI RCODE12 RCODE13 RCODE14 RCODE15")
 NXDOMAIN = 3
@@ -3365,13 +3345,14 @@ def parse_answer(message: bytes, name: str, asked_for: int) -> DnsAnswer:
         raise ValueError("too many records")
     for _ in range(count):
         owner, at = read_name(message, at)
-        kind, family, ttl, length = struct.unpack_from("!HHIH", message, at)
+        kind, internet, ttl, length = struct.unpack_from("!HHIH", message, at)
         start, at = at + 10, at + 10 + length
-        if owner != name or kind not in (asked_for, CNAME) or family != 1:
+        if owner != name or kind not in (asked_for, CNAME) or internet != 1:
             continue
         longest, data = min(longest, ttl), message[:at]
-        if kind in FAMILIES:
-            records.append((0, socket.inet_ntop(FAMILIES[kind], data[start:])))
+        if kind in (A, AAAA):
+            family = socket.AF_INET if kind == A else socket.AF_INET6
+            records.append((0, socket.inet_ntop(family, data[start:])))
             continue
         value, end = read_name(data, start + 2 * (kind == MX))
         if end != at:
@@ -3490,7 +3471,7 @@ class Resolver:
         labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
         for server in tries:
             until = self._clock() + self._timeout / len(tries)
-            query = secrets.token_bytes(2) + struct.pack(f"!HHxxxxxx{len(labels)}sxHH", 0x0100, 1, labels, kind, 1)
+            query = secrets.token_bytes(2) + b"\1\0\0\1" + bytes(6) + labels + struct.pack("!xHH", kind, 1)
             try:
                 message = self._exchange(server, socket.SOCK_DGRAM, query, until)
                 if message[2] & 0x02:
@@ -3502,12 +3483,12 @@ class Resolver:
 
     def _exchange(self, server: Address, kind: int, query: bytes, until: float) -> bytes:
         """Return the server's answer to a query; OSError when there is none in time."""
-        found = socket.getaddrinfo(*server[:2], type=kind, flags=socket.AI_NUMERICHOST)[0]
+        *kinds, _, address = socket.getaddrinfo(*server[:2], type=kind, flags=socket.AI_NUMERICHOST)[0]
         # On TCP a message stands behind its length (RFC 7766 8).
         stream, octets = kind == socket.SOCK_STREAM, b""
-        with socket.socket(*found[:3]) as sock:
+        with socket.socket(*kinds) as sock:
             sock.settimeout(max(0.001, until - self._clock()))
-            sock.connect(found[4])
+            sock.connect(address)
             sock.sendall(struct.pack("!H", len(query)) + query if stream else query)
             while (left := until - self._clock()) > 0:
                 sock.settimeout(left)
