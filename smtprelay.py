@@ -3032,11 +3032,9 @@ class Scheduler:
                 due = self.clock() + delay
                 self.waiting[stem] = {**self.waiting.get(stem, NOWHERE), lane: due}
                 heapq.heappush(self.heap, (due, stem, lane))
-                if due < self.alarm:
-                    self.changed.notify()
             else:
                 self._enter(stem, lane)
-                self._stir(lane)
+            self._stir(lane)
 
     def put_all(self, stems: Iterable[str], lane: str) -> None:
         """Queue messages that are not known yet, all at once, before the first of them is taken."""
@@ -4096,9 +4094,8 @@ class Delivery:
         left = [a for a in finals if a not in passed] if passed else finals
         return [a for a in left if "!" + a not in passed] or left or finals[:1]
 
-    def is_allowed(self, recipient: Recipient) -> bool:
-        allowed = self.settings.relay_allowed_recipients.search
-        return all(map(allowed, self.finals(recipient.address)))
+    def is_allowed(self, address: str) -> bool:
+        return all(map(self.settings.relay_allowed_recipients.search, self.finals(address)))
 
     def mx_targets(self, domain: str) -> Iterator[Target]:
         """Yield each address of each host of a domain, up to our own (RFC 5321 5.1)."""
@@ -9184,9 +9181,12 @@ class Delivering:
 
     def work_at(self, task: Task) -> None:
         """Do one task, come what may: what makes us stumble waits as after a refusal, and says why."""
-        stem = task.stem
+        stem, lane = task
         try:
-            (self.sort if task.lane in LOCAL_LANES else self.deliver)(task)
+            if lane in LOCAL_LANES:
+                self.sort(stem)
+            else:
+                self.deliver(stem, lane)
             self.stumbles.pop(stem, None)
         except SpoolError as e:
             self.spool.set_aside(stem + ".eml", str(e))
@@ -9196,7 +9196,7 @@ class Delivering:
                 return
             times = self.stumbles.get(stem, (0,))[0] + 1
             delay = backoff(self.settings, times, self.scheduler.rng)
-            self.scheduler.put(stem, task.lane, delay)
+            self.scheduler.put(stem, lane, delay)
             self.stumbles[stem] = times, f"trouble here: {e}", iso_time(time.time() + delay)
             if isinstance(e, OSError):
                 self.log.error("spool_error", stem=stem, error=e, seconds=round(delay, 1))
@@ -9205,9 +9205,9 @@ class Delivering:
         finally:
             self.scheduler.done(stem)
 
-    def sort(self, task: Task) -> None:
+    def sort(self, stem: str) -> None:
         """Do what a message's record says is owed here, and queue it for its next hops in time."""
-        stem, message = task.stem, self.record(task.stem)
+        message = self.record(stem)
         unsettled = message.status not in SETTLED
         if (message.status is Status.RECEIVED and self.settings.delivery == "hold"
                 and "RELEASED" not in message.flags):
@@ -9226,16 +9226,15 @@ class Delivering:
                 if lane not in self.scheduler.waiting[stem]:
                     self.scheduler.put(stem, lane, min(wait, self.settings.retry_max_delay))
 
-    def deliver(self, task: Task) -> None:
+    def deliver(self, stem: str, lane: str) -> None:
         """Make one attempt, and queue the message for the next where one is owed."""
-        stem, lane = task
         if stem in self.finished or stem in self.held:
             return None  # told of twice, by the Link and by a look through the spool
         message, content = self.spool.fetch(stem)
         with content:
             message = self.unwritten.get(stem, message)
             for r in message.recipients if "RELEASED" not in message.flags else ():
-                if r.status is Status.RECEIVED and not self.delivery.is_allowed(r):
+                if r.status is Status.RECEIVED and not self.delivery.is_allowed(r.address):
                     r.status, r.reply = Status.HELD, HELD_BY_RULE
             self.unwritten[stem] = message  # come what may
             owed = self.delivery.routes(message).get(lane)
@@ -9533,7 +9532,7 @@ class Delivering:
             if not self.owe(message.stem):
                 raise HttpError(409, f"being delivered just now: {id}")
             return
-        barred = [a for a in to if a not in own and not self.delivery.is_allowed(Recipient(a))]
+        barred = [a for a in to if a not in own and not self.delivery.is_allowed(a)]
         if barred and not beyond:
             raise HttpError(400, f"not among SMTP_RELAY_ALLOWED_RECIPIENTS: {', '.join(barred)}; "
                             'with "Beyond": true it goes there all the same')
