@@ -450,9 +450,9 @@ class SettingsError(Exception):
 
     status = EX_CONFIG
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
-        self.problems = list(problems)
+        self.problems = [*problems]
 
 
 class Address(NamedTuple):
@@ -501,27 +501,30 @@ port_number = numeric(int, "a port from 0 to 65535", most=65535)
 duration.__name__, count.__name__ = "duration", "count"  # so argparse calls them
 
 
-def like(kind: Callable[[str], Value], pattern: str, expected: str) -> Callable[[str], Value]:
-    """Return a parser for a text that a pattern fits, or for none at all."""
+def like(kind: Callable[[str], Value], expected: str, pattern: str = "(?s).*") -> Callable[[str], Value]:
+    """Return a parser for a text that a pattern fits, or for none at all; what `kind` raises is said, too."""
     def parse(text: str) -> Value:
         if text and not re.fullmatch(pattern, text):
             raise ValueError(expected)
-        return kind(text)
+        try:
+            return kind(text)
+        except (ValueError, re.error) as e:
+            raise ValueError(f"{expected} ({e})") from None
     return parse
 
 
 def choice(allowed: str) -> Callable[[str], str]:
     """Return a parser for one of the words allowed, or none; `this=that` lets this word mean that one."""
     table = {word: meant or word for word, _, meant in (each.partition("=") for each in allowed.split())}
-    return like(lambda text: table.get(text.lower(), ""), "(?ai)" + "|".join(table), "one of " + ", ".join(table))
+    return like(lambda text: table.get(text.lower(), ""), "one of " + ", ".join(table), "(?ai)" + "|".join(table))
 
 
 yes_no = choice("1 true=1 yes=1 on=1 0 false=0 no=0 off=0")
-methods = like(lambda text: words(text.lower()), r"(?i)((plain|login|cram-md5)([,\s]+|$))+",
-               "a list of plain, login, cram-md5")
-printable = like(str, "[ -~]{0,200}", "up to 200 printable ASCII characters")
-host_name = like(str, r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name such as mail.example.com")
-mailbox = like(str, r"[^\s<>@]{1,250}@[^\s<>@]{1,250}", "an address such as bob@example.com")
+methods = like(lambda text: words(text.lower()), "a list of plain, login, cram-md5",
+               r"(?i)((plain|login|cram-md5)([,\s]+|$))+")
+printable = like(str, "up to 200 printable ASCII characters", "[ -~]{0,200}")
+host_name = like(str, "a host name such as mail.example.com", r"[A-Za-z0-9._:\[\]-]{1,255}")
+mailbox = like(str, "an address such as bob@example.com", r"[^\s<>@]{1,250}@[^\s<>@]{1,250}")
 
 
 def flag(text: str) -> bool:
@@ -541,13 +544,6 @@ def appendable(text: str) -> str:
     return text
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as e:
-        raise ValueError(f"a regular expression ({e})") from None
-
-
 def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^,\s]+", text))
 
@@ -560,30 +556,23 @@ def split_port(text: str, default: str) -> tuple[str, int]:
     return match[1] or match[2] or "", port_number(match[3] or default)
 
 
-def listen(text: str) -> Addresses:
+def places(text: str) -> Addresses:
     """Read a list of places to listen: a port alone means both loopback addresses, off none."""
     found = []
     named = {"": ["0.0.0.0", "::"], "*": ["0.0.0.0"], "localhost": ["127.0.0.1", "::1"]}
-    try:
-        for part in words(text):
-            if part.startswith("unix:/"):
-                found.append(Address("", 0, part[5:]))
-            elif part.lower() not in ("off", "none"):
-                host, port = split_port(f"localhost:{part}" if part.isdigit() else part, "none")
-                found += [Address(str(ipaddress.ip_address(each)), port) for each in named.get(host, [host])]
-    except ValueError as e:
-        raise ValueError(f"a port, addr:port, :port, an absolute path after unix:, or a list of them ({e})") from None
+    for part in words(text):
+        if part.startswith("unix:/"):
+            found.append(Address("", 0, part[5:]))
+        elif part.lower() not in ("off", "none"):
+            host, port = split_port(f"localhost:{part}" if part.isdigit() else part, "none")
+            found += [Address(str(ipaddress.ip_address(each)), port) for each in named.get(host, [host])]
     return tuple(found)
 
 
 def dns_servers(text: str) -> Addresses:
     """Read a list of addr, addr:port or [IPv6]:port."""
-    try:
-        ends = [split_port(f"[{part}]" if part.count(":") > 1 and "[" not in part else part, "53")
-                for part in words(text)]
-        return tuple(Address(str(ipaddress.ip_address(host)), port or port_number("none")) for host, port in ends)
-    except ValueError:
-        raise ValueError("an IP address, or address:port") from None
+    ends = [split_port(f"[{part}]" if part.count(":") > 1 and "[" not in part else part, "53") for part in words(text)]
+    return tuple(Address(str(ipaddress.ip_address(host)), port or port_number("none")) for host, port in ends)
 
 
 def shown_url(url: str) -> str:
@@ -592,10 +581,11 @@ def shown_url(url: str) -> str:
 
 
 def networks(text: str) -> Networks:
-    try:
-        return tuple(ipaddress.ip_network(w, strict=False) for w in words(text.replace("loopback", "127.0.0.0/8 ::1")))
-    except ValueError as e:
-        raise ValueError(f"networks such as 192.168.1.0/24 or fd00::/8, or loopback ({e})") from None
+    return tuple(ipaddress.ip_network(w, strict=False) for w in words(text.replace("loopback", "127.0.0.0/8 ::1")))
+
+
+listen = like(places, "a port, addr:port, :port, an absolute path after unix:, or a list of them")
+clients = like(networks, "networks such as 192.168.1.0/24 or fd00::/8, or loopback")
 
 
 def are_private(given: Networks) -> bool:
@@ -672,9 +662,9 @@ class Settings:
     smtps_port = setting(listen, "the same, for listeners with TLS from the first byte")
     hostname = setting(host_name, "the name in greetings, HELO and Received", shown="this machine's name")
     banner = setting(printable, "smtprelay ready | the words after the host name in the 220")
-    allow_networks = setting(networks, "loopback | clients that may connect: a list of networks")
+    allow_networks = setting(clients, "loopback | clients that may connect: a list of networks")
     proxy_networks = setting(
-        networks, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
+        clients, "balancers whose connections open with a PROXY header (v1 or v2) that names the client")
     max_size = setting(size, "10MiB | octets of content in one message")
     max_recipients = setting(positive, "100 | recipients in one transaction")
     max_connections = setting(positive, "1000 | sessions at once; one more gets 421")
@@ -708,7 +698,7 @@ class Settings:
     spool_max_messages = setting(count, "0 | messages in the spool, likewise; 0 is no limit")
     spool_min_free = setting(size, "64MiB | less free disk space than this: 452")
     spool_key = setting(
-        like(bytes.fromhex, "[0-9A-Fa-f]{64}", "64 hexadecimal digits"),
+        like(bytes.fromhex, "64 hexadecimal digits", "[0-9A-Fa-f]{64}"),
         "32 octets in hexadecimal: messages at rest are AES-256-GCM", secret=True)
     keep = setting(duration, "7d | how long finished messages stay; a held one has no age limit")
     fsync = setting(flag, "1 | sync each message to disk before its 250; 0 is for tests")
@@ -733,7 +723,8 @@ class Settings:
     relay_return_path = setting(mailbox, "replaces the reverse-path (never the null one)")
     relay_redirect_to = setting(mailbox, "every recipient becomes this one; the original stays in X-Original-To")
     relay_allowed_recipients = setting(
-        pattern, "regular expression, found anywhere in the address; others are held, not sent")
+        like(lambda text: re.compile(text, re.IGNORECASE), "a regular expression"),
+        "regular expression, found anywhere in the address; others are held, not sent")
     relay_connections = setting(positive, "4 | connections to one next hop at once")
     relay_timeout = setting(duration, "30s | time for reaching a next hop: connection and TLS")
     relay_reply_timeout = setting(duration, "5m | time for each reply of a next hop, twice that after the final dot")
@@ -743,7 +734,9 @@ class Settings:
     aliases = setting(readable, "a file like /etc/aliases, read with SMTP_LOCAL_TO")
     lenient = setting(flag, "0 | take what old devices send (loopback and named networks alone)")
     mx_port = setting(port_number, "25 | the port of the recipients' hosts in mx mode")
-    dns_server = setting(dns_servers, "addr or addr:port, or a list, for mx mode", shown="from resolv.conf")
+    dns_server = setting(
+        like(dns_servers, "an IP address, or address:port"), "addr or addr:port, or a list, for mx mode",
+        shown="from resolv.conf")
     bounce = setting(flag, "1 | a failed message sends its sender a report")
     retry = setting(flag, "1 | 0: one attempt only")
     retry_max_attempts = setting(count, "0 | attempts that the next hop answered; 0 is no limit")
@@ -768,16 +761,16 @@ class Settings:
         listen, "127.0.0.1:8080 | the HTTP listener: addr:port, :port for every interface, off; port 0 is any free "
         "port")
     api_token = setting(printable, "Bearer token for /api and the page; needed for them off loopback", secret=True)
-    api_networks = setting(networks, "loopback | from where the API and the page need no token: a list of networks")
+    api_networks = setting(clients, "loopback | from where the API and the page need no token: a list of networks")
     tags = setting(
-        like(str, r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*", "TAG=SEARCH, or several parted by ;"),
+        like(str, "TAG=SEARCH, or several parted by ;", r"(\s*[^\s=;][^=;]*=\s*[^;\s][^;]*(;|$))+\s*"),
         "rules that tag messages: TAG=SEARCH, parted by ;")
     web_root = setting(
-        like(str, "/|(/[A-Za-z0-9._~-]+)+/?", "a path such as /mail"),
+        like(str, "a path such as /mail", "/|(/[A-Za-z0-9._~-]+)+/?"),
         "/ | the path under which a reverse proxy shows the page")
     webhook_url = setting(
-        like(str, r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?",
-             "an http:// or https:// address"),
+        like(str, "an http:// or https:// address",
+             r"https?://([^\s/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#][!-~]*)?"),
         "POSTed a JSON event on received, forwarded, failed")
     log_level = setting(
         choice("debug info warn error warning=warn notice=info information=info trace=debug verbose=debug err=error "
@@ -825,7 +818,7 @@ class Settings:
             text for holds, text in conflicts(settings)  # what follows from a mistake is not said, too
             if holds and not wrong.keys() & re.findall("SMTP_[A-Z_]+", text)]
         if problems:
-            raise SettingsError(problems)
+            raise SettingsError(*problems)
         return settings
 
 
@@ -1817,8 +1810,8 @@ def open_sealer(settings: Settings) -> Sealer:
             if sealer.unseal(file.read(KIB), KEY_CHECK) != KEY_CHECK.encode():
                 raise SpoolError(f"{KEY_CHECK} was altered")
     except SpoolError as e:
-        raise SettingsError([f"SMTP_SPOOL_KEY=(a secret): expected a key that works for {settings.spool}: "
-                             f"{e}"]) from None
+        raise SettingsError(
+            f"SMTP_SPOOL_KEY=(a secret): expected a key that works for {settings.spool}: {e}") from None
     return sealer
 
 
@@ -2039,7 +2032,7 @@ def check_spool(path: str) -> None:
     try:
         names = set(os.listdir(path))
     except NotADirectoryError:
-        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory"]) from None
+        raise SettingsError(f"SMTP_SPOOL={path!r}: expected a directory") from None
     except OSError:  # made when it is opened, which says what else is wrong
         return
     if names >= {".lock", "bad"}:  # which every spool has that was opened once
@@ -2049,8 +2042,8 @@ def check_spool(path: str) -> None:
             and all(map(NAME.fullmatch, os.listdir(f"{path}/{n}")))}
     strange = sorted(names - days - {*KEPT_NAMES, "lost+found"})
     if strange:
-        raise SettingsError([f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
-                             f"this one holds {', '.join(strange[:3])}"])
+        raise SettingsError(f"SMTP_SPOOL={path!r}: expected a directory that is empty, or a relay's own; "
+                            f"this one holds {', '.join(strange[:3])}")
 
 
 class Spool:
@@ -2412,9 +2405,9 @@ def read_users(path: str) -> dict[str, Any]:
     try:
         users = json.loads(read_whole(path))
     except (ValueError, RecursionError) as error:
-        raise SettingsError([f"expected JSON: {error}"]) from None
+        raise SettingsError(f"expected JSON: {error}") from None
     if not isinstance(users, dict):
-        raise SettingsError(["expected a JSON object of accounts by name"])
+        raise SettingsError("expected a JSON object of accounts by name")
     return users
 
 
@@ -2448,7 +2441,7 @@ def parse_users(users: Mapping[str, Any]) -> Logins:
             wrong = [f"name or api_key is account {other}'s, too" for other in sorted(others - {name})]
         mistakes += [f"account {name}: {mistake}" for mistake in wrong]
     if mistakes:
-        raise SettingsError(mistakes)
+        raise SettingsError(*mistakes)
     return logins
 
 
@@ -2547,14 +2540,14 @@ class Accounts:
         path, user = self.settings.users_file, self.settings.auth_user
         users = read_users(path) if path else {}
         if user and user in users:
-            raise SettingsError([f"account {user}: SMTP_AUTH_USER has the same name"])
+            raise SettingsError(f"account {user}: SMTP_AUTH_USER has the same name")
         mine = {user: {"password": self.settings.auth_password}} if user else {}
         logins, sealer = parse_users({**users, **mine}), Sealer(self.settings.spool_key)
         try:
             logins = {login: a._replace(relay_password=sealer.unseal_text(
                 a.relay_password, f"{a.name}/relay_password")) for login, a in logins.items()}
         except SpoolError as e:
-            raise SettingsError([str(e)]) from None
+            raise SettingsError(str(e)) from None
         clear = [name for name in users if not is_hash(logins[name].password or "scrypt:")]
         if clear:
             self.log.warn("users_file", file=path,
@@ -2841,7 +2834,7 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error) or "one of them is not PEM"
-        raise SettingsError([f"certificate {cert}, key {key}: {reason}"]) from None
+        raise SettingsError(f"certificate {cert}, key {key}: {reason}") from None
     return context
 
 
@@ -2867,7 +2860,7 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
         try:
             context.load_verify_locations(ca_file)
         except (OSError, ValueError) as error:
-            raise SettingsError([f"SMTP_RELAY_CA_FILE {ca_file}: {error}"]) from None
+            raise SettingsError(f"SMTP_RELAY_CA_FILE {ca_file}: {error}") from None
     return context
 
 
@@ -2933,7 +2926,7 @@ def openssl(*arguments: str, given: bytes = b"") -> bytes:
         return subprocess.run(("openssl", *arguments), input=given, capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         words = (getattr(error, "stderr", b"") or b"").decode("utf-8", "replace").strip()[-300:]
-        raise SettingsError([f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error} {words}"]) from None
+        raise SettingsError(f"SMTP_TLS_SELF_SIGNED needs the openssl program: {error} {words}") from None
 
 
 # === 11 SCHEDULER ============================================================
@@ -4644,7 +4637,7 @@ class Faults:
         try:
             self.change(text)
         except ValueError as e:
-            raise SettingsError([f"SMTP_FAULTS: {e}"]) from None
+            raise SettingsError(f"SMTP_FAULTS: {e}") from None
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[dict[str, Any]]:
@@ -9656,7 +9649,7 @@ class Parts:
         except SettingsError as e:
             problems.append(f"SMTP_TLS_CERT, SMTP_TLS_KEY: {e}")
         if problems:
-            raise SettingsError(problems)
+            raise SettingsError(*problems)
 
     def close(self) -> None:
         self.opened.close()
@@ -10007,7 +10000,7 @@ def start(**settings: object) -> Relay:
     given = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
     unknown = sum(unknown_settings(given), [])
     if unknown:
-        raise SettingsError(unknown)
+        raise SettingsError(*unknown)
     defaults = {"SMTP_PORT": "127.0.0.1:0", "SMTP_HEALTH_ADDR": "127.0.0.1:0", "SMTP_STORAGE": "memory"}
     real = given.get("SMTP_RELAY_HOST") or given.get("SMTP_DELIVERY") == "mx"
     upstream = None if real else Upstream()
