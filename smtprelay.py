@@ -6784,8 +6784,7 @@ PAGE = r"""<!doctype html>
   --ink: light-dark(#1c1b1a, #eae9e7); --soft: light-dark(#63605b, #a5a3a0);
   --pick: light-dark(#e8eefb, #27324b); --accent: light-dark(#2456c8, #93b4ff);
   --good: light-dark(#1b7340, #74c99a); --warn: light-dark(#8f5400, #e5b463);
-  --bad: light-dark(#b0241c, #ff9489);
-  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+  --bad: light-dark(#b0241c, #ff9489); --mono: ui-monospace, Menlo, Consolas, monospace;
 }
 .forwarded, .ok, .on { --tone: var(--good); }
 .deferred, .retrying, .throttled { --tone: var(--warn); }
@@ -6794,20 +6793,21 @@ PAGE = r"""<!doctype html>
 [hidden] { display: none !important; }
 body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
   color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere;
   font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif; }
 h1 { font-size: 20px; font-weight: 600; line-height: 1.3; letter-spacing: -.014em; }
 h1:focus { outline: none; }
 h2 { font-size: 13px; font-weight: 600; }
 ol, ul { list-style: none; }
 a { color: var(--accent); text-underline-offset: 2px; }
-header, #strip, #tools, .row, [role=tablist], th, td, #side li { border-bottom: 1px solid var(--line); }
+header, #strip, #tools, .row, [role=tablist], th, td { border-bottom: 1px solid var(--line); }
 header, nav, #tools, .row div, .acts, [role=tablist], .view, .title, .try { display: flex; }
 header, #tools, .view, .title { align-items: center; }
 time, dt, th, .soft, nav a, nav span, #live, .hours, figcaption, #tools span, .tag, button.plain,
 [role=tab], dialog p, dialog label { color: var(--soft); }
 time { white-space: nowrap; }
 pre, code, .mono { font: 12.5px/1.55 var(--mono); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 button, input { padding: 4px 10px; font: inherit; color: inherit; background: var(--paper);
   border: 1px solid var(--line); border-radius: 6px; }
@@ -6820,11 +6820,12 @@ button.plain { padding: 4px 6px; background: none; border-color: transparent; }
 button.plain:hover { color: var(--ink); }
 .busy::after { content: " …"; }
 /* The bar */
-header { gap: 4px 20px; padding: 8px 16px; }
-nav { gap: 16px; }
-nav a { padding: 4px 0; text-decoration: none; }
-nav a:is(:hover, [aria-current=page]) { color: var(--ink); }
-nav a[aria-current=page] { box-shadow: 0 2px var(--accent); }
+header { gap: 4px 20px; padding: 5px 16px; }
+nav, [role=tablist] { gap: 18px; }
+nav a, [role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none;
+  text-decoration: none; outline-offset: -2px !important; }
+:is(nav a, [role=tab]):is(:hover, [aria-current=page], [aria-selected=true]) { color: var(--ink); }
+:is([aria-current=page], [aria-selected=true]) { box-shadow: inset 0 -2px var(--accent); }
 nav span, #live, th, .hours, figcaption, .row :is(time, .status, .files) { font-size: 12px; }
 #search { display: block; width: 100%; max-width: 480px; margin: auto; border-color: var(--line); }
 #search::placeholder { color: var(--soft); opacity: 1; }
@@ -6863,23 +6864,18 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
   box-shadow: inset 0 0 0 1px var(--line); }
 /* A message */
 #head { padding: 18px 24px 12px; }
-#head h1, #head dd { max-height: 5lh; overflow: auto; overflow-wrap: anywhere; }
+#head h1, #head dd { max-height: 5lh; overflow: auto; }
 dl { display: grid; grid: auto / auto 1fr; gap: 1px 16px; align-items: baseline; margin-top: 8px; }
 .acts { flex-wrap: wrap; gap: 6px; margin-top: 14px; }
-.code { margin-right: 8px; font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
-dd button { padding: 0 8px; }
-[role=tablist] { flex: none; gap: 20px; padding: 0 24px; overflow-x: auto; }
-[role=tab] { padding: 7px 0; border: 0; border-radius: 0; background: none;
-  outline-offset: -2px !important; }
-[role=tab]:is(:hover, [aria-selected=true]) { color: var(--ink); }
-[role=tab][aria-selected=true] { box-shadow: inset 0 -2px var(--accent); }
+.code { font: 600 15px/1.4 var(--mono); letter-spacing: .06em; }
+:is(dd, .view, .do) button { margin-left: 6px; padding: 1px 9px; }
+[role=tablist] { flex: none; padding: 0 24px; overflow-x: auto; }
 #body { flex: 1; padding: 18px 24px; outline-offset: -2px; }
 :is(#body, .sheet) h2 { margin: 26px 0 6px; }
 #body h2:first-child { margin-top: 0; }
 #body.html { display: flex; flex-direction: column; min-height: 360px; padding: 0; }
-.view { gap: 6px; padding: 6px 24px; font-size: 12.5px; }
+.view { padding: 6px 24px; font-size: 12.5px; }
 .view .soft { margin-right: auto; white-space: nowrap; }
-.view button { padding: 3px 9px; }
 .frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line); }
 iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0; background: #fff;
   color-scheme: light; }
@@ -6888,37 +6884,32 @@ iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0;
 table { width: 100%; border-collapse: collapse; }
 th { font-weight: 500; text-align: left; }
 th, td { padding: 7px 16px 7px 0; vertical-align: top; }
-td { min-width: 9ch; overflow-wrap: anywhere; }
+td { min-width: 9ch; }
 th:first-child { width: 30%; }
 td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
-td.do button { margin-left: 6px; padding: 2px 9px; }
-.history li { display: grid; grid-template-columns: 9ch 12ch 1fr; gap: 12px; padding: 3px 0; }
-.box { padding: 9px 12px; background: var(--wash); border-radius: 6px; overflow-wrap: anywhere; }
+.box { padding: 9px 12px; background: var(--wash); border-radius: 6px; }
 /* Overview, queue, accounts */
 .sheet { width: 100%; max-width: 1040px; padding: 20px 24px; }
-.sheet p { margin-top: 6px; }
+.sheet p, dialog p { margin-top: 6px; }
 .title { gap: 8px; min-height: 32px; margin-bottom: 8px; }
 .try { flex-wrap: wrap; gap: 8px; align-items: start; margin-top: 8px; }
 .try code { flex: 1 400px; }
 .try span { display: inline-block; max-width: 100%; }
 meter { width: 60px; height: 10px; }
 #side { padding: 14px 16px; overflow: auto; }
-#side li { padding: 8px 0; overflow-wrap: anywhere; }
-#side li div { display: flex; justify-content: space-between; gap: 12px; }
 #side table { margin-bottom: 20px; }
-#side td { padding: 3px 0; border: 0; }
-#side :is(th, td) + :is(th, td) { padding-right: 0; text-align: right; }
+#side :is(th, td) { padding: 3px 0; border: 0; }
+#side :is(th, td) + :is(th, td) { padding-left: 12px; text-align: right; }
 /* What is said, what is asked */
 #said { position: fixed; bottom: 20px; left: 50%; translate: -50%; max-width: 90vw;
   padding: 8px 16px; color: var(--paper); background: var(--ink); border-radius: 8px;
-  overflow-wrap: anywhere; opacity: 0; pointer-events: none; }
+  opacity: 0; pointer-events: none; }
 #said.shown { opacity: 1; }
 #heard { position: fixed; clip-path: inset(50%); pointer-events: none; }
 dialog { width: min(440px, 92vw); margin: auto; padding: 20px 24px; color: inherit;
   background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
 dialog::backdrop { background: #0005; }
 dialog h2 { font-size: 16px; }
-dialog p { margin-top: 6px; overflow-wrap: anywhere; }
 dialog label { display: block; margin-top: 12px; font-size: 12px; }
 dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
 dialog dl { gap: 6px 16px; margin: 12px 0; }
@@ -6940,16 +6931,11 @@ kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); b
     & #pane { flex: none; overflow: visible; }
   }
   #head, #body, .sheet, .view, [role=tablist] { padding-left: 16px; padding-right: 16px; }
-  [role=tablist] { gap: 16px; }
   .back { margin: -8px 0 4px -6px; }
-  .acts { gap: 4px; }
-  .acts button { padding: 4px 7px; }
   #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
   #pane td::before { content: attr(data-label); grid-row: span 3; color: var(--soft); }
   #pane td.do { display: block; padding-top: 6px; }
-  .history li { grid-template-columns: 9ch 1fr; gap: 0 12px; }
-  .history li span + span { grid-column: 1 / -1; }
 }
 </style>
 </head>
@@ -7460,8 +7446,8 @@ function showDelivery(d) {
       [bdi(who.address), status(who.status), who.reply ? [who.code > 0 && `${who.code} `, who.reply]
         : soft('not asked yet'), soft(who.host)])),
     h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
-    h('ol.history', few(d.history || [], step => h('li', [
-      time(step.at, dated(SECONDS, step.at)), status(step.status), h('span', step.detail)]))),
+    table(['Time', 'Status', 'Detail'], (d.history || []).map(step =>
+      [time(step.at, dated(SECONDS, step.at)), status(step.status), step.detail])),
     transcript && [h('h2', 'Transcript'), h('pre.box', short(transcript), {tabindex: 0})]];
 }
 
@@ -7521,11 +7507,10 @@ function renderQueue() {
     m.next_attempt_at && ticking(m.next_attempt_at),
     [button('Retry', () => retry(m.id), '', {'data-key': 'retry ' + m.id}),
       button('Delete', () => remove(m.id, m.status), '.danger', {'data-key': 'delete ' + m.id})]];
-  const hop = it => h('li', [h('div', [bdi(it.name), status(it.state)]),
-    h('div.soft', [`${count(it.active)} active, ${count(it.waiting)} waiting`,
-      it.until && h('span', ['probe ', ticking(it.until)])]), h('p.soft', it.reason)]);
-  fill($('side'), [h('h2', 'Next hops'),
-    hops.length ? h('ul', few(hops, hop)) : soft('None yet.')]);
+  const hop = it => [[bdi(it.name), h('div.soft', [
+    `${count(it.active)} active, ${count(it.waiting)} waiting`,
+    it.until && [', probe ', ticking(it.until)]]), h('div.soft', it.reason)], status(it.state)];
+  fill($('side'), table(['Next hops', hops.length ? 'State' : 'none yet'], hops.map(hop)));
   sheet([h('h1', total ? `${count(total)} owed` : 'Nothing is owed'),
     total > 0 && button('Retry all', () => retry('all'))],
   total > 0 && table(['Message', 'Reason', 'Attempts', 'Next', ''], messages.map(line)),
