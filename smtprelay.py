@@ -6790,7 +6790,8 @@ PAGE = r"""<!doctype html>
 .deferred, .retrying, .throttled { --tone: var(--warn); }
 .failed { --tone: var(--bad); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
-[hidden] { display: none !important; }
+body:is([data-empty], :not([data-view=inbox])) :is(#tools, #list), [data-view=inbox] #side {
+  display: none; }
 body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
   color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere;
@@ -6981,7 +6982,7 @@ const list = $('list'), rows = $('rows'), pane = $('pane');
 const state = {
   view: 'inbox', id: '', message: null, tab: 'html', phone: innerWidth < 760, remote: false,
   query: '', listed: null, total: 0, unread: 0, rows: new Map(), cursor: -1,
-  queue: {messages: [], next_hops: []}, users: [], info: {}, stats: {}, token: '',
+  queue: {messages: [], next_hops: [], total: 0}, users: [], info: {}, stats: {}, token: '',
   lost: false, busy: false, warning: '', theme: '',
 };
 
@@ -7009,7 +7010,6 @@ const button = (name, work, kind = '', props) => h('button' + kind, name,
   {type: 'button', 'data-key': name, onclick: () => attempt(work), ...props});
 const copier = text => button('Copy', () => copy(text), '', {'data-key': 'copy ' + text});
 const follow = url => h('a', url, {href: url, target: '_blank', rel: 'noopener noreferrer'});
-const isWeb = url => /^https?:/i.test(url);
 const bdi = text => h('bdi', text);
 const sheet = (title, ...rest) => fill(pane, h('div.sheet', [h('div.title', title), rest]));
 const soft = children => h('span.soft', children);
@@ -7028,7 +7028,6 @@ const enc = encodeURIComponent;
 const count = n => Number(n || 0).toLocaleString('en');
 const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? '' : 's'}`;
 const person = who => who?.Name || who?.Address || 'nobody';
-const address = who => typeof who === 'string' ? who : who.Address || who.address;
 const names = text => text.split(/[\s,;]+/).filter(Boolean);
 const short = text => text.length <= LONG ? text
   : text.slice(0, LONG) + '\n\n… cut here: download the message to read all of it.';
@@ -7042,8 +7041,7 @@ const CLOCK = format({timeStyle: 'short'}), SECONDS = format({timeStyle: 'medium
 const DAY = format({day: 'numeric', month: 'short'});
 const FULL = format({dateStyle: 'medium', timeStyle: 'long'});
 const dated = (format, at) => isNaN(Date.parse(at)) ? '' : format.format(new Date(at));
-const isToday = at => new Date(at).toDateString() === new Date().toDateString();
-const when = at => dated(isToday(at) ? CLOCK : DAY, at);
+const when = at => dated(dated(DAY, at) === DAY.format() ? CLOCK : DAY, at);
 const AGO = new Intl.RelativeTimeFormat('en', {style: 'short', numeric: 'auto'});
 function relative(at) {
   const seconds = Math.round((Date.parse(at) - Date.now()) / 1000);
@@ -7137,8 +7135,6 @@ function render() {
   document.body.dataset.view = view;
   document.body.toggleAttribute('data-open', id !== '');
   document.body.toggleAttribute('data-empty', view === 'inbox' && !total && !query);
-  $('tools').hidden = list.hidden = view !== 'inbox' || (!total && !query);
-  $('side').hidden = view === 'inbox';
   const found = busy ? 'Searching' : query ? `${count(total)} found` : plural(total, 'message');
   fill($('tools'), [h(busy ? 'span.busy' : 'span', lost ? 'Cannot reach the relay'
     : [found, warning && `: ${warning}`], {role: 'status'}),
@@ -7173,8 +7169,8 @@ function renderStrip() {
   const caption = h('figcaption', words(hours));
   const column = (hour, i) => {
     const tall = FLOWS.map(key => hour[key] && Math.max(1, hour[key] * scale));
-    const bars = FLOWS.map((key, n) => box(i * 10, line + (n && 2) - tall[0] + sum(tall.slice(0, n)),
-      6, tall[n], key));
+    const bars = FLOWS.map((key, n) =>
+      box(i * 10, line + (n && 2) - tall[0] + sum(tall.slice(0, n)), 6, tall[n], key));
     return h('g', [box(i * 10 - 2, 0, 10, 52, 'hit'), bars],
       {onpointerenter: () => fill(caption, [`${dated(CLOCK, hour.at)}:`, words([hour])]),
         onpointerleave: () => fill(caption, words(hours))});
@@ -7230,17 +7226,17 @@ function renderList() {
 function drawRow(row, i) {
   const {cursor, info, id, total} = state;
   const kind = `row ${row.Read ? '' : 'unread'} ${i === cursor ? 'cursor' : ''}`;
-  const to = [row.To, row.Cc, row.Bcc].flatMap(some => some || []);
+  const to = [row.To, row.Cc, row.Bcc].flat();
   /* How mail ordinarily ends here goes without saying. */
   const ordinary = info.Delivery === 'hold' ? 'held' : 'forwarded';
   const node = h('div', [
     h('div', [h('span.clip', [h('bdi', h('b', person(row.From))),
-      h('bdi.soft', ['to ', to.length ? address(to[0]) : 'nobody',
+      h('bdi.soft', ['to ', to[0]?.Address || 'nobody',
         to.length > 1 && ` +${to.length - 1}`])]), time(row.Created, when(row.Created))]),
     h('div', [h('span.clip', [h('bdi', h('b', row.Subject || '(no subject)')),
-      h('bdi.soft', row.Snippet)]), few(row.Tags || [], tag => h('span.tag', tag), 2),
+      h('bdi.soft', row.Snippet)]), few(row.Tags, tag => h('span.tag', tag), 2),
     row.Attachments > 0 && h('span.files', plural(row.Attachments, 'file')),
-    row.Status && row.Status !== ordinary && status(row.Status)])],
+    row.Status !== ordinary && status(row.Status)])],
   {id: 'row-' + i, class: kind, role: 'option', 'data-id': row.ID,
     'aria-selected': String(row.ID === id), 'aria-posinset': i + 1, 'aria-setsize': total,
     onclick: () => open(row.ID)});
@@ -7343,9 +7339,8 @@ async function updateMessage() {
   renderHead();
   if (state.tab === 'delivery') renderBody();
 }
-const files = m => [...m.Attachments || [], ...m.Inline || []];
-const links = m => [...(m.Codes || []).map(code => ['code', code]),
-  ...(m.Links || []).map(link => ['link', link])];
+const files = m => [...m.Attachments, ...m.Inline];
+const links = m => [...m.Codes.map(code => ['code', code]), ...m.Links.map(url => ['link', url])];
 const TABS = [  /* key, name, how many (0 hides it, true is not a number), what it shows */
   ['html', 'HTML', m => Boolean(m.HTML), showHTML],
   ['text', 'Text', () => true, m => h('pre', linked(short(m.Text || '(no text)')))],
@@ -7353,9 +7348,9 @@ const TABS = [  /* key, name, how many (0 hides it, true is not a number), what 
     h('pre', short(await (await api('GET', mail(m.ID, '/raw'))).text()))],
   ['headers', 'Headers', () => true, showHeaders],
   ['attachments', 'Attachments', m => files(m).length, showFiles],
-  ['links', 'Links', m => links(m).length, m => table(['Kind', 'Text', ''], links(m).map(
-    ([kind, text]) => [soft(kind), isWeb(text) ? follow(text) : bdi(text), copier(text)]))],
-  ['delivery', 'Delivery', m => Boolean(m.Delivery), m => showDelivery(m.Delivery)],
+  ['links', 'Links', m => links(m).length, m => table(['Kind', 'Text', ''], links(m).map(([kind,
+    text]) => [soft(kind), /^https?:/i.test(text) ? follow(text) : bdi(text), copier(text)]))],
+  ['delivery', 'Delivery', () => true, m => showDelivery(m.Delivery)],
 ];
 const tabs = () => TABS.filter(([, , many]) => many(state.message));
 const tabNow = () => tabs().find(([key]) => key === state.tab) || tabs()[0];
@@ -7368,23 +7363,23 @@ function renderMessage() {
   renderBody();
 }
 function renderHead() {
-  const m = state.message, d = m.Delivery || {}, now = m.Status || d.status;
+  const m = state.message, {Status: now, Delivery: d} = m;
   const mailbox = (who, i) => [i > 0 && ', ', h('bdi', who.Name
     ? [who.Name, soft(` <${who.Address}>`)] : who.Address)];
-  const people = some => some?.length > 0 && few(some, mailbox, 12);
-  const lines = [['From', m.From && people([m.From])], ['To', people(m.To)], ['Cc', people(m.Cc)],
-    ['Bcc', people(m.Bcc)], ['Reply to', people(m.ReplyTo)],
+  const people = {From: [m.From], To: m.To, Cc: m.Cc, Bcc: m.Bcc, 'Reply to': m.ReplyTo};
+  const lines = [...Object.entries(people).map(([name, some]) => [name, few(some, mailbox, 12)]),
     ['Date', soft(`${dated(FULL, m.Date)} · ${octets(m.Size)}`)],
-    ['Tags', m.Tags?.length > 0 && few(m.Tags, tag => h('span.tag', tag), 12)],
-    ['Status', now && [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
+    ['Tags', few(m.Tags, tag => h('span.tag', tag), 12)],
+    ['Status', [status(now), d.next_attempt_at && [' ', ticking(d.next_attempt_at)],
       now !== 'forwarded' && d.last_error && soft(' · ' + d.last_error)]],
-    ['Code', m.Codes?.length > 0 && few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
+    ['Code', few(m.Codes, code => [h('span.code', code), copier(code)], 3)]];
   const first = OWED.includes(now) ? button('Retry now', () => retry(m.ID), '.main')
     : now === 'held' ? button('Release', () => release(m), '.main')
       : button('Resend', () => release(m));
   fill($('head'), [button('← Inbox', close, '.plain', {class: 'plain back'}),
     h('h1', bdi(m.Subject || '(no subject)'), {id: 'subject', tabindex: -1, 'data-key': 'subject'}),
-    h('dl', lines.map(([name, inside]) => inside && [h('dt', name), h('dd', inside)])),
+    h('dl', lines.map(([name, inside]) => flat(inside).length > 0 && [
+      h('dt', name), h('dd', inside)])),
     h('div.acts', [first, button('Mark unread', () => mark([m.ID], false)),
       button('Save', () => download(mail(m.ID, '/raw'), m.ID + '.eml')),
       button('Delete', () => remove(m.ID), '.danger')])]);
@@ -7440,26 +7435,26 @@ function showFiles(m) {
   }));
 }
 function showDelivery(d) {
-  const transcript = flat(d.transcript).join('\n');
   return [h('h2', 'Recipients'),
-    table(['Address', 'Status', 'Reply', 'Host'], (d.recipients || []).map(who =>
+    table(['Address', 'Status', 'Reply', 'Host'], d.recipients.map(who =>
       [bdi(who.address), status(who.status), who.reply ? [who.code > 0 && `${who.code} `, who.reply]
         : soft('not asked yet'), soft(who.host)])),
-    h('h2', `History, ${plural(d.attempts || 0, 'attempt')}`),
-    table(['Time', 'Status', 'Detail'], (d.history || []).map(step =>
+    h('h2', `History, ${plural(d.attempts, 'attempt')}`),
+    table(['Time', 'Status', 'Detail'], d.history.map(step =>
       [time(step.at, dated(SECONDS, step.at)), status(step.status), step.detail])),
-    transcript && [h('h2', 'Transcript'), h('pre.box', short(transcript), {tabindex: 0})]];
+    d.transcript.length > 0 && [h('h2', 'Transcript'),
+      h('pre.box', short(d.transcript.join('\n')), {tabindex: 0})]];
 }
 
 /* == What can be done to messages == */
 /* A held message whose recipients stay goes to them itself; to others goes a copy. */
 async function release(m) {
   const held = m.Status === 'held', verb = held ? 'Release' : 'Resend';
-  const known = m.Delivery?.recipients || [m.To, m.Cc, m.Bcc].flatMap(some => some || []);
+  const known = m.Delivery.recipients.map(who => who.address), value = known.join(', ');
   const form = await ask(`${verb} this message`, 'To these addresses, separated by commas.', verb,
-    [{name: 'to', label: 'To', value: known.map(address).join(', '), required: ''}]);
+    [{name: 'to', label: 'To', value, required: ''}]);
   if (!form) return;
-  const To = names(form.to), stay = held && To.join() === known.map(address).join();
+  const To = names(form.to), stay = held && To.join() === known.join();
   await change(`On its way to ${form.to}.`, 'POST',
     ...stay ? [`api/v1/queue/${enc(m.ID)}/retry`] : [mail(m.ID, '/release'), {To}]);
 }
@@ -7497,9 +7492,9 @@ async function copy(text) {
 
 /* == The queue and the next hops == */
 function renderQueue() {
-  const {messages, total = 0, next_hops: hops = []} = state.queue;
+  const {messages, total, next_hops: hops} = state.queue;
   const line = m => [
-    [h('a', bdi(m.recipients.slice(0, 2).map(address).join(', ')),
+    [h('a', bdi(m.recipients.slice(0, 2).join(', ')),
       {href: '#/message/' + enc(m.id), 'data-key': m.id}),
       m.recipients.length > 2 && ` +${m.recipients.length - 2}`,
       h('div.soft', ['from ', bdi(m.reverse_path || 'the null sender')])],
@@ -7556,10 +7551,9 @@ async function editUser(user) {
   await ask(`Account ${name}`, 'Shown this once: keep it somewhere safe.', 'Done',
     [{name: 'key', label: 'API key', value, readonly: ''}], '');
 }
-async function removeUser(name) {
-  if (await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove'))
-    await change('Removed.', 'DELETE', 'api/v1/users/' + enc(name));
-}
+const removeUser = async name =>
+  await ask(`Remove ${name}?`, 'It will not be able to log in.', 'Remove')
+    && change('Removed.', 'DELETE', 'api/v1/users/' + enc(name));
 
 /* == Saying and asking == */
 function say(text) {
@@ -7631,10 +7625,6 @@ function keep(choice) {
   document.documentElement.style.colorScheme = theme;
   try { localStorage.smtprelay = JSON.stringify({theme, tab, phone}); } catch { /* not allowed */ }
 }
-function switchTheme() {
-  const {matches} = matchMedia('(prefers-color-scheme: dark)');
-  keep({theme: (state.theme || (matches ? 'dark' : 'light')) === 'dark' ? 'light' : 'dark'});
-}
 function begin() {
   try { keep(JSON.parse(localStorage.smtprelay)); } catch { /* nothing kept */ }
   const place = location.pathname.slice(ROOT.length), words = new URLSearchParams(location.search);
@@ -7647,7 +7637,9 @@ function begin() {
 $('search').oninput = soon(150, search);
 document.forms[0].onsubmit = event => { event.preventDefault(); search(); list.focus(); };
 $('help').onclick = help;
-$('theme').onclick = switchTheme;
+const DARK = matchMedia('(prefers-color-scheme: dark)');
+$('theme').onclick = () =>
+  keep({theme: (state.theme ? state.theme === 'dark' : DARK.matches) ? 'light' : 'dark'});
 list.onscroll = () => requestAnimationFrame(scrolled);
 Object.assign(window, {onresize: scrolled, onkeydown: press, onhashchange: route});
 setInterval(() => document.querySelectorAll('[data-at]').forEach(
@@ -7660,15 +7652,14 @@ begin();
 """
 
 
-def inline_hash(tag: str) -> str:
-    """Return the CSP source of the page's only <tag>."""
-    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-PAGE_CSP = (f"default-src 'none'; script-src {inline_hash('script')}; style-src {inline_hash('style')}; "
-            "img-src 'self' data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'")
+def page_policy() -> str:
+    """Return the page's policy: of style and script those of these hashes alone."""
+    inline = re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE)
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                     for _, text in inline)
+    return (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
+            "img-src 'self' data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'")
 
 
 # === 20 HTTP =================================================================
@@ -8486,7 +8477,7 @@ def show_account(request: Request) -> Any:
 
 @route("GET / /view/{id} /search: the page; at a message, at what `q` finds", SHELL)
 def show_page(request: Request) -> str:
-    request.head = {"Content-Type": HTML, "Content-Security-Policy": PAGE_CSP}
+    request.head = {"Content-Type": HTML, "Content-Security-Policy": page_policy()}
     return PAGE
 
 
