@@ -5705,9 +5705,8 @@ def decode_jis(octets: bytes) -> bytes:
     def shift(found: re.Match[bytes]) -> bytes:
         if not found[2]:  # half as wide; or of JIS X 0212, which Shift_JIS has not
             return found[1] or b"?"
-        first, second = (octet & 0x7F for octet in found[2])
-        second += 0x1F + (second > 0x5F) if first % 2 else 0x7E
-        return bytes(((first + 1) // 2 + 0x70 + 0x40 * (first > 0x5E), second))
+        lead, trail = divmod((found[2][0] - 0xA1) * 94 + found[2][1] - 0xA1, 188)
+        return bytes((lead + 0x81 + 0x40 * (lead > 30), trail + 0x40 + (trail > 62)))
 
     chunks = []
     for mode, run, before in re.findall(rb"\x1b(\$[@B]|\([BIJ])([^\x1b]*)|([^\x1b]+|\x1b)", octets):
@@ -5793,13 +5792,9 @@ class Part(NamedTuple):
         return binascii.a2b_qp(self.raw) if encoding == "quoted-printable" else self.raw
 
     @property
-    def charset(self) -> str:
-        return self.parameters.get("charset", "")
-
-    @property
     def text(self) -> str:
         """The body as text, its line ends as sent, format=flowed unwrapped (RFC 3676)."""
-        text = decode_text(self.content, self.charset)
+        text = decode_text(self.content, self.parameters.get("charset", ""))
         form, delsp = (self.parameters.get(name, "").lower() for name in ("format", "delsp"))
         if self.content_type != "text/plain" or form != "flowed":
             return text
@@ -5955,8 +5950,7 @@ class Email:
             _ = self.subject, self.date, self.people, self.links
         except Exception as error:  # whatever it is
             words = f"This message cannot be read ({type(error).__name__}). Its source is whole."
-            self.fields = [("Subject", "(cannot be read)")]
-            self.parts = [describe_part("0", [])._replace(raw=words.encode())]
+            self.fields, self.parts = read_mail(f"Subject: (cannot be read)\n\n{words}".encode())
         self.from_ = self.people["from"][0]["Address"]
         self.to, self.cc = ([p["Address"] for p in self.people[name]] for name in ("to", "cc"))
 
@@ -6098,42 +6092,38 @@ CODE_WORDS = (
     r"|codice|cod(?:ul)?|k[oó]d\w{0,8}|koodi\w{0,3}|mã|sandi|senha|clave|contraseña|mot de passe|passwort|kennwort"
     r"|wachtwoord|hasło|şifre\w{0,5}|код\w{0,3}|парол\w{0,3}|κωδικ\w{1,3})\b|\w(?:code|koodi?|kode|kod)\b"
     r"|码|碼|コード|認証番号|暗証番号|パスワード|인증|코드|비밀번호|رمز|كود|کد|कोड|ओटीपी|पिन|รหัส|โค้ด|קוד|কোড)")
-SAID_NEAR = r"(?i)" + CODE_WORDS
 CODE_TOKEN = (r"(?a)(?<![\w.,/#$€£¥+@=&?%-])(?:\d(?: \d){3,7}|\d{2}(?: \d{2}){2,3}|\d{3} \d{3}"
               r"|[A-Z]{1,3}-\d{4,8}|(?=[A-Z]{4}-[A-Z]{4}|[A-Z-]*\d)[A-Z0-9]{3,5}-[A-Z0-9]{3,5}"
               r"|(?=[A-Za-z]{0,9}\d)[A-Za-z0-9]{4,10})(?![\w%/@€£$=-]|[.,:]\w| \d{2,4}\b)")
-SAID_BEFORE = (rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}"
-               r"(?:(?:is|to|for|below|number)\b(?: [\w.-]{1,20}){0,4})?\W{0,9}$")
-SAID_AFTER = rf"(?i)\A\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}"
-OTHER_BEFORE = (
-    r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
-    r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
-    r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
-    r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}$")
-OTHER_AFTER = (r"(?i)\A ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
-               r"|points?|users?|minuten|minutos|minuti|zł|руб)\b")
+# How sure a code is that stands between \x01 and \x02, by the first that fits: 0 is none, 3 the surest.
+CODE_VERDICTS = (
+    (r"(?i)(?:\b(?:order|invoice|ticket|case|ref|reference|account|zip|postal|post|area|tel|phone|call"
+     r"|fax|mobile|error|status|ext|room|suite|box|version|bestellung|rechnung|kundennummer|plz|pedido|factura|fatura"
+     r"|commande|facture|ordine|fattura|zamówienie|sipariş|pesanan|заказ|telefon|teléfono)"
+     r"(?: ?(?:code|number|no|nr|id|is))?|đơn hàng|订单|注文番号|[$€£¥#№]|\b\d{1,3}\)?)[\s.:#-]{0,3}\x01", 0),
+    (r"(?i)\x02 ?(?:usd|eur|gbp|dollars?|euros?|seconds?|minutes?|hours?|days?|items?"
+     r"|points?|users?|minuten|minutos|minuti|zł|руб)\b", 0),
+    (rf"(?i){CODE_WORDS}[^\w\n]{{0,4}}(?:(?:is|to|for|below|number)\b(?: [\w.-]{{1,20}}){{0,4}})?\W{{0,9}}\x01", 3),
+    (rf"(?i)\x02\W{{0,4}}(?:is|as|to)\b[^.\n]{{0,40}}?{CODE_WORDS}", 3),
+    (r"\x01(?:(?:19|20)\d\d\x02|[^\x02]*[a-z])", 0),  # a year, a word
+    (r"[A-Z]{2} \x01\d{5}\x02", 0),  # a postal code
+    (rf"(?is){CODE_WORDS}.*\x01", 2), (rf"(?is)\x02.*{CODE_WORDS}", 1),
+)
 
 
 def codes_in(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text[:TEXT_LIMIT])
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
     flat = "\n".join(" ".join(line.split()) for line in re.sub(URL, " ", text).split("\n"))
-    weights: dict[str, int] = {}  # 3 where the words beside it say so, 0 where it is none at all
+    weights: dict[str, int] = {}
     end, weight = 0, 0
     for match in re.finditer(CODE_TOKEN, flat):
-        token, start = match[0], match.start()
+        start, code = match.start(), match[0]
         if not weight or flat[end:start].strip(" \n,;|"):  # it is not one of a list
-            before, after = flat[max(0, start - 90) : start], flat[match.end() : match.end() + 60]
-            verdicts = (  # the first that holds
-                (OTHER_BEFORE, before, 0), (OTHER_AFTER, after, 0),
-                (SAID_BEFORE, before, 3), (SAID_AFTER, after, 3),
-                (r"^(?:19|20)\d\d$|[a-z]", token, 0),  # a year, a word
-                (r"[A-Z]{2} \d{5}$", before[-3:] + token, 0),  # a postal code
-                (SAID_NEAR, before, 2), (SAID_NEAR, after, 1),
-            )
-            weight = next((weight for words, text, weight in verdicts if re.search(words, text)), 0)
-        end = match.end()
-        code = token.replace(" ", "")
+            after = flat[match.end() : match.end() + 60]
+            around = f"{flat[max(0, start - 90) : start]}\x01{code}\x02{after}"
+            weight = next((sure for words, sure in CODE_VERDICTS if re.search(words, around)), 0)
+        end, code = match.end(), code.replace(" ", "")
         weights[code] = max(weight, weights.get(code, 0))
     best = max(weights.values(), default=0)
     return [code for code, weight in weights.items() if weight == best > 0]
@@ -6159,8 +6149,9 @@ def part_headers(part: Part) -> dict[str, str]:
         kind = "application/octet-stream"
     harmless = re.fullmatch("text/plain|image/(?:png|jpeg|gif|webp|bmp|avif)", kind)
     if kind.startswith("text/"):
-        known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", part.charset) and find_codec(part.charset)
-        kind += f"; charset={part.charset if known else 'utf-8'}"
+        charset = part.parameters.get("charset", "")
+        known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", charset) and find_codec(charset)
+        kind += f"; charset={charset if known else 'utf-8'}"
     name = safe_filename(file_name(part))
     return {
         "Content-Type": kind,
@@ -6230,7 +6221,7 @@ def summarise(mail: Email) -> bytes:
     record, (sender, *others) = mail.record, mail.people.values()
     text = " ".join((strip_html(mail.page[:32000]) or mail.plain[:32000]).split())
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
-    whole = not mail.page and not files and not inline and len(mail.plain) <= SNIPPET
+    whole = not mail.page and not mail.attachments and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
     values = (
         record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
@@ -6492,7 +6483,7 @@ class Inbox:
             for path in mail.recipients:
                 tags += path.rpartition("@")[0].split("+")[1:]
             tags += [tag for tag, query in self.rules if matches(query, self.shown(entry))]
-            entry = entry._replace(found=clean_tags(tags))
+            entry = entry._replace(found=tuple(clean_tags(tags)))
             self.change([entry.id], packed=entry.packed, found=entry.found)
         return {**dict(zip(PACKED_FIELDS.split(), json.loads(entry.packed))), "Read": entry.read,
                 "Tags": list(entry.tags), "sequence": entry.sequence,
@@ -6741,7 +6732,9 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
         content = base64.b64decode(coded.rpartition(",")[2], validate=True)
     except ValueError:
         raise BadRequest(f"{path}.Content: not base64") from None
-    kind, name = kind or type_of(content, name), safe_filename(name)
+    kind = (kind or first_octets_type(content[:600]) or mimetypes.guess_type(name)[0]
+            or "application/octet-stream")
+    name = safe_filename(name)
     if not (re.fullmatch(r"(?!(?i:multipart)/)[!-.0-~]+/[ -~]{1,200}", kind)
             and re.fullmatch(r"[!-;=?-~]{0,200}", cid)):
         raise BadRequest(f"{path}: cannot be of ContentType {kind[:100]!r}, ContentID {cid[:100]!r}")
@@ -6749,15 +6742,6 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
             f"Content-Disposition: {disposition('inline' if cid else 'attachment', name)}\r\n"
             + f"Content-ID: <{cid}>\r\n" * bool(cid))
     return cid, head.encode() + b"\r\n" + base64.encodebytes(content).replace(b"\n", b"\r\n")
-
-
-def type_of(content: bytes, name: str) -> str:
-    """Tell a file's type by its octets, and by its name where they say nothing."""
-    kind = first_octets_type(content[:600])
-    if not kind and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", content):
-        with suppress(UnicodeDecodeError):
-            kind = "text/plain; charset=utf-8" if content.decode() else ""
-    return kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 # === 19 PAGE =================================================================

@@ -8521,13 +8521,15 @@ def test_compose_writes_what_it_is_given_and_nothing_more() -> None:
         (b"\x89PNG\r\n\x1a\nxx", "a.txt", "image/png"),
         (b"%PDF-1.4", "", "application/pdf"),
         (b"  <!doctype html><p>", "a.csv", "text/html"),
-        (b"one,two", "a.csv", "text/plain; charset=utf-8"),
+        (b"one,two", "a.csv", "text/csv"),
         (b"\0\1", "a.wasm", "application/wasm"),
         (b"\0\1", "", "application/octet-stream"),
     ],
 )
 def test_a_files_type_is_told_by_its_octets(content: bytes, name: str, kind: str) -> None:
-    assert smtprelay.type_of(content, name) == kind
+    file = {"Content": base64.b64encode(content).decode(), "Filename": name}
+    part = mail_of(smtprelay.compose({**MINIMAL, "Text": "x", "Attachments": [file]})[0]).parts[1]
+    assert (part.content_type, part.content) == (kind, content)
 
 
 # -- hostile mail: nothing may raise, hang, or grow out of proportion
