@@ -10257,10 +10257,22 @@ if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl stop smtprelay.service smtprelay.socket  # a socket is not started beside its service
     systemctl enable --now --quiet smtprelay.socket smtprelay.service
-elif [ -e {PASSWORD_FILE} ]; then
-    chown {SERVICE_USER}:{SERVICE_USER} {PASSWORD_FILE}
+    echo "smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay"
+    exit
 fi
+if [ -e {PASSWORD_FILE} ]; then
+    chown {SERVICE_USER}:{SERVICE_USER} {PASSWORD_FILE}
+    secret="SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} "
+fi
+echo "systemd does not run here, so nothing was started. Have this run at each start, as root:
+    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool ${{secret}}exec setpriv --init-groups \
+--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve"
 """
+STOP = f"""\
+[ ! -d /run/systemd/system ] || [ ! -e {UNIT} ] ||
+    systemctl disable --now --quiet smtprelay.socket smtprelay.service
+"""
+CLEAN_UP = "[ ! -d /run/systemd/system ] || systemctl daemon-reload"
 COMPILE = "import py_compile, sys; py_compile.compile(sys.argv[1], dfile=sys.argv[2], doraise=True)"
 
 SERVICE = f"""\
@@ -10371,10 +10383,9 @@ def ask_password(prompt: str = "Password: ") -> str:
     return password
 
 
-def read_assignments(path: str) -> dict[str, str]:
-    """Read NAME=value lines as systemd's EnvironmentFile= does; OSError when the file cannot be read."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        lines = re.findall(r"(?m)^[ \t]*(\w+)[ \t]*=[ \t]*(['\"]?)(.*?)\2[ \t]*$", file.read())
+def read_assignments(text: str) -> dict[str, str]:
+    """Read NAME=value lines as systemd's EnvironmentFile= does."""
+    lines = re.findall(r"(?m)^[ \t]*(\w+)[ \t]*=[ \t]*(['\"]?)(.*?)\2[ \t]*$", text)
     return {name: value for name, _, value in lines}
 
 
@@ -10390,13 +10401,11 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
     """Return the text of every file of an installation."""
     import shlex
 
-    python = interpreter()
-    with open(__file__, encoding="utf-8") as file:
-        program = file.read()
+    python, program = interpreter(), os.fsdecode(read_whole(__file__))
     settings = "# Settings of the service smtprelay; `smtprelay help settings` shows all.\n" + "".join(
         f"\n# {FIELDS[name].help}\n#{name}={value}\n" for name, value in COMMON_SETTINGS.items())
-    with suppress(FileNotFoundError), open(root + ENVIRONMENT_FILE, encoding="utf-8") as file:
-        settings = file.read()
+    with suppress(FileNotFoundError):
+        settings = os.fsdecode(read_whole(root + ENVIRONMENT_FILE))
     for name, value in changes.items():  # in the place of what is there, or commented out
         before, *after = re.split(rf"(?m)^(?:# ?)?{name}=.*\n", settings)
         settings = f"{before}{name}={shlex.quote(value)}\n{''.join(after)}"
@@ -10438,20 +10447,19 @@ def install(arguments: argparse.Namespace) -> int:
                           "SMTP_PORT": arguments.port})
     if arguments.user:
         password = "..." if arguments.dry_run else ask_password(f"Password of {arguments.user} at {arguments.relay}: ")
+    files = installation(root, changes, password, arguments.sendmail)
     if changes:  # else what is there may be as it is: an upgrade must not fail on it
-        there = os.path.exists(root + ENVIRONMENT_FILE)
-        kept = "as it was" if os.path.exists(root + PASSWORD_FILE) else ""
-        Settings.read({"SMTP_RELAY_PASSWORD": password or kept,
-                       **(read_assignments(root + ENVIRONMENT_FILE) if there else {}), **changes})
+        written = read_assignments(files[ENVIRONMENT_FILE])
+        Settings.read({"SMTP_RELAY_PASSWORD": "its own" * (DROP_IN in files), **written})
     os.umask(0o022)
-    for path, text in installation(root, changes, password, arguments.sendmail).items():
+    for path, text in files.items():
         mode = 0o600 if path in (ENVIRONMENT_FILE, PASSWORD_FILE) else 0o755 if text.startswith("#!") else 0o644
         print(f"{root}{path} ({mode:o})")
         if arguments.dry_run:
             print(f"    (this file, {len(text)} characters)" if path == INSTALLED else text)
             continue
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
-        replace_file(root + path, text.encode())
+        replace_file(root + path, os.fsencode(text))
         os.chmod(root + path, mode)
     if arguments.dry_run:
         return 0
@@ -10470,11 +10478,6 @@ def install(arguments: argparse.Namespace) -> int:
             status = EX_NO
     if live:
         run_tool("sh", "-ec", SET_UP)
-        secret = f"SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} " if os.path.exists(PASSWORD_FILE) else ""
-        print(f"smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay" if systemd_runs() else
-              "systemd does not run here, so nothing was started. Have this run at each start, as root:\n"
-              f"    set -a; . {ENVIRONMENT_FILE}; SMTP_SPOOL={STATE}/spool {secret}exec setpriv --init-groups "
-              f"--reuid {SERVICE_USER} --regid {SERVICE_USER} {PROGRAM} serve")
     return status
 
 
@@ -10482,14 +10485,11 @@ def link_at(path: str) -> str:
     return os.readlink(path) if os.path.islink(path) else ""
 
 
-def systemd_runs() -> bool:
-    return os.path.isdir("/run/systemd/system")
-
-
 def run_tool(*command: str) -> None:
     """Run another program, which says itself what is wrong; Complaint when it fails."""
     import subprocess
 
+    sys.stdout.flush()  # it comes before what that says
     if subprocess.run(command).returncode:
         raise Complaint(f"{' '.join(command[:2])} failed", EX_UNAVAILABLE)
 
@@ -10502,22 +10502,19 @@ def uninstall(arguments: argparse.Namespace) -> None:
     --dry-run        print what would be done
     """
     root, live = chosen_root(arguments)
-    managed = live and systemd_runs()
+    kept = [os.path.dirname(ENVIRONMENT_FILE), STATE]
     doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN),
-              *(path for path in SENDMAIL_LINKS if link_at(root + path) == LAUNCHED)]
-    doomed += [os.path.dirname(ENVIRONMENT_FILE), STATE] if arguments.purge else []
-    if managed and os.path.exists(UNIT):
-        run_tool("systemctl", "disable", "--now", "--quiet", "smtprelay.socket", "smtprelay.service")
+              *(path for path in SENDMAIL_LINKS if link_at(root + path) == LAUNCHED), *kept * arguments.purge]
+    if live:
+        run_tool("sh", "-ec", STOP)
     for path in (root + path for path in doomed if os.path.lexists(root + path)):
         print(f"would remove {path}" if arguments.dry_run else f"removed {path}")
         if not arguments.dry_run:
             run_tool("rm", "-r", path)
-    if managed:
-        run_tool("systemctl", "daemon-reload")
+    if live:
+        run_tool("sh", "-ec", CLEAN_UP + f"; userdel {SERVICE_USER}" * arguments.purge)
     if not arguments.purge:
-        print(f"kept: {os.path.dirname(ENVIRONMENT_FILE)} and {STATE} (--purge removes them)")
-    elif live:
-        run_tool("userdel", SERVICE_USER)
+        print(f"kept: {' and '.join(kept)} (--purge removes them)")
 
 
 # === 26 COMMAND LINE =========================================================
@@ -10583,7 +10580,7 @@ def read_environment(say: bool = True) -> Settings:
     env, spool = dict(os.environ), {"SMTP_SPOOL": f"{STATE}/spool"}
     if not any(name.removesuffix("_FILE") in FIELDS for name in env):
         try:
-            env.update({**spool, **read_assignments(ENVIRONMENT_FILE)})
+            env.update({**spool, **read_assignments(os.fsdecode(read_whole(ENVIRONMENT_FILE)))})
             if os.path.exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in env:
                 env.setdefault("SMTP_RELAY_PASSWORD_FILE", PASSWORD_FILE)
             said = f"settings are those of {ENVIRONMENT_FILE}"

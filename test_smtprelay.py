@@ -11883,7 +11883,7 @@ def test_an_installation_is_upgraded_and_removed(tmp_path: Path) -> None:
     assert password.read_bytes() == secret and secret.decode().strip() not in env.read_text()
     assert "LoadCredential=relay-password:/etc/smtprelay/relay-password" in place(smtprelay.DROP_IN).read_text()
     named = {"SMTP_RELAY_HOST": "gmail", "SMTP_RELAY_USERNAME": "me@gmail.com", "SMTP_PORT": "25"}
-    assert smtprelay.read_assignments(str(env)) == named
+    assert smtprelay.read_assignments(env.read_text()) == named
     program = place(smtprelay.PROGRAM)
     assert stat.S_IMODE(program.stat().st_mode) == 0o755 and len(program.read_text().splitlines()) == 3
     code = program.read_text().replace("/usr/local", f"{tmp_path}/usr/local")
@@ -11899,7 +11899,7 @@ def test_an_installation_is_upgraded_and_removed(tmp_path: Path) -> None:
     place(smtprelay.LAUNCHED).write_text("old")
     install(tmp_path, "--relay", "mail.example.com:465")  # the rest stays
     named.update(SMTP_RELAY_HOST="mail.example.com:465", SMTP_KEEP="1d", SMTP_BANNER='it is "me"')
-    assert smtprelay.read_assignments(str(env)) == named and password.read_bytes() == secret
+    assert smtprelay.read_assignments(env.read_text()) == named and password.read_bytes() == secret
     assert place(smtprelay.LAUNCHED).read_text().startswith("#!")
     assert "would remove" in install(tmp_path, "--dry-run", name="uninstall") and program.exists()
     install(tmp_path, name="uninstall")
