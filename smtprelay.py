@@ -9864,6 +9864,8 @@ class Relay:
     def __init__(self, parts: Parts, upstream: Upstream | None = None) -> None:
         self.parts, self.settings, self._upstream = parts, parts.settings, upstream
         self.delivering, self.receiving = Delivering(parts), parts.receiving()
+        self.host, self.port = parts.smtp[0].getsockname()[:2]
+        self.http_url = f"http://{socket_text(parts.http[0])}" if parts.http else ""
         self.delivering.start()
         self.receiving.start()
 
@@ -9880,18 +9882,6 @@ class Relay:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-
-    @property
-    def host(self) -> str:
-        return str(self.parts.smtp[0].getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        return int(self.parts.smtp[0].getsockname()[1])
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{socket_text(self.parts.http[0])}" if self.parts.http else ""
 
     @property
     def upstream(self) -> Upstream:
@@ -10260,6 +10250,7 @@ if [ -d /run/systemd/system ]; then
     echo "smtprelay runs. Settings: {ENVIRONMENT_FILE}, then: systemctl restart smtprelay"
     exit
 fi
+secret=
 if [ -e {PASSWORD_FILE} ]; then
     chown {SERVICE_USER}:{SERVICE_USER} {PASSWORD_FILE}
     secret="SMTP_RELAY_PASSWORD_FILE={PASSWORD_FILE} "
@@ -10876,35 +10867,28 @@ def healthcheck(arguments: Arguments) -> None:
 
     --wait  wait up to a minute
     """
-    settings = read_environment()
+    settings, begun, seen = read_environment(), time.time(), 0.0
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
-    begun, seen = time.time(), 0.0
     while True:
         try:
             ask(settings, "GET", "/readyz", 5.0)
             return
         except (NoRelay, Complaint) as e:
-            why = str(e)
-        if not arguments.wait or time.time() > begun + 60:
+            why, now = str(e), time.time()
+        if not arguments.wait or now > begun + 60:
             raise Complaint(why)
-        seen = max(seen, last_seen(settings))
-        if begun - ENDED_AFTER < seen < time.time() - ENDED_AFTER:
+        with suppress(FileNotFoundError), open(f"{settings.spool}/.lock", "rb") as lock:
+            try:  # when a relay had the spool, as far as can be seen: when the last one took it, or now
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                seen = max(seen, os.fstat(lock.fileno()).st_mtime)
+            except BlockingIOError:
+                seen = now
+        if begun - ENDED_AFTER < seen < now - ENDED_AFTER:
             with suppress(OSError), open(settings.log_file, encoding="utf-8", errors="replace") as file:
                 why = "".join(deque(file, 1)).rstrip()
             raise Complaint(f"the relay has ended; {why}")
         time.sleep(0.1)
-
-
-def last_seen(settings: Settings) -> float:
-    """Return when a relay had the spool, as far as can be seen: now, or when the last one took it."""
-    with suppress(OSError), open(f"{settings.spool}/.lock", "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return time.time()
-        return os.fstat(file.fileno()).st_mtime
-    return 0.0
 
 
 def sendmail(words: Sequence[str]) -> int:
