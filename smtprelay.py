@@ -136,6 +136,7 @@ from collections.abc import Container, Generator, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from os import EX_CONFIG, EX_DATAERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, Union, cast
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ __version__ = "0.2.0"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY = 86400.0
 Value = TypeVar("Value")
-EX_NO, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 1, 64, 65, 69, 75, 78  # sysexits.h
+EX_NO = 1  # all others are those of sysexits.h
 
 
 # === 01 REPLIES ==============================================================
@@ -475,26 +476,26 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-SIZES = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB,
-         "g": GIB, "gb": GIB, "gib": GIB}
-TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": DAY}
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
 
 def numeric(kind: Callable[[float], Value], expected: str, least: float = 0, most: float = 1e15,
-            units: Mapping[str, float] = {"": 1}) -> Callable[[str], Value]:
+            units: str = "=1") -> Callable[[str], Value]:
     """Return a parser of numbers, with a unit behind them where there are units."""
+    worth = dict(unit.split("=") for unit in units.split())
+
     def parse(text: str) -> Value:
         match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})\s*([A-Za-z]*)", text)
-        value = float(match[1]) * units.get(match[2].lower(), math.nan) if match else math.nan
+        value = float(match[1]) * float(worth.get(match[2].lower(), "nan")) if match else math.nan
         if not least <= value <= most or kind is int and value % 1:
             raise ValueError(expected)
         return kind(value)
     return parse
 
 
-size = numeric(round, "a size such as 10MiB, 64K or 1048576", units=SIZES)
-duration = numeric(float, "a duration such as 30s, 5m, 1h or 5d", units=TIMES)
+size = numeric(round, "a size such as 10MiB, 64K or 1048576", units="=1 b=1 k=1024 kb=1024 kib=1024 m=1048576 "
+               "mb=1048576 mib=1048576 g=1073741824 gb=1073741824 gib=1073741824")
+duration = numeric(float, "a duration such as 30s, 5m, 1h or 5d", units="=1 ms=0.001 s=1 m=60 h=3600 d=86400")
 count = numeric(int, "a whole number, 0 or more", most=999_999_999)
 positive = numeric(int, "a whole number, 1 or more", 1, 999_999_999)
 port_number = numeric(int, "a port from 0 to 65535", most=65535)
@@ -559,13 +560,13 @@ def split_port(text: str, default: str) -> tuple[str, int]:
 def places(text: str) -> Addresses:
     """Read a list of places to listen: a port alone means both loopback addresses, off none."""
     found = []
-    named = {"": ["0.0.0.0", "::"], "*": ["0.0.0.0"], "localhost": ["127.0.0.1", "::1"]}
+    named = {"": "0.0.0.0 ::", "*": "0.0.0.0", "localhost": "127.0.0.1 ::1"}
     for part in words(text):
         if part.startswith("unix:/"):
             found.append(Address("", 0, part[5:]))
         elif part.lower() not in ("off", "none"):
             host, port = split_port(f"localhost:{part}" if part.isdigit() else part, "none")
-            found += [Address(str(ipaddress.ip_address(each)), port) for each in named.get(host, [host])]
+            found += [Address(str(ipaddress.ip_address(each)), port) for each in named.get(host, host).split()]
     return tuple(found)
 
 
