@@ -1475,19 +1475,17 @@ def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple
 
 ORCPT_MAX = 500  # octets, RFC 3461 4.2
 # The alternatives begin with different characters, so this does not backtrack.
-UNITEXT = r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{[0-9A-Fa-f]{2,6}\})+"
+UNITEXT = r"(?:[!-*,-<>-\[\]-~]|[^\x00-\x7f]|\\x\{(?:10|0?[0-9A-Fa-f])?[0-9A-Fa-f]{2,4}\})+"
 UNITEXT_SPECIAL = " +=\\"  # RFC 6533 3: neither form has them bare
 
 
 def decode_xtext(value: str, wide: bool = False) -> str:
     """Read xtext or, if wide, a utf-8 type address; "" if it is malformed or hides a control character."""
     good, escape = (UNITEXT, r"\\x\{([0-9A-Fa-f]{2,6})\}") if wide else (XTEXT, r"\+(..)")
-    try:
-        text = re.sub(escape, lambda digits: chr(int(digits[1], 16)), value)
-    except ValueError:  # no digits, or above U+10FFFF
+    if not re.fullmatch(good, value):
         return ""
-    hidden = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text)
-    return "" if hidden or not re.fullmatch(good, value) else text
+    text = re.sub(escape, lambda digits: chr(int(digits[1], 16)), value)
+    return "" if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text) else text
 
 
 def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
@@ -4739,8 +4737,7 @@ def descriptors(wanted: int = 0) -> int:
     """Return how many descriptors this process may have, after asking for those wanted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # never without a limit
     most = min(max(soft, wanted), hard)
-    if most > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
 
 
@@ -4827,8 +4824,7 @@ class Reception:
         # each event is an info; without a file none is kept
         self.audit = Log(settings.audit_log, as_json=True, level="info" if settings.audit_log else "error")
         self.greeting = Reply(220, "", f"{settings.hostname} ESMTP {settings.banner}")
-        self.lock = threading.Lock()
-        self.sessions: set[Session] = set()
+        self.sessions: set[Session] = set()  # without a lock: each step on it is whole
         self.stopping, self.turns = False, Turns(COMMITS)
         self.free_checked = self.exhausted_at = -math.inf
         self.has_free_space = True
@@ -4850,21 +4846,13 @@ class Reception:
 
     # -- who is here --
 
-    def crowded(self, session: Session, client: str) -> bool:
-        """Count a session for a client; tell whether that has too many, or all together have."""
+    def crowded(self, client: str) -> bool:
+        """Tell whether a client has too many sessions, or all together have."""
         proxied = in_networks(client, self.settings.proxy_networks)
         limit = 0 if proxied else self.settings.max_connections_per_client
-        with self.lock:
-            session.client = client
-            self.sessions.add(session)
-            keys = [client_key(other.client) for other in self.sessions] if limit else []
+        keys = [client_key(other.client) for other in [*self.sessions]] if limit else []
         active = self.metrics.get("smtp_sessions_active")
         return active > self.most_sessions or limit < keys.count(client_key(client))
-
-    def leave(self, session: Session) -> None:
-        with self.lock:
-            self.sessions.discard(session)
-        self.metrics.inc("smtp_sessions_active", -1)
 
     def refused(self, reply: Reply, client: str, user: str) -> None:
         """Count and note a refusal."""
@@ -4953,20 +4941,19 @@ class Reception:
 class Session:
     """A connection from a client, from its greeting to its end (RFC 5321 3)."""
 
+    tls = lenient = helo = ""  # tls: its version; lenient: the host's name, to complete addresses
+    extended = over = quitting = False  # extended: helo was EHLO's
+    account, failed_logins, errors = NOBODY, 0, 0
+    envelope: Envelope | None = None
+    content: Content | None = None  # since DATA, or the first BDAT
+
     def __init__(self, reception: Reception, sock: socket.socket, client: str,
                  implicit_tls: bool = False) -> None:
         self.reception, self.settings = reception, reception.settings
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
-        self.tls = self.lenient = ""  # its version; lenient: the host's name, to complete addresses
-        self.account = NOBODY
-        self.failed_logins = self.errors = 0
-        self.over = self.quitting = False
         self.latest = time.monotonic() + self.settings.session_timeout
         self.wire = Wire(sock, 0.0)
-        self.helo, self.extended = "", False  # extended: it was EHLO
-        self.envelope: Envelope | None = None
-        self.content: Content | None = None  # since DATA, or the first BDAT
 
     # -- the loop --
 
@@ -4975,6 +4962,7 @@ class Session:
         reception = self.reception
         step: Callable[[], Reply | None] = self.greet
         reception.metrics.inc("smtp_sessions_active")  # first: two processes may not take the last place
+        reception.sessions.add(self)
         reception.audit.info("session_start", client=self.client)
         try:
             while not self.over:
@@ -5013,16 +5001,17 @@ class Session:
                     sock.settimeout(0)
                     sock.unwrap()
             sock.close()
-            reception.leave(self)
+            reception.sessions.discard(self)
+            reception.metrics.inc("smtp_sessions_active", -1)
 
     def greet(self) -> Reply:
         """Return the greeting, or why there is none; where any login is good nobody from afar gets it."""
         reception, settings = self.reception, self.settings
         self.over, spoken = True, b""
-        crowded = reception.crowded(self, self.client)
-        if not crowded and in_networks(self.client, settings.proxy_networks):
-            crowded = reception.crowded(self, self.meet_balancer())
+        if in_networks(self.client, settings.proxy_networks):
+            self.meet_balancer()
         client, allowed = self.client, settings.allow_networks
+        crowded = reception.crowded(client)
         if self.implicit_tls and not crowded:
             self.handshake()
         else:
@@ -5045,16 +5034,15 @@ class Session:
         reception.metrics.inc("smtp_connections_refused_total")
         return refusal
 
-    def meet_balancer(self) -> str:
+    def meet_balancer(self) -> None:
         """Learn from a balancer who the client is; a bad header ends the session without a word."""
         try:
             named = proxied_client(self.wire)
         except ValueError as e:
             self.reception.log.warn("bad_proxy_header", client=self.client, error=e)
             raise PeerGone("bad PROXY header") from None
-        client = plain_address(named or self.client)
-        self.is_local = bool(named) and is_loopback(client)  # one not named may be anybody
-        return client
+        self.client = plain_address(named or self.client)
+        self.is_local = bool(named) and is_loopback(self.client)  # one not named may be anybody
 
     def obey(self) -> Reply | None:
         """Read a command, check what each must pass, then do as it says."""
@@ -5227,9 +5215,8 @@ class Session:
                 reception.logins.take(who, rate, rate, -1)
         self.account, result = account if good else NOBODY, "success" if good else "failure"
         reception.metrics.inc("smtp_auth_attempts_total", 1, result)
-        told = {"client": self.client, "user": account.name, "mechanism": mechanism, "result": result}
-        reception.log.info("login", **told)
-        reception.audit.info("login", **told, tls=self.tls)
+        for log in (reception.log, reception.audit):
+            log.info("login", client=self.client, user=account.name, mechanism=mechanism, result=result, tls=self.tls)
         if not good:
             self.failed_logins += 1
             time.sleep(min(0.025 * 2 ** self.failed_logins, 2.0))
@@ -5246,7 +5233,7 @@ class Session:
     def mail(self, argument: bytes) -> Reply:
         """MAIL FROM (RFC 5321 4.1.1.2)."""
         settings, reception = self.settings, self.reception
-        if self.envelope is not None:
+        if self.envelope:
             return SEQUENCE("A transaction is open already")
         if self.account.name:  # it may be gone from the file, or its limits may have changed
             self.account = reception.accounts.get(self.account.name) or NOBODY
@@ -5267,7 +5254,7 @@ class Session:
             return SPOOL_FULL
         if account.allowed_domains and not may_send_as(account, address):
             return WRONG_DOMAIN
-        who = f"account {account.name}" if account.name else client_key(self.client)
+        who = account.name or f"client {client_key(self.client)}"
         minute, day, quotas = account.quota_per_minute, account.quota_daily, reception.quotas
         limit = ("rate" if settings.rate_limit and not reception.rates.take(
                      who, settings.rate_limit, settings.rate_burst) else
@@ -5308,19 +5295,20 @@ class Session:
         chunk = re.fullmatch(rb"([0-9]{1,15})( +LAST)?", argument.upper()) if argument else None
         if argument and not chunk:
             return BAD_ARGUMENT("Syntax: BDAT octets [LAST]")
+        octets = int(chunk[1]) if chunk else 0
         self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
         try:
             content = self.content = self.content or self.begin()
         except Refused as e:
             if chunk or e.reply is not NO_RECIPIENTS:
                 self.forget()
-            for _ in self.wire.blocks(int(chunk[1]) if chunk else 0):
+            for _ in self.wire.blocks(octets):
                 """It is not taken for commands."""
             raise
         self.over = True  # what is left of content that breaks off is not to be taken for commands
         id, envelope = "", content.draft.envelope
         if chunk:
-            for block in self.wire.blocks(int(chunk[1])):
+            for block in self.wire.blocks(octets):
                 content.feed(block)
         else:
             self.wire.write(reply_octets(GO_AHEAD))
@@ -5403,7 +5391,7 @@ def client_name(family: int, address: Any) -> str:
 @lru_cache(maxsize=1024)
 def plain_address(text: str) -> str:
     ip = ipaddress.ip_address(text.partition("%")[0])
-    return str((ip.ipv4_mapped if ip.version == 6 else None) or ip)
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 @lru_cache(maxsize=1024)
