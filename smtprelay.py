@@ -6765,14 +6765,12 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body:is([data-empty], :not([data-view=inbox])) :is(#tools, #list), [data-view=inbox] #side {
   display: none; }
-body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100vh; height: 100dvh;
-  color: var(--ink); background: var(--paper); font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere;
-  font: 14px/1.45 Inter, ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", sans-serif; }
+body { display: grid; grid-template-rows: auto minmax(0, 1fr); height: 100dvh;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere;
+  font: 14px/1.45 Inter, system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1 { font-size: 20px; font-weight: 600; line-height: 1.3; letter-spacing: -.014em; }
 h1:focus { outline: none; }
 h2 { font-size: 13px; font-weight: 600; }
-ol, ul { list-style: none; }
 a { color: var(--accent); text-underline-offset: 2px; }
 header, #strip, #tools, .row, [role=tablist], th, td { border-bottom: 1px solid var(--line); }
 header, nav, #tools, .row div, .acts, [role=tablist], .view, .title, .try { display: flex; }
@@ -6834,8 +6832,8 @@ figcaption span, .status, .files { color: var(--tone, var(--soft)); white-space:
 .row[aria-selected=true] { background: var(--pick); box-shadow: inset 3px 0 var(--accent); }
 .row:not(.unread) b { font-weight: inherit; }
 .row.unread time { color: var(--accent); }
-.tag { padding: 0 5px; margin-right: 4px; font-size: 11px; border-radius: 4px;
-  box-shadow: inset 0 0 0 1px var(--line); }
+.tag, kbd { margin-right: 4px; padding: 0 5px; font-size: 11px; border: 1px solid var(--line);
+  border-radius: 4px; }
 /* A message */
 #head { padding: 18px 24px 12px; }
 #head h1, #head dd { max-height: 5lh; overflow: auto; }
@@ -6853,8 +6851,7 @@ dl { display: grid; grid: auto / auto 1fr; gap: 1px 16px; align-items: baseline;
 .frame { flex: 1; overflow: auto hidden; border-top: 1px solid var(--line); }
 iframe { display: block; width: 100%; min-width: 720px; height: 100%; border: 0; background: #fff;
   color-scheme: light; }
-.phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto;
-  box-shadow: 0 0 0 1px var(--line); }
+.phone iframe { width: 375px; min-width: 0; max-width: 100%; margin: auto; }
 table { width: 100%; border-collapse: collapse; }
 th { font-weight: 500; text-align: left; }
 th, td { padding: 7px 16px 7px 0; vertical-align: top; }
@@ -6869,7 +6866,6 @@ td.do { padding: 5px 0; white-space: nowrap; text-align: right; }
 .try { flex-wrap: wrap; gap: 8px; align-items: start; margin-top: 8px; }
 .try code { flex: 1 400px; }
 .try span { display: inline-block; max-width: 100%; }
-meter { width: 60px; height: 10px; }
 #side { padding: 14px 16px; overflow: auto; }
 #side table { margin-bottom: 20px; }
 #side :is(th, td) { padding: 3px 0; border: 0; }
@@ -6887,7 +6883,6 @@ dialog h2 { font-size: 16px; }
 dialog label { display: block; margin-top: 12px; font-size: 12px; }
 dialog input { display: block; width: 100%; margin-top: 3px; font-size: 14px; color: var(--ink); }
 dialog dl { gap: 6px 16px; margin: 12px 0; }
-kbd { padding: 1px 5px; font: 12px var(--mono); border: 1px solid var(--line); border-radius: 4px; }
 @media (min-width: 761px) { .back { display: none; } }
 @media (max-width: 760px) {
   header { flex-wrap: wrap; gap: 4px 10px; padding: 6px 16px; }
