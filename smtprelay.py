@@ -7720,8 +7720,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         read = self.rfile.readline
 
         def read_line(limit: int = LINE_LIMIT) -> Any:
-            """Read a line; http.server takes a connection's end for that of the header section."""
-            line = read(limit)
+            line = read(limit)  # http.server takes a connection's end for that of the header
             if len(line) < limit and not line.endswith(b"\n"):
                 raise PeerGone
             return line
@@ -7814,7 +7813,6 @@ class Request(http.server.BaseHTTPRequestHandler):
         return {name.lower(): v for name, v in value.items()}
 
     def strings(self, name: str) -> list[str]:
-        """Return a list of strings that the body names, none where it is not there."""
         values = self.fields.get(name.lower())
         values = [] if values is None else values
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
@@ -8214,14 +8212,15 @@ route("PUT /api/v1/tags: give `IDs` these `Tags` alone")(
 @route("PUT /api/v1/tags/{tag}: rename to `Name`")
 @route("DELETE /api/v1/tags/{tag}: take it off all messages")
 def change_tag(request: Request) -> None:
-    known, old = {tag.lower() for tag in request.inbox.counts()[2]}, request.names["tag"]
-    new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
+    known, old, new = {*map(str.lower, request.inbox.counts()[2])}, request.names["tag"], ""
     if old.lower() not in known:
         raise BadRequest(f"tag not found: {old[:100]}")
-    if request.command == "PUT" and not new:
-        raise BadRequest("Name: expected a tag")
-    if new.lower() in known - {old.lower()}:
-        raise BadRequest(f"tag already exists: {new}")
+    if request.command == "PUT":
+        new = "".join(clean_tags([take_field(request.fields, "Name", "")]))
+        if not new:
+            raise BadRequest("Name: expected a tag")
+        if new.lower() in known - {old.lower()}:
+            raise BadRequest(f"tag already exists: {new}")
     request.inbox.rename_tag(old, new)
 
 
@@ -8332,7 +8331,6 @@ def show_events(request: Request) -> Any:
     feed = request.relay.feed
 
     def stream() -> Generator[bytes, None, None]:
-        """Yield events as they come, and a comment now and then to find out who has gone."""
         events, said = feed.subscribe(), ": hello"
         try:
             while said:
@@ -8341,7 +8339,7 @@ def show_events(request: Request) -> Any:
                     event = events.get(timeout=HEARTBEAT)
                     said = f"event: {event['type']}\ndata: {json.dumps(event)}" if event else ""
                 except queue.Empty:
-                    said = ": still here"
+                    said = ": still here"  # a comment finds out who has gone
         finally:
             feed.listeners.discard(events)
 

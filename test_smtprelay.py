@@ -9609,6 +9609,18 @@ def test_names_in_a_body_are_read_in_any_case(start: Callable[..., Any], name: s
     assert [m["ID"] for m in api(relay, "GET", "/api/v1/messages")[1]["messages"]] == ids[1:]
 
 
+def test_a_tag_is_renamed_or_taken_off(start: Callable[..., Any]) -> None:
+    """And what is to be taken off is not renamed, whatever the body says."""
+    relay = start(SMTP_STORAGE="memory")
+    mailed(relay, b"X-Tags: one, two\r\n\r\nx\r\n")
+    for method, tag, body, status, tags in (
+        ("PUT", "ONE", {"Name": "two"}, 400, ["one", "two"]), ("PUT", "one", {"Name": "!"}, 400, ["one", "two"]),
+        ("PUT", "one", {"name": "Three"}, 200, ["Three", "two"]), ("DELETE", "two", {"Name": "four"}, 200, ["Three"]),
+    ):
+        assert api(relay, method, f"/api/v1/tags/{tag}", body)[0] == status
+        assert api(relay, "GET", "/api/v1/tags")[1] == tags
+
+
 def test_a_release_goes_where_it_is_told(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
     next_hop = hop()
     relay = start(SMTP_DELIVERY="hold", **next_hop.settings())
