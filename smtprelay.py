@@ -6901,6 +6901,7 @@ dialog dl { gap: 6px 16px; margin: 12px 0; }
   }
   #head, #body, .sheet, .view, [role=tablist] { padding-left: 16px; padding-right: 16px; }
   .back { margin: -8px 0 4px -6px; }
+  #pane :is(.acts, .view) button { padding: 3px 7px; }
   #pane tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   #pane td { display: grid; grid-template-columns: 9ch 1fr; padding: 1px 0; border: 0; }
   #pane td::before { content: attr(data-label); grid-row: span 3; color: var(--soft); }
@@ -7832,7 +7833,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Return the message that the path names; `latest` may come with a query."""
         item = self.inbox.get(self.names["id"], compile_query(self.words, self.zone))
         if item is None:
-            raise HttpError(404, "message not found")
+            raise KeyError
         return item
 
     def mail(self) -> Email:
