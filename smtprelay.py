@@ -8043,17 +8043,8 @@ def show_health(request: Request) -> Any:
 @route("GET /metrics /debug/vars: JSON in expvar's manner; Prometheus text where `Accept` "
        "asks for it, or with `?format=prometheus`", OPEN)
 def show_metrics(request: Request) -> Any:
-    m = measured(request.relay)
-    form = request.query.get("format", request.headers.get("Accept", ""))
-    if re.search("prometheus|text/plain|openmetrics", form):
-        request.head["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
-        return prometheus(m)
-    return expvar(m)
-
-
-def measured(d: Delivering) -> Metrics:
-    """Return the counters with the gauges that are read on demand brought up to date."""
-    m, (oldest, _) = d.metrics, d.scheduler.snapshot(1)
+    d, m = request.relay, request.relay.metrics
+    oldest, _ = d.scheduler.snapshot(1)
     age = time.time() - id_micros(oldest[0][11:]) / 1e6 if oldest else 0.0
     m.set("smtp_queue_oldest_age_seconds", max(0.0, age))
     m.set("smtp_messages_held", len(d.held))
@@ -8061,7 +8052,11 @@ def measured(d: Delivering) -> Metrics:
     m.set("smtp_build_info", 1, __version__)
     with suppress(OSError):
         m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
-    return m
+    form = request.query.get("format", request.headers.get("Accept", ""))
+    if re.search("prometheus|text/plain|openmetrics", form):
+        request.head["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+        return prometheus(m)
+    return expvar(m)
 
 
 # -- mail: Mailpit's API v1, and MailHog's v2 --
@@ -8227,9 +8222,9 @@ def change_tag(request: Request) -> None:
 
 @route("GET /api/v1/info: version, counts, memory")
 def show_info(request: Request) -> Any:
-    d, m = request.relay, measured(request.relay)
+    d, m = request.relay, request.relay.metrics
     total, unread, tags = d.inbox.counts()
-    stats = {"Uptime": int(m.get("smtp_uptime_seconds")), "Memory": memory_used(),
+    stats = {"Uptime": int(time.monotonic() - m.get("started")), "Memory": memory_used(),
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total")),
              "SMTPRejected": 0, "SMTPIgnored": 0, "MessagesDeleted": d.inbox.deleted}

@@ -9435,6 +9435,8 @@ def test_event_streams_are_bounded_and_end(start: Callable[..., Any], monkeypatc
     for answer, stream in zip(answers, streams):
         answer.close()
         stream.close()
+    feed = relay.delivering.feed
+    wait_until(lambda: feed.publish({"type": "received"}) or not feed.listeners)
 
 
 def test_the_life_of_a_message_as_events(start: Callable[..., Any], hop: Callable[..., FakeHop]) -> None:
