@@ -8589,37 +8589,29 @@ def read_errand(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     return "flush" if "-q" in given else "nothing" if "-I" in given else SENDMAIL_MODES[mode], given, recipients
 
 
-def split_header(raw: bytes, dot_ends: bool) -> tuple[str, bytes]:
-    """Split what a program wrote into its header section, with LF at line ends, and its body, with CRLF.
-
-    A CR alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there.
-    """
-    text = re.sub(rb"(?<!\r)\r+(?=\n|\Z)", b"", raw).removesuffix(b"\n") + b"\n"
-    if dot_ends:
-        text = re.split(rb"(?m)^\.$", text, maxsplit=1)[0]
-    # an mbox line at the top is no field, and no body
-    header = rb"\A(?:>?From .*\n)?((?:[!-9;-~]+[ \t]*:.*\n(?:[ \t].*\S.*\n)*)*)\n?"
-    _, head, body = re.split(header, text, maxsplit=1)
-    return (head.replace(b"\r", b" ").decode("utf-8", "surrogateescape"),
-            body.replace(b"\r", b"\n").replace(b"\n", b"\r\n"))
-
-
 def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me: str,
                  hostname: str) -> tuple[Envelope, bytes]:
     """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody.
 
-    A name alone, as cron's, is one of this machine's: so it stands in the envelope, and in From, To and Cc.
+    A name alone, as cron's, is one of this machine's: so it stands in the envelope, and in From, To and Cc. A CR
+    alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there.
     """
     def people(text: str) -> list[tuple[str, str]]:
         return [(name, address if "@" in address else f"{address}@{hostname}")
                 for name, address in read_addresses(text)]
 
-    head, body = split_header(raw, "-i" not in flags)
+    raw = re.sub(rb"(?<!\r)\r+(?=\n|\Z)", b"", raw).removesuffix(b"\n") + b"\n"
+    if "-i" not in flags:
+        raw = re.split(rb"(?m)^\.$", raw, maxsplit=1)[0]
+    # an mbox line at the top is no field, and no body
+    header = rb"\A(?:>?From .*\n)?((?:[!-9;-~]+[ \t]*:.*\n(?:[ \t].*\S.*\n)*)*)\n?"
+    _, head, body = re.split(header, raw, maxsplit=1)
     given = flags.get("-f", me)
     author, sender = next(iter(people(given)), ("", ""))
     if not sender and given.strip(" <>"):
         raise ValueError(f"{given!r} is no address")
-    fields = re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", head)
+    text = head.replace(b"\r", b" ").decode("utf-8", "surrogateescape")
+    fields = re.findall(r"(?m)^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", text)
     known = {name.lower() for name, _ in fields}
     targets = known & {"resent-to", "resent-cc", "resent-bcc"} or {"to", "cc", "bcc"}
     fields += [(name, f" {text}") for name, text in {
@@ -8638,7 +8630,8 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
     recipients = [*dict.fromkeys(address for text in wanted for _, address in people(text))]
     if not recipients:
         raise ValueError("nobody is named to send to")
-    content = "".join([*kept, "\n"]).replace("\n", "\r\n").encode("utf-8", "surrogateescape") + body
+    written = "".join([*kept, "\n"]).encode("utf-8", "surrogateescape") + body.replace(b"\r", b"\n")
+    content = written.replace(b"\n", b"\r\n")
     notify, ret = (asked(**{name: value * bool(re.fullmatch(PARAMETERS[name][1], value))})  # RFC 3461
                    for name in ("NOTIFY", "RET") for value in [flags.get(f"-{name[0]}", "").upper()])
     return Envelope(sender, "local", me, "local", "", needed_flags(content, sender, *recipients),
@@ -8792,12 +8785,15 @@ def send(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, st
         Target(place.host, place.port, "none", settings.auth_user, settings.auth_password), message,
         [(owed, Outgoing(io.BytesIO(content)))], lambda: None, [])
     delivery.stop()
-    refused = {address: o for address, o in outcomes.items() if o.status is not Status.FORWARDED}
-    unanswered = [a for a, o in refused.items() if o.status is LATER and (o.of_host or o.code in (0, 421))]
-    told = {a: f"{o.code} {o.reply}" for a, o in refused.items() if a not in unanswered}
+    told, unanswered = {}, []
+    for address, o in outcomes.items():
+        if o.status is LATER and (o.of_host or o.code in (0, 421)):
+            unanswered.append(address)
+        elif o.status is not Status.FORWARDED:
+            told[address] = f"{o.code} {o.reply}"
     if unanswered:
         envelope.recipients = unanswered
-        told.update(admit_letter(own_reception(settings, refused[unanswered[0]]), envelope, content))
+        told.update(admit_letter(own_reception(settings, outcomes[unanswered[0]]), envelope, content))
     return told
 
 
@@ -10003,7 +9999,7 @@ def time_shown(seconds: float) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
-Finding = tuple[str, str, str, str]  # ok, warn or fail; what it is about; what was found; what to do unless it is ok
+Finding = tuple[str, ...]  # ok, warn or fail; what it is about; what was found; what to do unless it is ok
 HOSTNAME_ADVICE = "set SMTP_HOSTNAME to a name that DNS knows for this machine's address"
 ADVICE = {  # for how a dialogue ended: the stage, SMTP_RELAY_AUTH, the host, what it said
     ".*: TLS failed: SMTP_RELAY_CA_FILE": "name a PEM file that can be read",
@@ -10064,7 +10060,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
     for thread in threads:
         thread.join()
     reached = [a for a in addresses if (a, target.port) in opens]
-    yield "ok", "name", f"{target.host} is {', '.join(addresses)}", ""
+    yield "ok", "name", f"{target.host} is {', '.join(addresses)}"
     for label, six in (("IPv4", False), ("IPv6", True)):
         family = {a for a in addresses if (":" in a) == six}
         if family:
@@ -10091,10 +10087,10 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
         trouble = e
     greeting = next((line[3:] for line in hop.transcript if line.startswith("S: 220")), "")
     if greeting:
-        yield "ok", "greeting", greeting, ""
+        yield "ok", "greeting", greeting
         yield examine_clock(greeting, time.time())
     if hop.features:
-        yield "ok", "EHLO", "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items()), ""
+        yield "ok", "EHLO", "; ".join(f"{name.upper()} {value}".strip() for name, value in hop.features.items())
         if is_nameless(settings):
             yield "warn", "hostname", f"{settings.hostname} is no full name: we say EHLO {hop.name}", HOSTNAME_ADVICE
     if not trouble or trouble.stage == "login":
@@ -10105,7 +10101,7 @@ def examine_dialogue(settings: Settings, target: Target) -> Iterator[Finding]:
                next(advice for pattern, advice in ADVICE.items() if re.match(pattern, case)))
     else:
         if target.username:
-            yield "ok", "login", f"as {target.username}", ""
+            yield "ok", "login", f"as {target.username}"
         elif "auth" in hop.features:
             yield ("warn", "login", "offered, but SMTP_RELAY_USERNAME is not set",
                    "set it, if the server refuses mail without")
@@ -10123,7 +10119,7 @@ def examine_tls(hop: NextHop) -> Iterator[Finding]:
         yield ("ok" if is_loopback(hop.target.host) else "warn", "TLS", "none: mail and password go in clear",
                "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
         return
-    yield "ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}", ""
+    yield "ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}"
     shown: dict[str, Any] = dict(sock.getpeercert() or {})
     if not shown:
         yield ("warn", "certificate", "not verified",
@@ -10141,7 +10137,7 @@ def examine_clock(greeting: str, now: float) -> Finding:
     written = re.search(r"\d{1,2} [A-Z][a-z]{2} [12]\d{3} \d\d:\d\d:\d\d [+-]\d{4}", greeting)
     read = email.utils.parsedate_tz(written[0]) if written else None
     if not read:
-        return "ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with", ""
+        return "ok", "clock", f"reads {iso_time(now)}; the greeting has no date to compare it with"
     off = now - email.utils.mktime_tz(read)
     return ("warn" if abs(off) > 300 else "ok", "clock",
             f"{abs(off):.0f} seconds {'ahead of' if off > 0 else 'behind'} the server's",
@@ -10154,13 +10150,13 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
     if settings.delivery == "mx" and not domain:
         domain = "gmail.com"
         yield ("ok", "delivery", f"straight to the recipients' hosts; those of {domain} stand for all: "
-               "name another domain to examine: doctor example.com", "")
+               "name another domain to examine: doctor example.com")
     if domain:
         servers = settings.dns_server or system_dns_servers()
         try:
             resolver = Resolver(servers)
             hosts = resolver.mx_hosts(domain)
-            yield "ok", "MX", f"{domain}: {', '.join(f'{name} ({preference})' for preference, name in hosts)}", ""
+            yield "ok", "MX", f"{domain}: {', '.join(f'{name} ({preference})' for preference, name in hosts)}"
             for host in hosts[:DOMAIN_HOSTS]:
                 addresses = [ip for _, ip in resolver.targets([host])]
                 target = Target(host[1], settings.mx_port, settings.relay_tls, ip=addresses[0])
@@ -10705,8 +10701,8 @@ def doctor(arguments: Arguments) -> int:
     found: list[dict[str, str]] = []
 
     def lines() -> Iterator[str]:
-        for mark, about, what, advice in diagnose(read_environment(), arguments.domain or ""):
-            advice *= mark != "ok"
+        for mark, about, what, *more in diagnose(read_environment(), arguments.domain or ""):
+            advice = "".join(more) * (mark != "ok")
             found.append({"mark": mark, "about": about, "found": what, "advice": advice})
             yield f"{mark:<4} {about:<11} {what}{advice and f': {advice}'}"
 
