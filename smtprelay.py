@@ -248,9 +248,8 @@ BAD_PARAMETER = read_reply("555 5.5.4 Unknown parameter")
 #
 # The values that move through the program. An Envelope is what a session has
 # heard; a Message is the spool's record of it, to and from JSON; an Outcome is
-# what one attempt meant for one recipient. A message has one owner at a time
-# (the session, then nobody, then the worker that took it), so none of them is
-# locked. MOVES is the whole life of a message.
+# what one attempt meant for one recipient. A message has one owner at a time (the
+# session, nobody, a worker), so none is locked. MOVES is the life of a message.
 
 @lru_cache(maxsize=16)
 def iso_second(seconds: int) -> str:
@@ -438,13 +437,10 @@ class Outcome(NamedTuple):
 
 # === 03 SETTINGS =============================================================
 #
-# Each setting is one field of Settings: its default, its parser and its help.
-# The environment name is SMTP_ and the field's name in capitals. Parsing, every
-# error text, --help and the README's table derive from here. Defaults are
-# written as a user would write them and go through the same parsers.
-#
-# A parser takes the text and returns the value, or raises ValueError with what
-# was expected. All mistakes are reported at once, never with a secret's value.
+# Each setting is one attribute of Settings: its parser, default and help. The name in
+# the environment is SMTP_ and the attribute's in capitals. Parsing, error texts, --help
+# and the README's table derive from here. A parser returns a text's value, or raises
+# ValueError with what was expected. All mistakes are reported at once, no secret shown.
 
 class SettingsError(Exception):
     """One or more settings are wrong; `problems` has a line for each."""
@@ -590,10 +586,7 @@ clients = like(networks, "networks such as 192.168.1.0/24 or fd00::/8, or loopba
 
 
 def are_private(given: Networks) -> bool:
-    """Tell whether networks are this machine's, or private ones (RFC 1918, 3927, 4193, 4291), and none else.
-
-    Python's own answer differs between versions, and is yes for 0.0.0.0/0 in some.
-    """
+    """Tell whether networks are all this machine's or private (RFC 1918, 3927, 4193, 4291); Pythons differ on it."""
     homes = networks("loopback 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16 fc00::/7 fe80::/10")
     return all(any(n.version == home.version and n.subnet_of(home) for home in homes) for n in given)  # type: ignore
 
@@ -920,7 +913,6 @@ def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return a line for each SMTP_* name that is no setting: mistakes, then what may be an application's own.
 
     A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
-    Then there are Mailpit's and MailHog's settings: which of ours does it.
     """
     real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.secret)}
     first_words = Counter(name.split("_")[1] for name in FIELDS)
@@ -950,8 +942,7 @@ def nearest(name: str, names: Iterable[str], likeness: float) -> str:
 # What the program says of itself: log lines, an audit trail, events, counters. A
 # line is one event with named fields, as text (event key=value ...) or as JSON;
 # control characters in values are escaped, so nothing a client sends can forge a
-# line. It is put together in one pass and written by one call. A file is opened
-# anew for each line, so that it may be rotated at any time, and needs no lock.
+# line. A file is opened anew for each, so that it may be rotated, and needs no lock.
 #
 # Counters are declared once in METRICS and live in one page of memory that all
 # processes share: a row of doubles for each process, summed by whoever reads.
@@ -969,10 +960,9 @@ def append_line(path: str, line: str) -> None:
 
 
 class Log:
-    """Writes one line for each event, in the form that the settings ask for.
+    """Writes one line for each event to a file, to standard error ("") or to a logger, which has its own level.
 
-    It goes to a file or, if `sink` is "", to standard error. A library's lines go to a logger of
-    the logging module, which has a level of its own. Each level has a call of its name.
+    Each level has a call of its name.
     """
 
     def __init__(self, sink: logging.Logger | str, as_json: bool = False, level: str = "info") -> None:
@@ -1035,10 +1025,7 @@ EVENTS_WAITING = 1000
 
 
 class Feed:
-    """Hands events to whoever listens; one that does not keep up gets the end, None, and is dropped.
-
-    It needs no lock: each step on the set and on a queue is whole.
-    """
+    """Hands events to whoever listens; who lags gets the end, None. No lock: each step on set and queue is whole."""
 
     def __init__(self) -> None:
         self.listeners: set[queue.SimpleQueue[Any]] = set()
@@ -1615,9 +1602,8 @@ def with_a_labels(domain: str) -> str:
 #     key id = the first 8 octets of HKDF-SHA256(SMTP_SPOOL_KEY, no salt, "smtprelay key id")
 #
 # The name ties a file to its message. Opening proves the last chunk, so a cut is
-# noticed at once, and no octet is given out unproven. Not hidden: sizes, times,
-# names. Not detected: an old copy put back under its name, and a plain file in a
-# sealed one's place (plain is read as it is, so that a key can be added later).
+# noticed at once. Not hidden: sizes, times, names. Not detected: an old copy under its
+# name, and a plain file in a sealed one's place (so that a key can be added later).
 # A Sealer never changes and serves every thread; a reader or writer has one owner.
 
 MAGIC = b"\x8fSEALED\x01"
@@ -1641,14 +1627,12 @@ def open_libcrypto() -> ctypes.PyDLL:
     import ctypes  # for those alone who set a key
     major = ssl.OPENSSL_VERSION_INFO[0]
     version = "1.1" if major == 1 else major
-    # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl
-    # may be built in. Else a library of the same version has the same calls: never one without a
-    # version, since macOS ends the process that loads it.
+    # A symbol is looked up in a module's dependencies too; None is the program itself, where _ssl may be
+    # built in. Else a library of the same version: macOS ends a process that loads one without a version.
     own = getattr(sys.modules.get("_ssl"), "__file__", None)
     for name in (own, f"libcrypto.so.{version}", f"libcrypto.{version}.dylib"):
         with suppress(OSError, AttributeError):
-            # Not CDLL: it lets the GIL go at each call, and a busy process takes 5 ms to give it
-            # back, where a chunk takes 0.05 ms.
+            # Not CDLL: it lets the GIL go, and a busy process takes 5 ms to give it back; a chunk takes 0.05 ms.
             library = ctypes.PyDLL(name)
             library.OpenSSL_version_num.restype = ctypes.c_ulong
             library.EVP_aes_256_gcm.restype = library.EVP_CIPHER_CTX_new.restype = ctypes.POINTER(ctypes.c_char)
@@ -1757,8 +1741,8 @@ class Sealer:
 
     def cipher(self, head: bytes, name: str) -> Callable[..., Any]:
         """Return what seals a chunk of one file, by its nonce, or opens it, with a tag."""
-        return partial(gcm, self.lib, hkdf(self.key, head[-32:], b"smtprelay file"),
-                                 head + name.encode("utf-8", "surrogateescape"))
+        key = hkdf(self.key, head[-32:], b"smtprelay file")
+        return partial(gcm, self.lib, key, head + name.encode("utf-8", "surrogateescape"))
 
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
         """Return a reader of the text of `file`, which is itself returned when it is plain.
@@ -2303,11 +2287,10 @@ class Draft:
 # that fails costs one password hash, for an unknown user as for a wrong password; one
 # that succeeded is remembered as a keyed hash until the account changes.
 #
-# Called by sessions, HTTP and the sweeper, on their own threads. What was read from
-# the users file is one value, swapped whole, so that reading it needs no lock; Buckets
-# and Quotas have a leaf lock each, not held across disk. A changed file is seen at the
-# next login or MAIL, for the price of a stat; a broken one changes `trouble` alone.
-# A file that several processes change is read, changed and written under its directory's lock.
+# Sessions, HTTP and the sweeper call it, on their own threads. What was read from the
+# users file is one value, swapped whole; Buckets and Quotas have a leaf lock each, not
+# held across disk. A changed file is seen at the next login or MAIL, for the price of a
+# stat. What several processes change is changed under its directory's lock.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
 TURN_PATIENCE = 20.0
@@ -2336,8 +2319,7 @@ class Account(NamedTuple):
 # A hash says how it was made; the pattern allows what a login may cost, up to 128 MiB.
 # New ones take 16 MiB and about 0.3 s, which is what OWASP advises.
 NEW_HASH = "scrypt:16384:8:5"
-HASH = (r"scrypt:(1024|2048|4096|8192|16384|32768|65536|131072):8:([1-9]|1[0-6])"
-        r":[0-9a-f]{32}:[0-9a-f]{64}")
+HASH = r"scrypt:(1024|2048|4096|8192|16384|32768|65536|131072):8:([1-9]|1[0-6]):[0-9a-f]{32}:[0-9a-f]{64}"
 
 
 def encoded(text: str) -> bytes:
@@ -2416,10 +2398,7 @@ def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_users(users: Mapping[str, Any]) -> Logins:
-    """Index the accounts by what a client may give as user name.
-
-    SettingsError lists every mistake; no value is shown, it may be a secret.
-    """
+    """Index the accounts by what a client may give as user name; SettingsError lists every mistake, and no value."""
     mistakes: list[str] = []
     logins: Logins = {}
     for name, fields in users.items():
@@ -2480,8 +2459,7 @@ def change_account(path: str, name: str, change: Mapping[str, Any] | None, seale
 class Watched:
     """What was read from files, and is read anew when one of them changes. Thread-safe.
 
-    What cannot be read raises at the start, unless there is a value to begin with; later the last
-    good value stays, and `trouble` says why.
+    What cannot be read raises at the start, without a value to begin with; later the last good one stays.
     """
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log, value: Any = None) -> None:
@@ -2574,8 +2552,7 @@ class Accounts:
     def offers(self, secure: bool) -> list[str]:
         """Name the mechanisms for EHLO; secure is TLS, or a client on loopback.
 
-        CRAM-MD5 is not offered while one account cannot use it: curl, for one, would
-        choose it, fail, and try nothing else.
+        Not CRAM-MD5 while one account cannot use it: curl would choose it, fail, and try nothing else.
         """
         secure = secure or self.settings.auth_insecure
         cram = self.settings.auth_any or not any(is_hash(a.password) for a in self.file.current().values())
@@ -2632,10 +2609,9 @@ def response(line: bytes) -> str:
 
 def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
                  ask: Callable[[str], bytes]) -> Login:
-    """Run one AUTH exchange (RFC 4954 section 4) to its end; Refused when no password was tried.
+    """Run one AUTH exchange (RFC 4954 4) to its end; Refused when no password was tried.
 
-    initial is AUTH's second argument as it came, if there was one; ask sends a 334 with
-    its argument and returns the client's line, without CRLF, of 12288 octets at most.
+    `initial` is AUTH's second argument, if there was one; `ask` sends a 334 and returns the client's line.
     """
     def hear(challenge: str) -> str:
         return response(ask(base64.b64encode(challenge.encode()).decode()))
@@ -2683,8 +2659,7 @@ def client_key(address: str) -> str:
 class Buckets:
     """A token bucket for each key, in a table of bounded size. Thread-safe.
 
-    A bucket is one number, the time at which it will be full; one that is not there is
-    full. When the table is, the bucket untouched for longest goes.
+    A bucket is the time at which it will be full; without one it is. The one untouched for longest goes first.
     """
 
     def __init__(self, size: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
@@ -2712,10 +2687,9 @@ Counts = Counter[tuple[str, str, str]]  # by day, account and what is counted
 class Quotas:
     """Counts by UTC day and account: daily quotas and statistics. Thread-safe.
 
-    A file for each day, which all processes add to, and which says what the last minute took
-    (quota_per_minute), too. `save` is called each second and at the end, so SIGKILL forgets
-    a second at most, a power cut what the kernel had not written. A message counts once, at
-    its 250. The account "" is nobody's.
+    All processes add to the file of a day, which says what the last minute took (quota_per_minute), too.
+    `save` is called each second, so SIGKILL forgets a second at most. A message counts once, at its 250.
+    The account "" is nobody's.
     """
 
     def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
@@ -2811,9 +2785,8 @@ class Quotas:
 # === 10 TLS ==================================================================
 #
 # Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask for the
-# context at each handshake, on their own thread: its files are Watched.
-#
-# Ciphers are Python's own choice: it moves with the release, a list here would not.
+# context at each handshake, on their own thread: its files are Watched. Ciphers are
+# Python's own choice: it moves with the release, a list here would not.
 
 SELF_SIGNED_DAYS = 825  # the most that Apple's clients accept
 RENEW_BEFORE_DAYS = 30
@@ -2843,10 +2816,9 @@ def no_passphrase() -> str:
 
 
 def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
-    """Make the context for next hops: TLS 1.2 or later, verified unless told otherwise.
+    """Make the context for next hops: TLS 1.2 or later, verified unless told otherwise. Raises SettingsError.
 
-    Not ssl.create_default_context: its strictness differs from one Python to the next,
-    and it writes session keys where SSLKEYLOGFILE says. Raises SettingsError.
+    ssl.create_default_context is not as strict in each Python, and writes session keys to SSLKEYLOGFILE.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -2864,10 +2836,9 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
 
 
 def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.time) -> tuple[str, str]:
-    """Make, keep and renew a P-256 certificate with its key.
+    """Make, keep and renew a P-256 certificate with its key; SettingsError, OSError.
 
-    Returns the path of each: the same file, so that one rename changes both at once. Its
-    first line says what it was made for. Raises SettingsError, OSError.
+    Returns the path of each: one file, so that a rename changes both. Its first line says what it was made for.
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     pem, names, made = os.path.join(directory, "self-signed.pem"), subject_names(hostname), b""
@@ -3235,21 +3206,19 @@ class Scheduler:
 
 # === 12 RESOLVER =============================================================
 #
-# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035).
-# Delivery calls it in mx mode, on its worker threads. A domain gives hosts in
-# the order to try them, a host gives addresses, and whatever goes wrong is one
-# ResolveError with the reply to record: 5xx fails the mail, 4xx keeps it.
+# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035) by the
+# delivery threads in mx mode. A domain gives hosts in the order to try them, a host
+# gives addresses, and whatever goes wrong is one ResolveError with the reply to
+# record: 5xx fails the mail, 4xx keeps it.
 #
-# Each try has a connected UDP socket of its own, hence a random port, and a
-# random id: a datagram that does not echo both and the question is passed over.
-# A truncated answer is asked for again over TCP. The time of a question is shared
-# out evenly: every server in turn, DNS_ROUNDS times. The readers are pure and take
-# hostile octets: a pointer only ever goes backwards, and the loops have limits.
-# The servers are trusted to recurse; checking DNSSEC is theirs too.
+# Each try has a connected UDP socket of its own, hence a random port, and a random
+# id: what does not echo both and the question is passed over. A truncated answer is
+# asked for again over TCP. Every server is asked in turn, DNS_ROUNDS times, each for
+# the same time. The readers take hostile octets: a pointer only ever goes backwards,
+# and the loops have limits. To recurse and to check DNSSEC is the servers' work.
 #
-# The cache is a dict whose operations are whole by themselves, so there is no
-# lock. With no servers given, resolv.conf is read for each question that the cache
-# cannot answer, so that a laptop may change networks.
+# The cache is a dict, whose operations are whole: no lock. With no servers given,
+# resolv.conf is read for each question, so that a laptop may change networks.
 
 A, CNAME, MX, AAAA = 1, 5, 15, 28
 DNS_RCODES = words("NOERROR FORMERR SERVFAIL NXDOMAIN NOTIMP REFUSED YXDOMAIN YXRRSET NXRRSET NOTAUTH NOTZONE "
@@ -3384,10 +3353,9 @@ def read_name(message: bytes, at: int) -> tuple[str, int]:
 
 
 class Resolver:
-    """Answers where mail for a domain goes. Safe for many threads at once.
+    """Answers where mail for a domain goes (RFC 5321 5.1, 7505), or raises ResolveError. Thread-safe.
 
-    With no `servers`, resolv.conf's; `own_name` is our own name among mail hosts; `timeout`
-    is in seconds for one question. Its methods raise only ResolveError.
+    `own_name` is ours among mail hosts; `timeout` is in seconds for one question.
     """
 
     def __init__(self, servers: Sequence[Address] = (), own_name: str = "", timeout: float = 6.0,
@@ -3397,10 +3365,7 @@ class Resolver:
         self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
 
     def mx_hosts(self, domain: str) -> list[tuple[int, str]]:
-        """Return preference and name of a domain's mail hosts, best first, equal ones shuffled (RFC 5321 5.1, 7505).
-
-        Only hosts before our own count; a literal is its own host.
-        """
+        """Return preference and name of a domain's mail hosts before our own, best first, equal ones shuffled."""
         if domain.startswith("["):
             literal_address(domain)
             return [(0, domain)]
@@ -3418,9 +3383,9 @@ class Resolver:
         return sorted(hosts, key=lambda host: (host[0], random.random()))
 
     def targets(self, hosts: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
-        """Yield each host with each address, looked up only when its turn comes: IPv6 first, the families in turn.
+        """Yield each host with each address, looked up when its turn comes: IPv6 first, the families in turn.
 
-        Raises ResolveError after the last host if none had an address: transient if any lookup was.
+        ResolveError after the last host if none had an address: transient if any lookup was.
         """
         failure, found = ResolveError(NO_ADDRESS, hosts[0][1]), False
         for _, host in hosts:
