@@ -791,8 +791,8 @@ class Settings:
                                  for host, port in ends)
         # what is counted by client or account is counted in one place
         counts = self.rate_limit or self.max_connections_per_client or self.auth_user or self.users_file
-        alone = counts or self.storage == "memory"
-        self.processes = 1 if alone else self.processes or (1 if len(PROCESSORS) == 1 else 2)
+        most = 1 if len(PROCESSORS) == 1 else 2
+        self.processes = 1 if counts or self.storage == "memory" else self.processes or most
 
     def but(self, **changed: Any) -> Settings:
         """Return the same settings but for some."""
@@ -2540,9 +2540,8 @@ class Accounts:
     def get(self, name: str) -> Account | None:
         """Find an account by its name; None once it is gone from the file."""
         account: Account | None = self.file.current().get(name)
-        if account and account.name == name:
-            return account
-        return Account(name) if self.settings.auth_any else None
+        known = account and account.name == name
+        return account if known else Account(name) if self.settings.auth_any else None
 
     def by_key(self, api_key: str) -> Account | None:
         """Find the account whose api_key this is (HTTP's Bearer)."""
