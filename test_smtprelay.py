@@ -215,6 +215,13 @@ def stuffed(content: bytes) -> bytes:
     return re.sub(rb"(?m)^\.", b"..", content) + b".\r\n"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sweeping_often() -> Iterator[None]:
+    """What a relay does each second, it does each 50 ms, here and in `Program`."""
+    with mock.patch.object(smtprelay, "SWEEP_EVERY", 0.05):
+        yield
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Start relays in this process, by default holding mail in memory."""
@@ -314,7 +321,7 @@ class Program:
         self.home = home
         self.env = {**QUICK, "SMTP_SPOOL": str(home / "spool"), **settings}
         self.spool = Spool(Path(self.env["SMTP_SPOOL"]))
-        self.output, self.code = home / "program.log", ONE_LINER
+        self.output, self.code = home / "program.log", ONE_LINER.replace("; sys.exit", "; smtprelay.SWEEP_EVERY = 0.05; sys.exit")
         self.start()
 
     def spawn(self, *arguments: str, command: list[str] | None = None) -> subprocess.Popen[bytes]:
@@ -1612,7 +1619,7 @@ SLOW = [
 
 @pytest.mark.parametrize(("name", "lines", "trickle"), SLOW)
 def test_deadlines_are_absolute(start: Callable[..., Any], name: str, lines: list[str], trickle: bytes) -> None:
-    relay = start(SMTP_STORAGE="memory", **{name: "0.3s"})
+    relay = start(SMTP_STORAGE="memory", **{name: "0.15s"})
     began = time.monotonic()
     with dial(relay) as client:
         for line in lines[:-1] if "BDAT" in str(lines) else lines:
@@ -1620,7 +1627,7 @@ def test_deadlines_are_absolute(start: Callable[..., Any], name: str, lines: lis
         client.send((lines[-1] + "\r\n").encode() if "BDAT" in str(lines) else b"")
         client.sock.settimeout(0.02)
         answer = drip(client, trickle)
-    assert 0.2 < time.monotonic() - began < 2
+    assert 0.1 < time.monotonic() - began < 2
     assert answer == b"" or answer.splitlines()[-1].startswith(b"421 4.4.2")
 
 
@@ -5135,10 +5142,10 @@ def test_content_that_nobody_is_to_have_is_never_ended(script: Script) -> None:
 
 
 def test_patience_is_for_each_reply() -> None:
-    slow = {stage: [f"slow 250 {reply}"] for stage, reply in (
+    slow = {stage: [f"slow 100 {reply}"] for stage, reply in (
         ("greeting", "220 hop.test"), ("ehlo", "250 hop.test"), ("mail", "250 ok"), ("rcpt", "250 ok"), ("data", "354 go"))}
-    times = {"SMTP_RELAY_TIMEOUT": "200ms", "SMTP_RELAY_REPLY_TIMEOUT": "800ms"}
-    with FakeHop({**slow, "end": ["slow 1100 250 ok"]}, "") as hop, relaying(hop, **times) as relay:
+    times = {"SMTP_RELAY_TIMEOUT": "80ms", "SMTP_RELAY_REPLY_TIMEOUT": "400ms"}
+    with FakeHop({**slow, "end": ["slow 500 250 ok"]}, "") as hop, relaying(hop, **times) as relay:
         assert finished(relay, send_to(relay, "bob@x.test")).attempts == 1
         assert (len(hop.messages), hop.connections) == (1, 1)
 
@@ -5253,7 +5260,7 @@ def test_a_reset_that_is_refused_is_no_verdict_on_the_next_message() -> None:
 
 def test_content_that_breaks_off_is_an_outcome(log: Caught, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeHop({"data": ["drop 354 go on"]}) as hop, relaying(hop) as relay:
-        assert finished(relay, send_to(relay, "a@x.test", content=b"\r\n" + b".\r\n" * 300_000)).attempts == 2
+        assert finished(relay, send_to(relay, "a@x.test", content=b"\r\n" + b".\r\n" * 100_000)).attempts == 2
     whole, calls = smtprelay.Outgoing.blocks, itertools.count()
 
     def blocks(content: smtprelay.Outgoing) -> Iterable[bytes]:
@@ -5357,7 +5364,7 @@ def test_a_limit_of_connections_is_no_trouble() -> None:
             return super().next_act(stages, usual)
 
     more = {"SMTP_RETRY_INITIAL_DELAY": "1h", "SMTP_RELAY_REPLY_TIMEOUT": "2s"}
-    with Two({"end": "slow 300 250 ok"}) as hop, relaying(hop, **more) as relay:
+    with Two({"end": "slow 100 250 ok"}) as hop, relaying(hop, **more) as relay:
         stems = [send_to(relay, f"u{i}@x.test") for i in range(6)]
         for stem in stems:
             assert finished(relay, stem).attempts == 1
@@ -9345,7 +9352,7 @@ def test_deadlines_are_for_the_whole_request(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, trickle: bytes
 ) -> None:
     """A request that gets an octet now and then is cut off all the same."""
-    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.3)
+    monkeypatch.setattr(smtprelay, "HTTP_TIME", 0.15)
     host, port = start(SMTP_STORAGE="memory").http_url[7:].split(":")
     with socket.create_connection((host, int(port)), 5) as client:
         client.sendall(trickle)
@@ -10608,7 +10615,7 @@ def test_a_stop_waits_for_nobody_longer_than_its_patience(
 ) -> None:
     relay = program(**hop(script={"end": "hang"}).settings())
     relay.stop()
-    impatient = "for h in (smtprelay.Receiving, smtprelay.Delivering): h.stop.__defaults__ = (1.0,)"
+    impatient = "for h in (smtprelay.Receiving, smtprelay.Delivering): h.stop.__defaults__ = (0.4,)"
     relay.code = ONE_LINER.replace("; sys.exit", f"\n{impatient}\nsys.exit")
     relay.start()
     said(relay)
@@ -13074,8 +13081,8 @@ def test_break_by_setting_the_clock(
             clock.shift = after - time.time()
             assert submit(relay, "three", 300_000) == 250
             tries = sum("next_hop_throttled" in line for line in log.lines)
-            time.sleep(0.3)
-            assert sum("next_hop_throttled" in line for line in log.lines) - tries <= 8  # no storm
+            time.sleep(0.15)
+            assert sum("next_hop_throttled" in line for line in log.lines) - tries <= 4  # no storm
             assert hop.taken == {}
         hop.down = before < 1e7  # what is too old is tried once more; the age of what came in 1970 is not known
         with relay_at(tmp_path, hop) as relay:  # what it finds tells it nothing false
