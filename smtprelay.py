@@ -5564,11 +5564,10 @@ def socket_text(sock: socket.socket) -> str:
 # Receiving costs a dict entry and a notify: a summary is made when somebody first reads. A waiter
 # tries only the sequence numbers that it has not seen; none is ever given twice.
 #
-# Mail is hostile. The walk along boundaries is ours: the email package's parser
-# tries every open boundary on every line, so that 1 MiB can take it 17 s, and 10 MiB
-# of empty lines 9 s. It is strict, besides, and changes between versions. Nothing that
-# reads mail raises for what the mail says; if it does, Email shows the one message
-# as unreadable. Time is linear in its size; depth, parts and header octets have limits.
+# Mail is hostile. The walk along boundaries is ours: the email package's parser tries every open
+# boundary on every line, so that 1 MiB can take it 17 s, and changes between versions. Nothing that
+# reads mail raises for what it says; if it does, Email shows the one message as unreadable. Time is
+# linear in a mail's size; depth, parts and header octets have limits.
 
 HEADERS_MOST = 512 * KIB  # octets of the header fields that are kept, of all parts together
 TEXT_LIMIT = 128 * 1024  # characters in which links and codes are looked for
@@ -5597,23 +5596,20 @@ def header(headers: Headers, name: str) -> str:
 # is iso885911987), behind the Python codec that senders mean, a superset where that is usual.
 # Labels in a registry's manner (iso8859N, latinN, cp125N) are read by rule.
 CHARSETS = """
-utf_8: utf8 unicode11utf8 unicode20utf8 cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819
-isoir100 csisolatin1 ansix341968 iso646us 437us cp1254: iso88599 iso885991989 latin5 l5 isoir148
-csisolatin5 cp874: iso885911 tis620 dos874 iso8859_2: l2 isoir101 csisolatin2 iso8859_3: l3 isoir109
-csisolatin3 iso8859_4: l4 isoir110 csisolatin4 iso8859_5: isoir144 csisolatincyrillic cyrillic
-iso8859_6: arabic asmo708 csiso88596e csiso88596i csisolatinarabic ecma114 iso88596e iso88596i
-isoir127 iso8859_7: csisolatingreek ecma118 elot928 greek greek8 isoir126 suneugreek iso8859_8:
-csiso88598e csiso88598i csisolatinhebrew hebrew iso88598e iso88598i isoir138 visual logical
-iso8859_10: latin6 l6 isoir157 csisolatin6 iso8859_13: latin7 iso8859_14: latin8 iso8859_15: latin9
-l9 latin0 csisolatin9 iso8859_16: latin10 l10 cp866: 866 ibm866 csibm866 koi8_r: koi koi8 koi8r
-cskoi8r koi8_u: koi8u koi8ru mac_roman: macintosh mac macroman csmacintosh mac_cyrillic: maccyrillic
-macukrainian gb18030: gb18030 gb2312 gbk cp936 ms936 chinese csgb2312 csiso58gb231280 gb231280
-isoir58 euccn hz: hz hzgb2312 big5hkscs: big5 big5hkscs cnbig5 csbig5 cp950 cp932: shiftjis sjis
-ms932 mskanji windows31j csshiftjis euc_jp: eucjp cseucpkdfmtjapanese iso2022_jp_ext: iso2022jp
-iso2022jp1 iso2022jp2 csiso2022jp cp50220 cp50221 cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56
-korean cseuckr csksc56011987 isoir149 uhc iso2022_kr: iso2022kr csiso2022kr utf_16: utf16 utf_16_le:
-utf16le unicode unicodefeff csunicode ucs2 iso10646ucs2 utf_16_be: utf16be unicodefffe utf_32: utf32
-utf_7: utf7 unicode11utf7 csunicode11utf7
+utf_8: utf8 unicode11utf8 unicode20utf8 cp1252: iso88591 iso885911987 latin1 l1 cp819 ibm819 isoir100 csisolatin1
+ansix341968 iso646us 437us cp1254: iso88599 iso885991989 latin5 l5 isoir148 csisolatin5 cp874: iso885911 tis620 dos874
+iso8859_2: l2 isoir101 csisolatin2 iso8859_3: l3 isoir109 csisolatin3 iso8859_4: l4 isoir110 csisolatin4 iso8859_5:
+isoir144 csisolatincyrillic cyrillic iso8859_6: arabic asmo708 csiso88596e csiso88596i csisolatinarabic ecma114
+iso88596e iso88596i isoir127 iso8859_7: csisolatingreek ecma118 elot928 greek greek8 isoir126 suneugreek iso8859_8:
+csiso88598e csiso88598i csisolatinhebrew hebrew iso88598e iso88598i isoir138 visual logical iso8859_10: latin6 l6
+isoir157 csisolatin6 iso8859_13: latin7 iso8859_14: latin8 iso8859_15: latin9 l9 latin0 csisolatin9 iso8859_16: latin10
+l10 cp866: 866 ibm866 csibm866 koi8_r: koi koi8 koi8r cskoi8r koi8_u: koi8u koi8ru mac_roman: macintosh mac macroman
+csmacintosh mac_cyrillic: maccyrillic macukrainian gb18030: gb18030 gb2312 gbk cp936 ms936 chinese csgb2312
+csiso58gb231280 gb231280 isoir58 euccn hz: hz hzgb2312 big5hkscs: big5 big5hkscs cnbig5 csbig5 cp950 cp932: shiftjis
+sjis ms932 mskanji windows31j csshiftjis euc_jp: eucjp cseucpkdfmtjapanese iso2022_jp_ext: iso2022jp iso2022jp1
+iso2022jp2 csiso2022jp cp50220 cp50221 cp949: euckr ksc5601 ksc56011987 ksc56011989 ksc56 korean cseuckr csksc56011987
+isoir149 uhc iso2022_kr: iso2022kr csiso2022kr utf_16: utf16 utf_16_le: utf16le unicode unicodefeff csunicode ucs2
+iso10646ucs2 utf_16_be: utf16be unicodefffe utf_32: utf32 utf_7: utf7 unicode11utf7 csunicode11utf7
 """
 
 
@@ -5853,9 +5849,8 @@ def describe_part(number: str, headers: Headers, among: str = "") -> Part:
 def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
 
-    Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside
-    is a leaf. What is deeper than DEPTH_LIMIT or past PART_LIMIT is left out, and the more has
-    been read of the parts' headers, the less is read of the next.
+    Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside is a
+    leaf. The more has been read of the parts' headers, the less is read of the next.
     """
     parts: list[Part] = []
     todo = [("", 0, len(raw), "")]
@@ -6105,21 +6100,16 @@ def part_headers(part: Part) -> dict[str, str]:
         charset = part.parameters.get("charset", "")
         known = re.fullmatch(r"(?a)[\w.:+-]{1,40}", charset) and find_codec(charset)
         kind += f"; charset={charset if known else 'utf-8'}"
-    name = safe_filename(file_name(part))
-    return {
-        "Content-Type": kind,
-        "Content-Disposition": disposition("inline" if harmless else "attachment", name),
-        "Content-Security-Policy": "default-src 'none'; sandbox",
-        "X-Content-Type-Options": "nosniff",
-    }
+    shown = disposition("inline" if harmless else "attachment", safe_filename(file_name(part)))
+    return {"Content-Type": kind, "Content-Disposition": shown, "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; sandbox"}
 
 
 def view_html(mail: Email) -> str:
     """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
 
-    Links open in a tab of their own, those to a place in the mail stay. What no policy stops (a
-    refresh, a base, a DNS lookup ahead) is made a <meta> that says nothing: to cut it out could
-    join what stood apart. In each tag the first attribute of a name counts.
+    Links open in a tab of their own. What no policy stops (a refresh, a base, a DNS lookup ahead)
+    is made a <meta> that says nothing: to cut it out could join what stood apart.
     """
     def own(tag: re.Match[str]) -> str:
         name, found = tag[1].lower(), attributes(tag[2])
@@ -6176,11 +6166,9 @@ def summarise(mail: Email) -> bytes:
     files, inline = len(mail.having("attachment")), len(mail.having("inline"))
     whole = not mail.page and not mail.attachments and len(mail.plain) <= SNIPPET
     message_id = header(mail.fields, "message-id").strip("<> ")[:1000]
-    values = (
-        record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
-        mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
-        text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole,
-    )
+    values = (record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
+              mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
+              text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole)
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
 
 
@@ -6222,14 +6210,15 @@ def holds(name: str, word: str, item: Item) -> bool:
 
     In any field (" ") also means its text, HTML, links, and the names of its parts.
     """
-    def texts() -> Iterator[str]:
-        yield words_of([item[field] for field in SEARCH_FIELDS[name].split()])
+    def texts() -> Iterator[Any]:
+        yield [item[field] for field in SEARCH_FIELDS[name].split()]
         if name == " " and not item["whole"]:
             mail = item["open"]()
             page = strip_html(mail.page[:SEARCH_LIMIT])
-            yield "\n".join([mail.plain, page, *mail.links, *(p.filename for p in mail.parts)])
+            yield mail.plain, page, mail.links, [part.filename for part in mail.parts]
 
-    return any(word in (clean(text) if clean(word) else text) for text in texts())
+    shape = clean if clean(word) else str.strip
+    return any(word in shape(words_of(text)) for text in texts())
 
 
 def matches(query: Query, item: Item) -> bool:
@@ -6239,8 +6228,8 @@ def matches(query: Query, item: Item) -> bool:
 def compile_query(text: str, zone: str = "") -> Query:
     """Compile Mailpit's search words; any other word is looked for in the text.
 
-    Terms must all hold; a leading - or ! turns one round, double quotes keep one together.
-    `zone` names the time zone of before: and after:, the machine's where it is not known.
+    All terms must hold; a leading - or ! turns one round, double quotes keep one together. `zone`
+    names the time zone of before: and after:, the machine's where it is not known.
     """
     tests: list[tuple[Test, bool]] = []
     terms = re.findall(r'(?:"[^"]*"?|[^\s"])+', text[:10000])
@@ -6540,8 +6529,7 @@ def waited_json(item: Item, mail: Email) -> dict[str, Any]:
     elif post and (post != "List-Unsubscribe=One-Click" or "https:" not in str(links).lower()):
         wrong = "List-Unsubscribe-Post is not List-Unsubscribe=One-Click, or there is no https link"
     return {
-        **summary_json(item),
-        "Subject": mail.subject, "Date": mail.date or item["Created"],
+        **summary_json(item), "Subject": mail.subject, "Date": mail.date or item["Created"],
         "ReturnPath": mail.reverse_path, "HTML": mail.page, "Text": mail.plain or mail.text,
         "Inline": [attachment_json(part) for part in mail.having("inline")],
         "Attachments": [attachment_json(part) for part in mail.having("attachment")],
