@@ -88,8 +88,8 @@ QUICK = {
     "SMTP_STORAGE": "file",
     "SMTP_FSYNC": "0",
     "SMTP_SPOOL_MIN_FREE": "0",
-    "SMTP_RETRY_INITIAL_DELAY": "0.03s",
-    "SMTP_RETRY_MAX_DELAY": "0.1s",
+    "SMTP_RETRY_INITIAL_DELAY": "0.01s",
+    "SMTP_RETRY_MAX_DELAY": "0.05s",
     "SMTP_RELAY_TIMEOUT": "5s",
     "SMTP_RELAY_REPLY_TIMEOUT": "5s",
     "SMTP_BOUNCE": "0",
@@ -1609,12 +1609,13 @@ def test_a_line_without_end_is_no_memory(holding: Any) -> None:
         assert client.reply()[:3] in ("500", "421")
 
 
-SLOW = [
-    ("SMTP_COMMAND_TIMEOUT", [], b""), ("SMTP_COMMAND_TIMEOUT", ["EHLO x"], b"N" * 1000),
-    ("SMTP_DATA_TIMEOUT", ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@hop.test>", "DATA"], b"x\r\n" * 1000),
-    ("SMTP_DATA_TIMEOUT", ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@hop.test>", "BDAT 5000"], b"x\r\n" * 1000),
-    ("SMTP_SESSION_TIMEOUT", ["EHLO x"], b"NOOP\r\n" * 1000),
-]  # fmt: skip
+GIVING = ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@hop.test>"]
+SLOW = [  # the deadline, what is said, and what then comes octet by octet
+    *(("SMTP_COMMAND_TIMEOUT", lines, trickle) for lines in ([], ["EHLO x"]) for trickle in (b"", b"N")),
+    *(("SMTP_DATA_TIMEOUT", [*GIVING, "DATA"], trickle) for trickle in (b"", b"x\r\n")),
+    ("SMTP_DATA_TIMEOUT", [*GIVING, "BDAT 5000"], b"x\r\n"),
+    ("SMTP_SESSION_TIMEOUT", ["EHLO x"], b"NOOP\r\n"),
+]
 
 
 @pytest.mark.parametrize(("name", "lines", "trickle"), SLOW)
@@ -1626,9 +1627,9 @@ def test_deadlines_are_absolute(start: Callable[..., Any], name: str, lines: lis
             client.ask(line)
         client.send((lines[-1] + "\r\n").encode() if "BDAT" in str(lines) else b"")
         client.sock.settimeout(0.02)
-        answer = drip(client, trickle)
+        answer = drip(client, trickle * 1000)
     assert 0.1 < time.monotonic() - began < 2
-    assert answer == b"" or answer.splitlines()[-1].startswith(b"421 4.4.2")
+    assert trickle and answer == b"" or answer.splitlines()[-1].startswith(b"421 4.4.2")
 
 
 def drip(client: Dialogue, data: bytes) -> bytes:
@@ -5008,8 +5009,8 @@ def test_many_messages_arrive_once_each(start: Callable[..., Any], hop: Callable
 
 
 QUICK_LANES = {
-    "SMTP_RETRY_INITIAL_DELAY": "30ms",
-    "SMTP_RETRY_MAX_DELAY": "100ms",
+    "SMTP_RETRY_INITIAL_DELAY": "10ms",
+    "SMTP_RETRY_MAX_DELAY": "50ms",
     "SMTP_RETRY_JITTER": "0",
     "SMTP_HOSTNAME": "relay.test",
 }
@@ -7129,27 +7130,6 @@ def test_bdat_before_tls_stays_in_step(start: Callable[..., Any], pair: str) -> 
         client.send(b"BDAT 6 LAST\r\nQUIT\r\nNOOP\r\n")
         assert client.reply().startswith("530 5.7.0")
         assert client.reply().startswith("250 2.0.0")
-
-
-@pytest.mark.parametrize(
-    "said", [b"", b"EHLO client.test\r\n", b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"]
-)
-@pytest.mark.parametrize("trickle", [False, True])
-def test_deadlines_hold_however_slowly_a_client_talks(start: Callable[..., Any], said: bytes, trickle: bool) -> None:
-    relay = start(SMTP_COMMAND_TIMEOUT="0.2s", SMTP_DATA_TIMEOUT="0.2s")
-    with dial(relay) as client:
-        client.send(said)
-        began, client.sock = time.monotonic(), client.sock
-        client.sock.settimeout(0.02 if trickle else 2.0)
-        heard = b""
-        while b"421" not in heard and time.monotonic() < began + 2:
-            with contextlib.suppress(socket.timeout):
-                heard += client.sock.recv(4096)
-            if trickle:
-                with contextlib.suppress(OSError):
-                    client.sock.sendall(b"x")
-        assert b"421 4.4.2" in heard
-        assert 0.15 < time.monotonic() - began < 0.8
 
 
 def test_who_said_mail_before_the_queue_was_full_is_put_off_at_the_end(start: Any, hop: Any) -> None:
@@ -11336,13 +11316,13 @@ def test_a_host_that_says_421_to_all_is_throttled(start: Any, hop: Any, log: Cau
 
 def test_after_a_lost_answer_the_waits_grow(start: Any, hop: Any) -> None:
     h = hop(script={"end": ["take"] * 4})
-    relay = relaying_in_review(start, h, SMTP_RETRY_INITIAL_DELAY="0.05s", SMTP_RETRY_MAX_DELAY="1h", SMTP_RETRY_JITTER="0")
+    relay = relaying_in_review(start, h, SMTP_RETRY_INITIAL_DELAY="0.02s", SMTP_RETRY_MAX_DELAY="1h", SMTP_RETRY_JITTER="0")
     stem = said_stem(relay)
     wait_until(lambda: status(relay, stem) is smtprelay.Status.FORWARDED)
     history = relay.delivering.spool.load(stem).history
     tried = [smtprelay.unix_time(entry["at"]) for entry in history if entry["status"] == "forwarding"]
     waits = [b - a for a, b in zip(tried, tried[1:])]
-    assert all(wait >= 0.045 * 2**n for n, wait in enumerate(waits)) and len(waits) >= 3, history
+    assert all(wait >= 0.018 * 2**n for n, wait in enumerate(waits)) and len(waits) >= 3, history
 
 
 def test_a_crowded_next_hop_costs_no_attempt_and_one_log_line(start: Any, hop: Any, log: Caught, monkeypatch: Any) -> None:
@@ -12216,10 +12196,12 @@ def test_healthcheck_does_not_wait_for_a_relay_that_has_ended(tmp_path: Path, mo
 @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_verbs_do_without_standard_streams(streams: str, tmp_path: Path) -> None:
     env = clean_env(SMTP_SPOOL=str(tmp_path / "no"), SMTP_HEALTH_ADDR=free_place(), SMTP_USERS_FILE=str(tmp_path / "u"))
-    for words, status in (("help", 0), ("queue", 69), ("user add ann", 65), ("bogus", 64), ("check", 78)):
-        done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {words} {streams}', sys.executable, ONE_LINER], env=env,
-                              input="", capture_output=True, text=True, timeout=20)  # fmt: skip
-        assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done.stderr)
+    wanted = {"help": 0, "queue": 69, "user add ann": 65, "bogus": 64, "check": 78}
+    running = [subprocess.Popen(["sh", "-c", f'exec "$0" -c "$1" {words} {streams}', sys.executable, ONE_LINER], env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for words in wanted]  # fmt: skip
+    said = [process.communicate(timeout=20)[1] for process in running]
+    assert [process.returncode for process in running] == [*wanted.values()] and "Traceback" not in str(said), said
 
 
 def test_any_locale_prints_any_address(tmp_path: Path) -> None:

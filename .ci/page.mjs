@@ -26,7 +26,7 @@ async function check(name, work) {
   }
 }
 async function until(test, what = test) {
-  for (const end = Date.now() + 15000; ; await sleep(10)) {
+  for (const end = Date.now() + 15000; ; await sleep(20)) {
     const value = await test();
     if (value) return value;
     if (Date.now() > end) throw new Error('did not happen: ' + what);
