@@ -5617,7 +5617,7 @@ iso10646ucs2 utf_16_be: utf16be unicodefffe utf_32: utf32 utf_7: utf7 unicode11u
 def find_codec(label: str) -> str:
     """Give the Python codec that a charset's label means, "" where it is none."""
     key = re.sub(r"\([^()]*\)|[^a-z0-9]", "", label[:100].lower()).lstrip("x")
-    known = re.search(rf"(\w+):[^:]*\s{key}\s", CHARSETS) if key else None
+    known = re.search(rf"(\w+):[^:]*\s{key}\s", CHARSETS)
     iso = re.fullmatch(r"(?:iso8859|latin)([2-8]|1[03-6])(?:19\d\d|20\d\d)?", key)
     page = re.fullmatch("(?:windows|cp|ms|ibm|cspc)"
                         "(125[0-8]|874|949|932|437|737|775|85[02578]|86[0-69])", key)
@@ -5747,13 +5747,13 @@ class Part(NamedTuple):
         form, delsp = (self.parameters.get(name, "").lower() for name in ("format", "delsp"))
         if self.content_type != "text/plain" or form != "flowed":
             return text
-        lines: list[str] = []
-        quoted = re.findall(r"(?m)^(>*) ?(.*)$", text.replace("\r\n", "\n"))
-        for quote, block in itertools.groupby(quoted, lambda line: line[0]):
-            words = "\n".join(line for _, line in block)
+
+        def unwrapped(block: re.Match[str]) -> str:  # of one depth of quotes
+            words = re.sub(r"(?m)^>* ?", "", block[0])
             words = re.sub(r"(?m)(?<!^--) \n(?!-- $)", " " * (delsp != "yes"), words)
-            lines += [quote + " " * bool(quote) + line for line in words.split("\n")]
-        return "\n".join(lines)
+            return re.sub("(?m)^", block[1] + " " * bool(block[1]), words)
+
+        return re.sub(r"(?m)^(>*)(?!>).*(?:\n\1(?!>).*)*", unwrapped, text.replace("\r\n", "\n"))
 
 
 def unbase64(octets: bytes) -> bytes:
