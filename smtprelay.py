@@ -1264,15 +1264,14 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
 class Content:
     """The content of one message as it passes into a draft: judged, counted, written in blocks.
 
-    `lenient` makes CRLF of each bare CR and LF before anything else is done with it. `fault` is the
-    reply of a rule that was broken, `error` what the disk said: from then on nothing is written.
+    `lenient` makes CRLF of each bare CR and LF before anything else is done with it. `trouble` is a
+    rule that was broken, or what the disk said: from then on nothing is written.
     """
 
     def __init__(self, draft: Any, limit: int, lenient: bool = False) -> None:
         self.draft, self.limit, self.lenient = draft, limit, lenient
         self.size = 0
-        self.fault: Reply | None = None
-        self.error: OSError | None = None
+        self.trouble: Refused | OSError | None = None
         self.head, self.carry = bytearray(b"\r\n"), b""
 
     def take(self, block: bytes, skip: int | None = None) -> None:
@@ -1284,7 +1283,7 @@ class Content:
             if self.lenient:
                 block = re.sub(rb"\r\n?|\n", b"\r\n", block)
             else:
-                self.fault = BARE_NEWLINE
+                self.trouble = Refused(BARE_NEWLINE)
         if skip is not None and b"\r\n." in block:
             # A dot alone between line ends that were bare has ended nothing: it is kept, and doubled
             # on its way out. So is one at the end of a block: its line end is held back there.
@@ -1292,14 +1291,14 @@ class Content:
         block = block[skip:]
         self.size += len(block)
         if self.size > self.limit:
-            self.fault = self.fault or TOO_BIG
+            self.trouble = self.trouble or Refused(TOO_BIG)
         if len(self.head) < HEAD_LIMIT:
             self.head += block
-        if block and not self.fault and not self.error:
+        if block and not self.trouble:
             try:
                 self.draft.write(block)
             except OSError as e:  # the rest must be read all the same: the session stays in step
-                self.error = e
+                self.trouble = e
 
     def feed(self, block: bytes) -> None:
         """Take a block that may end anywhere (RFC 3030): a last CR waits for its LF."""
@@ -1313,7 +1312,7 @@ class Content:
         if self.carry:
             self.take(self.carry)
         if self.head.partition(b"\r\n\r\n")[0].lower().count(b"\r\nreceived:") > MAX_RECEIVED:  # RFC 5321 6.3
-            self.fault = self.fault or LOOP
+            self.trouble = self.trouble or Refused(LOOP)
 
 
 def read_data(wire: Wire, content: Content) -> None:
@@ -4670,7 +4669,7 @@ class Faults:
 PLAIN_VERBS = ("EHLO", "NOOP", "RSET", "STARTTLS", "QUIT", "BDAT")  # without TLS; the last looks for it itself
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-LINK_LINE = len(stem_of("0" * 16, "")) + 1
+STEM_LENGTH = len(stem_of("0" * 16, ""))
 LINK_FULL = 15 * KIB  # octets; the smallest pipes in use hold 16 KiB
 LOOK = "="  # a mark: look through the spool
 LINK_QUIET = 0.005  # seconds without a new message after which there is time for sidecars
@@ -4877,10 +4876,8 @@ class Reception:
         content.end()
         size, owed = content.size, "HOLD" not in envelope.flags
         try:
-            if content.error:
-                raise content.error
-            if content.fault:
-                raise Refused(content.fault)
+            if content.trouble:
+                raise content.trouble
             if not self.has_room(size):  # others came in since MAIL
                 raise Refused(SPOOL_FULL)
             with self.turns:
@@ -4947,10 +4944,8 @@ class Session:
             self.wire.flush()
             if not self.quitting:
                 self.linger()
-        except Exception as e:  # the peer may no longer listen
+        except (PeerGone, TimeoutError) as e:  # the peer may no longer listen
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
-            if not isinstance(e, (PeerGone, TimeoutError)):
-                reception.log.bug("session_bug", client=self.client)
             if words:
                 self.wire.deadline = time.monotonic() + 1.0
                 with suppress(PeerGone, TimeoutError):
@@ -5188,7 +5183,7 @@ class Session:
 
     def ask(self, challenge: str) -> bytes:
         """Send a 334 and return the client's line (RFC 4954 4; 12288 octets at most)."""
-        self.wire.write(b"334 " + challenge.encode() + b"\r\n")
+        self.wire.write(f"334 {challenge}\r\n".encode())
         line = self.wire.line(AUTH_LINE_LIMIT).rstrip(b"\r\n")
         return padded(line) if self.lenient else line
 
@@ -5278,7 +5273,7 @@ class Session:
             self.wire.write(reply_octets(GO_AHEAD))
             read_data(self.wire, content)
         self.over = False
-        if chunk and not (chunk[2] or content.fault or content.error):
+        if chunk and not (chunk[2] or content.trouble):
             return OK
         try:
             lost = self.fault("end", envelope.reverse_path, *envelope.recipients)
@@ -8922,7 +8917,7 @@ class Delivering:
         while (words := self.link.read(LINK_QUIET if self.sidecars else None)) is not None:
             try:
                 before = self.came_at
-                self.take_in([word for word in words if len(word) == LINK_LINE - 1], self.settings.delivery != "hold")
+                self.take_in([word for word in words if len(word) == STEM_LENGTH], self.settings.delivery != "hold")
                 for word in words:
                     if word == LOOK:
                         self.look_at = 0.0
