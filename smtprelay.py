@@ -9046,7 +9046,8 @@ class Delivering:
         while not self.stopping.is_set():
             try:
                 task = self.scheduler.take()
-                bound = keep_together(bound, len(self.scheduler.active) >= CROWD, -1)
+                if bound != (len(self.scheduler.active) >= CROWD):
+                    bound = keep_together(bound, not bound, -1)
                 if task:
                     self.work_at(task)
             except Exception:
