@@ -3921,6 +3921,7 @@ class NextHop:
             self.wire.flush()
         except (PeerGone, OSError, SpoolError) as e:  # no final dot: half a message would end in it
             self.spent, trouble = True, Trouble(stage, 0, f"cannot send the content: {e}")
+            self.wire.out = b""
             with suppress(Trouble):  # it may have said why before it hung up
                 code, text = self.ask("content", seconds=1.0)
                 trouble = Trouble("content", code, text) if code >= 400 else trouble

@@ -570,7 +570,7 @@ class HopSession(socketserver.StreamRequestHandler):
             return code
         lines: list[bytes] = []
         if "middle" in self.server.script and self.server.script["middle"]:
-            self.say(self.server.next_act(["middle"], ""))
+            self.play(self.server.next_act(["middle"], ""))
             self.request.shutdown(socket.SHUT_WR)
             return self.hang("")
         while (text := self.rfile.readline()) not in (b".\r\n", b""):
@@ -5375,8 +5375,8 @@ def test_a_limit_of_connections_is_no_trouble() -> None:
 
 
 def test_a_verdict_in_the_middle_of_the_content_is_read() -> None:
-    more = {"SMTP_MAX_SIZE": "50MiB", "SMTP_BOUNCE": "0", "SMTP_RELAY_REPLY_TIMEOUT": "9s"}
-    with FakeHop({"middle": ["552 5.3.4 too big"]}) as hop, relaying(hop, **more) as relay:
+    more = {"SMTP_MAX_SIZE": "50MiB", "SMTP_BOUNCE": "0"}
+    with FakeHop({"middle": ["slow 50 552 5.3.4 too big"]}) as hop, relaying(hop, **more) as relay:
         big = b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 76 + b"\r\n") * 200_000
         stem = send_to(relay, "b@x.test", content=big)
         wait_until(lambda: record_of(relay, stem).recipients[0].code == 552, shown=lambda: record_of(relay, stem))
