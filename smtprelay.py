@@ -86,8 +86,6 @@ import argparse
 import base64
 import binascii
 import bisect
-import collections
-import contextlib
 import dataclasses
 import datetime
 import email.errors
@@ -108,7 +106,6 @@ import http.server
 import io
 import ipaddress
 import itertools
-import json
 import math
 import mimetypes
 import mmap
@@ -119,6 +116,7 @@ import re
 import resource
 import secrets
 import select
+import shutil
 import socket
 import socketserver
 import ssl
@@ -130,14 +128,20 @@ import threading
 import time
 import traceback
 import unicodedata
-import urllib.parse
-from collections import Counter, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import chain, groupby, islice, takewhile
+from json import JSONEncoder, dumps, loads
 from os import EX_CONFIG, EX_DATAERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE
+from os.path import abspath, dirname, exists
+from secrets import token_hex
+from threading import Condition, Event, Lock, RLock, Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, TypeVar, Union, cast
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 if TYPE_CHECKING:
     import ctypes
@@ -145,6 +149,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+Fields = dict[str, Any]  # of a JSON object
 DAY = 86400.0
 Value = TypeVar("Value")
 EX_NO = 1  # all others are those of sysexits.h
@@ -152,9 +157,9 @@ EX_NO = 1  # all others are those of sysexits.h
 
 # === 01 REPLIES ==============================================================
 #
-# Every reply this server gives, as values, so that the session's methods hold
-# rules and no wording. RFC 5321 4.2 for the codes, RFC 3463 for the enhanced
-# ones. A reply of ours never tells what is inside: trouble here is 451 4.3.0.
+# Every reply this server gives, as values, so that the session's methods hold rules and no wording.
+# RFC 5321 4.2 for the codes, RFC 3463 for the enhanced ones. A reply of ours never tells what is
+# inside: trouble here is 451 4.3.0.
 
 class Reply(NamedTuple):
     """An SMTP reply: code, enhanced code ("" for none), text (lines parted by a newline)."""
@@ -246,10 +251,10 @@ BAD_PARAMETER = read_reply("555 5.5.4 Unknown parameter")
 
 # === 02 MESSAGES =============================================================
 #
-# The values that move through the program. An Envelope is what a session has
-# heard; a Message is the spool's record of it, to and from JSON; an Outcome is
-# what one attempt meant for one recipient. A message has one owner at a time (the
-# session, nobody, a worker), so none is locked. MOVES is the life of a message.
+# The values that move through the program. An Envelope is what a session has heard; a Message is
+# the spool's record of it, to and from JSON; an Outcome is what one attempt meant for one
+# recipient. A message has one owner at a time (the session, nobody, a worker), so none is locked.
+# MOVES is the life of a message.
 
 @lru_cache(maxsize=16)
 def iso_second(seconds: int) -> str:
@@ -304,7 +309,7 @@ failed -> retrying
 """.splitlines())}
 HELD_BY_MODE, HELD_BY_RULE = "SMTP_DELIVERY is hold", "not among SMTP_RELAY_ALLOWED_RECIPIENTS"
 HISTORY_KEPT = 100
-RECORD_ENCODER = json.JSONEncoder(default=vars, ensure_ascii=False)
+RECORD_ENCODER = JSONEncoder(default=vars, ensure_ascii=False)
 
 
 @dataclass
@@ -405,7 +410,7 @@ class Message:
     def from_json(cls, data: bytes) -> Message:
         """Read a record; ValueError says what is wrong with it."""
         try:
-            raw = json.loads(data)
+            raw = loads(data)
             message = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
             message.status = Status(message.status)
             message.flags = tuple(message.flags)
@@ -437,10 +442,10 @@ class Outcome(NamedTuple):
 
 # === 03 SETTINGS =============================================================
 #
-# Each setting is one attribute of Settings: its parser, default and help. The name in
-# the environment is SMTP_ and the attribute's in capitals. Parsing, error texts, --help
-# and the README's table derive from here. A parser returns a text's value, or raises
-# ValueError with what was expected. All mistakes are reported at once, no secret shown.
+# Each setting is one attribute of Settings: its parser, default and help. The name in the
+# environment is SMTP_ and the attribute's in capitals. Parsing, error texts, --help and the
+# README's table derive from here. A parser returns a text's value, or raises ValueError with what
+# was expected. All mistakes are reported at once, no secret shown.
 
 class SettingsError(Exception):
     """One or more settings are wrong; `problems` has a line for each."""
@@ -535,7 +540,7 @@ def readable(text: str) -> str:
 
 
 def appendable(text: str) -> str:
-    place = text if os.path.exists(text) else os.path.dirname(text) or "."
+    place = text if exists(text) else dirname(text) or "."
     if text and (os.path.isdir(text) or not os.access(place, os.W_OK)):
         raise ValueError("a file that can be written")
     return text
@@ -912,8 +917,7 @@ SMTP_LOG_LEVEL=debug: MP_VERBOSE; SMTP_LOG_LEVEL=error: MP_QUIET
 def unknown_settings(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return a line for each SMTP_* name that is no setting: mistakes, then what may be an application's own.
 
-    A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers.
-    """
+    A mistake begins like two settings of ours or more: SMTP_RELAY_REDIRECT must not deliver to customers."""
     real = {*FIELDS, *(name + "_FILE" for name, f in FIELDS.items() if f.secret)}
     first_words = Counter(name.split("_")[1] for name in FIELDS)
     found: tuple[list[str], list[str]] = ([], [])
@@ -939,18 +943,18 @@ def nearest(name: str, names: Iterable[str], likeness: float) -> str:
 
 # === 04 OBSERVING ============================================================
 #
-# What the program says of itself: log lines, an audit trail, events, counters. A
-# line is one event with named fields, as text (event key=value ...) or as JSON;
-# control characters in values are escaped, so nothing a client sends can forge a
-# line. A file is opened anew for each, so that it may be rotated, and needs no lock.
+# What the program says of itself: log lines, an audit trail, events, counters. A line is one event
+# with named fields, as text (event key=value ...) or as JSON; control characters in values are
+# escaped, so nothing a client sends can forge a line. A file is opened anew for each, so that it
+# may be rotated, and needs no lock.
 #
-# Counters are declared once in METRICS and live in one page of memory that all
-# processes share: a row of doubles for each process, summed by whoever reads.
-# A process writes its own row only, under its own lock, a leaf.
+# Counters are declared once in METRICS and live in one page of memory that all processes share: a
+# row of doubles for each process, summed by whoever reads. A process writes its own row only, under
+# its own lock, a leaf.
 
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "error": 40}  # as in the logging module
 PLAIN = re.compile(r"[!#-<>-\[\]-~]+").fullmatch  # no blank, quote, equals sign, backslash
-EVENT_ENCODER = json.JSONEncoder(default=str)
+EVENT_ENCODER = JSONEncoder(default=str)
 
 
 def append_line(path: str, line: str) -> None:
@@ -960,10 +964,7 @@ def append_line(path: str, line: str) -> None:
 
 
 class Log:
-    """Writes one line for each event to a file, to standard error ("") or to a logger, which has its own level.
-
-    Each level has a call of its name.
-    """
+    """Writes one line for each event to a file, to standard error ("") or to a logger, which has its own level."""
 
     def __init__(self, sink: logging.Logger | str, as_json: bool = False, level: str = "info") -> None:
         self.sink, self.as_json, self.level = sink, as_json, LEVELS[level]
@@ -993,7 +994,7 @@ class Log:
         for name, value in fields.items():
             text = str(value)
             if not PLAIN(text):
-                text = json.dumps(text, ensure_ascii=not text.isprintable())
+                text = dumps(text, ensure_ascii=not text.isprintable())
             line += f" {name}={text}"
         return line
 
@@ -1036,7 +1037,7 @@ class Feed:
         self.listeners.add(events)
         return events
 
-    def publish(self, event: dict[str, Any] | None) -> None:
+    def publish(self, event: Fields | None) -> None:
         for events in [*self.listeners]:
             lags = events.qsize() >= EVENTS_WAITING
             if lags:
@@ -1088,7 +1089,7 @@ class Metrics:
     def __init__(self, cells: Any = None, row: int = 0, rows: int = 2) -> None:
         self.cells = cells or memoryview(mmap.mmap(-1, rows * len(CELLS) * 8)).cast("d")
         self.base = row * len(CELLS)
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
     def row(self, row: int) -> Metrics:
         """Return the same counters, for the writer of another row."""
@@ -1123,7 +1124,7 @@ class Metrics:
         return list(self.cells[CELLS[name, label]::len(CELLS)])
 
 
-def expvar(metrics: Metrics) -> dict[str, Any]:
+def expvar(metrics: Metrics) -> Fields:
     """Return the metrics as Go's expvar does: one flat object, a map where there is a label."""
     return {"cmdline": sys.argv, "memstats": {"Sys": memory_used()},
             **{name: metrics.values(name, label) if label else metrics.get(name) for name, _, _, label in METRICS}}
@@ -1149,15 +1150,14 @@ def prometheus(metrics: Metrics) -> str:
 
 # === 05 WIRE =================================================================
 #
-# A connection as both sides of the program see it: lines and blocks in, replies
-# out, until a deadline, which is a moment on the monotonic clock. What is written
-# waits until the next read would block, so a pipelined burst is answered with one
-# segment (RFC 2920), but never more than OUT_MOST of it. Each Wire belongs to one
-# thread.
+# A connection as both sides of the program see it: lines and blocks in, replies out, until a
+# deadline, which is a moment on the monotonic clock. What is written waits until the next read
+# would block, so a pipelined burst is answered with one segment (RFC 2920), but never more than
+# OUT_MOST of it. Each Wire belongs to one thread.
 #
-# Content is handled in whole blocks. Between blocks the longest tail that could
-# belong to a line end or to CRLF.CRLF is held back, so that the end is found at any
-# split, a doubled dot is never cut in half, and CR and LF are counted together.
+# Content is handled in whole blocks. Between blocks the longest tail that could belong to a line
+# end or to CRLF.CRLF is held back, so that the end is found at any split, a doubled dot is never
+# cut in half, and CR and LF are counted together.
 
 LINE_LIMIT, AUTH_LINE_LIMIT = 4096, 12288  # RFC 4954 4.3
 READ_MOST, OUT_MOST = 64 * KIB, 64 * KIB  # malloc asks the kernel for each piece of 128 KiB
@@ -1183,10 +1183,9 @@ class Wire:
     def fill(self, reading: bool = True, most: int = READ_MOST) -> None:
         """Send what waits; then read what there is, once, and no more than so many octets.
 
-        TimeoutError when the deadline passes, PeerGone when the connection is closed or broken.
-        """
+        TimeoutError when the deadline passes, PeerGone when the connection is closed or broken."""
         while self.out or reading:
-            left = self.deadline - time.monotonic()
+            left = self.deadline - monotonic()
             if left <= 0:
                 raise TimeoutError("deadline passed")
             if not min(left / 4, 10.0) <= self.timeout <= left:
@@ -1248,8 +1247,7 @@ def limit_calls(sock: socket.socket, seconds: float) -> None:
     """Make each call on a socket give up after so many seconds.
 
     The kernel does it where it can: Python's own way costs one more system call for each read
-    and write, and the interpreter's lock is given away around it.
-    """
+    and write, and the interpreter's lock is given away around it."""
     seconds = max(seconds, 0.001)  # none at all would be no limit
     if not isinstance(sock, ssl.SSLSocket):
         with suppress(OSError):  # Python and this kernel differ on the size of the time
@@ -1265,8 +1263,7 @@ class Content:
     """The content of one message as it passes into a draft: judged, counted, written in blocks.
 
     `lenient` makes CRLF of each bare CR and LF before anything else is done with it. `trouble` is a
-    rule that was broken, or what the disk said: from then on nothing is written.
-    """
+    rule that was broken, or what the disk said: from then on nothing is written."""
 
     def __init__(self, draft: Any, limit: int, lenient: bool = False) -> None:
         self.draft, self.limit, self.lenient = draft, limit, lenient
@@ -1277,8 +1274,7 @@ class Content:
     def take(self, block: bytes, skip: int | None = None) -> None:
         """Take a block that does not end between CR and LF.
 
-        `skip`: its transparency is to be undone (RFC 5321 4.5.2), and so many octets go before it.
-        """
+        `skip`: its transparency is to be undone (RFC 5321 4.5.2), and so many octets go before it."""
         if not block.count(b"\r\n") == block.count(b"\n") == block.count(b"\r"):
             if self.lenient:
                 block = re.sub(rb"\r\n?|\n", b"\r\n", block)
@@ -1316,10 +1312,7 @@ class Content:
 
 
 def read_data(wire: Wire, content: Content) -> None:
-    """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it.
-
-    That of BDAT (RFC 3030 2) is in `blocks`, for `feed`.
-    """
+    """Read content up to CRLF.CRLF alone; what was read last is the line that asked for it."""
     wire.buffer, skip = b"\r\n" + wire.buffer, 2  # what ended DATA: content may open with its own end
     while (at := wire.buffer.find(END)) < 0:
         tail = UNDECIDED.search(wire.buffer, max(len(wire.buffer) - 4, 0))
@@ -1340,8 +1333,7 @@ def proxied_client(wire: Wire) -> str:
     """Read a balancer's PROXY header, v1 or v2, and not an octet more: TLS may begin after it.
 
     Returns the client's address, "" when the balancer speaks for itself; ValueError for
-    anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2).
-    """
+    anything else (haproxy.org's proxy-protocol.txt, 2.1 and 2.2)."""
     head = wire.read(6)
     if head == PROXY_V2[:6]:
         head += wire.read(10)
@@ -1361,12 +1353,11 @@ def proxied_client(wire: Wire) -> str:
 
 # === 06 GRAMMAR ==============================================================
 #
-# Pure functions from octets to values: paths and their parameters, addresses. What
-# a peer says is parsed by patterns, the whole of a thing by one; ValueError and
-# Refused have the words for the peer. Only the reader of address lists raises
-# nothing, for what it reads no peer can mend. Limits are about four times those of
-# RFC 5321 4.5.3.1; no pattern here can backtrack, since in each the next octet
-# alone decides.
+# Pure functions from octets to values: paths and their parameters, addresses. What a peer says is
+# parsed by patterns, the whole of a thing by one; ValueError and Refused have the words for the
+# peer. Only the reader of address lists raises nothing, for what it reads no peer can mend. Limits
+# are about four times those of RFC 5321 4.5.3.1; no pattern here can backtrack, since in each the
+# next octet alone decides.
 
 LOCAL_LIMIT, PATH_LIMIT = 256, 1280
 BAD_OCTETS = re.compile(rb"[\x00-\x1f\x7f]")
@@ -1399,8 +1390,7 @@ PARAMETERS = {
 def parse_path(text: str, hostname: str = "") -> tuple[str, str]:
     """Parse <path> and what follows it; source routes are dropped (RFC 5321 4.1.2, appendix C).
 
-    With a hostname as old devices mean it: brackets may be missing, a local part alone is at that host.
-    """
+    With a hostname as old devices mean it: brackets may be missing, a local part alone is at that host."""
     if hostname and text and not text.startswith("<"):
         _, bracket, after = text.partition("<")
         path, blank, rest = text.partition(" ")
@@ -1431,8 +1421,7 @@ def asked(**parameters: str) -> str:
 def read_path(verb: str, argument: bytes, extended: bool, lenient: str) -> tuple[str, Mapping[str, str], str]:
     """Return path, parameters, and what they ask, of what follows MAIL or RCPT; many messages have the same.
 
-    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none.
-    """
+    An unknown parameter is 555 (RFC 5321 4.1.1.11), as is any after HELO, which was offered none."""
     prefix, bad = (b"FROM:", BAD_SENDER) if verb == "MAIL" else (b"TO:", BAD_RECIPIENT)
     if argument[:len(prefix)].upper() != prefix:
         raise Refused(BAD_ARGUMENT(f"Expected {prefix.decode()}<address>"))
@@ -1483,8 +1472,7 @@ def encode_unitext(text: str, special: str = "", utf8: bool = False) -> str:
 def original_recipient(orcpt: str, utf8: bool) -> str:
     """Write ORCPT as a report's Original-Recipient (RFC 3464 2.3.1, RFC 6533 3); "" if it is malformed.
 
-    It may be UTF-8 as it is only where MAIL said SMTPUTF8.
-    """
+    It may be UTF-8 as it is only where MAIL said SMTPUTF8."""
     kind, _, address = orcpt.partition(";")
     wide = kind.lower() == "utf-8"
     text = decode_xtext(address, wide)
@@ -1519,13 +1507,12 @@ def read_addresses(text: str) -> list[tuple[str, str]]:
 
     It takes RFC 5322 3.4 and what programs write in its stead: names with commas, brackets, dots
     or comments in them, semicolons, lost quotes and brackets. A local part alone is an address,
-    too: who delivers here completes it. What is no address is left out, and costs no other.
-    """
+    too: who delivers here completes it. What is no address is left out, and costs no other."""
     found: list[tuple[str, str]] = []
     held: list[str] = []  # before a comma: the beginning of a name, or local parts
     said: list[tuple[str, str]] = []  # in the entry under way
     angle, groups_end = False, text.rfind(";")
-    for token in itertools.chain(re.finditer(ADDRESS_TOKEN, text), re.finditer(";", ";")):
+    for token in chain(re.finditer(ADDRESS_TOKEN, text), re.finditer(";", ";")):
         kind, value = token.lastgroup or token[0], token[token.lastgroup or 0]
         if kind in '<>()["':  # what opens and never ends is no more than a space
             kind, value = "space", " "
@@ -1576,8 +1563,7 @@ def bare_address(text: str) -> str:
 def with_a_labels(domain: str) -> str:
     """Return a domain in lower case with A-labels; in NFC, where it is not certain which they are.
 
-    Python's IDNA is that of 2003, in which straße.example is strasse.example: they are two.
-    """
+    Python's IDNA is that of 2003, in which straße.example is strasse.example: they are two."""
     name = unicodedata.normalize("NFC", domain.lower())
     with suppress(UnicodeError):
         if not name.isascii() and len(name) < 254:  # the codec is quadratic (CVE-2022-45061)
@@ -1589,8 +1575,8 @@ def with_a_labels(domain: str) -> str:
 
 # === 07 SEALING ==============================================================
 #
-# Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by
-# AES-256-GCM of ssl's own libcrypto; ctypes is imported only when there is a key.
+# Makes content, records and relay passwords unreadable without SMTP_SPOOL_KEY, by AES-256-GCM of
+# ssl's own libcrypto; ctypes is imported only when there is a key.
 #
 #     file   = head chunk...
 #     head   = 8F "SEALED" 01 | key id, 8 octets | salt, 32 random octets
@@ -1600,10 +1586,10 @@ def with_a_labels(domain: str) -> str:
 #     AAD    = head | name of the file
 #     key id = the first 8 octets of HKDF-SHA256(SMTP_SPOOL_KEY, no salt, "smtprelay key id")
 #
-# The name ties a file to its message. Opening proves the last chunk, so a cut is
-# noticed at once. Not hidden: sizes, times, names. Not detected: an old copy under its
-# name, and a plain file in a sealed one's place (so that a key can be added later).
-# A Sealer never changes and serves every thread; a reader or writer has one owner.
+# The name ties a file to its message. Opening proves the last chunk, so a cut is noticed at once.
+# Not hidden: sizes, times, names. Not detected: an old copy under its name, and a plain file in a
+# sealed one's place (so that a key can be added later). A Sealer never changes and serves every
+# thread; a reader or writer has one owner.
 
 MAGIC = b"\x8fSEALED\x01"
 HEAD_SIZE, CHUNK_SIZE, TAG_SIZE = 48, 64 * KIB, 16
@@ -1641,10 +1627,7 @@ def open_libcrypto() -> ctypes.PyDLL:
 
 
 def gcm(lib: Any, key: bytes, aad: bytes, nonce: int, data: bytes, tag: bytes = b"") -> bytes | None:
-    """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt.
-
-    None when anything was altered; OSError when libcrypto fails, as it does without memory.
-    """
+    """Run AES-256-GCM once: encrypt and append a tag or, with a tag, decrypt; None if it was altered, or OSError."""
     import ctypes
     out = ctypes.create_string_buffer(len(data) + TAG_SIZE)
     end, count = ctypes.byref(out, len(data)), ctypes.byref(ctypes.c_int())
@@ -1746,8 +1729,7 @@ class Sealer:
     def reader(self, file: BinaryIO, name: str) -> BinaryIO:
         """Return a reader of the text of `file`, which is itself returned when it is plain.
 
-        SpoolError, from here or from any read: the key is wrong, or the file is not what was sealed.
-        """
+        SpoolError, from here or from any read: the key is wrong, or the file is not what was sealed."""
         head = file.read(HEAD_SIZE)
         if not head or not MAGIC.startswith(head[:len(MAGIC)]):  # sealed ones may be cut, even in the first octets
             file.seek(0)
@@ -1784,8 +1766,7 @@ class Sealer:
 def open_sealer(settings: Settings) -> Sealer:
     """Return the sealer of a spool; SettingsError when there is no libcrypto or it has another key.
 
-    The first start with a key leaves a mark, key.check; what is plain from before stays readable.
-    """
+    The first start with a key leaves a mark, key.check; what is plain from before stays readable."""
     try:
         sealer = Sealer(settings.spool_key)
         with suppress(FileNotFoundError), open(os.path.join(settings.spool, KEY_CHECK), "rb") as file:
@@ -1811,11 +1792,10 @@ def open_sealer(settings: Settings) -> Sealer:
 #     STEM.tmp                     a record that was being saved  removed
 #     anything else beside these   not ours                       to bad/, never deleted
 #
-# The .eml is written as .part, renamed, then synced once: on the file systems
-# in use (ext4, xfs, btrfs) the sync makes the new name durable with the content.
-# A sidecar is never synced; lost or torn, it is rebuilt from the .eml. The
-# session that owns a Draft writes it; afterwards the worker that owns the
-# message does. So nothing here needs a lock but the making of ids.
+# The .eml is written as .part, renamed, then synced once: on the file systems in use (ext4, xfs,
+# btrfs) the sync makes the new name durable with the content. A sidecar is never synced; lost or
+# torn, it is rebuilt from the .eml. The session that owns a Draft writes it; afterwards the worker
+# that owns the message does. So nothing here needs a lock but the making of ids.
 
 NAME = re.compile(r"[0-9a-f]{16}_[0-9a-f]{16}(\.eml|(\.forwarded|\.failed)?\.json|\.[0-9a-f]+\.part|\.tmp)")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -1844,7 +1824,7 @@ def mail_date(seconds: int) -> str:
     return email.utils.formatdate(seconds).replace("-0000", "+0000")
 
 
-def read_asked(text: str) -> tuple[str, dict[str, Any]]:
+def read_asked(text: str) -> tuple[str, Fields]:
     """Undo `<path>` and `asked`."""
     if not text.endswith(">") or " " in text:
         [(path, rest)] = re.findall(f"{CUT_PATH}$", text)
@@ -1933,9 +1913,8 @@ def write_file(path: str, data: bytes, how: int = os.O_TRUNC, sync: bool = False
 def replace_file(path: str, content: bytes, sync: bool = False) -> None:
     """Write a private file whole or not at all; owner, group and mode of one that was there stay.
 
-    A file that is a mount of its own, as containers have them, cannot be replaced: it is rewritten in place.
-    """
-    draft = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}")
+    A file that is a mount of its own, as containers have them, cannot be replaced: it is rewritten in place."""
+    draft = os.path.join(dirname(path), f".{token_hex(8)}")
     try:
         write_file(draft, content, os.O_EXCL, sync)
         with suppress(FileNotFoundError):
@@ -2034,13 +2013,13 @@ class Spool:
     def __init__(self, settings: Settings, log: Log) -> None:
         self.settings, self.log = settings, log
         self.on_disk = settings.storage == "file"
-        self.root = os.path.abspath(settings.spool)
+        self.root = abspath(settings.spool)
         if self.on_disk:
             check_spool(self.root)
         self.store: Disk | Memory = Disk() if self.on_disk else Memory()
         self.sealer = open_sealer(settings) if self.on_disk else Sealer()
-        self.lock, self.last_id = threading.Lock(), 0
-        self.maker, self.run = secrets.token_hex(2)[:3], secrets.token_hex(4)
+        self.lock, self.last_id = Lock(), 0
+        self.maker, self.run = token_hex(2)[:3], token_hex(4)
         self.folder = ""  # a date's directory that is surely there
         self.tidying = False
         self.lock_file = -1
@@ -2065,7 +2044,7 @@ class Spool:
         self.tidying = True
         os.ftruncate(self.lock_file, 0)
         os.pwrite(self.lock_file, f"process {os.getpid()}\n".encode(), 0)
-        if self.settings.spool_key and not os.path.exists(self.path(KEY_CHECK)):
+        if self.settings.spool_key and not exists(self.path(KEY_CHECK)):
             replace_file(self.path(KEY_CHECK), self.sealer.seal(KEY_CHECK.encode(), KEY_CHECK), sync=True)
 
     def close(self) -> None:
@@ -2075,8 +2054,7 @@ class Spool:
 
     def free(self) -> int:
         """Return the octets that an ordinary user may still write."""
-        at = os.statvfs(self.root) if self.on_disk else None
-        return at.f_bavail * at.f_frsize if at else sys.maxsize
+        return shutil.disk_usage(self.root).free if self.on_disk else sys.maxsize
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -2123,7 +2101,7 @@ class Spool:
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move a file into bad/."""
-        target = f"bad/{name.replace('/', '_')}.{secrets.token_hex(4)}"
+        target = f"bad/{name.replace('/', '_')}.{token_hex(4)}"
         try:
             self.store.rename(self.path(name), self.path(target))
             self.log.warn("set_aside", file=name, reason=reason, now=target)
@@ -2157,8 +2135,7 @@ class Spool:
     def fetch(self, stem: str, done: bool = False) -> tuple[Message, BinaryIO]:
         """Return record and content, as `load` and `content` do; `done`: it may be finished already.
 
-        The record is the first sidecar that there is, rebuilt from the .eml where that cannot be read.
-        """
+        The record is the first sidecar that there is, rebuilt from the .eml where that cannot be read."""
         file = self.open_file(stem, ".eml")
         try:
             message = first_record(file)
@@ -2278,18 +2255,18 @@ class Draft:
 
 # === 09 ACCOUNTS =============================================================
 #
-# Who may send, as whom, and how much. `Accounts` is the store, `authenticate` the
-# one way in; `may_send_as`, `Buckets` and `Quotas` hold back who got in.
+# Who may send, as whom, and how much. `Accounts` is the store, `authenticate` the one way in;
+# `may_send_as`, `Buckets` and `Quotas` hold back who got in.
 #
-# A login names an account by its name or its api_key, and proves it by the password
-# or the api_key: a client with one secret for both fields is served, too. Each login
-# that fails costs one password hash, for an unknown user as for a wrong password; one
-# that succeeded is remembered as a keyed hash until the account changes.
+# A login names an account by its name or its api_key, and proves it by the password or the api_key:
+# a client with one secret for both fields is served, too. Each login that fails costs one password
+# hash, for an unknown user as for a wrong password; one that succeeded is remembered as a keyed
+# hash until the account changes.
 #
-# Sessions, HTTP and the sweeper call it, on their own threads. What was read from the
-# users file is one value, swapped whole; Buckets and Quotas have a leaf lock each, not
-# held across disk. A changed file is seen at the next login or MAIL, for the price of a
-# stat. What several processes change is changed under its directory's lock.
+# Sessions, HTTP and the sweeper call it, on their own threads. What was read from the users file is
+# one value, swapped whole; Buckets and Quotas have a leaf lock each, not held across disk. A
+# changed file is seen at the next login or MAIL, for the price of a stat. What several processes
+# change is changed under its directory's lock.
 
 LOGINS_AT_ONCE = 2  # hashes computed at a time: bounds memory and what guessers can burn
 TURN_PATIENCE = 20.0
@@ -2338,7 +2315,7 @@ def is_hash(stored: str) -> bool:
 
 def hash_password(password: str) -> str:
     """Hash a password for the users file: scrypt:n:r:p:salt:key."""
-    making = f"{NEW_HASH}:{secrets.token_hex(16)}"
+    making = f"{NEW_HASH}:{token_hex(16)}"
     return f"{making}:{derive(password, making)}"
 
 
@@ -2353,7 +2330,7 @@ def same_secret(known: str, given: str) -> bool:
 
 
 def new_api_key() -> str:
-    return API_KEY + secrets.token_hex(20)
+    return API_KEY + token_hex(20)
 
 
 # -- the users file --
@@ -2380,10 +2357,10 @@ def fits(pattern: str, value: object) -> bool:
     return re.fullmatch(pattern, f"{type(value).__name__} {value}") is not None
 
 
-def read_users(path: str) -> dict[str, Any]:
+def read_users(path: str) -> Fields:
     """Read the users file as JSON. Raises SettingsError or OSError."""
     try:
-        users = json.loads(read_whole(path))
+        users = loads(read_whole(path))
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"expected JSON: {error}") from None
     if not isinstance(users, dict):
@@ -2391,7 +2368,7 @@ def read_users(path: str) -> dict[str, Any]:
     return users
 
 
-def given_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+def given_keys(fields: Mapping[str, Any]) -> Fields:
     """Drop what is empty, which is the same as not set."""
     return {key: value for key, value in fields.items() if value not in (None, "", [])}
 
@@ -2422,7 +2399,7 @@ def parse_users(users: Mapping[str, Any]) -> Logins:
     return logins
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(directory: str) -> Iterator[None]:
     """Hold the lock of a directory: a file in it is another one after each change."""
     lock = os.open(directory, os.O_DIRECTORY)
@@ -2437,11 +2414,10 @@ def change_account(path: str, name: str, change: Mapping[str, Any] | None, seale
     """Merge a change into an account of the users file, one caller at a time, making it if need be.
 
     None removes the account, or one key of it. With SMTP_SPOOL_KEY every relay_password is sealed:
-    it cannot be a hash. SettingsError: the file would not load; OSError: it cannot be written.
-    """
+    it cannot be a hash. SettingsError: the file would not load; OSError: it cannot be written."""
     path = os.path.realpath(path)  # replace what a link names, not the link
-    with locked(os.path.dirname(path)):
-        users = read_users(path) if os.path.exists(path) else {}
+    with locked(dirname(path)):
+        users = read_users(path) if exists(path) else {}
         parse_users(users)
         if change is None:
             users.pop(name, None)
@@ -2452,14 +2428,13 @@ def change_account(path: str, name: str, change: Mapping[str, Any] | None, seale
             password = fields.get("relay_password", "")
             if password and not password.startswith(SEALED_TEXT):
                 fields["relay_password"] = sealer.seal_text(password, f"{each}/relay_password")
-        replace_file(path, (json.dumps(users, indent=2, ensure_ascii=False) + "\n").encode(), sync=True)
+        replace_file(path, (dumps(users, indent=2, ensure_ascii=False) + "\n").encode(), sync=True)
 
 
 class Watched:
     """What was read from files, and is read anew when one of them changes. Thread-safe.
 
-    What cannot be read raises at the start, without a value to begin with; later the last good one stays.
-    """
+    What cannot be read raises at the start, without a value to begin with; later the last good one stays."""
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Any], log: Log, value: Any = None) -> None:
         self.name, self.paths, self.read, self.log, self.trouble = name, [*filter(None, paths)], read, log, ""
@@ -2550,8 +2525,7 @@ class Accounts:
     def offers(self, secure: bool) -> list[str]:
         """Name the mechanisms for EHLO; secure is TLS, or a client on loopback.
 
-        Not CRAM-MD5 while one account cannot use it: curl would choose it, fail, and try nothing else.
-        """
+        Not CRAM-MD5 while one account cannot use it: curl would choose it, fail, and try nothing else."""
         secure = secure or self.settings.auth_insecure
         cram = self.settings.auth_any or not any(is_hash(a.password) for a in self.file.current().values())
         return [name for name in map(str.upper, self.settings.auth_methods) if (cram if name == "CRAM-MD5" else secure)]
@@ -2570,7 +2544,7 @@ class Accounts:
             good = same_secret(account.api_key, password) or not hashed and same_secret(account.password, password)
             if not good:  # a failure costs one hash, whoever it was
                 hashes = [each.password for each in (account, *logins.values()) if is_hash(each.password)]
-                good = check_password(password, [*hashes, f"{NEW_HASH}:{secrets.token_hex(16)}:"][0]) and hashed
+                good = check_password(password, [*hashes, f"{NEW_HASH}:{token_hex(16)}:"][0]) and hashed
         except (MemoryError, ValueError) as error:  # ValueError: OpenSSL has none left
             self.log.error("login_not_checked", error=error)
             raise Refused(ACCOUNTS_NOT_NOW) from None
@@ -2609,12 +2583,11 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
                  ask: Callable[[str], bytes]) -> Login:
     """Run one AUTH exchange (RFC 4954 4) to its end; Refused when no password was tried.
 
-    `initial` is AUTH's second argument, if there was one; `ask` sends a 334 and returns the client's line.
-    """
+    `initial` is AUTH's second argument, if there was one; `ask` sends a 334 and returns the client's line."""
     def hear(challenge: str) -> str:
         return response(ask(base64.b64encode(challenge.encode()).decode()))
 
-    challenge = MECHANISMS[mechanism].format(secrets.token_hex(16), accounts.settings.hostname)
+    challenge = MECHANISMS[mechanism].format(token_hex(16), accounts.settings.hostname)
     # "=" is how an initial response of no octets is written
     first = hear(challenge) if initial is None else response(b"" if initial == b"=" else initial)
     if mechanism == "LOGIN":  # in no RFC, but some clients know nothing else
@@ -2636,8 +2609,7 @@ def authenticate(accounts: Accounts, mechanism: str, initial: bytes | None,
 def may_send_as(account: Account, reverse_path: str) -> bool:
     """Tell whether an account may use a reverse-path; with a domain list never the null one.
 
-    A domain is matched exactly; "*.x" and ".x" match what is below x, not x.
-    """
+    A domain is matched exactly; "*.x" and ".x" match what is below x, not x."""
     found = with_a_labels(reverse_path.rpartition("@")[2])
     for each in account.allowed_domains:
         wanted = with_a_labels(each.lstrip("*."))
@@ -2657,13 +2629,12 @@ def client_key(address: str) -> str:
 class Buckets:
     """A token bucket for each key, in a table of bounded size. Thread-safe.
 
-    A bucket is the time at which it will be full; without one it is. The one untouched for longest goes first.
-    """
+    A bucket is the time at which it will be full; without one it is. The one untouched for longest goes first."""
 
-    def __init__(self, size: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
-        self._size, self._clock, self._lock = size, clock, threading.Lock()
+    def __init__(self, size: int = 10_000, clock: Callable[[], float] = monotonic) -> None:
+        self._size, self._clock, self._lock = size, clock, Lock()
         # not a dict: the more keys were removed, the longer it looks for its oldest
-        self.full_at: collections.OrderedDict[str, float] = collections.OrderedDict()
+        self.full_at: OrderedDict[str, float] = OrderedDict()
 
     def take(self, key: str, per_minute: float, burst: int, n: int = 1) -> bool:
         """Take a token, if there is one; with an n of -1, put one back."""
@@ -2687,12 +2658,11 @@ class Quotas:
 
     All processes add to the file of a day, which says what the last minute took (quota_per_minute), too.
     `save` is called each second, so SIGKILL forgets a second at most. A message counts once, at its 250.
-    The account "" is nobody's.
-    """
+    The account "" is nobody's."""
 
     def __init__(self, directory: str, log: Log, now: Callable[[], float] = time.time) -> None:
         self._directory, self._log, self._now = directory, log, now  # "": nothing is kept
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._new, self._saved = Counts(), Counts()  # what no file says yet; what today's says
         self._reserved: Counter[str] = Counter()
         self.minutes = Buckets(clock=now)  # quota_per_minute, by account; on wall time, since a file keeps it
@@ -2731,7 +2701,7 @@ class Quotas:
 
     def days(self, name: str | None = None) -> dict[str, dict[str, int]]:
         """Give the figures of each day kept, oldest first, of one account or of all."""
-        found: collections.defaultdict[str, dict[str, int]] = collections.defaultdict(Counter)
+        found: defaultdict[str, dict[str, int]] = defaultdict(Counter)
         with self._lock:
             counts = +self._new
         for file in os.listdir(self._directory) if self._directory else ():
@@ -2755,7 +2725,7 @@ class Quotas:
                     kept |= Counts({(day, name, FULL_AT): math.ceil(at)
                                     for name, at in [*self.minutes.full_at.items()]})
                     rows = [[*key[1:], n] for key, n in kept.items()]
-                    replace_file(f"{self._directory}/{day}.json", json.dumps(rows).encode())
+                    replace_file(f"{self._directory}/{day}.json", dumps(rows).encode())
                 with self._lock:
                     self._new -= new
                     self._saved = kept if day == today else self._saved
@@ -2770,7 +2740,7 @@ class Quotas:
         """Read the file of a day; a broken one is logged, counts nothing and goes."""
         path = f"{self._directory}/{day}.json"
         try:
-            rows = json.loads(read_whole(path))
+            rows = loads(read_whole(path))
             return Counts({(day, who + "", what + ""): int(n) for who, what, n in rows})
         except FileNotFoundError:
             pass
@@ -2782,9 +2752,9 @@ class Quotas:
 
 # === 10 TLS ==================================================================
 #
-# Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask for the
-# context at each handshake, on their own thread: its files are Watched. Ciphers are
-# Python's own choice: it moves with the release, a list here would not.
+# Contexts for both sides, and the pair of SMTP_TLS_SELF_SIGNED. Sessions ask for the context at
+# each handshake, on their own thread: its files are Watched. Ciphers are Python's own choice: it
+# moves with the release, a list here would not.
 
 SELF_SIGNED_DAYS = 825  # the most that Apple's clients accept
 RENEW_BEFORE_DAYS = 30
@@ -2816,8 +2786,7 @@ def no_passphrase() -> str:
 def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
     """Make the context for next hops: TLS 1.2 or later, verified unless told otherwise. Raises SettingsError.
 
-    ssl.create_default_context is not as strict in each Python, and writes session keys to SSLKEYLOGFILE.
-    """
+    ssl.create_default_context is not as strict in each Python, and writes session keys to SSLKEYLOGFILE."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not verify:
@@ -2836,8 +2805,7 @@ def client_context(ca_file: str = "", verify: bool = True) -> ssl.SSLContext:
 def self_signed(directory: str, hostname: str, now: Callable[[], float] = time.time) -> tuple[str, str]:
     """Make, keep and renew a P-256 certificate with its key; SettingsError, OSError.
 
-    Returns the path of each: one file, so that a rename changes both. Its first line says what it was made for.
-    """
+    Returns the path of each: one file, so that a rename changes both. Its first line says what it was made for."""
     os.makedirs(directory, 0o700, exist_ok=True)
     pem, names, made = os.path.join(directory, "self-signed.pem"), subject_names(hostname), b""
     today, renewal = [f"# {names} renew {iso_time(now() + days * DAY)[:10]}".encode()
@@ -2876,8 +2844,7 @@ def make_pair(directory: str, names: str) -> bytes:
     """Make a key and its certificate, both PEM.
 
     In two steps with a configuration file: LibreSSL (macOS) has no -addext, and answers
-    `req -newkey ec -pkeyopt` with a broken key and exit status 0.
-    """
+    `req -newkey ec -pkeyopt` with a broken key and exit status 0."""
     key, config = openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout"), f"{directory}/openssl.cnf"
     write_file(config, OPENSSL_CONFIG.format(names=names).encode())
     cert = openssl("req", "-new", "-x509", "-sha256", "-days", str(SELF_SIGNED_DAYS), "-config", config,
@@ -2899,20 +2866,19 @@ def openssl(*arguments: str, given: bytes = b"") -> bytes:
 
 # === 11 SCHEDULER ============================================================
 #
-# Which message is tried next, and when. Each next hop has a Lane. A message waits
-# in the lane of each next hop that is owed it, and is in one worker's hands at a
-# time. A lane's queue holds what is due, in that order; one heap holds what is for
-# later: messages that were refused for now, and lanes whose next hop could not be
-# reached. Such a lane keeps its mail and lets one probe through at a time, which
-# costs no message an attempt: each time another message, and at once all that are
+# Which message is tried next, and when. Each next hop has a Lane. A message waits in the lane of
+# each next hop that is owed it, and is in one worker's hands at a time. A lane's queue holds what
+# is due, in that order; one heap holds what is for later: messages that were refused for now, and
+# lanes whose next hop could not be reached. Such a lane keeps its mail and lets one probe through
+# at a time, which costs no message an attempt: each time another message, and at once all that are
 # too old by then, to fail. take() goes round the lanes that may have mail.
 #
-# Workers are few, and a next hop may answer slowly or not at all. So a lane has one
-# worker until its next hop has answered, and one for each few messages while that
-# answers at once: it takes the next one itself, and nobody need be woken. A lane has
-# a rank: all workers are for quick ones, three in four for those not known yet or
-# worse, half for those that are slow or fail. Of the workers that wait one looks at
-# the clock, the others are called. One leaf lock; workers and HTTP call in.
+# Workers are few, and a next hop may answer slowly or not at all. So a lane has one worker until
+# its next hop has answered, and one for each few messages while that answers at once: it takes the
+# next one itself, and nobody need be woken. A lane has a rank: all workers are for quick ones,
+# three in four for those not known yet or worse, half for those that are slow or fail. Of the
+# workers that wait one looks at the clock, the others are called. One leaf lock; workers and HTTP
+# call in.
 
 UNREAD = "(unread)"  # the lane of messages whose record says what is owed: found, or not written
 UNSORTED = "(unsorted)"  # and of new ones, whose next hops are not known yet
@@ -2969,12 +2935,12 @@ class Task(NamedTuple):
 class Scheduler:
     """Hands out messages as they fall due. Times are seconds of `clock`; `show` is told how many are owed."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic,
+    def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic,
                  rng: random.Random | None = None, show: Callable[[int], None] = lambda owed: None) -> None:
         self.settings, self.clock, self.show = settings, clock, show
         self.rng = rng or random.Random(settings.seed or None)
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
+        self.lock = RLock()
+        self.changed = Condition(self.lock)
         self.lanes: dict[str, Lane] = {}
         self.ready: dict[str, Lane] = {}  # those that may have mail for now, in order
         self.heap: list[tuple[float, str, str]] = []  # due, stem ("": the lane itself), lane
@@ -3181,7 +3147,7 @@ class Scheduler:
 
     # -- for people --
 
-    def snapshot(self, limit: int) -> tuple[list[str], list[dict[str, Any]]]:
+    def snapshot(self, limit: int) -> tuple[list[str], list[Fields]]:
         """Return the oldest stems, and the state of each next hop, for people to read."""
         with self.lock:
             stems = heapq.nsmallest(limit, self.waiting)
@@ -3204,19 +3170,18 @@ class Scheduler:
 
 # === 12 RESOLVER =============================================================
 #
-# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035) by the
-# delivery threads in mx mode. A domain gives hosts in the order to try them, a host
-# gives addresses, and whatever goes wrong is one ResolveError with the reply to
-# record: 5xx fails the mail, 4xx keeps it.
+# Which hosts take mail for a domain (RFC 5321 5.1), asked of DNS (RFC 1035) by the delivery threads
+# in mx mode. A domain gives hosts in the order to try them, a host gives addresses, and whatever
+# goes wrong is one ResolveError with the reply to record: 5xx fails the mail, 4xx keeps it.
 #
-# Each try has a connected UDP socket of its own, hence a random port, and a random
-# id: what does not echo both and the question is passed over. A truncated answer is
-# asked for again over TCP. Every server is asked in turn, DNS_ROUNDS times, each for
-# the same time. The readers take hostile octets: a pointer only ever goes backwards,
-# and the loops have limits. To recurse and to check DNSSEC is the servers' work.
+# Each try has a connected UDP socket of its own, hence a random port, and a random id: what does
+# not echo both and the question is passed over. A truncated answer is asked for again over TCP.
+# Every server is asked in turn, DNS_ROUNDS times, each for the same time. The readers take hostile
+# octets: a pointer only ever goes backwards, and the loops have limits. To recurse and to check
+# DNSSEC is the servers' work.
 #
-# The cache is a dict, whose operations are whole: no lock. With no servers given,
-# resolv.conf is read for each question, so that a laptop may change networks.
+# The cache is a dict, whose operations are whole: no lock. With no servers given, resolv.conf is
+# read for each question, so that a laptop may change networks.
 
 A, CNAME, MX, AAAA = 1, 5, 15, 28
 DNS_RCODES = words("NOERROR FORMERR SERVFAIL NXDOMAIN NOTIMP REFUSED YXDOMAIN YXRRSET NXRRSET NOTAUTH NOTZONE "
@@ -3353,11 +3318,10 @@ def read_name(message: bytes, at: int) -> tuple[str, int]:
 class Resolver:
     """Answers where mail for a domain goes (RFC 5321 5.1, 7505), or raises ResolveError. Thread-safe.
 
-    `own_name` is ours among mail hosts; `timeout` is in seconds for one question.
-    """
+    `own_name` is ours among mail hosts; `timeout` is in seconds for one question."""
 
     def __init__(self, servers: Sequence[Address] = (), own_name: str = "", timeout: float = 6.0,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = monotonic) -> None:
         self._servers, self._timeout, self._clock = servers, timeout, clock
         self._own_name = own_name.lower()
         self._cache: dict[tuple[str, int], tuple[float, DnsAnswer]] = {}
@@ -3383,8 +3347,7 @@ class Resolver:
     def targets(self, hosts: Sequence[tuple[int, str]]) -> Iterator[tuple[str, str]]:
         """Yield each host with each address, looked up when its turn comes: IPv6 first, the families in turn.
 
-        ResolveError after the last host if none had an address: transient if any lookup was.
-        """
+        ResolveError after the last host if none had an address: transient if any lookup was."""
         failure, found = ResolveError(NO_ADDRESS, hosts[0][1]), False
         for _, host in hosts:
             families = [[literal_address(host)]] if host.startswith("[") else []
@@ -3461,20 +3424,20 @@ class Resolver:
 
 # === 13 DELIVERY =============================================================
 #
-# One attempt to pass a message on: who goes where (routes), places to try in turn, a
-# connection to each (NextHop, kept for the next message), one transaction for each
-# portion of recipients. MAIL, RCPT and DATA go out in one segment where PIPELINING is
-# offered. A reply is judged by its first digit (RFC 5321 4.2), has a deadline of its
-# own, which counts from the last octet sent (4.5.3.2), and an end.
+# One attempt to pass a message on: who goes where (routes), places to try in turn, a connection to
+# each (NextHop, kept for the next message), one transaction for each portion of recipients. MAIL,
+# RCPT and DATA go out in one segment where PIPELINING is offered. A reply is judged by its first
+# digit (RFC 5321 4.2), has a deadline of its own, which counts from the last octet sent (4.5.3.2),
+# and an end.
 #
-# MEANINGS is the one table from (stage, answer) to whether it is for good, and for this
-# message alone. Whom one host does not take for now is offered to the next in the same
-# attempt (5.1); whom a host has taken, or may have, to no other. An attempt returns an
-# Outcome for each recipient it settled, or that of the host, when the next hop itself
-# is what failed: this costs the message no attempt.
+# MEANINGS is the one table from (stage, answer) to whether it is for good, and for this message
+# alone. Whom one host does not take for now is offered to the next in the same attempt (5.1); whom
+# a host has taken, or may have, to no other. An attempt returns an Outcome for each recipient it
+# settled, or that of the host, when the next hop itself is what failed: this costs the message no
+# attempt.
 #
-# A lane is a next hop by name: the smart hosts, an account's own, or a domain, whose
-# hosts DNS gives. A host that took long to fail is tried last for a while.
+# A lane is a next hop by name: the smart hosts, an account's own, or a domain, whose hosts DNS
+# gives. A host that took long to fail is tried last for a while.
 
 REUSE_MESSAGES, REUSE_IDLE = 100, 5.0
 CONTENT_PATIENCE = 2  # RFC 5321 4.5.3.2.6 asks for more time after the final dot than elsewhere
@@ -3544,7 +3507,7 @@ class Outgoing:
 
     def blocks(self) -> Iterable[bytes]:
         self.file.seek(self.start)
-        return itertools.chain([self.head], iter(partial(self.file.read, 64 * KIB), b""))
+        return chain([self.head], iter(partial(self.file.read, 64 * KIB), b""))
 
     def survey(self) -> Outgoing:
         """Find out whether there are lines that are too long, and 8-bit octets."""
@@ -3575,8 +3538,7 @@ def mend(part: bytes, seven: bool, walked: Iterator[int], depth: int = 0) -> byt
     """Return a message, or a part of one, with short lines and, where asked for, in seven bits.
 
     What is signed or not to be read as MIME stays as it is (RFC 2045, 6152 3), as do parts beyond
-    measure; `walked` counts them.
-    """
+    measure; `walked` counts them."""
     head, _, body = (b"\r\n" + part).partition(b"\r\n\r\n")  # each field has its CRLF before it
     unfolded = re.sub(rb"\r\n[ \t]+", b" ", head)
     fields = dict(re.findall(rb"\r\n([^\s:]+)[ \t]*:[ \t]*([^\r\n]*)", unfolded.lower()))
@@ -3642,7 +3604,7 @@ class NextHop:
         self.features: dict[str, str] = {}
         self.limits: dict[str, int] = {}  # SIZE and RCPTMAX, as far as it has one
         self.transcript: list[str] = []
-        self.sent, self.since = 0, time.monotonic()  # when it was last taken, or given back
+        self.sent, self.since = 0, monotonic()  # when it was last taken, or given back
         self.clean, self.spent = True, False  # between two messages; of no more use
         self.ip = self.tls = ""
 
@@ -3717,8 +3679,7 @@ class NextHop:
     def login(self) -> None:
         """AUTH with the mechanism that is set, or those offered until one is taken (RFC 4954).
 
-        The smart host's password is reread from its file: a token does not last.
-        """
+        The smart host's password is reread from its file: a token does not last."""
         s, user, password = self.settings, self.target.username, self.target.password
         offered = self.features.get("auth", "").upper().split()
         wanted = {"auto": "CRAM-MD5 PLAIN LOGIN"}.get(s.relay_auth, s.relay_auth.upper())
@@ -3760,12 +3721,11 @@ class NextHop:
         """Send command lines, if any, in one segment; return the code and text of the next reply.
 
         Trouble when there is none that parses, or its code is not below one. Whatever went into a
-        line, it cannot become two.
-        """
+        line, it cannot become two."""
         wire, data, raw, text, line = self.wire, b"\r\n".join((*lines, b"")), b"", b"", b"   -"
         if len(data) - len(data.translate(None, b"\r\n\0")) != 2 * len(lines):
             raise Trouble(stage, 501, "5.5.2 there is a line end or a NUL in a command of ours")
-        wire.deadline = time.monotonic() + (seconds or self.settings.relay_reply_timeout)
+        wire.deadline = monotonic() + (seconds or self.settings.relay_reply_timeout)
         try:
             if lines:
                 if wire.buffer:  # it would be taken for the answer to this
@@ -3828,7 +3788,7 @@ class NextHop:
             raise Trouble("offers", 552, reply)
         sender, utf8, head = self.spelled(message.reverse_path), "SMTPUTF8" in message.flags, b""
         if utf8 and "smtputf8" not in offered:
-            head = b"".join(itertools.islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
+            head = b"".join(islice(content.blocks(), 2)).partition(b"\r\n\r\n")[0]
         there, lines = [], [f"MAIL FROM:<{sender}>"]
         for r in recipients:
             address = self.spelled(r.address)
@@ -3907,12 +3867,12 @@ class NextHop:
 
     def send_content(self, content: Outgoing) -> None:
         """Send content in blocks with its dots doubled, and the final dot (RFC 5321 4.5.2)."""
-        latest, last, stage = time.monotonic() + CONTENT_TIME, b"\r\n", "data"
+        latest, last, stage = monotonic() + CONTENT_TIME, b"\r\n", "data"
         try:
             if self.wire.buffer:
                 raise OSError("an answer before the content")
             for block in content.blocks():
-                patience = time.monotonic() + self.settings.relay_reply_timeout
+                patience = monotonic() + self.settings.relay_reply_timeout
                 self.wire.deadline = min(patience, latest)
                 self.wire.write((last[-1:] + block).replace(b"\n.", b"\n..")[1:])
                 last = (last + block)[-2:]
@@ -3964,8 +3924,7 @@ class Attempt(NamedTuple):
 
     `trouble` is for what happened up to the login; later, 421 or no answer is an outcome of the
     message. A crowded host refused one more connection while others of ours were open: the message
-    is tried again, uncharged.
-    """
+    is tried again, uncharged."""
 
     outcomes: dict[str, Outcome]
     trouble: Outcome | None
@@ -3980,7 +3939,7 @@ class Delivery:
                  own: Sequence[int] = ()) -> None:  # the ports where this relay listens
         self.settings, self.log, self.accounts, self.own = settings, log, accounts, own
         self.resolver = Resolver(settings.dns_server, settings.hostname)
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.idle: list[NextHop] = []
         self.live: set[NextHop] = set()  # those that are open
         self.avoided: dict[Target, float] = {}
@@ -4070,10 +4029,10 @@ class Delivery:
                 reached: Callable[[], None] = lambda: None) -> Attempt:
         """Try to pass a message on to whom it is owed in a lane; call `reached` once connected."""
         s, smart, lanes = self.settings, self.smart(message), [lane]
-        latest = time.monotonic() + GROUPING_TIME
+        latest = monotonic() + GROUPING_TIME
         for other in () if smart else self.routes(message):  # same hosts: sent together
             with suppress(ResolveError):
-                if other != lane and time.monotonic() < latest and (
+                if other != lane and monotonic() < latest and (
                         {*self.resolver.mx_hosts(other)} == {*self.resolver.mx_hosts(lane)}):
                     lanes.append(other)
         parcels: dict[tuple[str, ...], list[Recipient]] = {}
@@ -4111,8 +4070,7 @@ class Delivery:
         """Return the outcomes of recipients from those of the addresses that stand for them.
 
         One with several has it when all were tried and one has it. In `passed` are those that need
-        it no more, with "!" before them if they have refused it.
-        """
+        it no more, with "!" before them if they have refused it."""
         found = {}
         for r, here, elsewhere in plan:
             mine = [outcomes[address] for address in here]
@@ -4134,8 +4092,7 @@ class Delivery:
         """Return a message as it leaves: X-Original-To, new author, what it lacks (RFC 6409 8).
 
         What is added stands below our Received. A message with a DKIM signature is not repaired:
-        it may cover what is not there, too.
-        """
+        it may cover what is not there, too."""
         s, begin = self.settings, file.tell()
         original = "".join([f"X-Original-To: {address}\r\n" for address in originals])
         head, start = original.encode("utf-8", "surrogateescape"), begin
@@ -4170,9 +4127,9 @@ class Delivery:
         lines: list[str] = []
         trouble, passed, spoke = Outcome(LATER, True, 0, "no smart host"), "", False
         if self.avoided:  # what lately took long to fail comes last
-            now = time.monotonic()
+            now = monotonic()
             targets = sorted(targets, key=lambda target: self.avoided.get(target, 0.0) > now)
-        for target in itertools.islice(targets, TARGETS_MOST):
+        for target in islice(targets, TARGETS_MOST):
             if passed:
                 self.log.warn("next_hop_passed_over", id=message.id, host=passed, reason=trouble)
             lines.append(f"-- {iso_time(time.time())} {target}")
@@ -4250,7 +4207,7 @@ class Delivery:
 
     def take(self, target: Target, fresh: bool) -> NextHop:
         """Return a kept connection, or a new one that is not open yet."""
-        now = time.monotonic()
+        now = monotonic()
         with self.lock:
             for hop in () if fresh else self.idle:
                 if hop.target == target and hop.since > now - REUSE_IDLE:
@@ -4264,7 +4221,7 @@ class Delivery:
 
     def give(self, hop: NextHop) -> None:
         """Keep a connection for the next message, unless it has done its share."""
-        now = time.monotonic()
+        now = monotonic()
         took, hop.since = now - hop.since, now
         with self.lock:
             failed = hop.spent or hop not in self.live
@@ -4286,7 +4243,7 @@ class Delivery:
 
     def drop_idle(self, older_than: float = REUSE_IDLE) -> None:
         """Close connections that have been kept for longer than so many seconds."""
-        latest = time.monotonic() - older_than
+        latest = monotonic() - older_than
         with self.lock:
             out = [hop for hop in self.idle if hop.since <= latest]
             self.idle = [hop for hop in self.idle if hop not in out]
@@ -4304,19 +4261,17 @@ def domain_of(address: str) -> str:
 
 # === 14 REPORTS ==============================================================
 #
-# What failed for good is told to its sender, once for each recipient, though
-# others may still be owed the message: a multipart/report (RFC 3464, 6522) of
-# words for people, fields for programs, and the original's headers. Called by
-# the delivery thread that has the message; pure.
+# What failed for good is told to its sender, once for each recipient, though others may still be
+# owed the message: a multipart/report (RFC 3464, 6522) of words for people, fields for programs,
+# and the original's headers. Called by the delivery thread that has the message; pure.
 #
-# Addresses, replies and headers come from strangers, so header_lines writes every
-# field: nothing unprintable, at most 900 octets, folded at spaces alone.
-# email.message is no help here: it decodes the encoded words in a reply, folds
-# a long address into one, and has let line ends through (CVE-2024-6923).
+# Addresses, replies and headers come from strangers, so header_lines writes every field: nothing
+# unprintable, at most 900 octets, folded at spaces alone. email.message is no help here: it decodes
+# the encoded words in a reply, folds a long address into one, and has let line ends through
+# (CVE-2024-6923).
 #
-# A report is as international as its way back: only if the reverse-path needs
-# SMTPUTF8 does the report, as message/global-delivery-status (RFC 6533).
-# Otherwise all its fields are ASCII.
+# A report is as international as its way back: only if the reverse-path needs SMTPUTF8 does the
+# report, as message/global-delivery-status (RFC 6533). Otherwise all its fields are ASCII.
 
 REPORTED = "report sent"  # the detail in a record's history
 REPORTS_PUT_OFF = "the report is put off: as many as may went out within the hour"
@@ -4353,8 +4308,7 @@ def wants_report(message: Message) -> list[Recipient]:
     """Return the recipients that the sender is to hear of, and has not.
 
     Those are the ones that failed, and those that asked for NOTIFY=SUCCESS of a next hop
-    that knows no DSN (RFC 3461 5.2.2). RFC 5321 6.1: the null sender is told nothing.
-    """
+    that knows no DSN (RFC 3461 5.2.2). RFC 5321 6.1: the null sender is told nothing."""
     told = []
     for r in message.recipients if message.reverse_path else ():
         passed = "reported by them" if r.dsn else "SUCCESS"
@@ -4371,8 +4325,7 @@ def build_report(message: Message, original: bytes, hostname: str, now: datetime
     original is the message as it came, as far as REPORT_FULL_MAX and an octet; now is aware. It goes
     back whole if RET=FULL asked for it and it is no longer, else its headers, or nothing of it where
     the report would be longer than `most`. The recipients of `others`, from the same sender, are told
-    of with it. RFC 3464, 6522, 6533.
-    """
+    of with it. RFC 3464, 6522, 6533."""
     told = [r for m in (message, *others) for r in wants_report(m)]
     utf8 = not message.reverse_path.isascii()
     kind = "global-delivery-status" if utf8 else "delivery-status"
@@ -4491,9 +4444,9 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
 
 # === 15 FAULTS ===============================================================
 #
-# Failures on order (SMTP_FAULTS), for people who test how their application
-# mails. A session asks at each stage; an answer takes the place of the true
-# one. Rules stand one a line, or between semicolons:
+# Failures on order (SMTP_FAULTS), for people who test how their application mails. A session asks
+# at each stage; an answer takes the place of the true one. Rules stand one a line, or between
+# semicolons:
 #
 #     STAGE [to=GLOB] [from=GLOB] [delay TIME] [CODE TEXT | drop | drop kept]
 #           [first N] [after N] [share PERCENT]
@@ -4502,13 +4455,12 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
 #     end from=ci@* drop kept after 3               from the fourth on, the 250 is lost
 #     connect delay 5s; mail 451 4.3.0 busy
 #
-# STAGE is connect, auth, mail, rcpt, data or end (after the final dot; drop kept: the
-# message is taken, but its answer is not sent). Rules are tried in order: a delay
-# adds up and goes on to the next, anything else ends the search. first and after
-# count the times a rule was reached, for each recipient if it has to=; a share of
-# them is spread evenly. The same questions always get the same answers. The library's
-# simulated smart host plays a script of steps, rules that are each for once. Rules and
-# counts are in a file that all processes share, so that rules may change over HTTP;
+# STAGE is connect, auth, mail, rcpt, data or end (after the final dot; drop kept: the message is
+# taken, but its answer is not sent). Rules are tried in order: a delay adds up and goes on to the
+# next, anything else ends the search. first and after count the times a rule was reached, for each
+# recipient if it has to=; a share of them is spread evenly. The same questions always get the same
+# answers. The library's simulated smart host plays a script of steps, rules that are each for once.
+# Rules and counts are in a file that all processes share, so that rules may change over HTTP;
 # Mailpit's chaos triggers become rules with a share. The lock is a leaf.
 
 FAULT_STAGES = {"connect": "", "auth": "", "mail": "from", "rcpt": "from to", "data": "from to",
@@ -4541,7 +4493,7 @@ class Fault(NamedTuple):
 def parse_fault(rule: str, step: bool = False) -> Fault:
     """Read a rule, or a step of a script, which may let pass and needs no stage for the end."""
     match = re.fullmatch(FAULT_RULE, " " + " ".join(rule.split()))
-    found = collections.defaultdict(str, match.groupdict("") if match else ())
+    found = defaultdict(str, match.groupdict("") if match else ())
     stage, answer, delay = found["stage"] or "end" * step, found["answer"], found["delay"]
     globs = dict(glob.lower().split("=", 1) for glob in found["globs"].split())
     if (not stage or not globs.keys() <= {*FAULT_STAGES[stage].split()} or not (answer or delay)
@@ -4572,7 +4524,7 @@ def read_faults(text: str) -> list[Fault]:
     return rules
 
 
-def to_chaos(rules: str) -> dict[str, Any]:
+def to_chaos(rules: str) -> Fields:
     """Return Mailpit's chaos triggers, read from the rules that with_chaos made of them."""
     return {name: {"ErrorCode": int(code), "Probability": int(share)}
             for name, (stage, usual) in CHAOS.items()
@@ -4594,16 +4546,16 @@ class Faults:
     """Answers by the rules, counting how often each was reached. SettingsError lists wrong ones."""
 
     def __init__(self, text: str, path: str = "") -> None:
-        self.lock, self.path = threading.Lock(), path  # "": no other process asks
+        self.lock, self.path = Lock(), path  # "": no other process asks
         self.on = mmap.mmap(-1, 1)  # in all processes: there are rules
-        self.state: dict[str, Any] = {"rules": "", "counts": {}}
+        self.state: Fields = {"rules": "", "counts": {}}
         try:
             self.change(text)
         except ValueError as e:
             raise SettingsError(f"SMTP_FAULTS: {e}") from None
 
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[dict[str, Any]]:
+    @contextmanager
+    def shared(self) -> Iterator[Fields]:
         """Hold rules and counts, to look at or to change."""
         with self.lock:
             if not (self.path and self.on[0]):
@@ -4611,10 +4563,10 @@ class Faults:
                 return
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                state = json.loads(file.readline() or json.dumps(self.state))  # someone may have tidied the spool
+                state = loads(file.readline() or dumps(self.state))  # someone may have tidied the spool
                 yield state
                 file.seek(0)
-                file.write(json.dumps(state).encode() + b"\n")  # whole, whenever we are killed
+                file.write(dumps(state).encode() + b"\n")  # whole, whenever we are killed
                 file.truncate()
 
     def change(self, text: str) -> None:
@@ -4632,10 +4584,7 @@ class Faults:
             return str(state["rules"])
 
     def answer(self, stage: str, sender: str = "", *recipients: str) -> Fault:
-        """Return what is to be played at a stage, without a reply for the true answer.
-
-        Each rule that matches counts as reached; delays add up to the first that answers.
-        """
+        """Return what is to be played at a stage, without a reply for the true answer."""
         last, delay, fits = Fault("", stage, {}), 0.0, fnmatch.fnmatchcase
         with self.shared() as state:
             counts = state["counts"]
@@ -4658,14 +4607,14 @@ class Faults:
 
 # === 16 SESSION ==============================================================
 #
-# One connection's state and rules. The loop does what is the same for every
-# command once: read a line, find the verb, check what must come first, count
-# errors, write the reply. A verb's method holds its own rule alone and returns a
-# Reply. VERBS, at the end, and GRAMMAR's PARAMETERS are the whole protocol at a glance.
+# One connection's state and rules. The loop does what is the same for every command once: read a
+# line, find the verb, check what must come first, count errors, write the reply. A verb's method
+# holds its own rule alone and returns a Reply. VERBS, at the end, and GRAMMAR's PARAMETERS are the
+# whole protocol at a glance.
 #
-# A session runs on one thread and shares only the Reception: accounts, limits,
-# counters (its lock is a leaf), and the way into the spool, which is that of every
-# other entrance, too. Who delivers hears of a new message by its stem alone.
+# A session runs on one thread and shares only the Reception: accounts, limits, counters (its lock
+# is a leaf), and the way into the spool, which is that of every other entrance, too. Who delivers
+# hears of a new message by its stem alone.
 
 PLAIN_VERBS = ("EHLO", "NOOP", "RSET", "STARTTLS", "QUIT", "BDAT")  # without TLS; the last looks for it itself
 UTF8_VERBS = ("MAIL", "RCPT", "VRFY", "EXPN")  # RFC 6531 3.3, 3.7.4
@@ -4686,8 +4635,7 @@ def keep_together(bound: bool | None, crowded: bool, pick: int) -> bool:
     """Bind the calling thread to one processor when there is a crowd; return whether it is bound now.
 
     Threads that pass the interpreter's lock between processors do half the work. Each process
-    picks another processor (-1 is the last); where this is not to be had, only speed is lost.
-    """
+    picks another processor (-1 is the last); where this is not to be had, only speed is lost."""
     if PROCESSORS and crowded != bound:
         places = (PROCESSORS[pick % len(PROCESSORS)],) if crowded else PROCESSORS
         policy = os.SCHED_BATCH if crowded else os.SCHED_OTHER
@@ -4709,8 +4657,7 @@ class Link:
     """A pipe that carries words to the delivering half: stems, and marks.
 
     Writes are atomic and never block. A stem that finds no room lies in the spool, and whoever
-    reads the pipe is told to look there (LOOK) when it was as good as full.
-    """
+    reads the pipe is told to look there (LOOK) when it was as good as full."""
 
     def __init__(self) -> None:
         reader, writer = os.pipe()
@@ -4741,15 +4688,15 @@ class Turns:
     """A few places, given to threads in the order in which they ask."""
 
     def __init__(self, places: int) -> None:
-        self.lock, self.free = threading.Lock(), places
-        self.queue: deque[threading.Lock] = deque()
+        self.lock, self.free = Lock(), places
+        self.queue: deque[Lock] = deque()
 
     def __enter__(self) -> None:
         with self.lock:
             if self.free:
                 self.free -= 1
                 return
-            turn = threading.Lock()
+            turn = Lock()
             turn.acquire()
             self.queue.append(turn)
         turn.acquire()  # until a place is handed over
@@ -4767,8 +4714,7 @@ class Reception:
     """The only way into the spool, for sessions and every other entrance: accounts, limits, counts.
 
     `announce` makes a new message known by its stem, and whether it is owed, to who delivers;
-    False: it could not.
-    """
+    False: it could not."""
 
     settings: Settings
     spool: Spool
@@ -4829,7 +4775,7 @@ class Reception:
 
     def has_room(self, size: int) -> bool:
         """Tell whether so many octets fit; the file system is asked ten times a second at most."""
-        s, now = self.settings, time.monotonic()
+        s, now = self.settings, monotonic()
         if s.queue_size or s.spool_max_messages or s.spool_max_size:
             owed = self.metrics.get("smtp_queue_depth")
             if (now < self.unheard_until or 0 < s.queue_size <= owed
@@ -4841,10 +4787,7 @@ class Reception:
         return self.has_free_space
 
     def admit(self, envelope: Envelope, blocks: Iterable[bytes]) -> str:
-        """Take in a whole message that no session brought, by the same rules; return its queue id.
-
-        Raises Refused with the reply that a session would give.
-        """
+        """Take in a whole message that no session brought, by the same rules; return its id, or raise Refused."""
         try:
             if not envelope.recipients:
                 raise Refused(NO_RECIPIENTS)
@@ -4868,10 +4811,7 @@ class Reception:
         return Content(self.spool.draft(envelope), self.settings.max_size, lenient)
 
     def keep(self, content: Content) -> str:
-        """Judge a message whose content is over, make it safe, and only then let it be known.
-
-        Returns its queue id, or raises Refused.
-        """
+        """Judge a message whose content is over, make it safe, then known; return its id, or raise Refused."""
         draft: Draft = content.draft
         envelope = draft.envelope
         content.end()
@@ -4891,7 +4831,7 @@ class Reception:
         if owed:
             self.metrics.inc("smtp_messages_queued_total")
         if not self.announce(stem, owed):
-            self.unheard_until = time.monotonic() + 1.0
+            self.unheard_until = monotonic() + 1.0
         told = {"id": draft.id, "sender": envelope.reverse_path, "recipients": envelope.recipients,
                 "size": size, "client": envelope.client}
         self.audit.info("accepted", **told, user=envelope.user)
@@ -4914,7 +4854,7 @@ class Session:
         self.reception, self.settings = reception, reception.settings
         self.client, self.implicit_tls = client, implicit_tls
         self.is_local = client == "local" or is_loopback(client)
-        self.latest = time.monotonic() + self.settings.session_timeout
+        self.latest = monotonic() + self.settings.session_timeout
         self.wire = Wire(sock, 0.0)
 
     # -- the loop --
@@ -4928,7 +4868,7 @@ class Session:
         reception.audit.info("session_start", client=self.client)
         try:
             while not self.over:
-                self.wire.deadline = min(time.monotonic() + self.settings.command_timeout, self.latest)
+                self.wire.deadline = min(monotonic() + self.settings.command_timeout, self.latest)
                 try:
                     reply = step()
                 except Refused as e:
@@ -4948,7 +4888,7 @@ class Session:
         except (PeerGone, TimeoutError) as e:  # the peer may no longer listen
             words = TIMED_OUT if isinstance(e, TimeoutError) else STOPPING if reception.stopping else None
             if words:
-                self.wire.deadline = time.monotonic() + 1.0
+                self.wire.deadline = monotonic() + 1.0
                 with suppress(PeerGone, TimeoutError):
                     self.answer(words)
                     self.wire.flush()
@@ -5055,8 +4995,8 @@ class Session:
         if not reception.faults.on[0]:
             return False
         fault = reception.faults.answer(stage, sender, *recipients)
-        end = time.monotonic() + fault.delay
-        while (left := end - time.monotonic()) > 0 and not reception.stopping:
+        end = monotonic() + fault.delay
+        while (left := end - monotonic()) > 0 and not reception.stopping:
             time.sleep(min(0.05, left))
         if fault.reply is HANG_UP:
             raise PeerGone("dropped by SMTP_FAULTS")
@@ -5066,7 +5006,7 @@ class Session:
 
     def linger(self) -> None:
         """Read what comes for a moment: closing on unread data would destroy our last reply."""
-        self.wire.deadline = time.monotonic() + 1.0
+        self.wire.deadline = monotonic() + 1.0
         with suppress(PeerGone, TimeoutError, OSError):
             shut(self.wire.sock, socket.SHUT_WR)
             while True:
@@ -5139,7 +5079,7 @@ class Session:
             sock = self.reception.tls.current().wrap_socket(
                 self.wire.sock, server_side=True, do_handshake_on_connect=False)
             self.wire.sock, self.wire.timeout = sock, -1.0
-            limit_calls(sock, self.wire.deadline - time.monotonic())
+            limit_calls(sock, self.wire.deadline - monotonic())
             sock.do_handshake()
         except OSError as e:
             self.reception.log.info("tls_failed", client=self.client, error=e)
@@ -5256,7 +5196,7 @@ class Session:
         if argument and not chunk:
             return BAD_ARGUMENT("Syntax: BDAT octets [LAST]")
         octets = int(chunk[1]) if chunk else 0
-        self.wire.deadline = min(time.monotonic() + self.settings.data_timeout, self.latest)
+        self.wire.deadline = min(monotonic() + self.settings.data_timeout, self.latest)
         try:
             content = self.content = self.content or self.begin()
         except Refused as e:
@@ -5361,11 +5301,10 @@ def in_networks(client: str, networks: tuple[Any, ...]) -> bool:
 
 # === 17 LISTENER =============================================================
 #
-# Where connections come from and how they end. A Listener is a socketserver over a
-# socket that is bound already. Its threads wait in accept themselves, and the one
-# that gets a connection holds the session: no hand-over, which would cost 15 us, and
-# no start of a thread, 80 us, but while the load grows. Receiving is the whole
-# receiving half of the program. The lock of a listener is a leaf.
+# Where connections come from and how they end. A Listener is a socketserver over a socket that is
+# bound already. Its threads wait in accept themselves, and the one that gets a connection holds the
+# session: no hand-over, which would cost 15 us, and no start of a thread, 80 us, but while the load
+# grows. Receiving is the whole receiving half of the program. The lock of a listener is a leaf.
 
 SPARE_THREADS = 16  # that wait for a connection; more than that end
 BACKLOG = 1024
@@ -5380,8 +5319,8 @@ def accept(sock: socket.socket, reception: Reception) -> tuple[socket.socket, An
         return sock.accept()
     except OSError as e:
         if e.errno in EXHAUSTED:
-            if time.monotonic() > reception.exhausted_at + EXHAUSTED_LOGGED:
-                reception.exhausted_at = time.monotonic()
+            if monotonic() > reception.exhausted_at + EXHAUSTED_LOGGED:
+                reception.exhausted_at = monotonic()
                 reception.log.error("accept_failed", error=e)
             time.sleep(0.1)
         raise
@@ -5405,12 +5344,12 @@ class Listener(socketserver.ThreadingTCPServer):
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         self.reception, self.tls = reception, tls
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.waiting = 0  # threads that wait for a connection
 
     def start_thread(self) -> None:
         """Start a thread; RuntimeError when none can be had."""
-        threading.Thread(target=self.work, name="session", daemon=True).start()
+        Thread(target=self.work, name="session", daemon=True).start()
 
     def work(self) -> None:
         """Accept and hold one session after the other, until enough other threads wait."""
@@ -5457,12 +5396,12 @@ class Receiving:
     def __init__(self, reception: Reception, plain: Sequence[socket.socket],
                  tls: Sequence[socket.socket]) -> None:
         self.reception = reception
-        self.stopped = threading.Event()
+        self.stopped = Event()
         self.listeners = [Listener(sock, reception, sock in tls) for sock in (*plain, *tls)]
-        self.counter = threading.Thread(target=self.keep_counts, name="counter", daemon=True)
+        self.counter = Thread(target=self.keep_counts, name="counter", daemon=True)
 
     def start(self) -> None:
-        self.reception.metrics.set("alive", time.monotonic())
+        self.reception.metrics.set("alive", monotonic())
         self.counter.start()
         for listener in self.listeners:
             listener.start_thread()
@@ -5471,13 +5410,13 @@ class Receiving:
         """Stop accepting, end idle sessions, give those in the middle of a message some time."""
         self.reception.stopping = True
         for listener in self.listeners:
-            end = time.monotonic() + 1.0
-            while listener.waiting and time.monotonic() < end:
+            end = monotonic() + 1.0
+            while listener.waiting and monotonic() < end:
                 knock(listener)
                 time.sleep(0.0005)
             listener.server_close()
-        end = time.monotonic() + patience
-        while self.reception.sessions and time.monotonic() < end:
+        end = monotonic() + patience
+        while self.reception.sessions and monotonic() < end:
             for session in list(self.reception.sessions):
                 if not session.over:  # it waits for a command: its next read finds the end
                     shut(session.wire.sock, socket.SHUT_RD)
@@ -5491,7 +5430,7 @@ class Receiving:
         while not stopped:
             full = len(self.reception.sessions) >= self.reception.settings.max_connections
             if full or all(listener.waiting for listener in self.listeners):
-                self.reception.metrics.set("alive", time.monotonic())
+                self.reception.metrics.set("alive", monotonic())
             stopped = self.stopped.wait(1.0)
             try:
                 self.reception.quotas.save()
@@ -5508,7 +5447,7 @@ def knock(server: socketserver.TCPServer) -> None:
 
 def stop_server(server: socketserver.TCPServer) -> None:
     """Stop a server's loop at once."""
-    stopper = threading.Thread(target=server.shutdown)
+    stopper = Thread(target=server.shutdown)
     stopper.start()
     knock(server)
     stopper.join()
@@ -5550,8 +5489,8 @@ def socket_text(sock: socket.socket) -> str:
 
 # === 18 INBOX ================================================================
 #
-# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON of Mailpit's
-# API v1 and MailHog's v2, for HTTP and the library; nothing here writes to the spool.
+# Purpose: reading mail. It is listed, searched, waited for, and put into the JSON of Mailpit's API
+# v1 and MailHog's v2, for HTTP and the library; nothing here writes to the spool.
 #
 #   record, content -> read_mail -> Email, its Parts -> waited_json, headers_json, view_html
 #                   -> summarise -> packed in the Inbox -> Item -> search, messages_json
@@ -5626,8 +5565,7 @@ def decode_text(octets: bytes, charset: str = "") -> str:
     """Decode octets leniently: what the charset cannot say becomes U+FFFD.
 
     No label, one that is unknown, or US-ASCII: it is UTF-8 if it can be, else what HTML's own
-    <meta> says, else windows-1252.
-    """
+    <meta> says, else windows-1252."""
     if octets.startswith(b"\xef\xbb\xbf"):
         octets, charset = octets[3:], "utf-8"
     codec = find_codec(charset)
@@ -5694,8 +5632,7 @@ def read_headers(raw: bytes, start: int, end: int, limit: int) -> tuple[Headers,
     """Read a header block; give its fields with the offset of the body.
 
     A line that is no field costs itself alone where a field follows. A field that is not needed may
-    take a quarter of what is left of the limit.
-    """
+    take a quarter of what is left of the limit."""
     kept: Headers = []
     at, room, last_line = start, limit, start + 8 * limit
     line = re.compile(rb"(%s[^\n]*(?:\n[ \t]+[^\s][^\n]*)*(?:\n|\Z))|\S[^\n]*\n(?=%s)"
@@ -5780,7 +5717,7 @@ def header_parameters(value: str) -> tuple[str, dict[str, str]]:
             if encoded and text.count("'") >= 2:
                 charsets[name], _, text = text.split("'", 2)
         found[name] = found.get(name, b"") + (
-            urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace"))
+            unquote_to_bytes(text) if encoded else text.encode("utf-8", "replace"))
     return word, {name: decode_text(octets, charsets.get(name, "")) for name, octets in found.items()}
 
 
@@ -5846,8 +5783,7 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
     """Parse a message (RFC 5322, 2045) in time linear in its size, raising nothing.
 
     Parts count as in Mailpit: 1, 2, 2.1, and 0 for a message that has none. A message inside is a
-    leaf. The more has been read of the parts' headers, the less is read of the next.
-    """
+    leaf. The more has been read of the parts' headers, the less is read of the next."""
     parts: list[Part] = []
     todo = [("", 0, len(raw), "")]
     top: Headers = []
@@ -5862,8 +5798,8 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
         if multipart and boundary and number.count(".") < DEPTH_LIMIT:  # RFC 2046 5.1.1
             mark = re.escape(boundary.encode("utf-8", "replace"))
             line = re.compile(rb"\n--%s(--)?[ \t\r]*(?=\n|\Z)" % mark)
-            lines = list(itertools.islice(line.finditer(raw, body - 1, end), PART_LIMIT))
-            opening = itertools.takewhile(lambda line: not line[1], lines)
+            lines = list(islice(line.finditer(raw, body - 1, end), PART_LIMIT))
+            opening = takewhile(lambda line: not line[1], lines)
             ends = [*(line.start() for line in lines[1:]), end]
             pieces = [(line.end() + 1, end) for line, end in zip(opening, ends)]
         todo += [(f"{number}{n}.", *pieces[n - 1], part.content_type)
@@ -5880,10 +5816,7 @@ def read_mail(raw: bytes) -> tuple[Headers, list[Part]]:
 
 
 class Email:
-    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`.
-
-    It is decoded as far as it is looked at. What cannot be read, for a fault of ours, says so.
-    """
+    """A received message as a test sees it: `relay.wait(to="bob@example.com").codes[0]`."""
 
     def __init__(self, record: Message, raw: bytes, sequence: int = 0) -> None:
         self.id, self.record, self.raw, self.sequence = record.id, record, raw, sequence
@@ -5964,8 +5897,7 @@ class Email:
     @cached_property
     def codes(self) -> list[str]:
         """The verification codes, the surest kind found, in order: letters and digits near a
-        word such as code, OTP or PIN; no year, price, phone or order number, postal code, colour.
-        """
+        word such as code, OTP or PIN; no year, price, phone or order number, postal code, colour."""
         words = f"{self.subject}\n{self.text}"
         return codes_in(words) or codes_in(strip_html(self.page[:TEXT_LIMIT]))
 
@@ -6082,7 +6014,7 @@ def safe_filename(name: str) -> str:
 
 def disposition(kind: str, filename: str) -> str:
     """Write a Content-Disposition, the name in ASCII and as it is (RFC 6266, appendix D)."""
-    plain, quoted = re.sub(r"[^ -~]", "_", filename), urllib.parse.quote(filename, safe="")
+    plain, quoted = re.sub(r"[^ -~]", "_", filename), quote(filename, safe="")
     return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quoted}"
 
 
@@ -6105,8 +6037,7 @@ def view_html(mail: Email) -> str:
     """Give the HTML body as a page for a sandboxed frame, with the images that came along in it.
 
     Links open in a tab of their own. What no policy stops (a refresh, a base, a DNS lookup ahead)
-    is made a <meta> that says nothing: to cut it out could join what stood apart.
-    """
+    is made a <meta> that says nothing: to cut it out could join what stood apart."""
     def own(tag: re.Match[str]) -> str:
         name, found = tag[1].lower(), attributes(tag[2])
         if name in ("a", "area"):
@@ -6127,7 +6058,7 @@ def embed_images(mail: Email) -> str:
     room = EMBEDDED_LIMIT
 
     def unquoted(text: str) -> str:
-        return urllib.parse.unquote(unescape(text)).strip(" <>").lower()
+        return unquote(unescape(text)).strip(" <>").lower()
 
     def embedded(cid: re.Match[str]) -> str:
         nonlocal room
@@ -6150,7 +6081,7 @@ def embed_images(mail: Email) -> str:
 
 # An item is what Mailpit's list shows of a message, with three more for searches. What of it cannot
 # change is kept packed, as the JSON of its values: some 500 octets, where a dict takes 4,000.
-Item = dict[str, Any]
+Item = Fields
 PACKED_FIELDS = ("ID MessageID From To Cc Bcc ReplyTo Subject Created Username Size Attachments "
                  "Snippet inline whole")  # how many inline parts; whether the snippet is the text
 
@@ -6165,7 +6096,7 @@ def summarise(mail: Email) -> bytes:
     values = (record.id, message_id or f"{record.id}@smtprelay", sender[0], *others,
               mail.subject[:1000], record.received_at, record.user, len(mail.raw), files,
               text[:SNIPPET] + "..." * (len(text) > SNIPPET), inline, whole)
-    return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
+    return dumps(values, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
@@ -6204,8 +6135,7 @@ def words_of(value: Any) -> str:
 def holds(name: str, word: str, item: Item) -> bool:
     """Whether a message holds a search word in a field; where that is all signs, as it stands.
 
-    In any field (" ") also means its text, HTML, links, and the names of its parts.
-    """
+    In any field (" ") also means its text, HTML, links, and the names of its parts."""
     def texts() -> Iterator[Any]:
         yield [item[field] for field in SEARCH_FIELDS[name].split()]
         if name == " " and not item["whole"]:
@@ -6225,8 +6155,7 @@ def compile_query(text: str, zone: str = "") -> Query:
     """Compile Mailpit's search words; any other word is looked for in the text.
 
     All terms must hold; a leading - or ! turns one round, double quotes keep one together. `zone`
-    names the time zone of before: and after:, the machine's where it is not known.
-    """
+    names the time zone of before: and after:, the machine's where it is not known."""
     tests: list[tuple[Test, bool]] = []
     terms = re.findall(r'(?:"[^"]*"?|[^\s"])+', text[:10000])
     # Words come last, for they may read the message.
@@ -6323,13 +6252,12 @@ class Listing(NamedTuple):
 class Inbox:
     """The index of all messages: order, read flags, tags, waiting.
 
-    `first` is the first sequence number, above those of an earlier run where clients outlive it.
-    """
+    `first` is the first sequence number, above those of an earlier run where clients outlive it."""
 
     def __init__(self, spool: Spool, log: Log, first: int = 1,
                  rules: Iterable[tuple[str, str]] = ()) -> None:
         self.spool, self.log = spool, log
-        self.changed = threading.Condition(threading.Lock())
+        self.changed = Condition(Lock())
         self.entries: dict[str, Entry] = {}  # oldest first
         self.last, self.closed, self.deleted = first - 1, False, 0
         self.rules = [(tag, compile_query(words)) for tag, words in rules]
@@ -6337,7 +6265,7 @@ class Inbox:
         self.touched = False
         with suppress(Exception):  # not there, or torn in whatever way
             if spool.on_disk:
-                kept = json.loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
+                kept = loads(spool.sealer.unseal(read_whole(spool.path(SEEN)), SEEN))
                 self.kept = {id: (read, tags) for id, (read, tags) in kept.items()}
 
     def add(self, stem: str) -> int:
@@ -6374,13 +6302,12 @@ class Inbox:
         """Block until a message matches; None after `timeout` seconds.
 
         With `since`, the oldest match numbered above it; without, the newest that is there, or
-        else the next to come. A caller that is `gone`, which is asked each second, is sent away.
-        """
-        deadline, seen = time.monotonic() + timeout, since or 0
+        else the next to come. A caller that is `gone`, which is asked each second, is sent away."""
+        deadline, seen = monotonic() + timeout, since or 0
         while True:
             last, fresh = self.last, self.after(seen)
             found = next(self.matching(fresh if since is None else fresh[::-1], query), None)
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             if found or left <= 0 or self.closed or gone():
                 return found
             since = seen = last
@@ -6392,7 +6319,7 @@ class Inbox:
         """The entries numbered above `since`, newest first."""
         with self.changed:
             newest_first = reversed(self.entries.values())
-            return list(itertools.takewhile(lambda entry: entry.sequence > since, newest_first))
+            return list(takewhile(lambda entry: entry.sequence > since, newest_first))
 
     def chosen(self, ids: Iterable[str] | None) -> list[Entry]:
         """The entries with some ids, all for None."""
@@ -6423,7 +6350,7 @@ class Inbox:
             tags += [tag for tag, query in self.rules if matches(query, self.shown(entry))]
             entry = entry._replace(found=tuple(clean_tags(tags)))
             self.change([entry.id], packed=entry.packed, found=entry.found)
-        return {**dict(zip(PACKED_FIELDS.split(), json.loads(entry.packed))), "Read": entry.read,
+        return {**dict(zip(PACKED_FIELDS.split(), loads(entry.packed))), "Read": entry.read,
                 "Tags": list(entry.tags), "sequence": entry.sequence,
                 "open": partial(self.mail, entry.id, SEARCH_LIMIT)}
 
@@ -6477,9 +6404,9 @@ class Inbox:
 
     def summarise_rest(self, within: float = math.inf, most: int | None = None) -> None:
         """Sum up what nobody has looked at yet of the newest messages, for so many seconds."""
-        deadline = time.monotonic() + within
+        deadline = monotonic() + within
         for _ in self.matching(entry for entry in self.after()[:most] if not entry.packed):
-            if self.closed or time.monotonic() > deadline:
+            if self.closed or monotonic() > deadline:
                 break
 
     def save(self) -> None:
@@ -6491,19 +6418,19 @@ class Inbox:
             kept = {**self.kept, **{entry.id: (entry.read, entry.given) for entry in self.chosen(None)
                                     if entry.read or entry.given is not None}}
         try:
-            sealed = self.spool.sealer.seal(json.dumps(kept).encode(), SEEN)
+            sealed = self.spool.sealer.seal(dumps(kept).encode(), SEEN)
             replace_file(self.spool.path(SEEN), sealed)
         except OSError as error:  # of no weight beside the mail: tried again
             self.log.warn("inbox_not_saved", error=error)
             self.touched = True
 
 
-def summary_json(item: Item) -> dict[str, Any]:
+def summary_json(item: Item) -> Fields:
     """Mailpit's MessageSummary: one of a list."""
     return {name: value for name, value in item.items() if name[0].isupper()}
 
 
-def attachment_json(part: Part) -> dict[str, Any]:
+def attachment_json(part: Part) -> Fields:
     """Mailpit's Attachment: size and checksums are those of the decoded content."""
     content = part.content
     return {
@@ -6514,7 +6441,7 @@ def attachment_json(part: Part) -> dict[str, Any]:
     }
 
 
-def waited_json(item: Item, mail: Email) -> dict[str, Any]:
+def waited_json(item: Item, mail: Email) -> Fields:
     """Mailpit's Message: one whole, with sequence number, links and codes, which are ours."""
     listed, post = (header(mail.fields, f"list-unsubscribe{end}") for end in ("", "-post"))
     found = [re.sub(r"\s", "", link) for link in re.findall(r"<([^<>]{1,4000})>", listed)]
@@ -6537,8 +6464,7 @@ def waited_json(item: Item, mail: Email) -> dict[str, Any]:
 def headers_json(mail: Email) -> dict[str, list[str]]:
     """The header fields by name, sorted and spelt as Go does (Message-Id).
 
-    Return-Path and Bcc are there as the envelope has them, as in Mailpit.
-    """
+    Return-Path and Bcc are there as the envelope has them, as in Mailpit."""
     found = grouped([(string.capwords(name, "-"), value) for name, value in mail.fields])
     bcc = ", ".join(person["Address"] for person in mail.people["bcc"])
     ours = {"Return-Path": [f"<{mail.reverse_path}>"], **({"Bcc": [bcc]} if bcc else {})}
@@ -6593,8 +6519,7 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
     """Build content, reverse-path, recipients from POST /api/v1/send; raises BadRequest.
 
     Every octet of it is written here, for the email package decodes what it is given and
-    writes it anew: an encoded word could become a field of its own (CVE-2024-6923).
-    """
+    writes it anew: an encoded word could become a field of its own (CVE-2024-6923)."""
     sender = read_person(take_field(body, "From", {}), "From")
     to, cc, reply_to = (read_each(body, name, read_person) for name in ("To", "Cc", "ReplyTo"))
     recipients = [address for _, address in (*to, *cc)] + read_each(body, "Bcc", read_mailbox)
@@ -6607,7 +6532,7 @@ def compose(body: Any) -> tuple[bytes, str, list[str]]:
             raise BadRequest(f"Headers: cannot set {name[:76]!r}")
         fields[name] = str(value)
     if "message-id" not in map(str.lower, fields):
-        fields["Message-ID"] = f"<{secrets.token_hex(12)}@{sender[1].rpartition('@')[2]}>"
+        fields["Message-ID"] = f"<{token_hex(12)}@{sender[1].rpartition('@')[2]}>"
     try:
         head = {"From": [sender], "To": to, "Cc": cc, "Reply-To": reply_to}
         lines = [f"{name}: " + ",\r\n ".join(written for written, _ in people)
@@ -6646,7 +6571,7 @@ def multipart(kind: bytes, parts: Sequence[bytes]) -> bytes:
     """Join parts, each with its fields; one alone stands for itself."""
     if len(parts) == 1:
         return parts[0]
-    mark = secrets.token_hex(16).encode()
+    mark = token_hex(16).encode()
     joined = b"".join(b"--%s\r\n%s\r\n" % (mark, part) for part in parts)
     return (b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n%s--%s--\r\n'
             % (kind, mark, joined, mark))
@@ -6683,10 +6608,10 @@ def read_attachment(value: Any, path: str) -> tuple[str, bytes]:
 
 # === 19 PAGE =================================================================
 #
-# The inbox and queue page: one HTML document that loads nothing from elsewhere.
-# It talks to the API of HTTP and nothing else; whatever a mail says goes in as text,
-# never as markup, and HTML mail is shown in a sandboxed frame. Its policy names the
-# hashes of its own script and style, so no other can run.
+# The inbox and queue page: one HTML document that loads nothing from elsewhere. It talks to the API
+# of HTTP and nothing else; whatever a mail says goes in as text, never as markup, and HTML mail is
+# shown in a sandboxed frame. Its policy names the hashes of its own script and style, so no other
+# can run.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -7675,7 +7600,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             return line
 
         self.rfile.readline = read_line
-        self.since = time.monotonic()  # it asks nothing since then; inf: it is at work
+        self.since = monotonic()  # it asks nothing since then; inf: it is at work
         self.server.callers.add(self)
 
     def finish(self) -> None:
@@ -7685,18 +7610,18 @@ class Request(http.server.BaseHTTPRequestHandler):
     def find_route(self) -> Route:
         """Find the route, under SMTP_WEB_ROOT or not; note its path's names and its query."""
         try:
-            url = urllib.parse.urlsplit(self.path)
+            url = urlsplit(self.path)
         except ValueError:
             raise BadRequest("the address does not parse") from None
         root = re.escape(self.relay.settings.web_root.strip("/"))
-        self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        self.query = dict(parse_qsl(url.query, keep_blank_values=True))
         self.words, self.zone = (self.query.get(name, "") for name in ("query", "tz"))
         self.path = re.sub(f"^/{root}(/|$)", "/", url.path)
         error = HttpError(404, "not found")
         for route in ROUTES:
             pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+?)", route.path)
             if match := re.fullmatch(pattern, self.path):
-                self.names = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+                self.names = {k: unquote(v) for k, v in match.groupdict().items()}
                 if route.method == self.command.replace("HEAD", "GET"):
                     return route
                 error = HttpError(405, "method not allowed")
@@ -7742,16 +7667,16 @@ class Request(http.server.BaseHTTPRequestHandler):
             if takes is not None and name not in takes.split():
                 raise BadRequest(f"{name[:99]}: not known here; expected {takes or 'no parameters'}")
 
-    def read_fields(self) -> dict[str, Any]:
+    def read_fields(self) -> Fields:
         """Read the body's fields, of JSON or a form: in lower case, for Mailpit takes any."""
         # What cannot be read is refused: to guess could be to delete all.
         body, kind = self.body.strip(), self.headers.get("Content-Type", "")
         try:
             if body[:1] in b"{[" or not kind.startswith("application/x-www-form-urlencoded"):
-                value = json.loads(body or b"{}")
+                value = loads(body or b"{}")
             else:
                 value = {}  # blank values are read, bad ones are not
-                for name, given in urllib.parse.parse_qs(body.decode(), True, True).items():
+                for name, given in parse_qs(body.decode(), True, True).items():
                     name, last = name.removesuffix("[]"), given[-1]
                     value[name] = given if name.lower() in ("ids", "tags", "to") else (
                         {"true": True, "false": False}.get(last.lower(), last))
@@ -7900,7 +7825,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         else:
             if not isinstance(body, (bytes, str)):
                 fields["Content-Type"] = "application/json"
-                body = json.dumps(body, default=vars, ensure_ascii=False)
+                body = dumps(body, default=vars, ensure_ascii=False)
             body = [body.encode("utf-8", "replace") if isinstance(body, str) else body]
             fields["Content-Length"] = str(len(body[0]))
         fields.update(self.head)
@@ -7918,7 +7843,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(HTTP_TIME)
         for block in body if self.command != "HEAD" else ():
             self.wfile.write(block)
-        self.since = time.monotonic()
+        self.since = monotonic()
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: read_body asks for the body once the caller has been let through."""
@@ -7945,7 +7870,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Cut off who takes too long to ask, and where places run out, who is idle for longest."""
         # A time for each read would begin anew with each octet.
-        end = time.monotonic() - HTTP_TIME
+        end = monotonic() - HTTP_TIME
         idle = sorted(self.callers, key=lambda caller: caller.since)
         for n, caller in enumerate(idle, HTTP_CONNECTIONS):
             if n < len(idle) or caller.since < end:
@@ -7971,7 +7896,7 @@ def show_health(request: Request) -> Any:
     d = request.relay
     beat = min(filter(None, d.metrics.each("alive")), default=-math.inf)
     dead = [t.name for t in d.threads if t.name.startswith("worker") and not t.is_alive()]
-    wrong = {"listeners": "no sign of life from the listeners" * (time.monotonic() - beat >= 5),
+    wrong = {"listeners": "no sign of life from the listeners" * (monotonic() - beat >= 5),
              "workers": dead and f"dead: {', '.join(dead)}",
              "spool": "", "accounts": d.reception.trouble()}
     try:
@@ -7996,7 +7921,7 @@ def show_metrics(request: Request) -> Any:
     age = time.time() - id_micros(oldest[0][11:]) / 1e6 if oldest else 0.0
     m.set("smtp_queue_oldest_age_seconds", max(0.0, age))
     m.set("smtp_messages_held", len(d.held))
-    m.set("smtp_uptime_seconds", round(time.monotonic() - m.get("started"), 1))
+    m.set("smtp_uptime_seconds", round(monotonic() - m.get("started"), 1))
     m.set("smtp_build_info", 1, __version__)
     with suppress(OSError):
         m.set("smtp_disk_free_bytes", min(d.spool.free(), 1 << 53))
@@ -8115,13 +8040,13 @@ def view(request: Request) -> Any:
         return mail.text
     if not mail.page:
         raise HttpError(404, "this message has no HTML")
-    loads = "img-src data:; style-src 'unsafe-inline'"
+    sources = "img-src data:; style-src 'unsafe-inline'"
     if request.query.get("remote") == "1":
-        loads = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
+        sources = "img-src data: cid: *; style-src 'unsafe-inline' *; font-src *; media-src *"
     request.head = {
         "Content-Type": HTML, "X-DNS-Prefetch-Control": "off",
         "Content-Security-Policy":  # links open in their own tab
-            f"default-src 'none'; {loads}; form-action 'none'; base-uri 'none'; "
+            f"default-src 'none'; {sources}; form-action 'none'; base-uri 'none'; "
             "frame-ancestors 'self'; sandbox allow-popups allow-popups-to-escape-sandbox"}
     return view_html(mail)
 
@@ -8172,7 +8097,7 @@ def change_tag(request: Request) -> None:
 def show_info(request: Request) -> Any:
     d, m = request.relay, request.relay.metrics
     total, unread, tags = d.inbox.counts()
-    stats = {"Uptime": int(time.monotonic() - m.get("started")), "Memory": memory_used(),
+    stats = {"Uptime": int(monotonic() - m.get("started")), "Memory": memory_used(),
              "SMTPAccepted": int(m.get("smtp_messages_received_total")),
              "SMTPAcceptedSize": int(m.get("smtp_bytes_received_total")),
              "SMTPRejected": 0, "SMTPIgnored": 0, "MessagesDeleted": d.inbox.deleted}
@@ -8205,11 +8130,11 @@ def mailhog_messages(request: Request) -> Any:
                  "containing": [decode_text(mail.raw), mail.text, mail.html, mail.subject]}[kind]
         return request.words.lower() in words_of(known).lower()
 
-    def path(address: str) -> dict[str, Any]:
+    def path(address: str) -> Fields:
         mailbox, _, domain = address.rpartition("@")
         return {"Relays": None, "Mailbox": mailbox, "Domain": domain, "Params": ""}
 
-    def content(fields: Headers, body: bytes) -> dict[str, Any]:
+    def content(fields: Headers, body: bytes) -> Fields:
         return {"Headers": grouped(fields), "Body": decode_text(body), "Size": len(body),
                 "MIME": None}
 
@@ -8281,7 +8206,7 @@ def show_events(request: Request) -> Any:
                 yield f"{said}\n\n".encode()
                 try:
                     event = events.get(timeout=HEARTBEAT)
-                    said = f"event: {event['type']}\ndata: {json.dumps(event)}" if event else ""
+                    said = f"event: {event['type']}\ndata: {dumps(event)}" if event else ""
                 except queue.Empty:
                     said = ": still here"  # a comment finds out who has gone
         finally:
@@ -8336,7 +8261,7 @@ def show_stats(request: Request) -> Any:
                    for kind, counted in kinds.items()}}
 
 
-def account_json(request: Request, account: Account) -> dict[str, Any]:
+def account_json(request: Request, account: Account) -> Fields:
     today, most = request.relay.reception.quotas.today(account.name), account.quota_daily
     used = today.get("received", 0)
     shown = words("name allowed_domains quota_daily quota_per_minute relay_host")
@@ -8397,12 +8322,12 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
     """POST events to SMTP_WEBHOOK_URL until the relay stops; when too many wait, start anew."""
     import urllib.request as web
 
-    url, shown = urllib.parse.urlsplit(d.settings.webhook_url), shown_url(d.settings.webhook_url)
+    url, shown = urlsplit(d.settings.webhook_url), shown_url(d.settings.webhook_url)
     login, _, place = url.netloc.rpartition("@")
     target = url._replace(netloc=place, fragment="").geturl()
     headers = {"Content-Type": "application/json"}
     if login:
-        secret = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        secret = base64.b64encode(unquote_to_bytes(login)).decode()
         headers["Authorization"] = f"Basic {secret}"
     opener = web.OpenerDirector()  # one that follows no redirect
     for handler in (web.ProxyHandler({} if is_loopback(url.hostname or "") else None),
@@ -8423,7 +8348,7 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
             if d.stopping.wait(pause):
                 return
             try:  # RFC 9110 calls 2xx success
-                request = web.Request(target, json.dumps(event).encode(), headers)
+                request = web.Request(target, dumps(event).encode(), headers)
                 opener.open(request, timeout=WEBHOOK_TIME).close()
                 break
             except (OSError, ValueError, http.client.HTTPException) as e:
@@ -8434,13 +8359,12 @@ def run_webhook(d: Delivering, events: queue.SimpleQueue[Any]) -> None:
 
 # === 21 SENDMAIL =============================================================
 #
-# sendmail's command, for programs that know no other way to send: cron, PHP,
-# mutt, git send-email, s-nail. There are two ways. LAUNCHER is what stands in
-# sendmail's place on a machine where the relay is installed: it costs no time, and
-# hands what it was given to SubmitHandler in the delivering half, where the caller is
-# who the kernel says. Where no relay answers, the whole program does the errand: by
-# SMTP to the relay after all, else into the spool, by the same rules. A relay that
-# starts later finds it there; one that runs is told through the file ARRIVED.
+# sendmail's command, for programs that know no other way to send: cron, PHP, mutt, git send-email,
+# s-nail. There are two ways. LAUNCHER is what stands in sendmail's place on a machine where the
+# relay is installed: it costs no time, and hands what it was given to SubmitHandler in the
+# delivering half, where the caller is who the kernel says. Where no relay answers, the whole
+# program does the errand: by SMTP to the relay after all, else into the spool, by the same rules. A
+# relay that starts later finds it there; one that runs is told through the file ARRIVED.
 #
 # Exit status 75 means that the message was not taken and may be tried again.
 
@@ -8542,8 +8466,7 @@ def write_letter(raw: bytes, flags: Mapping[str, str], wanted: Iterable[str], me
     """Complete a message: who it is from and for, its date and its id; ValueError when it is for nobody.
 
     A name alone, as cron's, is one of this machine's: so it stands in the envelope, and in From, To and Cc. A CR
-    alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there.
-    """
+    alone ends a line of the body, as of a progress bar, but begins no field: a stranger may have put it there."""
     def people(text: str) -> list[tuple[str, str]]:
         return [(name, address if "@" in address else f"{address}@{hostname}")
                 for name, address in read_addresses(text)]
@@ -8612,13 +8535,13 @@ def dial(address: Address, seconds: float) -> socket.socket:
 
 def enter_spool(settings: Settings) -> None:
     """Make sure that this user may use the spool, root as its owner: the relay must be able to read all of it."""
-    path = os.path.abspath(settings.spool)
+    path = abspath(settings.spool)
     try:
         owner = os.stat(path)
     except FileNotFoundError:
         raise Complaint(f"no relay answers, and there is no spool at {path}", EX_UNAVAILABLE) from None
     except PermissionError:
-        owner = os.stat(os.path.dirname(path))
+        owner = os.stat(dirname(path))
     if os.geteuid() == 0 and owner.st_uid:
         os.setegid(owner.st_gid)
         os.seteuid(owner.st_uid)
@@ -8631,8 +8554,7 @@ def own_reception(settings: Settings, trouble: object) -> Reception:
     """Return a way into the spool where the relay does not answer; Complaint when there is none.
 
     Where nobody has named a spool, only one that a relay has made is used: cron's directory is no place for mail.
-    Whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know.
-    """
+    Whether it is sent or held is for the relay to say, whose settings cron's sendmail does not know."""
     open_door = settings.but(
         delivery="relay", users_file="", auth_required=False, tls_required=False, rate_limit=0, audit_log="")
     log = Log(os.devnull, level="error")
@@ -8671,20 +8593,19 @@ def act(relay: Delivering, method: str, path: str, limit: int = 1000) -> Any:
     """Do what a route does, for a caller in this process who may do anything; HttpError says what is wrong."""
     request = Request.__new__(Request)  # on no connection
     request.relay, request.inbox, request.command, request.head = relay, relay.inbox, method, {}
-    request.path = f"{urllib.parse.quote(path)}?limit={limit}"
+    request.path = f"{quote(path)}?limit={limit}"
     try:
         value = request.find_route().action(request)
     except (KeyError, FileNotFoundError):
         raise HttpError(404, "message not found") from None
-    return value if isinstance(value, bytes) else json.loads(json.dumps(value, default=vars))
+    return value if isinstance(value, bytes) else loads(dumps(value, default=vars))
 
 
 def do_errand(words: Sequence[str], me: str, hostname: str, order: Callable[[str, str], Any],
               read: Callable[[], bytes], send: Callable[[Envelope, bytes], dict[str, str]]) -> tuple[int, str]:
     """Do what sendmail was asked to; return the exit status and what is to be said.
 
-    NotImplementedError for a dialogue, which only the whole program can hold.
-    """
+    NotImplementedError for a dialogue, which only the whole program can hold."""
     try:
         mode, flags, recipients = read_errand(words)
         if mode == "smtp":
@@ -8721,8 +8642,7 @@ def complain(*lines: object) -> None:
 def send(settings: Settings, envelope: Envelope, content: bytes) -> dict[str, str]:
     """Hand a message to the relay by SMTP, as to any next hop, and into the spool for whom that does not answer.
 
-    Return the replies to those recipients that were refused.
-    """
+    Return the replies to those recipients that were refused."""
     place, quiet = settings.port[0], settings.but(users_file="", aliases="")
     owed = [Recipient(a, **read_asked(f"<{a}>{envelope.asked_for[a]}")[1]) for a in envelope.recipients]
     message = Message("", Status.RECEIVED, "", envelope.reverse_path, owed, flags=envelope.flags,
@@ -8751,7 +8671,7 @@ def speak_smtp(settings: Settings, given: int) -> int:
         sock = dial(settings.port[0], settings.relay_timeout)
     except OSError as e:
         sock, theirs = socket.socketpair()
-        threading.Thread(target=Session(own_reception(settings, e), theirs, "local").run, daemon=True).start()
+        Thread(target=Session(own_reception(settings, e), theirs, "local").run, daemon=True).start()
     sock.settimeout(None)
     os.write(1, sock.recv(4096))  # nothing may be said before the greeting
 
@@ -8761,7 +8681,7 @@ def speak_smtp(settings: Settings, given: int) -> int:
                 sock.sendall(block)
             sock.shutdown(socket.SHUT_WR)
 
-    threading.Thread(target=pass_on, daemon=True).start()
+    Thread(target=pass_on, daemon=True).start()
     for block in iter(lambda: sock.recv(64 * KIB), b""):
         write_all(1, block)
     return 0
@@ -8789,11 +8709,11 @@ class SubmitHandler(socketserver.BaseRequestHandler):
         if len(callers) >= SUBMIT_CALLERS:
             return
         callers.add(self)
-        wire = Wire(sock, time.monotonic() + relay.settings.command_timeout)
+        wire = Wire(sock, monotonic() + relay.settings.command_timeout)
 
         def read_letter() -> bytes:
             """Ask for the message and read it; PeerGone where its end does not come: half a message is none."""
-            letter, wire.deadline = bytearray(), time.monotonic() + relay.settings.data_timeout
+            letter, wire.deadline = bytearray(), monotonic() + relay.settings.data_timeout
             wire.write(b">")
             while more := int(wire.read(8), 16):
                 if len(letter) + more > relay.settings.max_size:
@@ -8817,16 +8737,15 @@ class SubmitHandler(socketserver.BaseRequestHandler):
 
 # === 22 RELAY ================================================================
 #
-# Joins the parts. Delivering is the delivering half: it takes in the stems that
-# the Link brings and those it finds in the spool, and its workers move messages
-# through their lives. Supervisor runs both halves as processes of their own,
-# made by fork before there are threads, and makes a half that died anew; the
-# lock, the listening sockets, the Link and the counters are the supervisor's, so
-# a half that is remade finds all as it was. LIBRARY runs both as threads.
+# Joins the parts. Delivering is the delivering half: it takes in the stems that the Link brings and
+# those it finds in the spool, and its workers move messages through their lives. Supervisor runs
+# both halves as processes of their own, made by fork before there are threads, and makes a half
+# that died anew; the lock, the listening sockets, the Link and the counters are the supervisor's,
+# so a half that is remade finds all as it was. LIBRARY runs both as threads.
 #
-# What is owed has a time and a reason, be it a delivery, a report or a record that
-# the disk did not take: the scheduler has it, and the same workers do it (wrap_up).
-# Threads here: reader (Link, spool), workers, sweeper.
+# What is owed has a time and a reason, be it a delivery, a report or a record that the disk did not
+# take: the scheduler has it, and the same workers do it (wrap_up). Threads here: reader (Link,
+# spool), workers, sweeper.
 
 SWEEP_EVERY = 1.0
 CALM_TIME = 10.0  # seconds without a new message after which there is time for the inbox
@@ -8859,11 +8778,11 @@ class Delivering:
         self.inbox = Inbox(self.spool, self.log, int(time.time()) * 1000, tags)
         self.feed, self.reports = Feed(), Buckets()
         self.hours: Counter[tuple[int, str]] = Counter()
-        self.marks: dict[str, threading.Event] = {}
+        self.marks: dict[str, Event] = {}
         self.web = [HttpServer(sock, self) for sock in parts.http] + [
             HttpServer(sock, self, SubmitHandler) for sock in parts.submit]
-        self.threads: list[threading.Thread] = []
-        self.stopping, self.lock = threading.Event(), threading.Lock()
+        self.threads: list[Thread] = []
+        self.stopping, self.lock = Event(), Lock()
         self.finished: Shelf = {}
         self.held: Shelf = {}
         self.owed: Shelf = {}  # this, and octets, only where SMTP_SPOOL_MAX_SIZE is set
@@ -8875,7 +8794,7 @@ class Delivering:
         self.late: dict[str, set[str]] = {}  # sender: stems whose report is past the cap
         self.told: dict[str, str] = {}  # stem: the report that tells of it
         self.look_at = self.came_at = 0.0
-        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - time.monotonic()
+        self.clock_set, self.skew = CLOCK_WAS_SET, time.time() - monotonic()
 
     def start(self) -> None:
         """Start the threads; what the spool holds is found in the background."""
@@ -8885,7 +8804,7 @@ class Delivering:
         if self.settings.webhook_url:
             jobs.append(("webhook", partial(run_webhook, self, self.feed.subscribe())))
         for name, job in jobs:
-            thread = threading.Thread(target=job, name=name, daemon=True)
+            thread = Thread(target=job, name=name, daemon=True)
             thread.start()
             self.threads.append(thread)
 
@@ -8898,10 +8817,10 @@ class Delivering:
         for server in self.web:
             stop_server(server)
         self.inbox.save()
-        end = time.monotonic() + patience
+        end = monotonic() + patience
         for thread in self.threads:
             if thread.name.startswith(("worker", "sweeper")):
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.join(max(0.0, end - monotonic()))
         for message in list(self.unwritten.values()):
             with suppress(OSError):
                 self.spool.save(message)
@@ -8964,7 +8883,7 @@ class Delivering:
                 self.shelve(stem, Status.RECEIVED)
             self.tell("received", stem)
         if stems:
-            self.came_at = time.monotonic()
+            self.came_at = monotonic()
             if owed:
                 self.scheduler.put_all(stems, self.delivery.lane())
             self.make_room()
@@ -8973,8 +8892,8 @@ class Delivering:
     def catch_up(self) -> None:
         """Wait until all that was announced is taken in: who got a 250 may look for it now."""
         if not self.stopping.is_set():
-            mark = f"={secrets.token_hex(8)}"
-            seen = self.marks[mark] = threading.Event()
+            mark = f"={token_hex(8)}"
+            seen = self.marks[mark] = Event()
             self.link.announce(mark)
             if not seen.wait(1.0):
                 self.marks.pop(mark, None)
@@ -9122,7 +9041,7 @@ class Delivering:
                 message.move(Status.FORWARDING)
             if self.feed.listeners:
                 self.tell("forwarding", stem)
-            started, reached = time.monotonic(), partial(self.scheduler.release, lane, False)
+            started, reached = monotonic(), partial(self.scheduler.release, lane, False)
             try:
                 attempt = self.delivery.attempt(message, lane, content, reached)
             except Exception as e:  # whatever it is, the message waits for itself, no longer than any
@@ -9135,15 +9054,14 @@ class Delivering:
                 self.log.warn("next_hop_crowded", next_hop=lane, connections=room)
             others = len(self.scheduler.lanes[lane].running) > 1  # else another lane's are in its way
             return self.scheduler.put(stem, lane, 0.0 if others else CROWDED_PAUSE)
-        self.metrics.observe("smtp_delivery_duration_seconds", time.monotonic() - started)
+        self.metrics.observe("smtp_delivery_duration_seconds", monotonic() - started)
         message.transcript = [*message.transcript, *attempt.transcript][-TRANSCRIPT_KEPT:]
         return self.settle(message, lane, owed, attempt)
 
     def settle(self, message: Message, lane: str, tried: Sequence[Recipient], attempt: Attempt) -> None:
         """Enter an attempt's outcomes into the record; who was refused for now waits for the next.
 
-        Trouble with the next hop, which costs no attempt, or several messages unanswered, throttle it.
-        """
+        Trouble with the next hop, which costs no attempt, or several messages unanswered, throttle it."""
         s, trouble, why, unanswered = self.settings, attempt.trouble, "", not attempt.trouble
         owed: list[Recipient] = []
         for r in tried if trouble else message.pending():
@@ -9266,8 +9184,7 @@ class Delivering:
     def report(self, message: Message) -> tuple[str, float]:
         """Tell a message's sender whom it did not reach, once; or return why not yet, and for how long.
 
-        Past the cap, what failed of one sender's messages goes into one report later.
-        """
+        Past the cap, what failed of one sender's messages goes into one report later."""
         stem, to, rate = message.stem, message.reverse_path, REPORTS_AN_HOUR / 60
         if not self.reports.take("", rate, REPORTS_AN_HOUR):
             self.late.setdefault(to, set()).add(stem)
@@ -9313,12 +9230,12 @@ class Delivering:
 
     def sum_up(self) -> None:
         """Read what nobody has looked at once nothing has come for a while: a search is quick then."""
-        if time.monotonic() - self.came_at > CALM_TIME:
+        if monotonic() - self.came_at > CALM_TIME:
             self.inbox.summarise_rest(within=0.2, most=10_000)
 
     def watch_clock(self) -> None:
         """Notice that the clock was set forward: ages from before that are not to be trusted."""
-        skew = time.time() - time.monotonic()
+        skew = time.time() - monotonic()
         if skew - self.skew > CLOCK_JUMP:
             self.clock_set = time.time()
             self.log.warn("clock_was_set", seconds=round(skew - self.skew))
@@ -9327,20 +9244,19 @@ class Delivering:
     def look_again(self) -> None:
         """Find what no Link told of: it was full, sendmail has spooled beside us, a half has died.
 
-        Now and then for the sake of it, and the self-signed pair is renewed in time; sessions reread it.
-        """
-        if self.spool.on_disk and os.path.exists(self.spool.path(ARRIVED)):
+        Now and then for the sake of it, and the self-signed pair is renewed in time; sessions reread it."""
+        if self.spool.on_disk and exists(self.spool.path(ARRIVED)):
             os.unlink(self.spool.path(ARRIVED))
             self.look_at = 0.0
-        if time.monotonic() > self.look_at:
-            self.look_at = time.monotonic() + LOOK_EVERY
+        if monotonic() > self.look_at:
+            self.look_at = monotonic() + LOOK_EVERY
             try:
                 self.find()
             except BaseException:
                 self.look_at = 0.0
                 raise
             if self.settings.tls_self_signed and not self.settings.tls_cert:
-                self_signed(os.path.dirname(self.pair[0]), self.settings.hostname)
+                self_signed(dirname(self.pair[0]), self.settings.hostname)
 
     # -- what people may do to the messages: the same whether the relay runs or not --
     #
@@ -9362,7 +9278,7 @@ class Delivering:
             except (KeyError, OSError, SpoolError) as e:
                 self.log.debug("not_shown", stem=stem, error=e)
 
-    def queue(self, limit: int = 200) -> dict[str, Any]:
+    def queue(self, limit: int = 200) -> Fields:
         """Return what is owed and what is held, oldest first, with reasons; and the next hops' states."""
         stems, hops = self.scheduler.snapshot(limit)
         lists: tuple[list[Any], list[Any]] = [], []  # by whether they are held
@@ -9381,8 +9297,7 @@ class Delivering:
     def retry(self, id: str) -> int:
         """Try a message now, or "all" that are owed, or release all "held"; return how many.
 
-        A message that is held is released, one that has failed is owed again.
-        """
+        A message that is held is released, one that has failed is owed again."""
         if id == "all" and self.threads:
             self.scheduler.flush()
             return len(self.scheduler)
@@ -9398,8 +9313,7 @@ class Delivering:
     def release(self, id: str, to: list[str], beyond: bool = False) -> None:
         """Let a held message go; to other recipients, or when it went already, a copy goes.
 
-        Those must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise.
-        """
+        Those must be among SMTP_RELAY_ALLOWED_RECIPIENTS, unless `beyond` says otherwise."""
         if not self.can_release:
             raise HttpError(400, NOWHERE_TO)
         message = self.load(id)
@@ -9478,8 +9392,8 @@ class Parts:
         self.settings, self.log, self.link = settings, log, Link()
         self.spool = Spool(settings, log)
         self.metrics = Metrics(rows=RECEIVING_ROW + settings.processes)
-        self.metrics.set("started", time.monotonic())
-        self.opened = contextlib.ExitStack()
+        self.metrics.set("started", monotonic())
+        self.opened = ExitStack()
         none: list[socket.socket] = []
         self.smtp = self.smtps = self.http = self.submit = none  # the last for sendmail's launchers
         self.quotas = Quotas("", log)  # in memory both halves share them
@@ -9493,7 +9407,7 @@ class Parts:
         except OSError as e:
             place = e.filename or self.settings.spool
             raise OSError(e.errno, f"SMTP_SPOOL: cannot open {place}: {e.strerror}") from None
-        with contextlib.ExitStack() as stack:  # which closes all, unless all goes well
+        with ExitStack() as stack:  # which closes all, unless all goes well
             stack.callback(self.spool.close)
             s, given = self.settings, inherited_sockets() if inherit else {}
             self.smtp, self.smtps, self.http, self.submit = [
@@ -9512,8 +9426,7 @@ class Parts:
     def open_doors(self) -> None:
         """Read faults, accounts and certificate; SettingsError says what is wrong with them.
 
-        Once, before anything is forked: a half made anew has them whatever became of the files.
-        """
+        Once, before anything is forked: a half made anew has them whatever became of the files."""
         problems: list[str] = []
         path = self.spool.path("faults") if self.spool.on_disk else ""
         try:
@@ -9565,7 +9478,7 @@ class Parts:
 
 def inherited_sockets() -> dict[str, list[socket.socket]]:
     """Return the sockets from systemd, by FileDescriptorName, else smtp's (sd_listen_fds(3))."""
-    found = collections.defaultdict[str, list[socket.socket]](list)
+    found = defaultdict[str, list[socket.socket]](list)
     many = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * many
     for number, name in enumerate(names[:many], 3):
@@ -9593,10 +9506,7 @@ def stop_signals() -> tuple[int, ...]:
 
 
 class Supervisor:
-    """Runs the halves as processes, passes signals on to them, and makes one that died anew.
-
-    A child is known by its row of the counters: the first delivers, the others receive.
-    """
+    """Runs the halves as processes, passes signals on to them, and makes one that died anew."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -9680,8 +9590,8 @@ class Supervisor:
             os._exit(EX_TEMPFAIL)
 
         os.close(self.alive_pipe[1])
-        threading.Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
-        parts.spool.maker = f"{row % 16:x}{secrets.token_hex(1)}"  # no two make the same id
+        Thread(target=outlive_nobody, name="supervisor-watch", daemon=True).start()
+        parts.spool.maker = f"{row % 16:x}{token_hex(1)}"  # no two make the same id
         receives = row >= RECEIVING_ROW
         for sock in parts.http + parts.submit if receives else parts.smtp + parts.smtps:
             sock.close()
@@ -9708,11 +9618,11 @@ def heed_signals(*halves: Receiving | Delivering) -> None:
 
 # === 23 LIBRARY ==============================================================
 #
-# The relay in the hands of a test: `start()`, the Relay that it returns, and two
-# fixtures, which are there when pytest is. Each Relay stands alone: sockets of its
-# own, memory of its own, nothing from the environment, and nothing left of it after
-# stop(). Unless told of a smart host it has one in the same process, an Upstream
-# that answers by script; unless told to deliver it holds what it gets.
+# The relay in the hands of a test: `start()`, the Relay that it returns, and two fixtures, which
+# are there when pytest is. Each Relay stands alone: sockets of its own, memory of its own, nothing
+# from the environment, and nothing left of it after stop(). Unless told of a smart host it has one
+# in the same process, an Upstream that answers by script; unless told to deliver it holds what it
+# gets.
 
 class Taken(NamedTuple):
     """A message that the simulated smart host took."""
@@ -9727,14 +9637,13 @@ class Upstream:
 
     A step is "accept" (or "250 ok"), "drop" (hang up without an answer), or a refusal, after a delay if it has one.
     It holds for the end of a message's content, unless a stage is before it: connect, mail, rcpt, data.
-    Steps are taken in order, each when its stage comes; after the last one all is accepted.
-    """
+    Steps are taken in order, each when its stage comes; after the last one all is accepted."""
 
     def __init__(self) -> None:
         settings = Settings(storage="memory", hostname="upstream", max_size=sys.maxsize, max_recipients=sys.maxsize,
                             max_errors=sys.maxsize)
         log = Log(os.devnull, level="error")
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self.steps: deque[Fault] = deque()
         self.received: list[Taken] = []
         self.attempts = 0  # MAIL commands seen
@@ -9826,8 +9735,7 @@ class Relay:
 
         An address without an @ is a part of one. With `after`, one that arrived after that message; with `since`,
         after that sequence number (`relay.sequence` before the mail is sent). TimeoutError, which tells what did
-        arrive, when there is none within `timeout` seconds.
-        """
+        arrive, when there is none within `timeout` seconds."""
         query: Query = ((lambda item: is_meant(item, to, subject, from_), True),)
         item = self.delivering.inbox.wait(query, after.sequence if after else since, timeout)
         if not item:
@@ -9866,8 +9774,7 @@ def start(**settings: object) -> Relay:
     A value is text as in the environment, a number, a flag or a list; no environment variables are read.
     Without SMTP_RELAY_HOST its smart host is simulated (`relay.upstream`), and mail is held
     until relay.release(), unless SMTP_DELIVERY is "relay" or "mx".
-    SettingsError lists what is wrong with the settings.
-    """
+    SettingsError lists what is wrong with the settings."""
     import logging
 
     given = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
@@ -9900,8 +9807,7 @@ MAILS_SHOWN = 10
 def relay_fixture(request: Any) -> Iterator[Relay]:
     """A relay for the test; its settings are those of @pytest.mark.smtp_relay(SMTP_...="...").
 
-    Pytest shows the mail that it received with a test that failed.
-    """
+    Pytest shows the mail that it received with a test that failed."""
     marker = request.node.get_closest_marker("smtp_relay")
     with start(**{**(marker.kwargs if marker else {}), **getattr(request, "param", {})}) as relay:
         yield relay
@@ -9921,10 +9827,9 @@ if pytest:
 
 # === 24 DOCTOR ===============================================================
 #
-# What stands between this machine and the next hop, found out by going there as
-# Delivery would, up to but not including MAIL. Each finding is one line: a mark,
-# what was found, and what to do about it. A fail is what mail will fail on.
-# Nothing is changed anywhere.
+# What stands between this machine and the next hop, found out by going there as Delivery would, up
+# to but not including MAIL. Each finding is one line: a mark, what was found, and what to do about
+# it. A fail is what mail will fail on. Nothing is changed anywhere.
 
 PORT_PATIENCE = 5.0
 PORTS_TRIED = (25, 465, 587)
@@ -9981,9 +9886,9 @@ def examine_spool(settings: Settings) -> Finding:
     """Say whether mail can be kept here."""
     if settings.storage == "memory":
         return "warn", "spool", "in memory: what is not delivered is lost at the end", "set SMTP_STORAGE=file"
-    path = above = os.path.abspath(settings.spool)
+    path = above = abspath(settings.spool)
     while not os.path.isdir(above):
-        above = os.path.dirname(above)
+        above = dirname(above)
     if not os.access(above, os.W_OK):
         us, owner = user_name(os.geteuid()), user_name(os.stat(above).st_uid)
         return ("fail", "spool", f"{above} cannot be written to by {us}; it belongs to {owner}",
@@ -10003,7 +9908,7 @@ def examine_addresses(settings: Settings, target: Target, addresses: Sequence[st
             opens.add(place)
 
     places = {(a, target.port) for a in addresses} | {(addresses[0], port) for port in PORTS_TRIED}
-    threads = [threading.Thread(target=try_port, args=place) for place in places]
+    threads = [Thread(target=try_port, args=place) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -10069,12 +9974,12 @@ def examine_tls(hop: NextHop) -> Iterator[Finding]:
                "set SMTP_RELAY_TLS=starttls or tls, if the server has it")
         return
     yield "ok", "TLS", f"{sock.version()}, {(sock.cipher() or ('',))[0]}"
-    shown: dict[str, Any] = dict(sock.getpeercert() or {})
+    shown: Fields = dict(sock.getpeercert() or {})
     if not shown:
         yield ("warn", "certificate", "not verified",
                "set SMTP_RELAY_TLS_VERIFY=1, with SMTP_RELAY_CA_FILE if the root is your own")
         return
-    issuer = dict(itertools.chain(*shown["issuer"]))
+    issuer = dict(chain(*shown["issuer"]))
     days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) / DAY)
     yield ("warn" if days < 14 else "ok", "certificate",
            f"verified, from {issuer.get('organizationName') or issuer.get('commonName', '?')}, {days} days left",
@@ -10130,18 +10035,18 @@ def diagnose(settings: Settings, domain: str = "") -> Iterator[Finding]:
 
 # === 25 INSTALL ==============================================================
 #
-# The program as a service of this machine. `install` copies this file into a place
-# of its own and compiles it there, and writes a command that runs the compiled form,
-# systemd's units, and a file of settings, which nothing ever overwrites: run again
-# it upgrades. `uninstall` takes away what install wrote; settings and mail stay.
+# The program as a service of this machine. `install` copies this file into a place of its own and
+# compiles it there, and writes a command that runs the compiled form, systemd's units, and a file
+# of settings, which nothing ever overwrites: run again it upgrades. `uninstall` takes away what
+# install wrote; settings and mail stay.
 #
-# What is written is a table of texts first, so that --dry-run prints what an install
-# would write, and --root puts it elsewhere, for packagers and for tests. There no
-# user is made and no service started.
+# What is written is a table of texts first, so that --dry-run prints what an install would write,
+# and --root puts it elsewhere, for packagers and for tests. There no user is made and no service
+# started.
 #
-# The service has a user of its own, and not DynamicUser's private directory, so that
-# root's sendmail can put mail into the spool beside it. smtprelay.service in the
-# repository is the unit SERVICE; a test compares them.
+# The service has a user of its own, and not DynamicUser's private directory, so that root's
+# sendmail can put mail into the spool beside it. smtprelay.service in the repository is the unit
+# SERVICE; a test compares them.
 
 SERVICE_USER = "smtprelay"
 INSTALLED = "/usr/local/lib/smtprelay/smtprelay.py"
@@ -10306,7 +10211,7 @@ def read_assignments(text: str) -> dict[str, str]:
 def interpreter() -> str:
     """Return a Python that the service can run, too."""
     for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        if os.path.exists(path) and not path.startswith(HIDDEN):
+        if exists(path) and not path.startswith(HIDDEN):
             return path
     raise Complaint(f"the service cannot run {sys.executable}: install with a Python outside of home directories")
 
@@ -10324,13 +10229,13 @@ def installation(root: str, changes: Mapping[str, str], password: str, sendmail:
         before, *after = re.split(rf"(?m)^(?:# ?)?{name}=.*\n", settings)
         settings = f"{before}{name}={shlex.quote(value)}\n{''.join(after)}"
     files = {
-        INSTALLED: program, PROGRAM: RUN_COMPILED.format(python=python, folder=os.path.dirname(INSTALLED)),
+        INSTALLED: program, PROGRAM: RUN_COMPILED.format(python=python, folder=dirname(INSTALLED)),
         UNIT: SERVICE, SOCKET_UNIT: SOCKET, ENVIRONMENT_FILE: settings}
     if password:
         files[PASSWORD_FILE] = f"{password}\n"
-    if password or os.path.exists(root + PASSWORD_FILE):
+    if password or exists(root + PASSWORD_FILE):
         files[DROP_IN] = CREDENTIAL
-    if sendmail or os.path.exists(root + LAUNCHED):
+    if sendmail or exists(root + LAUNCHED):
         files[LAUNCHED] = f"#!{python} -IS\n{LAUNCHER.partition(chr(10))[2]}"
     return files
 
@@ -10352,8 +10257,7 @@ def install(arguments: argparse.Namespace) -> int:
     --port PORT      where to listen, as in SMTP_PORT
     --sendmail       be sendmail, mailq and newaliases, too
     --root DIR       put all files under this directory, and start nothing
-    --dry-run        print what would be done
-    """
+    --dry-run        print what would be done"""
     (root, live), password, status = chosen_root(arguments), "", 0
     if arguments.user and not arguments.relay:
         raise Complaint("--user needs --relay", EX_USAGE)
@@ -10372,7 +10276,7 @@ def install(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             print(f"    (this file, {len(text)} characters)" if path == INSTALLED else text)
             continue
-        os.makedirs(os.path.dirname(root + path), exist_ok=True)
+        os.makedirs(dirname(root + path), exist_ok=True)
         replace_file(root + path, os.fsencode(text))
         os.chmod(root + path, mode)
     if arguments.dry_run:
@@ -10381,7 +10285,7 @@ def install(arguments: argparse.Namespace) -> int:
     for path in SENDMAIL_LINKS if arguments.sendmail else ():
         now = link_at(root + path)
         if not os.path.lexists(root + path):
-            os.makedirs(os.path.dirname(root + path), exist_ok=True)
+            os.makedirs(dirname(root + path), exist_ok=True)
             os.symlink(LAUNCHED, root + path)
             print(f"{root}{path} -> {LAUNCHED}")
         elif now != LAUNCHED:
@@ -10413,11 +10317,10 @@ def uninstall(arguments: argparse.Namespace) -> None:
 
     --purge          remove settings and mail, too
     --root DIR       put all files under this directory, and start nothing
-    --dry-run        print what would be done
-    """
+    --dry-run        print what would be done"""
     root, live = chosen_root(arguments)
-    kept = [os.path.dirname(ENVIRONMENT_FILE), STATE]
-    doomed = [os.path.dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, os.path.dirname(DROP_IN),
+    kept = [dirname(ENVIRONMENT_FILE), STATE]
+    doomed = [dirname(INSTALLED), PROGRAM, UNIT, SOCKET_UNIT, dirname(DROP_IN),
               *(path for path in SENDMAIL_LINKS if link_at(root + path) == LAUNCHED), *kept * arguments.purge]
     if live:
         run_tool("sh", "-ec", STOP)
@@ -10433,13 +10336,13 @@ def uninstall(arguments: argparse.Namespace) -> None:
 
 # === 26 COMMAND LINE =========================================================
 #
-# One function for each verb; it takes its arguments, and returns the exit status, of
-# sysexits.h, if it is not 0. Its docstring is its help and lists the arguments: argparse
-# and the completion of shells are made from that. Settings come from the environment, or,
-# where that names none, from the file of the installed service.
+# One function for each verb; it takes its arguments, and returns the exit status, of sysexits.h, if
+# it is not 0. Its docstring is its help and lists the arguments: argparse and the completion of
+# shells are made from that. Settings come from the environment, or, where that names none, from the
+# file of the installed service.
 #
-# Verbs that ask about mail are requests to the running relay; where none answers, the
-# same routes act on the spool, and those that change it take its lock.
+# Verbs that ask about mail are requests to the running relay; where none answers, the same routes
+# act on the spool, and those that change it take its lock.
 
 Arguments = argparse.Namespace
 Row = tuple[str, ...]
@@ -10457,7 +10360,7 @@ def tell(arguments: Arguments, value: object, lines: Iterable[str]) -> None:
         if not arguments.json:
             print(line, flush=True)
     if arguments.json:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
+        print(dumps(value, indent=1, ensure_ascii=False))
 
 
 def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **query: object) -> Any:
@@ -10466,10 +10369,10 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
         raise NoRelay("SMTP_HEALTH_ADDR is off: there is nothing to ask")
     address = settings.health_addr[0]
     connection = http.client.HTTPConnection("localhost", address.port)
-    words = urllib.parse.urlencode(given_keys(query))
+    words = urlencode(given_keys(query))
     try:
         connection.sock = dial(address, patience)
-        connection.request(method, f"{urllib.parse.quote(path)}?{words}", headers={
+        connection.request(method, f"{quote(path)}?{words}", headers={
             "Accept": "application/json", "Authorization": f"Bearer {settings.api_token}"})
         answer = connection.getresponse()
         body = answer.read()
@@ -10480,7 +10383,7 @@ def ask(settings: Settings, method: str, path: str, patience: float = 10.0, **qu
     if not answer.getheader("Server", "").startswith("smtprelay/"):
         raise NoRelay(f"what answers at {address} is not smtprelay: see SMTP_HEALTH_ADDR")
     is_json = answer.getheader("Content-Type") == "application/json"
-    found: Any = json.loads(body) if is_json else body
+    found: Any = loads(body) if is_json else body
     if answer.status < 400:
         return found
     if answer.status == 401:
@@ -10495,7 +10398,7 @@ def read_environment(say: bool = True) -> Settings:
     if not any(name.removesuffix("_FILE") in FIELDS for name in env):
         try:
             env.update({**spool, **read_assignments(os.fsdecode(read_whole(ENVIRONMENT_FILE)))})
-            if os.path.exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in env:
+            if exists(PASSWORD_FILE) and "SMTP_RELAY_PASSWORD" not in env:
                 env.setdefault("SMTP_RELAY_PASSWORD_FILE", PASSWORD_FILE)
             said = f"settings are those of {ENVIRONMENT_FILE}"
         except FileNotFoundError:
@@ -10530,8 +10433,7 @@ def order(settings: Settings, method: str, path: str) -> Any:
 def queue_(arguments: Arguments) -> None:
     """List what is owed and held.
 
-    --json  print JSON
-    """
+    --json  print JSON"""
     listed = order(read_environment(), "GET", "/api/v1/queue")
     rows, lines = [*listed["messages"], *listed["held"]], []
     for row in rows:
@@ -10550,8 +10452,7 @@ def retry_(arguments: Arguments) -> None:
     """Try a message, or all that is owed, at once; a held one is released, with "held" all of them.
 
     ID        a queue id, "all" that are owed, or all that are "held"
-    --held    with all: release those that are held
-    """
+    --held    with all: release those that are held"""
     id = "held" if arguments.held and arguments.id == "all" else arguments.id
     done = order(read_environment(), "POST", f"/api/v1/queue/{id}/retry")
     print(f"{done['retried']} due as soon as a relay runs", file=sys.stderr)
@@ -10560,8 +10461,7 @@ def retry_(arguments: Arguments) -> None:
 def remove(arguments: Arguments) -> None:
     """Remove a message for good, whether it is owed, held or finished.
 
-    ID  a queue id
-    """
+    ID  a queue id"""
     order(read_environment(), "DELETE", f"/api/v1/queue/{arguments.id}")
 
 
@@ -10569,12 +10469,11 @@ def show(arguments: Arguments) -> None:
     """Print a message: its record, then its content.
 
     ID        a queue id
-    --json    print JSON
-    """
+    --json    print JSON"""
     settings, path = read_environment(), f"/api/v1/message/{arguments.id}"
     content, record = order(settings, "GET", path + "/raw"), order(settings, "GET", path)["Delivery"]
     tell(arguments, record, (
-        f"{name}: {json.dumps(each, ensure_ascii=False) if isinstance(each, dict) else each}"
+        f"{name}: {dumps(each, ensure_ascii=False) if isinstance(each, dict) else each}"
         for name, value in record.items() for each in (value if isinstance(value, list) else [value])))
     if not arguments.json:
         sys.stdout.buffer.write(b"\n" + content.replace(b"\r\n", b"\n"))
@@ -10589,8 +10488,7 @@ def wait(arguments: Arguments) -> None:
     --timeout TIME   how long, up to 5m (30s)
     --code           print its verification code alone
     --link           print its first link alone
-    --json           print JSON
-    """
+    --json           print JSON"""
     part = "code" if arguments.code else "link" if arguments.link else ""
     found = ask(read_environment(), "GET", "/api/v1/wait", arguments.timeout + 10, **{
         "to": arguments.to, "subject": arguments.subject, "timeout": arguments.timeout, "with": part,
@@ -10612,14 +10510,13 @@ def user(arguments: Arguments) -> None:
     --daily N        messages a day
     --per-minute N   messages a minute
     --api-key        make an API key, and print it
-    --json           print JSON
-    """
+    --json           print JSON"""
     settings, action, name, change = read_environment(), arguments.action, arguments.name, None
     path = settings.users_file
     if not path:
         raise Complaint("SMTP_USERS_FILE is not set: it names the file of accounts", EX_CONFIG)
     try:
-        users = read_users(path) if os.path.exists(path) else {}
+        users = read_users(path) if exists(path) else {}
         if action == "list":
             limits = ("allowed_domains", "quota_daily", "quota_per_minute", "relay_host")
             rows = [{"name": name, **{k: fields[k] for k in limits if fields.get(k)}} for name, fields in users.items()]
@@ -10645,8 +10542,7 @@ def doctor(arguments: Arguments) -> int:
     """Try the next hop and say what stands in the way; sends nothing.
 
     [DOMAIN]  examine the hosts that take this domain's mail
-    --json    print JSON
-    """
+    --json    print JSON"""
     found: list[dict[str, str]] = []
 
     def lines() -> Iterator[str]:
@@ -10671,7 +10567,7 @@ def serve(arguments: Arguments) -> int:
         lines = first_lines(parts) + [f"warning: {text}" for text in unknown_settings(os.environ)[1]]
     except (SettingsError, SpoolBusy, OSError) as e:
         lines = getattr(e, "problems", [getattr(e, "strerror", "") or str(e)])
-        if isinstance(e, PermissionError) and os.path.abspath(settings.spool) in str(e):
+        if isinstance(e, PermissionError) and abspath(settings.spool) in str(e):
             lines[0] += f"; the spool belongs to {user_name(os.stat(settings.spool).st_uid)}"
         log.greet([f"smtprelay: {line}" for line in lines])
         return getattr(e, "status", EX_UNAVAILABLE)
@@ -10722,7 +10618,7 @@ def first_lines(parts: Parts) -> list[str]:
              "mx": f"straight to the recipients' hosts (port {s.mx_port}, TLS: {s.relay_tls})"}[s.delivery]
     lines = [f"listening on {scheme}://{socket_text(sock)}" for scheme in ("smtp", "smtps", "http")
              for sock in getattr(parts, scheme)]
-    place = "memory: mail is lost when this stops" if s.storage == "memory" else os.path.abspath(s.spool)
+    place = "memory: mail is lost when this stops" if s.storage == "memory" else abspath(s.spool)
     lines += [f"mail is {where}", f"spool in {place}"]
     for name, words in UNUSUAL.items():
         value = getattr(s, name[5:].lower())
@@ -10749,11 +10645,10 @@ def first_lines(parts: Parts) -> list[str]:
 def check(arguments: Arguments) -> None:
     """Read the settings, and the files that they name, and say all that is wrong; --print shows them.
 
-    --print  print every setting
-    """
+    --print  print every setting"""
     settings = read_environment()
     if settings.storage == "file":
-        check_spool(os.path.abspath(settings.spool))
+        check_spool(abspath(settings.spool))
         open_sealer(settings)
     unseen = settings.but(storage="memory", log_file="", log_level="warn")  # nothing is touched
     Parts(unseen, open_log(unseen)).open_doors()
@@ -10788,8 +10683,7 @@ ENDED_AFTER = 3.0  # a relay that is started again has the spool by then
 def healthcheck(arguments: Arguments) -> None:
     """Exit 0 when the relay is ready; --wait waits for it, up to a minute, but not for one that has ended.
 
-    --wait  wait up to a minute
-    """
+    --wait  wait up to a minute"""
     settings, begun, seen = read_environment(), time.time(), 0.0
     if not settings.health_addr:
         raise Complaint("SMTP_HEALTH_ADDR is off: there is nothing to ask", EX_CONFIG)
@@ -10859,16 +10753,16 @@ def settings_table() -> Iterator[Row]:
 
 def replies_table() -> Iterator[Row]:
     yield "code", "enhanced code, text"
-    ours = itertools.takewhile(lambda value: value is not Status, globals().values())  # those of the chapter REPLIES
+    ours = takewhile(lambda value: value is not Status, globals().values())  # those of the chapter REPLIES
     refusals = sorted({value for value in ours if isinstance(value, Reply) and value.code >= 400})
-    for code, same in itertools.groupby(refusals, lambda reply: reply.code):
+    for code, same in groupby(refusals, lambda reply: reply.code):
         yield str(code), "; ".join(f"{r.enhanced} {r.text}" for r in same)
 
 
 def http_table() -> Iterator[Row]:
     yield "path", "methods", "for", "does"
     who = {OPEN: "anyone", ACCOUNT: "API key", SHELL: "anyone; shows nothing without the token"}
-    for (method, does, access), same in itertools.groupby(ROUTES, lambda r: (r.method, r.does, r.access)):
+    for (method, does, access), same in groupby(ROUTES, lambda r: (r.method, r.does, r.access)):
         yield " ".join(route.path for route in same), method, who.get(access, "token"), does
 
 
@@ -10921,8 +10815,6 @@ def show_help(request: Request) -> str:
 
 
 def line_width() -> int:
-    import shutil
-
     return max(40, min(shutil.get_terminal_size().columns, 100))
 
 
@@ -10931,7 +10823,7 @@ def laid_out(rows: Iterable[Row]) -> str:
     import textwrap
 
     lines, width = [], line_width()
-    for name, *rest in itertools.islice(rows, 1, None):
+    for name, *rest in islice(rows, 1, None):
         if not rest:
             lines += ["", f"{name}:"]
             continue
@@ -10948,8 +10840,7 @@ def laid_out(rows: Iterable[Row]) -> str:
 def help_(arguments: Arguments) -> None:
     """Print this help; or a table: settings, replies, http, metrics, spool, exit; or the help of a command.
 
-    [TOPIC]  a table, or a command
-    """
+    [TOPIC]  a table, or a command"""
     if arguments.topic in TOPICS:
         print(laid_out(TOPICS[arguments.topic]()).lstrip("\n"))
     elif arguments.topic:
@@ -10993,8 +10884,7 @@ complete -F _smtprelay smtprelay smtprelay.py"""
 def completion(arguments: Arguments) -> None:
     """Print what makes a shell complete verbs and their options, also as --completion.
 
-    SHELL  bash or zsh
-    """
+    SHELL  bash or zsh"""
     cases = []
     for name, action in COMMANDS.items():
         words = [*re.findall(r"(?m)^ *(--\S+)", action.__doc__ or ""), *{"user": ACTIONS, "help": TOPICS}.get(name, ())]
@@ -11008,7 +10898,7 @@ VERB_ACTIONS: tuple[Callable[[Any], int | None], ...] = (
     serve, check, doctor, status, queue_, retry_, remove, show, wait, user, healthcheck, sendmail, install, uninstall,
     help_, version, completion)
 COMMANDS = {action.__name__.strip("_"): action for action in VERB_ACTIONS}
-KINDS: dict[str, dict[str, Any]] = {  # what argparse is to know of an argument, by the word that stands for its value
+KINDS: dict[str, Fields] = {  # what argparse is to know of an argument, by the word that stands for its value
     "N": {"type": count}, "TIME": {"type": duration, "default": 30.0}, "DIR": {"default": ""},
     "ACTION": {"choices": ACTIONS}, "SHELL": {"choices": ("bash", "zsh")}, "DOMAIN": {"action": "append"},
     **dict.fromkeys(("[DOMAIN]", "[NAME]", "[TOPIC]"), {"nargs": "?"}),

@@ -6034,7 +6034,7 @@ def test_an_account_may_have_a_host_of_its_own(tmp_path: Path) -> None:
     with FakeHop() as common, FakeHop(users={"u": "w"}, methods="PLAIN") as own:
         users = tmp_path / "users.json"
         users.write_text(
-            smtprelay.json.dumps(
+            json.dumps(
                 {
                     "app": {"password": "p", "relay_host": own.place, "relay_username": "u", "relay_password": "w"},
                     "b": {"password": "p"},
@@ -12451,7 +12451,7 @@ def test_imports_are_the_standard_library_alone() -> None:
         assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == set()
     inner = {alias.name for node in imports if node.col_offset for alias in node.names}
     assert inner == {  # what few starts ever need
-        "ctypes", "difflib", "getopt", "getpass", "logging", "shlex", "shutil", "subprocess", "textwrap",
+        "ctypes", "difflib", "getopt", "getpass", "logging", "shlex", "subprocess", "textwrap",
         "urllib.request", "zoneinfo",
     }  # fmt: skip
 
