@@ -278,7 +278,7 @@ def unix_time(text: str) -> float:
 def stem_of(id: str, recipient: str) -> str:
     """Return the stem of a message: its UTC date, its id, a hash that hides the first recipient."""
     hidden = hashlib.sha256(recipient.lower().encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{iso_time(id_micros(id) / 1e6)[:10]}/{id}_{hidden[:16]}"
+    return f"{iso_second(id_micros(id) // 1000000)[:10]}/{id}_{hidden[:16]}"
 
 
 def id_micros(id: str) -> int:
@@ -9893,8 +9893,7 @@ def examine_spool(settings: Settings) -> Finding:
         us, owner = user_name(os.geteuid()), user_name(os.stat(above).st_uid)
         return ("fail", "spool", f"{above} cannot be written to by {us}; it belongs to {owner}",
                 "set SMTP_SPOOL, or give this user the right to write there")
-    at = os.statvfs(above)
-    free = at.f_bavail * at.f_frsize
+    free = shutil.disk_usage(above).free
     return ("fail" if free < settings.spool_min_free else "ok", "spool", f"{path}, {size_shown(free)} free",
             "make room, or lower SMTP_SPOOL_MIN_FREE")
 
